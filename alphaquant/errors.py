@@ -1,0 +1,32 @@
+"""The few kinds of error that callers and files can cause.
+
+Every message has three parts: what was asked, what is possible, what to change. A bug of our own is an assertion, not one of these.
+"""
+
+
+class AlphaQuantError(Exception):
+    """Anything that the user's input, files or model caused; command lines print it in one line and exit with 1."""
+
+
+class FormatError(AlphaQuantError):
+    """A number format that does not exist, or values that no format can hold (NaN, infinity)."""
+
+
+class BudgetError(AlphaQuantError):
+    """A budget that cannot be read or cannot be reached with the formats at hand."""
+
+
+class ConfigError(AlphaQuantError):
+    """A configuration file that is not valid; the message carries the JSON path."""
+
+
+class ModelError(AlphaQuantError):
+    """A model that cannot be found, has no quantizable matrices, or whose calibration did not reach a matrix."""
+
+
+class DataError(AlphaQuantError):
+    """A text source that cannot be found or is too short."""
+
+
+class StoreError(AlphaQuantError):
+    """A bank, checkpoint, study or output folder that is damaged, belongs to something else, or is in the way."""

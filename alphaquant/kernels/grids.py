@@ -1,0 +1,145 @@
+"""The grids that codes stand for, as plain torch arithmetic: the reference of every faster kernel.
+
+A grid turns scaled numbers into the nearest grid values (`snap`), values into unsigned codes of at most 8 bits (`to_codes`)
+and codes back into values (`to_values`). Scales and zero points live outside: a weight is scale * (value - zero). All in
+float32, where every grid value is exact.
+
+Code layouts:
+    integers, symmetric   offset binary: value + 2^(b-1), values -2^(b-1) .. 2^(b-1) - 1 (the full range)
+    integers, asymmetric  value itself, 0 .. 2^b - 1
+    floats                sign | exponent | mantissa, with subnormals; saturating; e4m3 and e5m2 codes equal torch's float8
+    powers of two (E8M0)  exponent + 127, 0 .. 254 (255 is NaN and never written)
+
+Sources: OCP Microscaling Formats (MX) v1.0, 5.3 and 6.3; OCP OFP8 v1.0. Rounding is to nearest, ties to even.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+E8M0_BIAS = 127
+
+
+class Grid(Protocol):
+    """What a grid can do; all methods work elementwise on any shape."""
+
+    @property
+    def low(self) -> float:
+        """Smallest value."""
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+
+    def snap(self, scaled: Tensor) -> Tensor:
+        """Nearest grid values (float32), ties to even, saturating."""
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Unsigned codes (uint8) of grid values."""
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """Grid values (float32) of unsigned codes."""
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Consecutive integers; `signed` takes -2^(b-1) .. 2^(b-1) - 1, else 0 .. 2^b - 1."""
+
+    bits: int
+    signed: bool
+
+    @property
+    def low(self) -> float:
+        """Smallest value."""
+        return -float(2 ** (self.bits - 1)) if self.signed else 0.0
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+        return self.low + 2**self.bits - 1
+
+    def snap(self, scaled: Tensor) -> Tensor:
+        """Nearest integers, ties to even, saturating."""
+        return scaled.round().clamp_(self.low, self.high)
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Value minus `low`, uint8."""
+        return (values - self.low).to(torch.uint8)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """Code plus `low`, float32."""
+        return codes.to(torch.float32) + self.low
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """Small floating-point numbers with subnormals.
+
+    Attributes:
+        exponent_bits: width of the exponent field.
+        mantissa_bits: width of the mantissa field.
+        max_value: largest finite value; larger inputs saturate.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    max_value: float
+
+    @property
+    def low(self) -> float:
+        """Smallest value."""
+        return -self.max_value
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+        return self.max_value
+
+    @property
+    def _bias(self) -> int:
+        return int(2 ** (self.exponent_bits - 1) - 1)
+
+    def snap(self, scaled: Tensor) -> Tensor:
+        """Nearest grid values, ties to even (the step is a power of two, so rounding is exact), saturating."""
+        clipped = scaled.clamp(self.low, self.high)
+        # frexp gives |x| in [0.5, 1) * 2^e, so floor(log2 |x|) = e - 1; subnormals share the step of exponent 1 - bias.
+        exponent = torch.frexp(clipped).exponent - 1
+        step = torch.exp2((exponent.clamp_(min=1 - self._bias) - self.mantissa_bits).to(torch.float32))
+        return (clipped / step).round_().mul_(step).clamp_(self.low, self.high)
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Sign, exponent and mantissa fields as uint8; minus zero keeps its sign bit."""
+        magnitude = values.abs()
+        exponent = (torch.frexp(magnitude).exponent - 1).clamp_(min=1 - self._bias)
+        exponent = exponent.masked_fill_(magnitude == 0, 1 - self._bias)
+        mantissa = torch.ldexp(magnitude, self.mantissa_bits - exponent).to(torch.int32)
+        # A normal number's mantissa carries its leading one, which adds 1 to the exponent field.
+        field = ((exponent + self._bias - 1) << self.mantissa_bits) + mantissa
+        sign = torch.signbit(values).to(torch.int32) << (self.exponent_bits + self.mantissa_bits)
+        return (sign | field).to(torch.uint8)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """Values (float32) of codes, by table."""
+        return self._table(codes.device)[codes.to(torch.int64)]
+
+    def _table(self, device: torch.device) -> Tensor:
+        n_magnitudes = 2 ** (self.exponent_bits + self.mantissa_bits)
+        fields = torch.arange(n_magnitudes, device=device)
+        exponent = fields >> self.mantissa_bits
+        mantissa = (fields & (2**self.mantissa_bits - 1)) + (exponent > 0) * 2**self.mantissa_bits
+        shift = exponent.clamp(min=1) - self._bias - self.mantissa_bits
+        magnitudes = torch.ldexp(mantissa.to(torch.float32), shift)
+        return torch.cat([magnitudes, -magnitudes])
+
+
+def to_e8m0(exponent: Tensor) -> Tensor:
+    """E8M0 bytes of integer exponents, clamped to -127 .. 127 (OCP MX 5.4.1)."""
+    return (exponent.clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).to(torch.uint8)
+
+
+def from_e8m0(codes: Tensor) -> Tensor:
+    """2^(code - 127) in float32; 2^-127 is a float32 subnormal and exact."""
+    exponent = codes.to(torch.int32) - E8M0_BIAS
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)

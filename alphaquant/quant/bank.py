@@ -1,0 +1,241 @@
+"""The bank: every matrix in every candidate format, quantized once and packed on disk; a trial only swaps.
+
+Layout::
+
+    <root>/<key>/bank.json                        what the bank belongs to (model, data, settings)
+    <root>/<key>/<format>/layer-003.safetensors   packed tensors, named <matrix>.<codes|scales|zeros|...>
+    <root>/<key>/<format>/layer-003.json          sha256 of that file, records of its matrices
+
+The key is a digest of the model's weights, the calibration tokens and the settings, not of the formats: another menu on the same
+model adds files. A layer's file is written under another name and renamed when complete, so a run that was killed resumes with the
+first missing file. The walk goes layer by layer over the original model's hidden states.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alphaquant.errors import StoreError
+from alphaquant.quant.engine import QuantSettings, quantize_layer
+from alphaquant.quant.hessian import LayerHessians
+from alphaquant.quant.matrix import PackedMatrix, check_packed
+from alphaquant.quant.models import LayerSite, ModelMap
+from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.units import Inventory, Matrix
+
+BANK_VERSION = 1
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """An open bank.
+
+    Attributes:
+        path: its directory.
+        inventory: the model's matrices.
+        facts: what it belongs to, as in `bank.json`.
+    """
+
+    path: Path
+    inventory: Inventory
+    facts: Mapping[str, Any]
+
+    def file(self, format_name: str, layer: int) -> Path:
+        """The safetensors file of one layer in one format."""
+        return self.path / format_name / f"layer-{layer:03d}.safetensors"
+
+    def has(self, format_name: str, layer: int) -> bool:
+        """Whether that file is complete."""
+        return self.file(format_name, layer).exists() and self.file(format_name, layer).with_suffix(".json").exists()
+
+    def formats(self) -> list[str]:
+        """Formats in which every layer is present."""
+        names = [d.name for d in sorted(self.path.iterdir()) if d.is_dir()]
+        return [n for n in names if all(self.has(n, i) for i in range(self.inventory.n_layers))]
+
+    def records(self, format_name: str, layer: int) -> list[dict[str, Any]]:
+        """Records of one file's matrices, as `MatrixRecord` has them."""
+        rows: list[dict[str, Any]] = self._sidecar(format_name, layer)["records"]
+        return rows
+
+    def utilization(self, layer: int) -> dict[str, list[int]]:
+        """Calibration tokens per expert of a layer's experts modules; empty for dense layers."""
+        counts: dict[str, list[int]] = self._sidecar(self.formats()[0], layer)["utilization"]
+        return counts
+
+    def read(self, matrix: Matrix, format_name: str) -> PackedMatrix:
+        """One packed matrix, memory-mapped.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        path = self.file(format_name, matrix.layer)
+        fmt = parse_format(format_name)
+        prefix = f"{matrix.name}."
+        try:
+            with safe_open(path, "pt") as file:
+                names = [k for k in file.keys() if k.startswith(prefix)]  # noqa: SIM118 - not a dict
+                tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in names}
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, str(error)) from error
+        packed = PackedMatrix(fmt, matrix.rows, matrix.cols, tensors)
+        check_packed(packed, matrix.name, str(path))
+        return packed
+
+    def verify(self, format_names: Sequence[str]) -> None:
+        """Compare every file with its stored sha256.
+
+        Raises:
+            StoreError: naming the first damaged file.
+        """
+        for name in format_names:
+            for layer in range(self.inventory.n_layers):
+                path = self.file(name, layer)
+                if _sha256(path) != self._sidecar(name, layer)["sha256"]:
+                    raise damaged(path, "its sha256 differs from the one written with it")
+
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f.stat().st_size for f in self.path.rglob("*.safetensors"))
+
+    def _sidecar(self, format_name: str, layer: int) -> dict[str, Any]:
+        path = self.file(format_name, layer).with_suffix(".json")
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise damaged(path, str(error)) from error
+        return content
+
+
+def bank_key(weights: str, calibration: str, settings: QuantSettings) -> str:
+    """Digest that names a bank: weights, calibration tokens, settings, version."""
+    facts = {"weights": weights, "calibration": calibration, "settings": asdict(settings), "version": BANK_VERSION}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, Any]) -> Bank:
+    """Open the bank of a key, creating its directory if there is none.
+
+    Args:
+        root: directory of all banks.
+        key: from `bank_key`.
+        inventory: the model's matrices.
+        facts: provenance to write into `bank.json` (model, data, settings, versions).
+
+    Raises:
+        StoreError: `bank.json` is damaged or of another inventory.
+    """
+    path = root / key
+    path.mkdir(parents=True, exist_ok=True)
+    stated = {**facts, "version": BANK_VERSION, "inventory": inventory.digest}
+    index = path / "bank.json"
+    if index.exists():
+        try:
+            found = json.loads(index.read_text())
+        except ValueError as error:
+            raise damaged(index, str(error)) from error
+        if found.get("inventory") != inventory.digest:
+            raise damaged(index, "it lists another model's matrices")
+    else:
+        _write_text(index, json.dumps(stated, indent=1, sort_keys=True))
+    return Bank(path, inventory, stated)
+
+
+@torch.no_grad()
+def fill_bank(
+    bank: Bank,
+    model_map: ModelMap,
+    tokens: Tensor,
+    format_names: Sequence[str],
+    settings: QuantSettings,
+    *,
+    batch_size: int = 16,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """Quantize what the bank lacks.
+
+    Args:
+        bank: from `open_bank`.
+        model_map: the original model.
+        tokens: calibration windows, int64 [N, T].
+        format_names: canonical names.
+        settings: those of the bank's key.
+        batch_size: windows per forward pass.
+        progress: called with ("bank", layers done, layers).
+
+    Returns:
+        Number of files written; 0 when all were there.
+
+    Raises:
+        ModelError: a module was never called, or a Hessian cannot be factorized.
+    """
+    missing = {
+        layer.index: [n for n in format_names if not bank.has(n, layer.index)] for layer in model_map.layers
+    }
+    if not any(missing.values()):
+        return 0
+    last = max(index for index, names in missing.items() if names)
+    inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
+    hidden = inputs.hidden
+    n_written = 0
+    for layer in model_map.layers[: last + 1]:
+        progress("bank", layer.index, len(model_map.layers))
+        names, arguments = missing[layer.index], inputs.arguments[layer.index]
+        if not names:
+            hidden = [run_layer(layer, h, arguments) for h in hidden]
+            continue
+        hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)
+        with observe_layer(layer, hessians):
+            hidden = [run_layer(layer, h, arguments) for h in hidden]
+        n_written += _write_layer(bank, model_map, layer, hessians, names, settings)
+    progress("bank", len(model_map.layers), len(model_map.layers))
+    return n_written
+
+
+def damaged(path: Path, why: str) -> StoreError:
+    """The error for a file that cannot be trusted."""
+    return StoreError(f"{path} is damaged ({why}); delete {path.parent} and run the same command again: it is made anew")
+
+
+def _write_layer(
+    bank: Bank, model_map: ModelMap, layer: LayerSite, hessians: LayerHessians, names: list[str], settings: QuantSettings
+) -> int:
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for item in quantize_layer(model_map, layer, hessians.batches(layer), names, settings):
+        name = item.record.format
+        tensors[name] |= {f"{item.matrix.name}.{k}": t.cpu().contiguous() for k, t in item.packed.tensors.items()}
+        records[name].append(asdict(item.record))
+    for name in names:
+        path = bank.file(name, layer.index)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file(tensors[name], part)
+        sidecar = {"sha256": _sha256(part), "utilization": hessians.utilization(), "records": records[name]}
+        part.replace(path)
+        _write_text(path.with_suffix(".json"), json.dumps(sidecar))
+    return len(names)
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise damaged(path, str(error)) from error

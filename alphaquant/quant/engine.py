@@ -1,0 +1,215 @@
+"""From one layer's weights and Hessians to packed matrices with a record of how each was made.
+
+The bank asks for every matrix in every format, the pipeline for each matrix in one; both come through `quantize_layer`, so the
+same settings give the same codes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alphaquant.quant.codecs import ScaleSearch, check_finite
+from alphaquant.quant.gptq import Factor, factorize, hessian_error, quantize_gptq, quantize_rtn
+from alphaquant.quant.hessian import HessianBatch
+from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
+from alphaquant.quant.models import LayerSite, ModelMap
+from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.spaces.units import Matrix
+
+Method = Literal["gptq", "rtn"]
+
+_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """How matrices are quantized.
+
+    Attributes:
+        method: `gptq`, or `rtn` (needs no data).
+        percdamp: damping, fraction of mean(diag H).
+        blocksize: columns per lazy update; speed only.
+        scale_search: `mse` or the formats' plain rule, `minmax`.
+        route_exponent: power of the routing weight in experts' Hessians, 0, 1 or 2.
+        pooled_tokens: tokens' worth of the layer's mean mixed into experts' Hessians.
+    """
+
+    method: Method = "gptq"
+    percdamp: float = 0.01
+    blocksize: int = 32
+    scale_search: ScaleSearch = "mse"
+    route_exponent: int = 2
+    pooled_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """How one matrix was quantized; a row of `quantize_report.json`.
+
+    Attributes:
+        matrix: its name.
+        format: canonical format name.
+        bits_per_weight: stored bits, scales included.
+        method: `gptq`, `rtn` or `none` (bf16).
+        fallback: why the method differs from the one asked for, None if it does not.
+        hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without data.
+        n_tokens: calibration tokens that reached it, None without data.
+        damp: damping fraction used, retries included.
+        weight_error: |W - Q|^2 / |W|^2.
+        output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
+    """
+
+    matrix: str
+    format: str
+    bits_per_weight: float
+    method: str
+    fallback: str | None = None
+    hessian: str | None = None
+    n_tokens: int | None = None
+    damp: float | None = None
+    weight_error: float = 0.0
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A packed matrix, which one it is, and how it was made."""
+
+    matrix: Matrix
+    packed: PackedMatrix
+    record: MatrixRecord
+
+
+Wanted = Callable[[Matrix, str], bool]
+
+
+def quantize_layer(
+    model_map: ModelMap,
+    layer: LayerSite,
+    hessians: Sequence[HessianBatch] | None,
+    formats: Sequence[str],
+    settings: QuantSettings,
+    wanted: Wanted = lambda matrix, name: True,
+) -> Iterator[QuantizedMatrix]:
+    """Quantize the matrices of one layer.
+
+    Args:
+        model_map: gives the weights, which are read and not changed.
+        layer: the layer.
+        hessians: from `LayerHessians.batches`; None for round-to-nearest without data.
+        formats: canonical format names.
+        settings: how.
+        wanted: which (matrix, format name) pairs to yield; all by default.
+
+    Raises:
+        FormatError: a weight is NaN or infinite.
+        ModelError: a Hessian cannot be factorized.
+    """
+    for batch in _without_data(layer) if hessians is None else hessians:
+        for chunk in _chunks(batch):
+            yield from _quantize_chunk(model_map, chunk, formats, settings, wanted)
+
+
+def _quantize_chunk(
+    model_map: ModelMap, batch: HessianBatch, formats: Sequence[str], settings: QuantSettings, wanted: Wanted
+) -> Iterator[QuantizedMatrix]:
+    weight = torch.stack([torch.cat([model_map.view(m.name) for m in stack]) for stack in batch.stacks]).to(torch.float32)
+    for b, stack in enumerate(batch.stacks):
+        check_finite(weight[b], " + ".join(m.name for m in stack))
+    factor = None
+    for name in formats:
+        members = [b for b, stack in enumerate(batch.stacks) if any(wanted(m, name) for m in stack)]
+        if not members:
+            continue
+        if not parse_format(name).is_quantized:
+            yield from _keep(weight, batch, members, wanted)
+            continue
+        if factor is None and settings.method == "gptq" and any(batch.has_data):
+            factor = factorize(batch.hessian, settings.percdamp)
+        for quantized in _round(weight, batch, factor, parse_format(name), settings):
+            if wanted(quantized.matrix, name):
+                yield quantized
+
+
+def _round(
+    weight: Tensor, batch: HessianBatch, factor: Factor | None, fmt: Format, settings: QuantSettings
+) -> Iterator[QuantizedMatrix]:
+    """Round all matrices of a batch to one format: GPTQ where there is data, RTN elsewhere."""
+    row_counts = tuple(m.rows for m in batch.stacks[0])
+    rtn = gptq = None
+    has_data = batch.has_data
+    if factor is not None:
+        gptq = quantize_gptq(weight, factor, fmt, settings.scale_search, settings.blocksize, row_counts)
+    if gptq is None or not all(has_data):
+        rtn = quantize_rtn(weight, fmt, settings.scale_search, row_counts)
+    for b, stack in enumerate(batch.stacks):
+        use_gptq = gptq is not None and has_data[b]
+        rounded = gptq if use_gptq else rtn
+        assert rounded is not None
+        damp = factor.damp[b] if use_gptq and factor is not None else None
+        yield from _pack_stack(weight[b], batch, b, rounded, damp, settings.method)
+
+
+def _pack_stack(
+    weight: Tensor, batch: HessianBatch, b: int, rounded: RoundedBatch, damp: float | None, asked: Method
+) -> Iterator[QuantizedMatrix]:
+    """Pack the matrices of one stack and write down their errors."""
+    made = rounded.weights()[b]
+    squared = (weight - made).square().sum(-1)  # [N]
+    has_data = batch.has_data[b]
+    output = hessian_error(weight, made, batch.hessian[b]) if has_data else None
+    signal = hessian_error(weight, torch.zeros_like(weight), batch.hessian[b]) if has_data else None
+    start = 0
+    for matrix in batch.stacks[b]:
+        rows = slice(start, start + matrix.rows)
+        start += matrix.rows
+        relative = None
+        if output is not None and signal is not None:
+            relative = float(output[rows].sum() / signal[rows].sum().clamp(min=1e-30))
+        record = MatrixRecord(
+            matrix.name,
+            rounded.format.name,
+            matrix.storage_bits(rounded.format) / matrix.n_weights,
+            "rtn" if damp is None else "gptq",
+            "no_tokens" if asked == "gptq" and damp is None else None,
+            batch.source[b] if has_data else None,
+            batch.n_tokens[b] if has_data else None,
+            damp,
+            float(squared[rows].sum() / weight[rows].square().sum().clamp(min=1e-30)),
+            relative,
+        )
+        yield QuantizedMatrix(matrix, rounded.pack(b, rows), record)
+
+
+def _keep(weight: Tensor, batch: HessianBatch, members: list[int], wanted: Wanted) -> Iterator[QuantizedMatrix]:
+    for b in members:
+        start = 0
+        for matrix in batch.stacks[b]:
+            rows = slice(start, start + matrix.rows)
+            start += matrix.rows
+            if wanted(matrix, "bf16"):
+                yield QuantizedMatrix(matrix, pack_bf16(weight[b, rows]), MatrixRecord(matrix.name, "bf16", 16.0, "none"))
+
+
+def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:
+    """Split a batch so that its Hessians stay within `_CHUNK_BYTES`."""
+    n_cols = batch.stacks[0][0].cols
+    size = max(1, _CHUNK_BYTES // (4 * n_cols * n_cols))
+    for start in range(0, len(batch.stacks), size):
+        part = slice(start, start + size)
+        hessian = batch.hessian[part]
+        yield HessianBatch(batch.stacks[part], hessian, batch.n_tokens[part], batch.source[part])
+
+
+def _without_data(layer: LayerSite) -> Iterator[HessianBatch]:
+    """Batches for round-to-nearest: matrices one by one for linears, all experts at once, empty Hessians."""
+    stacks: list[tuple[tuple[Matrix, ...], ...]] = [((site.matrix,),) for site in layer.linears]
+    for site in layer.experts:
+        stacks.append(tuple(zip(site.gate, site.up, strict=True)))
+        stacks.append(tuple((m,) for m in site.down))
+    for group in stacks:
+        zeros = torch.zeros(1, 1, 1).expand(len(group), group[0][0].cols, group[0][0].cols)
+        yield HessianBatch(group, zeros, (0,) * len(group), ("none",) * len(group))

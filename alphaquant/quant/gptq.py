@@ -1,0 +1,211 @@
+"""GPTQ and RTN over every format, on batches of matrices of one shape.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1 and section 3.3): columns are rounded one after the other; each column's
+error is spread over the columns not yet rounded, through the upper Cholesky factor of the inverse Hessian. Scales of a group are
+chosen from the compensated weights when the loop reaches its first column. RTN is the same with no error spread: with a Hessian
+equal to the identity both give the same result.
+
+Letters (those of the paper's code in the loop): B matrices, N rows, K columns; W weights, H Hessian, U upper Cholesky factor of
+its inverse, Err1 scaled errors of a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaquant.errors import ModelError
+from alphaquant.quant.codecs import (
+    Codec,
+    GroupScales,
+    ScaleSearch,
+    fit,
+    make_codec,
+    nv_global_scale,
+    rebuild,
+    snap,
+)
+from alphaquant.quant.matrix import RoundedBatch
+from alphaquant.spaces.formats import Format
+
+MAX_DAMP_RETRIES = 5
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The inverse Hessian's upper Cholesky factor, shared by all formats of a batch.
+
+    Attributes:
+        upper: float32 [B, K, K], upper triangular, U'U = (H + damp I)^-1.
+        damp: fraction of mean(diag H) that was added, per matrix, [B] (retries included).
+    """
+
+    upper: Tensor
+    damp: tuple[float, ...]
+
+
+def factorize(hessian: Tensor, percdamp: float) -> Factor:
+    """Dampen Hessians and factorize their inverses.
+
+    A column that no token ever used (zero diagonal) gets a diagonal of its own, so it is rounded without compensation. A matrix
+    whose factorization fails is tried again with ten times the damping, at most five times.
+
+    Args:
+        hessian: float32 [B, K, K], symmetric, sums over tokens (any positive scale).
+        percdamp: fraction of mean(diag H) added to the diagonal.
+
+    Raises:
+        ModelError: a Hessian is not positive definite even with 10^5 * percdamp.
+    """
+    n_batch, n_cols, _ = hessian.shape
+    H = hessian.to(torch.float32).clone()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes H
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(diagonal == 0, torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
+    mean = diagonal.mean(-1)  # [B]
+    upper = torch.empty_like(H)
+    damp = [percdamp] * n_batch
+    pending = list(range(n_batch))
+    eye = torch.eye(n_cols, device=H.device)
+    for _ in range(MAX_DAMP_RETRIES + 1):
+        scale = mean[pending] * torch.tensor([damp[b] for b in pending], device=H.device)
+        lower, info = torch.linalg.cholesky_ex(H[pending] + scale[:, None, None] * eye)
+        inverse, failed = _invert(lower, info)
+        for position, b in enumerate(pending):
+            if not failed[position]:
+                upper[b] = inverse[position]
+        pending = [b for position, b in enumerate(pending) if failed[position]]
+        if not pending:
+            return Factor(upper, tuple(damp))
+        for b in pending:
+            damp[b] *= 10
+    raise ModelError(
+        f"{len(pending)} Hessians of size {n_cols} are not positive definite even with damping {damp[pending[0]]:g}; use more or "
+        "other calibration text, a larger --percdamp, or --method rtn"
+    )
+
+
+def quantize_gptq(
+    weight: Tensor,
+    factor: Factor,
+    fmt: Format,
+    search: ScaleSearch,
+    blocksize: int = 32,
+    row_counts: tuple[int, ...] = (),
+) -> RoundedBatch:
+    """Round a batch of matrices with error compensation.
+
+    Args:
+        weight: float32 [B, N, K].
+        factor: from `factorize` on their Hessians.
+        fmt: a quantized format.
+        search: how scales are chosen; the mse search weights each column by 1 / U_cc^2, its cost in the GPTQ loss.
+        blocksize: columns whose errors are spread lazily in one matrix product; changes speed, not the result.
+        row_counts: rows of each matrix where several are stacked along N (nvfp4 has one global scale per matrix).
+
+    Returns:
+        The rounded batch.
+    """
+    W = weight.to(torch.float32).clone()
+    U = factor.upper
+    global_scale, codec = _codec(W, fmt, search, row_counts)
+    values = torch.empty_like(W)
+    collected: list[GroupScales] = []
+    group_size = _group_size(fmt, W.shape[-1])
+    for start, stop in _blocks(W.shape[-1], group_size, blocksize):
+        W1 = W[..., start:stop].clone()
+        Err1 = torch.zeros_like(W1)
+        U1 = U[:, start:stop, start:stop]
+        for i in range(stop - start):
+            column = start + i
+            if column % group_size == 0:
+                end = column + group_size
+                ahead = W1[..., i : end - start] if end <= stop else torch.cat([W1[..., i:], W[..., stop:end]], -1)
+                importance = U.diagonal(dim1=-2, dim2=-1)[:, column:end].pow(-2)
+                collected.append(fit(codec, ahead, importance))
+            scales = collected[-1]
+            w = W1[..., i]
+            value = snap(codec.grid, w, scales.scale, scales.zero)
+            values[..., column] = value
+            error = (w - rebuild(value, scales.scale, scales.zero)) / U1[:, i, i, None]
+            Err1[..., i] = error
+            W1[..., i + 1 :].addcmul_(error.unsqueeze(-1), U1[:, i, None, i + 1 :], value=-1.0)
+        if stop < W.shape[-1]:
+            W[..., stop:] -= Err1 @ U[:, start:stop, stop:]
+    return _collect(fmt, values, collected, global_scale)
+
+
+def quantize_rtn(weight: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...] = ()) -> RoundedBatch:
+    """Round a batch of matrices to nearest, group by group; needs no data.
+
+    Args:
+        weight: float32 [B, N, K].
+        fmt: a quantized format.
+        search: how scales are chosen.
+        row_counts: rows of each stacked matrix, as in `quantize_gptq`.
+
+    Returns:
+        The rounded batch.
+    """
+    W = weight.to(torch.float32)
+    global_scale, codec = _codec(W, fmt, search, row_counts)
+    values = torch.empty_like(W)
+    collected = []
+    group_size = _group_size(fmt, W.shape[-1])
+    for start in range(0, W.shape[-1], group_size):
+        group = W[..., start : start + group_size]
+        scales = fit(codec, group)
+        zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
+        values[..., start : start + group_size] = snap(codec.grid, group, scales.scale.unsqueeze(-1), zero)
+        collected.append(scales)
+    return _collect(fmt, values, collected, global_scale)
+
+
+def hessian_error(original: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """Rows' shares of tr((W - Q) H (W - Q)'), [B, N]; with H = sum of c^2 x x' the squared output error over the tokens."""
+    delta = (original - rounded).to(torch.float32)
+    return ((delta @ hessian) * delta).sum(-1)
+
+
+def _codec(W: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...]) -> tuple[Tensor | None, Codec]:
+    if fmt.family != "nvfp":
+        return None, make_codec(fmt, search)
+    parts = W.split(list(row_counts) or [W.shape[-2]], -2)
+    global_scale = torch.cat([nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1)  # [B, N]
+    return global_scale, make_codec(fmt, search, global_scale)
+
+
+def _group_size(fmt: Format, n_cols: int) -> int:
+    return n_cols if fmt.n_groups(n_cols) == 1 else fmt.group_size
+
+
+def _blocks(n_cols: int, group_size: int, blocksize: int) -> Iterator[tuple[int, int]]:
+    """Blocks that hold whole groups, or lie inside one, so that a group's weights are up to date when it is reached.
+
+    Example: 200 columns, groups of 96, blocks of 128 -> (0, 96), (96, 192), (192, 200); of 32 -> (0, 32), (32, 64), (64, 96), ...
+    """
+    groups_per_block = blocksize // group_size
+    run = group_size * max(groups_per_block, 1)
+    step = run if groups_per_block else blocksize
+    for run_start in range(0, n_cols, run):
+        run_stop = min(n_cols, run_start + run)
+        for start in range(run_start, run_stop, step):
+            yield start, min(run_stop, start + step)
+
+
+def _invert(lower: Tensor, info: Tensor) -> tuple[Tensor, list[bool]]:
+    """Upper Cholesky factors of the inverses, and which matrices failed."""
+    ok = info == 0
+    eye = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+    safe = torch.where(ok[:, None, None], lower, eye)
+    inverse = torch.cholesky_inverse(safe)
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    good = ok & (info == 0) & torch.isfinite(upper).all((-1, -2))
+    return upper, [not bool(g) for g in good]
+
+
+def _collect(fmt: Format, values: Tensor, groups: list[GroupScales], global_scale: Tensor | None) -> RoundedBatch:
+    zeros = [g.zero for g in groups if g.zero is not None]
+    scales = torch.stack([g.scale for g in groups], -1)  # [B, N, G]
+    return RoundedBatch(fmt, values, scales, torch.stack(zeros, -1) if zeros else None, global_scale)

@@ -1,0 +1,149 @@
+"""Hessians of the layer-wise quantization error, weighted by routing.
+
+For an expert with tokens x_j and routing weights c_j the squared error of its weighted output is
+sum_j c_j^2 |(W - Q) x_j|^2 = tr((W - Q) H (W - Q)') with H = sum_j c_j^2 x_j x_j' (derivation in docs/algorithms.md). The exponent is
+a parameter: 0 is plain GPTQ, 1 is MoEQuant (arXiv 2505.03804, AGQ), 2 is exact and the default. Everything that every token
+passes through (attention, dense MLPs, shared experts) has weight 1.
+
+An expert that few tokens reach gets its Hessian mixed with the mean of its layer's experts, as if it had seen `pooled_tokens`
+more of their tokens. The mean is taken over the layer's experts for gate and up, whose inputs live in the same space; for down,
+whose inputs are each expert's own features, only the mean diagonal is shared.
+
+Letters: E experts, K inputs, n tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alphaquant.quant.models import ExpertsSite, LayerSite, LinearSite
+from alphaquant.quant.routing import tokens_by_expert
+from alphaquant.spaces.units import Matrix
+
+
+@dataclass(frozen=True)
+class HessianBatch:
+    """Hessians of matrices that are quantized together.
+
+    Attributes:
+        stacks: B groups of matrices; those of one group share their input and are stacked along their rows (q, k, v; gate, up).
+        hessian: float32 [B, K, K], sums over tokens.
+        n_tokens: tokens that each group saw, [B].
+        source: how each Hessian was made, [B]: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`.
+    """
+
+    stacks: tuple[tuple[Matrix, ...], ...]
+    hessian: Tensor
+    n_tokens: tuple[int, ...]
+    source: tuple[str, ...]
+
+    @property
+    def has_data(self) -> list[bool]:
+        """Whether each Hessian is more than zeros."""
+        return [bool(h) for h in (self.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) > 0).tolist()]
+
+
+def accumulate(total: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:
+    """Add sum_j w_j x_j x_j' to a Hessian in place.
+
+    Args:
+        total: float32 [K, K].
+        inputs: [..., K], any float dtype.
+        weights: float [n], one per token; None for ones.
+    """
+    flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    weighted = flat if weights is None else flat * weights.to(torch.float32).unsqueeze(-1)
+    total.addmm_(weighted.T, flat)
+
+
+@dataclass
+class LayerHessians:
+    """Observer that sums the Hessians of one layer; hand it to `observe_layer`, then call `batches`.
+
+    Attributes:
+        route_exponent: 0, 1 or 2; power of the routing weight.
+        pooled_tokens: tokens' worth of the layer's mean that each expert's Hessian is mixed with; 0 turns it off.
+    """
+
+    route_exponent: int = 2
+    pooled_tokens: int = 512
+    _linear: dict[str, Tensor] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)
+    _shared: dict[str, list[Matrix]] = field(default_factory=dict)
+    _leader: dict[str, str] = field(default_factory=dict)
+    _last: tuple[str, Tensor] | None = None
+    _experts: dict[str, "_ExpertSums"] = field(default_factory=dict)
+
+    def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
+        """Add a batch; linears that receive the very same tensor as the one before them share one Hessian."""
+        name = site.matrix.name
+        if name not in self._leader:
+            same = self._last is not None and self._last[1] is inputs
+            leader = self._leader[self._last[0]] if same and self._last else name
+            self._leader[name] = leader
+            self._shared.setdefault(leader, []).append(site.matrix)
+        self._last = (name, inputs)
+        if self._leader[name] != name:
+            return
+        if name not in self._linear:
+            n_cols = site.matrix.cols
+            self._linear[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
+            self._tokens[name] = 0
+        accumulate(self._linear[name], inputs)
+        self._tokens[name] += inputs.numel() // inputs.shape[-1]
+
+    def on_experts(self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Add a batch of routed tokens."""
+        if site.name not in self._experts:
+            self._experts[site.name] = _ExpertSums(site, inputs.device)
+        self._experts[site.name].add(inputs, expert_ids, weights, self.route_exponent)
+
+    def utilization(self) -> dict[str, list[int]]:
+        """Tokens that each expert received, by experts module; sums to tokens x top-k."""
+        return {name: sums.n_tokens.tolist() for name, sums in self._experts.items()}
+
+    def batches(self, layer: LayerSite) -> list[HessianBatch]:
+        """The layer's Hessians, linears first."""
+        result = []
+        for leader, matrices in self._shared.items():
+            hessian = self._linear[leader].unsqueeze(0)
+            result.append(HessianBatch((tuple(matrices),), hessian, (self._tokens[leader],), ("plain",)))
+        for site in layer.experts:
+            result += self._experts[site.name].batches(self.pooled_tokens, self.route_exponent)
+        return result
+
+
+class _ExpertSums:
+    """Sums of one experts module."""
+
+    def __init__(self, site: ExpertsSite, device: torch.device) -> None:
+        n_experts, hidden, width = site.n_experts, site.gate[0].cols, site.down[0].cols
+        self.site = site
+        self.w13 = torch.zeros(n_experts, hidden, hidden, device=device)
+        self.w2 = torch.zeros(n_experts, width, width, device=device)
+        self.n_tokens = torch.zeros(n_experts, dtype=torch.int64)
+
+    def add(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor, exponent: int) -> None:
+        for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
+            e = tokens.expert
+            x = inputs[tokens.rows]
+            features = self.site.apply_gate(x @ self.site.w13(e).T)  # [m, I]
+            power = tokens.weights.to(torch.float32) ** exponent
+            accumulate(self.w13[e], x, power)
+            accumulate(self.w2[e], features, power)
+            self.n_tokens[e] += tokens.rows.numel()
+
+    def batches(self, pooled_tokens: int, exponent: int) -> list[HessianBatch]:
+        counts = tuple(self.n_tokens.tolist())
+        base = "routing_weighted" if exponent else "plain"
+        source = tuple(base if not pooled_tokens else f"{base}+pooled" if n else "pooled" for n in counts)
+        w13, w2 = self.w13, self.w2
+        if pooled_tokens and sum(counts):
+            share = pooled_tokens / sum(counts)
+            w13 = w13 + share * w13.sum(0)
+            mean_diagonal = share * w2.diagonal(dim1=-2, dim2=-1).sum(0).mean()
+            w2 = w2 + mean_diagonal * torch.eye(w2.shape[-1], device=w2.device)
+        gate_up = tuple(zip(self.site.gate, self.site.up, strict=True))
+        down = tuple((m,) for m in self.site.down)
+        return [HessianBatch(gate_up, w13, counts, source), HessianBatch(down, w2, counts, source)]

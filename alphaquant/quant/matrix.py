@@ -1,0 +1,160 @@
+"""Quantized matrices: as grid values while they are made (`RoundedBatch`), packed as they are stored (`PackedMatrix`).
+
+The packed tensors are those of the layout in `alphaquant.spaces.formats`; their bytes equal `Format.storage_bits` exactly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaquant.errors import StoreError
+from alphaquant.kernels.grids import E8M0_BIAS, from_e8m0
+from alphaquant.kernels.packing import pack_codes, unpack_codes
+from alphaquant.quant.codecs import make_grid, rebuild
+from alphaquant.spaces.formats import Format, parse_format
+
+
+@dataclass(frozen=True)
+class RoundedBatch:
+    """A batch of matrices rounded to one format, not packed yet.
+
+    Attributes:
+        format: their format.
+        values: float32 [B, N, K] grid values.
+        scales: float32 [B, N, G], exactly as stored.
+        zeros: float32 [B, N, G] or None.
+        global_scale: float32 [B, N] (nvfp4) or None.
+    """
+
+    format: Format
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """Dequantized weights, float32 [B, N, K]; bit for bit what `PackedMatrix.dequantize` gives."""
+        return dequantize_groups(self.format, self.values, self.scales, self.zeros)
+
+    def pack(self, index: int, rows: slice) -> "PackedMatrix":
+        """Pack rows of one matrix of the batch."""
+        fmt, scales = self.format, self.scales[index, rows]
+        codes = make_grid(fmt).to_codes(self.values[index, rows])
+        stored = {"codes": pack_codes(codes, fmt.bits), "scales": scales.to(torch.float16)}
+        if fmt.family == "mxfp":
+            stored["scales"] = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
+        if fmt.family == "nvfp":
+            assert self.global_scale is not None
+            shared = self.global_scale[index, rows][:1]
+            stored["scales"] = (scales / shared).to(torch.float8_e4m3fn)
+            stored["global_scale"] = shared.clone()
+        if self.zeros is not None:
+            zeros = self.zeros[index, rows].to(torch.uint8)
+            stored["zeros"] = pack_codes(zeros.flatten(), fmt.bits)
+        n_rows, n_cols = codes.shape
+        return PackedMatrix(fmt, n_rows, n_cols, stored)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One matrix as it is stored.
+
+    Attributes:
+        format: its format.
+        rows: outputs.
+        cols: inputs.
+        tensors: `codes` uint8 [rows, row bytes], `scales` [rows, G], optional `zeros` uint8 [bytes] and `global_scale`
+            float32 [1]; for bf16 only `weight` bfloat16 [rows, cols].
+    """
+
+    format: Format
+    rows: int
+    cols: int
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def dequantize(self) -> Tensor:
+        """Weights, float32 [rows, cols], on the tensors' device."""
+        if not self.format.is_quantized:
+            return self.tensors["weight"].to(torch.float32)
+        codes = unpack_codes(self.tensors["codes"], self.format.bits, self.cols)
+        values = make_grid(self.format).to_values(codes)
+        zeros = None
+        n_groups = self.format.n_groups(self.cols)
+        if "zeros" in self.tensors:
+            flat = unpack_codes(self.tensors["zeros"], self.format.bits, self.rows * n_groups)
+            zeros = flat.reshape(self.rows, n_groups).to(torch.float32)
+        return dequantize_groups(self.format, values, self._scales(), zeros)
+
+    def _scales(self) -> Tensor:
+        stored = self.tensors["scales"]
+        if self.format.family == "mxfp":
+            return from_e8m0(stored)
+        scales = stored.to(torch.float32)
+        return scales * self.tensors["global_scale"] if self.format.family == "nvfp" else scales
+
+
+def pack_bf16(weight: Tensor) -> PackedMatrix:
+    """A matrix that stays in bfloat16, [rows, cols]."""
+    rows, cols = weight.shape
+    return PackedMatrix(parse_format("bf16"), rows, cols, {"weight": weight.to(torch.bfloat16).contiguous()})
+
+
+def packed_shapes(fmt: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that a packed [rows, cols] matrix has."""
+    if not fmt.is_quantized:
+        return {"weight": ((rows, cols), torch.bfloat16)}
+    scale_dtype = {"int": torch.float16, "fp": torch.float16, "mxfp": torch.uint8, "nvfp": torch.float8_e4m3fn}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((rows, fmt.row_bytes(cols)), torch.uint8),
+        "scales": ((rows, fmt.n_groups(cols)), scale_dtype[fmt.family]),
+    }
+    if not fmt.symmetric:
+        shapes["zeros"] = ((fmt.zero_bytes(rows, cols),), torch.uint8)
+    if fmt.family == "nvfp":
+        shapes["global_scale"] = ((1,), torch.float32)
+    return shapes
+
+
+def check_packed(matrix: PackedMatrix, name: str, source: str) -> None:
+    """Check that the tensors of a matrix have the shapes and dtypes that its format asks for.
+
+    Raises:
+        StoreError: naming the matrix and the file.
+    """
+    expected = packed_shapes(matrix.format, matrix.rows, matrix.cols)
+    found = {key: (tuple(t.shape), t.dtype) for key, t in matrix.tensors.items()}
+    if found != expected:
+        raise StoreError(
+            f"{source}: {name} in {matrix.format.name} has tensors {found}, expected {expected}; the file is damaged or of another "
+            "version: delete it and run again"
+        )
+
+
+def dequantize_groups(fmt: Format, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """(value - zero) * scale with one scale per group of columns.
+
+    Args:
+        fmt: gives the group size.
+        values: float32 [..., N, K].
+        scales: float32 [..., N, G].
+        zeros: float32 [..., N, G] or None.
+
+    Returns:
+        float32 [..., N, K].
+    """
+    n_cols = values.shape[-1]
+    group_size = n_cols if fmt.n_groups(n_cols) == 1 else fmt.group_size
+    if n_cols % group_size == 0:
+        grouped = values.unflatten(-1, (-1, group_size))  # [..., N, G, g]
+        zero = None if zeros is None else zeros.unsqueeze(-1)
+        return rebuild(grouped, scales.unsqueeze(-1), zero).flatten(-2)
+    column_scale = scales.repeat_interleave(group_size, -1)[..., :n_cols]
+    column_zero = None if zeros is None else zeros.repeat_interleave(group_size, -1)[..., :n_cols]
+    return rebuild(values, column_scale, column_zero)

@@ -1,0 +1,1 @@
+"""What can be chosen: formats, units, budgets, profiles, the space and its configurations."""

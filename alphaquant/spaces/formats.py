@@ -1,0 +1,324 @@
+"""Number formats: how the numbers of one matrix are stored, and how many bits that takes.
+
+This is the only place where bits are counted. It holds no tensors: the arithmetic is in
+`alphaquant.kernels`, the choice of scales in `alphaquant.quant.codecs`.
+
+Name grammar (`parse_format`)::
+
+    int<2|3|4|5|6|8>[-g<N>|-row][-asym]              int4-g128   int3-g64-asym   int8-row
+    fp<4|6|8>[-<element>][-g<N>|-row]                fp8-e4m3-g128   fp6-e2m3-g64   fp4-g32
+    mxfp<4|6|8>[-<element>]   nvfp4   bf16           mxfp4   mxfp6-e2m3
+
+Absent parts: group 128 for int and fp (32 for mxfp, 16 for nvfp4), symmetric, elements e2m1 /
+e3m2 / e4m3.
+
+Stored layout of a matrix of R rows (outputs) and C columns (inputs), G = ceil(C / group) groups
+per row, a short last group allowed::
+
+    codes   R x ceil(C * bits / 8) bytes    little-endian bit stream per row, padded to a byte
+    scales  R x G   float16 (int, fp)  |  one byte E8M0 (mxfp)  |  one byte E4M3 (nvfp4)
+    zeros   ceil(R * G * bits / 8) bytes    asymmetric only, one stream for the matrix
+    global  4 bytes float32                 nvfp4 only
+
+Worked example, R = 256, C = 128: `int3-g64-asym` has 256 * 48 bytes of codes, 256 * 2 * 2 bytes of
+scales and 256 * 2 * 3 / 8 = 192 bytes of zeros, 13504 bytes = 108032 bits, 3.297 bits per weight
+= 3 + (16 + 3) / 64.
+
+Sources: OCP Microscaling Formats (MX) v1.0, sections 5.1-5.4 (elements, E8M0); OCP 8-bit floating
+point (OFP8) v1.0, table 1.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from alphaquant.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Element:
+    """A small floating-point number: one sign bit, exponent bits, mantissa bits.
+
+    `max_value` is stated and not derived, because E4M3 gives its largest pattern to NaN and E5M2
+    its largest exponent to infinity, while the 4- and 6-bit elements use every pattern.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    max_value: float
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code: sign, exponent, mantissa."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bias(self) -> int:
+        """Exponent bias: 2^(exponent_bits - 1) - 1."""
+        return int(2 ** (self.exponent_bits - 1) - 1)
+
+    @property
+    def emax(self) -> int:
+        """Exponent of the largest value (OCP MX 6.3): E2M1 2, E2M3 2, E3M2 4, E4M3 8, E5M2 15."""
+        exponent = 0
+        while 2.0 ** (exponent + 1) <= self.max_value:
+            exponent += 1
+        return exponent
+
+
+ELEMENTS: dict[str, Element] = {
+    "e2m1": Element(2, 1, 6.0),
+    "e2m3": Element(2, 3, 7.5),
+    "e3m2": Element(3, 2, 28.0),
+    "e4m3": Element(4, 3, 448.0),
+    "e5m2": Element(5, 2, 57344.0),
+}
+
+_DEFAULT_ELEMENT = {4: "e2m1", 6: "e3m2", 8: "e4m3"}
+_INT_BITS = (2, 3, 4, 5, 6, 8)
+_FLOAT_BITS = (4, 6, 8)
+
+FORMAT_KINDS: tuple[str, ...] = (
+    *(f"int{b}" for b in _INT_BITS),
+    *(f"fp{b}" for b in _FLOAT_BITS),
+    *(f"mxfp{b}" for b in _FLOAT_BITS),
+    "nvfp4",
+    "bf16",
+)
+"""Every name that a configuration's `wq` may hold: the 13 promised formats and int5."""
+
+DEFAULT_GROUP_SIZE = 128
+MX_BLOCK_SIZE = 32
+NV_BLOCK_SIZE = 16
+PER_ROW = -1
+MIN_GROUP_SIZE = 8
+FIXED_BLOCK_SIZES: dict[str, int] = {"mxfp": MX_BLOCK_SIZE, "nvfp": NV_BLOCK_SIZE}
+"""Families whose group size is part of the format and cannot be chosen."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the numbers of one matrix are stored.
+
+    Attributes:
+        family: `int`, `fp`, `mxfp`, `nvfp` or `bf16`.
+        bits: bits of one code (16 for bf16).
+        group_size: consecutive inputs that share one scale; `PER_ROW` for one scale per row.
+        symmetric: whether integers have no zero point; always true outside `int`.
+        element: name in `ELEMENTS` for floating-point codes, empty otherwise.
+    """
+
+    family: str
+    bits: int
+    group_size: int = PER_ROW
+    symmetric: bool = True
+    element: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The name without group, symmetry and element, as `wq` holds it: `int4`, `mxfp6`."""
+        return "bf16" if self.family == "bf16" else f"{self.family}{self.bits}"
+
+    @property
+    def name(self) -> str:
+        """The canonical name; `parse_format(name)` gives this format back."""
+        parts = [self.kind]
+        if self.family in ("fp", "mxfp") and (
+            self.family == "fp" or self.element != _DEFAULT_ELEMENT[self.bits]
+        ):
+            parts.append(self.element)
+        if self.family in ("int", "fp"):
+            parts.append("row" if self.group_size == PER_ROW else f"g{self.group_size}")
+        if not self.symmetric:
+            parts.append("asym")
+        return "-".join(parts)
+
+    @property
+    def is_quantized(self) -> bool:
+        """False for bf16 only."""
+        return self.family != "bf16"
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of one scale: 16 (float16), 8 (E8M0, E4M3) or 0."""
+        return {"int": 16, "fp": 16, "mxfp": 8, "nvfp": 8, "bf16": 0}[self.family]
+
+    def n_groups(self, cols: int) -> int:
+        """Scales per row of `cols` inputs; the last group may be short."""
+        if not self.is_quantized:
+            return 0
+        return 1 if self.group_size == PER_ROW else ceil(cols / self.group_size)
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of the codes of one row of `cols` inputs."""
+        return ceil(cols * self.bits / 8)
+
+    def zero_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of the zero points of the whole matrix; 0 when symmetric."""
+        return 0 if self.symmetric else ceil(rows * self.n_groups(cols) * self.bits / 8)
+
+    def storage_bits(self, rows: int, cols: int) -> int:
+        """Bits of a [rows, cols] matrix on disk: packed codes, scales, zeros, padding, global."""
+        global_bits = 32 if self.family == "nvfp" else 0
+        scale_bits = rows * self.n_groups(cols) * self.scale_bits
+        return (
+            8 * rows * self.row_bytes(cols)
+            + scale_bits
+            + 8 * self.zero_bytes(rows, cols)
+            + global_bits
+        )
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per weight where the group divides the width; per-row, per-matrix parts are 0."""
+        if self.group_size == PER_ROW:
+            return float(self.bits)
+        zero_bits = 0 if self.symmetric else self.bits
+        return self.bits + (self.scale_bits + zero_bits) / self.group_size
+
+
+BF16 = Format("bf16", 16)
+
+_NAME = re.compile(
+    r"(?P<kind>[a-z]+[0-9]+)(?:-(?P<element>e[0-9]m[0-9]))?"
+    r"(?:-(?:g(?P<group>[0-9]+)|(?P<row>row)))?(?P<asym>-asym)?"
+)
+
+
+@lru_cache(maxsize=1024)
+def parse_format(name: str) -> Format:
+    """Read a format name such as `int3-g64-asym`; see the grammar in the file header.
+
+    Args:
+        name: the name, lower case.
+
+    Returns:
+        The format.
+
+    Raises:
+        FormatError: the name does not follow the grammar.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or match["kind"] not in FORMAT_KINDS:
+        raise FormatError(
+            f"unknown format {name!r}; known kinds are {', '.join(FORMAT_KINDS)}, written like "
+            "int4-g128, int3-g64-asym, int8-row, fp8-e4m3-g128, mxfp4, nvfp4, bf16"
+        )
+    group_size = PER_ROW if match["row"] else int(match["group"]) if match["group"] else None
+    if group_size is not None and match["kind"].startswith(("mx", "nv", "bf")):
+        raise FormatError(
+            f"{name!r}: {match['kind']} has a fixed block size; drop the group from the name"
+        )
+    return make_format(
+        match["kind"], group_size, symmetric=not match["asym"], element=match["element"]
+    )
+
+
+def make_format(
+    kind: str, group_size: int | None = None, *, symmetric: bool = True, element: str | None = None
+) -> Format:
+    """Build a format from the fields that a configuration names.
+
+    Args:
+        kind: one of `FORMAT_KINDS`.
+        group_size: inputs per scale, `PER_ROW` (-1) for one scale per row, None for the default;
+            ignored for mxfp, nvfp4 and bf16, whose blocks are fixed (32, 16, none).
+        symmetric: False adds a zero point per group; integers only.
+        element: e2m1, e2m3, e3m2, e4m3 or e5m2; only for fp and mxfp of matching width.
+
+    Raises:
+        FormatError: unknown kind, a group size below 8, or an element or zero point that the kind
+            cannot have.
+    """
+    possible = elements_of(kind)
+    family = kind.rstrip("0123456789")
+    bits = int(kind.removeprefix(family))
+    if not symmetric and family != "int":
+        raise FormatError(
+            f"{kind} has no zero point; only int formats can be asymmetric: drop the asymmetry, "
+            "or use an int format"
+        )
+    if element is not None and element not in possible:
+        change = f"use {' or '.join(possible)}" if possible else "drop the element"
+        raise FormatError(f"{kind} cannot store {element} elements; {change}")
+    if family == "bf":
+        return BF16
+    fixed = FIXED_BLOCK_SIZES.get(family)
+    n_shared = _group_size(kind, group_size) if fixed is None else fixed
+    if family == "int":
+        return Format(family, bits, n_shared, symmetric)
+    return Format(family, bits, n_shared, True, element or _DEFAULT_ELEMENT[bits])
+
+
+def elements_of(kind: str) -> tuple[str, ...]:
+    """Names of the elements that a kind can store, the default first; none for int and bf16.
+
+    Raises:
+        FormatError: unknown kind.
+    """
+    if kind not in FORMAT_KINDS:
+        raise FormatError(f"unknown format {kind!r}; known are {', '.join(FORMAT_KINDS)}")
+    if kind.startswith(("int", "bf")):
+        return ()
+    bits = int(kind[-1])
+    default = _DEFAULT_ELEMENT[bits]
+    return (default, *(n for n, e in ELEMENTS.items() if e.bits == bits and n != default))
+
+
+def _group_size(kind: str, group_size: int | None) -> int:
+    if group_size is None:
+        return DEFAULT_GROUP_SIZE
+    if group_size != PER_ROW and group_size < MIN_GROUP_SIZE:
+        raise FormatError(
+            f"{kind}: group size {group_size} is not possible; use -1 (one scale per row) or at "
+            f"least {MIN_GROUP_SIZE}, e.g. 32, 64, 128"
+        )
+    return group_size
+
+
+DEFAULT_MENU: tuple[str, ...] = (
+    *("int2-g128-asym", "int2-g64-asym", "int2-g32-asym"),
+    *("int3-g128-asym", "int3-g64-asym", "int3-g32-asym"),
+    *("int4-g128-asym", "int4-g64-asym", "int4-g32-asym"),
+    *("int5-g128-asym", "int6-g128", "int8-g128"),
+)
+"""Formats that a search considers unless told otherwise (measured in docs/algorithms.md)."""
+
+MENUS: dict[str, tuple[str, ...]] = {
+    "default": DEFAULT_MENU,
+    "int": DEFAULT_MENU,
+    "mx": ("mxfp4", "mxfp6", "mxfp8"),
+    "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
+    "all": (
+        *DEFAULT_MENU,
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "nvfp4",
+        "fp4-e2m1-g128",
+        "fp6-e3m2-g128",
+        "fp8-e4m3-g128",
+        "bf16",
+    ),
+}
+
+
+def parse_menu(text: str) -> tuple[str, ...]:
+    """Read `--formats`: menu names and format names, separated by commas.
+
+    Returns:
+        Canonical names without duplicates, sorted by nominal bits.
+
+    Raises:
+        FormatError: an unknown name, or nothing given.
+    """
+    names: set[str] = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        names |= {parse_format(n).name for n in MENUS.get(part, (part,))}
+    if not names:
+        raise FormatError(
+            f"no formats in {text!r}; give names such as int4-g128,mxfp4 or a menu: "
+            f"{', '.join(MENUS)}"
+        )
+    return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))

@@ -1,0 +1,161 @@
+"""What can be given a format: matrices, the units that group them, and the inventory of a model.
+
+A matrix has the name that per-expert checkpoints use (`model.layers.3.mlp.experts.7.down_proj`),
+also where transformers keeps all experts of a layer in one 3-D parameter. A unit is one matrix or
+several that must share one format (an expert's gate and up; whatever a profile couples). Holds no
+tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from alphaquant.spaces.formats import Format
+
+KINDS = ("attention", "expert", "shared", "dense")
+"""Attention projections, routed experts, shared experts (always on), MLPs of dense layers."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One quantizable weight matrix, [rows = outputs, cols = inputs].
+
+    Attributes:
+        name: canonical per-expert name, without `.weight`.
+        rows: output features.
+        cols: input features; groups and Hessians run along these.
+        kind: one of `KINDS`.
+        layer: index of its decoder layer.
+        expert: index of its expert, None outside routed experts.
+        aliases: other names that configurations may use (Mixtral's `w1`, `w2`, `w3`).
+    """
+
+    name: str
+    rows: int
+    cols: int
+    kind: str
+    layer: int
+    expert: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def projection(self) -> str:
+        """The last part of the name: `q_proj`, `gate_proj`, `down_proj`."""
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights: rows * cols."""
+        return self.rows * self.cols
+
+    def storage_bits(self, fmt: Format) -> int:
+        """Bits on disk in a format."""
+        return fmt.storage_bits(self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing that gets one format: one matrix, or several that are coupled."""
+
+    name: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def kind(self) -> str:
+        """Kind of its first matrix; coupled matrices are of one kind."""
+        return self.matrices[0].kind
+
+    @property
+    def layer(self) -> int:
+        """Layer of its first matrix."""
+        return self.matrices[0].layer
+
+    @property
+    def family(self) -> str:
+        """What allocators group by: `attention`, `expert.w13`, `expert.w2`, `shared.w13`, ..."""
+        if self.kind == "attention":
+            return "attention"
+        parts = {"w2" if m.projection in ("down_proj", "w2") else "w13" for m in self.matrices}
+        return f"{self.kind}.{'all' if len(parts) > 1 else parts.pop()}"
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all its matrices."""
+        return sum(m.n_weights for m in self.matrices)
+
+    def storage_bits(self, fmt: Format) -> int:
+        """Bits on disk of all its matrices in a format."""
+        return sum(m.storage_bits(fmt) for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that stays as it is: embeddings, lm_head, norms, routers.
+
+    Attributes:
+        name: parameter name in the checkpoint, with `.weight`.
+        n_weights: elements.
+        n_bytes: bytes as stored.
+        aliases: other names that configurations may use (Mixtral's `block_sparse_moe.gate`).
+    """
+
+    name: str
+    n_weights: int
+    n_bytes: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The quantizable matrices of a model, in model order, and what stays unquantized.
+
+    Attributes:
+        model_type: the architecture's name in its configuration.
+        matrices: quantizable matrices; names are unique.
+        kept: tensors that are stored as they are.
+    """
+
+    model_type: str
+    matrices: tuple[Matrix, ...]
+    kept: tuple[Kept, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Matrix]:
+        """Matrices by canonical name."""
+        return {m.name: m for m in self.matrices}
+
+    @property
+    def n_weights(self) -> int:
+        """Quantizable weights: the denominator of `bits per weight`."""
+        return sum(m.n_weights for m in self.matrices)
+
+    @property
+    def n_layers(self) -> int:
+        """One more than the largest layer index."""
+        return 1 + max(m.layer for m in self.matrices)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of everything that stays unquantized."""
+        return sum(k.n_bytes for k in self.kept)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names, shapes and kept tensors; equal for equal architectures."""
+        facts = [
+            self.model_type,
+            [asdict(m) for m in self.matrices],
+            [asdict(k) for k in self.kept],
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def storage_bits(self, fmt: Format) -> int:
+        """Bits of all matrices in one uniform format."""
+        return sum(m.storage_bits(fmt) for m in self.matrices)
+
+
+def total_bits(choice: Iterable[tuple[Matrix, Format]]) -> int:
+    """Bits on disk of matrices in their formats."""
+    return sum(matrix.storage_bits(fmt) for matrix, fmt in choice)
