@@ -26,7 +26,7 @@ from torch import Tensor
 from alphaquant.errors import StoreError
 from alphaquant.quant.engine import QuantSettings, quantize_layer
 from alphaquant.quant.hessian import LayerHessians
-from alphaquant.quant.matrix import PackedMatrix, check_packed
+from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.quant.models import LayerSite, ModelMap
 from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.formats import parse_format
@@ -34,6 +34,36 @@ from alphaquant.spaces.units import Inventory, Matrix
 
 BANK_VERSION = 1
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BankLayer:
+    """An open file of the bank.
+
+    Attributes:
+        path: of the file.
+        format: its format's name.
+        file: the memory-mapped safetensors file.
+        names: of its tensors.
+    """
+
+    path: Path
+    format: str
+    file: Any
+    names: frozenset[str]
+
+    def read(self, matrix: Matrix) -> PackedMatrix:
+        """One packed matrix.
+
+        Raises:
+            StoreError: its tensors are missing or of the wrong shape.
+        """
+        fmt = parse_format(self.format)
+        keys = [f"{matrix.name}.{part}" for part in packed_shapes(fmt, matrix.rows, matrix.cols)]
+        tensors = {k.rsplit(".", 1)[-1]: self.file.get_tensor(k) for k in keys if k in self.names}
+        packed = PackedMatrix(fmt, matrix.rows, matrix.cols, tensors)
+        check_packed(packed, matrix.name, str(self.path))
+        return packed
 
 
 @dataclass(frozen=True)
@@ -79,18 +109,21 @@ class Bank:
         Raises:
             StoreError: the file is missing or damaged.
         """
-        path = self.file(format_name, matrix.layer)
-        fmt = parse_format(format_name)
-        prefix = f"{matrix.name}."
+        return self.layer(format_name, matrix.layer).read(matrix)
+
+    def layer(self, format_name: str, layer: int) -> "BankLayer":
+        """One layer in one format, opened once for many reads.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        path = self.file(format_name, layer)
         try:
-            with safe_open(path, "pt") as file:
-                names = [k for k in file.keys() if k.startswith(prefix)]  # noqa: SIM118 - not a dict
-                tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in names}
+            file = safe_open(path, "pt")
+            names = frozenset(file.keys())
         except (OSError, SafetensorError) as error:
             raise damaged(path, str(error)) from error
-        packed = PackedMatrix(fmt, matrix.rows, matrix.cols, tensors)
-        check_packed(packed, matrix.name, str(path))
-        return packed
+        return BankLayer(path, format_name, file, names)
 
     def verify(self, format_names: Sequence[str]) -> None:
         """Compare every file with its stored sha256.

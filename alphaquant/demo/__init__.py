@@ -1,0 +1,39 @@
+"""The embedded demo: a small trained MoE model and three texts, so that all runs offline.
+
+The model (OLMoE, 4 layers, 16 experts, 9.5 M parameters) was made by `alphaquant.demo.train`. The
+three texts come from different books, so that no passage is in two of them. Terms and sources are
+in TERMS.md. This module only knows where the files are; it reads none of them.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+from alphaquant.errors import DataError
+
+TEXT_PARTS = ("calibration", "search", "heldout")
+"""For Hessians and costs; for the divergence that a search sees; for the last check only."""
+
+
+def model_path() -> Path:
+    """Folder of the demo model: a checkpoint with its tokenizer, as `from_pretrained` takes it."""
+    return _folder() / "model"
+
+
+def text_path(part: str) -> Path:
+    """File of one demo text, UTF-8.
+
+    Each passage of a text starts with a heading that names its book; books alternate.
+
+    Args:
+        part: one of `TEXT_PARTS`.
+
+    Raises:
+        DataError: there is no such part.
+    """
+    if part not in TEXT_PARTS:
+        raise DataError(f"the demo has no text {part!r}; use one of {', '.join(TEXT_PARTS)}")
+    return _folder() / "text" / f"{part}.txt"
+
+
+def _folder() -> Path:
+    return Path(str(files("alphaquant.demo")))

@@ -1,0 +1,211 @@
+"""Gradients of sampled log-likelihoods at the quantizable modules, one decoder layer at a time from the last to the first.
+
+Memory holds the hidden states at every layer and one layer's graph, never the graph of the model. `trace_layers` yields, for each
+layer, what went into its modules and the gradient at their outputs; products with weight errors are the caller's business.
+
+Letters: S sequences, T tokens each, K inputs and N outputs of a linear, H hidden size, D draws of labels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from alphaquant.quant.models import ExpertsSite, LayerSite, LinearSite, ModelMap
+from alphaquant.quant.walk import LayerInputs, capture_inputs, observe_layer, run_layer
+
+
+@dataclass(frozen=True)
+class LinearTrace:
+    """What an nn.Linear saw: inputs [S, T, K] and output gradients [D, S, T, N]."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertsTrace:
+    """What a fused experts module saw.
+
+    Attributes:
+        inputs: [S * T, H].
+        expert_ids: int64 [S * T, k].
+        weights: [S * T, k].
+        gradients: [D, S * T, H], at the module's output.
+    """
+
+    inputs: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer's traces, and its inputs for whoever wants to run it again.
+
+    Attributes:
+        layer: the layer.
+        linears: by matrix name.
+        experts: by module name.
+        hidden: inputs of the layer, batches of [B, T, H].
+        arguments: its keyword arguments.
+    """
+
+    layer: LayerSite
+    linears: dict[str, LinearTrace]
+    experts: dict[str, ExpertsTrace]
+    hidden: list[Tensor]
+    arguments: dict[str, object]
+
+
+@dataclass
+class _Tap:
+    """Observer that keeps the inputs of a layer's modules; output hooks add the outputs."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    routing: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
+        self.inputs[site.matrix.name] = inputs.detach()
+
+    def on_experts(self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        self.inputs[site.name] = inputs.detach()
+        self.routing[site.name] = (expert_ids, weights.detach())
+
+
+def trace_layers(
+    model_map: ModelMap, batches: list[Tensor], n_draws: int, seed: int
+) -> Iterator[LayerTrace]:
+    """Walk the model backwards.
+
+    For every position a label is drawn from the model's own prediction; the gradient is that of the summed log-likelihood of a
+    sequence's labels, so that squares of its products with a perturbation estimate the Fisher term of the divergence.
+
+    Args:
+        model_map: the original model.
+        batches: token ids, int64 [B, T] each.
+        n_draws: labels drawn per position; each gives gradients of its own.
+        seed: of the draws.
+
+    Yields:
+        Traces from the last layer to the first.
+    """
+    inputs = capture_inputs(model_map, batches)
+    hidden = _forward_hidden(model_map, inputs)
+    generator = torch.Generator(device=hidden[0][0].device).manual_seed(seed)
+    gradients = [
+        _output_gradients(model_map, batch, last, n_draws, generator)
+        for batch, last in zip(batches, hidden[-1], strict=True)
+    ]
+    for layer in reversed(model_map.layers):
+        arguments = inputs.arguments[layer.index]
+        traced = [
+            _trace_batch(layer, h, arguments, g) for h, g in zip(hidden[layer.index], gradients, strict=True)
+        ]
+        yield _join(layer, [tap for tap, _ in traced], hidden[layer.index], arguments)
+        gradients = [g for _, g in traced]
+        hidden.pop()
+
+
+@torch.no_grad()
+def _forward_hidden(model_map: ModelMap, inputs: LayerInputs) -> list[list[Tensor]]:
+    """Inputs of every layer and, last, the output of the last one."""
+    states = [inputs.hidden]
+    for layer in model_map.layers:
+        states.append([run_layer(layer, h, inputs.arguments[layer.index]) for h in states[-1]])
+    return states
+
+
+def _output_gradients(model_map: ModelMap, batch: Tensor, last: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
+    """Gradients at the last layer's output, [D, B, T, H].
+
+    The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it is: a hook hands it a leaf.
+    """
+    leaf = last.detach().requires_grad_(True)
+
+    def replace(_: nn.Module, args: object, output: object) -> object:
+        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+
+    handle = model_map.layers[-1].module.register_forward_hook(replace)
+    try:
+        with torch.enable_grad():
+            logits = model_map.model(batch.to(last.device), use_cache=False).logits.float()  # [B, T, V]
+            log_probs = torch.log_softmax(logits, -1)
+    finally:
+        handle.remove()
+    drawn = []
+    for _ in range(n_draws):
+        flat = log_probs.detach().exp().flatten(0, 1)
+        labels = torch.multinomial(flat, 1, generator=generator).view(*batch.shape, 1)
+        total = log_probs.gather(-1, labels).sum()
+        drawn.append(torch.autograd.grad(total, leaf, retain_graph=True)[0])
+    return torch.stack(drawn)
+
+
+def _trace_batch(
+    layer: LayerSite, hidden: Tensor, arguments: dict[str, object], gradients: Tensor
+) -> tuple["_TracedBatch", Tensor]:
+    """One batch through one layer: traces, and the gradients at the layer's input [D, B, T, H]."""
+    tap = _Tap()
+    names = [site.matrix.name for site in layer.linears] + [site.name for site in layer.experts]
+    modules: list[nn.Module] = [s.module for s in layer.linears] + [s.module for s in layer.experts]
+
+    def keep(name: str) -> object:
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
+            tap.outputs[name] = output
+
+        return hook
+
+    leaf = hidden.detach().requires_grad_(True)
+    handles = [m.register_forward_hook(keep(n)) for n, m in zip(names, modules, strict=True)]  # type: ignore[arg-type]
+    try:
+        with torch.enable_grad(), observe_layer(layer, tap):
+            output = run_layer(layer, leaf, dict(arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    targets = [leaf, *(tap.outputs[n] for n in names)]
+    drawn = [torch.autograd.grad(output, targets, g, retain_graph=True, allow_unused=True) for g in gradients]
+    at = {
+        n: torch.stack([_or_zeros(d[i + 1], tap.outputs[n]) for d in drawn]).detach() for i, n in enumerate(names)
+    }
+    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), torch.stack([d[0] for d in drawn]).detach()
+
+
+@dataclass(frozen=True)
+class _TracedBatch:
+    inputs: dict[str, Tensor]
+    routing: dict[str, tuple[Tensor, Tensor]]
+    gradients: dict[str, Tensor]
+    n_sequences: int
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _join(layer: LayerSite, parts: list[_TracedBatch], hidden: list[Tensor], arguments: dict[str, object]) -> LayerTrace:
+    """Concatenate batches along the sequences."""
+    linears = {}
+    for site in layer.linears:
+        name = site.matrix.name
+        x = torch.cat([p.inputs[name].reshape(p.n_sequences, -1, site.matrix.cols) for p in parts])
+        g = torch.cat(
+            [p.gradients[name].reshape(len(p.gradients[name]), p.n_sequences, -1, site.matrix.rows) for p in parts], 1
+        )
+        linears[name] = LinearTrace(x, g)
+    experts = {}
+    for experts_site in layer.experts:
+        name = experts_site.name
+        n_draws = len(parts[0].gradients[name])
+        width = parts[0].inputs[name].shape[-1]
+        experts[name] = ExpertsTrace(
+            torch.cat([p.inputs[name] for p in parts]),
+            torch.cat([p.routing[name][0] for p in parts]),
+            torch.cat([p.routing[name][1] for p in parts]),
+            torch.cat([p.gradients[name].reshape(n_draws, -1, width) for p in parts], 1),
+        )
+    return LayerTrace(layer, linears, experts, hidden, arguments)

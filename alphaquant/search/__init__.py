@@ -1,0 +1,1 @@
+"""From past results to the next assignment: solver, allocator knobs, samplers, Pareto fronts."""

@@ -1,0 +1,152 @@
+"""Budgets: how large the result may be, and whether the formats at hand can reach it.
+
+Two kinds. `4.25bits` (also `4.25bpw`, `4.25`) limits the mean stored bits of the quantizable
+weights; `13GiB`, `13GB` limits the bytes of the whole checkpoint. Both become one number, the bits
+that the quantizable matrices may take on disk. Bits themselves are counted in
+`alphaquant.spaces.formats`.
+
+Worked example: 1 000 000 quantizable weights and 500 000 bytes of kept tensors. `4.25bits` allows
+4 250 000 bits. `1MB` allows 8 * (1 000 000 - 500 000) = 4 000 000 bits, 4.0 per weight.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
+
+from alphaquant.errors import BudgetError
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.units import Inventory, Unit
+
+BITS_UNITS: tuple[str, ...] = ("", "bit", "bits", "bpw")
+"""Endings of a budget in bits per weight, lower case."""
+
+BYTES_UNITS: dict[str, int] = {
+    "bytes": 1,
+    **{f"{p}b": 1000**i for i, p in enumerate("kmgt", start=1)},
+    **{f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)},
+}
+"""Endings of a budget in bytes, lower case, and how many bytes one is."""
+
+_TEXT = re.compile(
+    r"\s*([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([a-z]*)\s*", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the result may be.
+
+    Attributes:
+        text: what the user wrote.
+        kind: `bits` (per quantizable weight) or `bytes` (of the whole checkpoint).
+        value: bits per weight, or bytes.
+    """
+
+    text: str
+    kind: str
+    value: float
+
+    def limit_bits(self, inventory: Inventory) -> int:
+        """Bits that the quantizable matrices may take on disk.
+
+        Raises:
+            BudgetError: the tensors that stay unquantized alone take more than the budget.
+        """
+        # Fraction of the text, not of the double: 4.35 * 100 weights are 435 bits, not 434.
+        exact = Fraction(repr(self.value))
+        if self.kind == "bits":
+            return floor(exact * inventory.n_weights)
+        free_bytes = floor(exact) - inventory.kept_bytes
+        if free_bytes < 0:
+            raise BudgetError(
+                f"budget {self.text} is below what stays unquantized: "
+                f"{len(inventory.kept)} tensors (embeddings, norms, routers, lm_head) take "
+                f"{_bytes_text(inventory.kept_bytes)}; give a larger budget"
+            )
+        return 8 * free_bytes
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget such as `4.25bits`, `4.25bpw`, `4.25`, `13GiB` or `13GB`, in any case.
+
+    Raises:
+        BudgetError: not a positive number with one of the known endings.
+    """
+    match = _TEXT.fullmatch(text)
+    number, unit = (Fraction(match[1]), match[2].lower()) if match else (Fraction(0), "")
+    if number == 0 or (unit not in BITS_UNITS and unit not in BYTES_UNITS):
+        raise BudgetError(
+            f"cannot read the budget {text!r}; write bits per weight (4.25bits, 4.25bpw, 4.25) or "
+            "the size of the whole checkpoint (13GiB, 13GB, also K, M, T, or bytes), above zero"
+        )
+    if unit in BITS_UNITS:
+        return Budget(text.strip(), "bits", float(number))
+    return Budget(text.strip(), "bytes", float(number * BYTES_UNITS[unit]))
+
+
+def achievable_range(units: Sequence[Unit], formats: Sequence[str]) -> tuple[int, int]:
+    """Fewest and most bits that units can take, each in one of the formats.
+
+    Args:
+        units: the units of the active profile.
+        formats: names of the candidate formats, at least one.
+
+    Returns:
+        (low_bits, high_bits) of all units together.
+    """
+    candidates = [parse_format(name) for name in formats]
+    sizes = [[unit.storage_bits(fmt) for fmt in candidates] for unit in units]
+    return sum(map(min, sizes)), sum(map(max, sizes))
+
+
+def check_reachable(
+    budget: Budget, inventory: Inventory, low_bits: int, high_bits: int | None = None
+) -> None:
+    """Refuse a budget that is below the smallest assignment; one above the largest is fine.
+
+    Args:
+        budget: the budget.
+        inventory: the model's matrices and kept tensors.
+        low_bits: fewest bits that the quantizable matrices can take, see `achievable_range`.
+        high_bits: most bits, for the message only.
+
+    Raises:
+        BudgetError: the budget is too small; the message tells the range that can be reached.
+    """
+    if low_bits <= budget.limit_bits(inventory):
+        return
+    reach = f"from {_reach_text(inventory, low_bits)}"
+    if high_bits is not None:
+        reach += f" to {_reach_text(inventory, high_bits)}"
+    raise BudgetError(
+        f"budget {budget.text} cannot be reached; the formats at hand reach {reach}; "
+        "give a larger budget, or smaller formats with --formats"
+    )
+
+
+def counting_rule() -> str:
+    """The sentence that reports print beside every number of bits."""
+    return (
+        "Bits per weight are all bits stored for the linear layers inside the decoder blocks "
+        "(attention, experts, shared experts, dense MLPs: codes as packed, scales, zero points, "
+        "padding) divided by their weights; routers, norms, embeddings and lm_head are left out, "
+        "and a budget in bytes counts every tensor of the checkpoint."
+    )
+
+
+def _reach_text(inventory: Inventory, n_bits: int) -> str:
+    """`4.251 bits per weight (5361664 bytes = 5.12 MiB of checkpoint)`, both rounded up."""
+    bits_per_weight = ceil(1000 * Fraction(n_bits, inventory.n_weights)) / 1000
+    n_bytes = -(-n_bits // 8) + inventory.kept_bytes
+    return f"{bits_per_weight:g} bits per weight ({_bytes_text(n_bytes)} of checkpoint)"
+
+
+def _bytes_text(n_bytes: int) -> str:
+    """`5361664 bytes = 5.12 MiB`, rounded up so that the number can be given back as a budget."""
+    for unit in ("TiB", "GiB", "MiB"):
+        if n_bytes >= BYTES_UNITS[unit.lower()]:
+            hundredths = ceil(Fraction(100 * n_bytes, BYTES_UNITS[unit.lower()]))
+            return f"{n_bytes} bytes = {hundredths / 100:.2f} {unit}"
+    return f"{n_bytes} bytes"

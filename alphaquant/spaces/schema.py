@@ -1,0 +1,166 @@
+"""The configuration file as data: its objects, their keys, and what each key may hold.
+
+Unknown keys, other types, null, and fields that cannot stand together are errors; nothing is
+converted. What the fields mean together is in `alphaquant.spaces.config`.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from alphaquant.errors import AlphaQuantError, ConfigError
+from alphaquant.spaces.formats import (
+    ELEMENTS,
+    FORMAT_KINDS,
+    MIN_GROUP_SIZE,
+    PER_ROW,
+    make_format,
+)
+from alphaquant.spaces.patterns import compile_pattern
+
+
+def _check_kind(value: str) -> str:
+    return _check_member(value, FORMAT_KINDS)
+
+
+def _check_element(value: str) -> str:
+    return _check_member(value, tuple(ELEMENTS))
+
+
+def _check_member(value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"unknown value {value!r}; known are {', '.join(known)}; use one of them")
+    return value
+
+
+def _check_group_size(value: int) -> int:
+    if value != PER_ROW and value < MIN_GROUP_SIZE:
+        raise ValueError(
+            f"{value} is not possible; use -1 (one scale per row) or at least {MIN_GROUP_SIZE}"
+        )
+    return value
+
+
+def _check_pattern(value: str) -> str:
+    try:
+        compile_pattern(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+Kind = Annotated[str, AfterValidator(_check_kind)]
+Element = Annotated[str, AfterValidator(_check_element)]
+GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+
+
+class _Part(BaseModel):
+    """A part of the file: unknown keys, other types and null are errors, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("null is not a value; leave the key out")
+        return value
+
+
+class Extra(_Part):
+    """What only some formats have.
+
+    Attributes:
+        format: element of a floating-point format with variants: e2m3, e3m2, e4m3, e5m2.
+    """
+
+    format: Element | None = None
+
+
+class Scheme(_Part):
+    """How matrices are stored; every field may be absent.
+
+    Attributes:
+        wq: kind of the weights, one of `FORMAT_KINDS`.
+        aq: kind of the activations; anything but bf16 is dynamic fake quantization per token.
+        group_size: inputs per scale, -1 for one scale per row.
+        symmetric: False gives integers a zero point.
+        skip: True leaves weights and activations as they are.
+        extra: element of the weights.
+        comment: for readers.
+        alpha_hill: annotation.
+        category: annotation.
+        precision: annotation.
+    """
+
+    wq: Kind | None = None
+    aq: Kind | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+    skip: bool | None = None
+    extra: Extra | None = None
+    comment: str | None = None
+    alpha_hill: int | float | None = None
+    category: str | None = None
+    precision: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Scheme":
+        if self.wq is None:
+            return self
+        try:
+            make_format(
+                self.wq,
+                symmetric=self.symmetric is not False,
+                element=self.extra.format if self.extra else None,
+            )
+        except AlphaQuantError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class Override(Scheme):
+    """A scheme for the matrices whose names a pattern matches.
+
+    Attributes:
+        pattern: glob over canonical names and aliases, see `alphaquant.spaces.patterns`.
+    """
+
+    pattern: Pattern
+
+
+class Config(_Part):
+    """A whole configuration file.
+
+    Attributes:
+        description: for readers.
+        comment: for readers.
+        default: scheme of matrices that no override matches.
+        overrides: applied in order.
+        summary: what the search wrote about its result.
+        search_summary: the same, as older files call it.
+    """
+
+    description: str | None = None
+    comment: str | None = None
+    default: Scheme = Scheme()
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    summary: dict[str, Any] | None = None
+    search_summary: dict[str, Any] | None = None
+
+
+KNOWN_KEYS: dict[str, tuple[str, ...]] = {
+    "": tuple(Config.model_fields),
+    "default": tuple(Scheme.model_fields),
+    "overrides": tuple(Override.model_fields),
+    "extra": tuple(Extra.model_fields),
+}
+"""Keys of each object, by the name of the object; the file itself is ""."""

@@ -1,0 +1,88 @@
+"""The search space: units, candidate formats and a budget, checked to be reachable.
+
+It holds what a search may choose from and nothing of how it chooses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.budget import Budget, achievable_range, check_reachable
+from alphaquant.spaces.profiles import (
+    Profile,
+    allowed_formats,
+    is_loadable,
+    narrow_menu,
+    units_of,
+)
+from alphaquant.spaces.units import Inventory, Unit
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a search may choose from; build it with `make_space`.
+
+    Attributes:
+        inventory: the model's matrices and kept tensors.
+        profile: what the serving engine can load.
+        units: what gets one format each, in model order.
+        menu: names of the candidate formats that the profile loads.
+        budget: how large the result may be.
+    """
+
+    inventory: Inventory
+    profile: Profile
+    units: tuple[Unit, ...]
+    menu: tuple[str, ...]
+    budget: Budget
+
+    @property
+    def profile_name(self) -> str:
+        """Name of the profile, as `--profile` takes it."""
+        return self.profile.name
+
+    @cached_property
+    def limit_bits(self) -> int:
+        """Bits that all quantizable matrices together may take."""
+        return self.budget.limit_bits(self.inventory)
+
+    def allowed(self, unit: Unit) -> tuple[str, ...]:
+        """Names of the menu's formats that the profile loads for a unit; never empty."""
+        return allowed_formats(unit, self.menu, self.profile)
+
+    def is_feasible(self, assignment: Assignment) -> bool:
+        """Whether an assignment is within the budget and can be loaded.
+
+        The menu does not count, so that a baseline in another format can be compared.
+        """
+        for unit in self.units:
+            names = {assignment.formats[matrix.name] for matrix in unit.matrices}
+            if len(names) > 1:
+                return False
+            if not is_loadable(unit, assignment.format_of(unit.matrices[0].name), self.profile):
+                return False
+        return assignment.storage_bits(self.inventory) <= self.limit_bits
+
+
+def make_space(
+    inventory: Inventory, profile: Profile, menu: Sequence[str], budget: Budget
+) -> SearchSpace:
+    """Build a space in which every unit has a format and the budget can be reached.
+
+    Args:
+        inventory: the model's matrices and kept tensors.
+        profile: what the serving engine can load.
+        menu: names of the candidate formats.
+        budget: how large the result may be.
+
+    Raises:
+        FormatError: the profile loads no format of the menu, or none for some unit.
+        BudgetError: the smallest formats take more than the budget.
+    """
+    space = SearchSpace(
+        inventory, profile, units_of(inventory, profile), narrow_menu(menu, profile), budget
+    )
+    ranges = [achievable_range((unit,), space.allowed(unit)) for unit in space.units]
+    check_reachable(budget, inventory, sum(r[0] for r in ranges), sum(r[1] for r in ranges))
+    return space

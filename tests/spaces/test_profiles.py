@@ -1,0 +1,223 @@
+"""Profiles: which matrices they couple, which formats they leave, and what they refuse."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from alphaquant.errors import ConfigError, FormatError
+from alphaquant.spaces.formats import DEFAULT_MENU, MENUS, parse_format
+from alphaquant.spaces.profiles import (
+    PROFILES,
+    allowed_formats,
+    find_profile,
+    is_loadable,
+    narrow_menu,
+    units_of,
+)
+from alphaquant.spaces.units import Inventory, Matrix, Unit
+
+
+def unit_names(model: Inventory, profile: str, layer: int) -> list[str]:
+    """Names of a layer's units, and how many matrices each has."""
+    units = [u for u in units_of(model, PROFILES[profile]) if u.layer == layer]
+    start = f"model.layers.{layer}."
+    return [f"{u.name.removeprefix(start)} {len(u.matrices)}" for u in units]
+
+
+def test_a_profile_is_found_by_name_and_others_are_listed() -> None:
+    assert all(find_profile(name).name == name for name in PROFILES)
+    with pytest.raises(ConfigError, match="'tgi'; known are any, vllm, sglang, transformers"):
+        find_profile("tgi")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_matrix_is_in_exactly_one_unit_of_one_kind(
+    inventory: Inventory, profile: str
+) -> None:
+    units = units_of(inventory, PROFILES[profile])
+    names = [m.name for u in units for m in u.matrices]
+    assert sorted(names) == sorted(inventory.by_name)
+    assert len({u.name for u in units}) == len(units)
+    assert all({m.kind for m in u.matrices} == {u.kind} for u in units)
+
+
+SHARED = "mlp.shared_expert"
+ATTENTION = ["self_attn.q_proj 1", "self_attn.k_proj 1", "self_attn.v_proj 1"]
+FREE_EXPERTS = [
+    text for i in range(16) for text in (f"mlp.experts.{i}.w13 2", f"mlp.experts.{i}.down_proj 1")
+]
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        (
+            "any",
+            [*ATTENTION, "self_attn.o_proj 1", *FREE_EXPERTS]
+            + [f"{SHARED}.w13 2", f"{SHARED}.down_proj 1"],
+        ),
+        (
+            "vllm",
+            ["self_attn.qkv 3", "self_attn.o_proj 1", "mlp.experts 48"]
+            + [f"{SHARED}.w13 2", f"{SHARED}.down_proj 1"],
+        ),
+        (
+            "sglang",
+            ["self_attn.qkv 3", "self_attn.o_proj 1"]
+            + [f"{SHARED}.w13 2", f"{SHARED}.down_proj 1"],
+        ),
+        (
+            "transformers",
+            [*ATTENTION, "self_attn.o_proj 1"]
+            + [f"{SHARED}.gate_proj 1", f"{SHARED}.up_proj 1", f"{SHARED}.down_proj 1"],
+        ),
+    ],
+)
+def test_qwen2_moe_has_these_units_in_layer_1(
+    qwen2_moe: Inventory, profile: str, expected: list[str]
+) -> None:
+    assert unit_names(qwen2_moe, profile, 1) == expected
+
+
+@pytest.mark.parametrize("profile", ["sglang", "transformers"])
+def test_all_experts_of_the_model_are_one_unit(olmoe: Inventory, profile: str) -> None:
+    units = [u for u in units_of(olmoe, PROFILES[profile]) if u.kind == "expert"]
+    assert [(u.name, len(u.matrices)) for u in units] == [("model.layers.experts", 12 * 64 * 3)]
+    assert units[0].family == "expert.all"
+
+
+@pytest.mark.parametrize("profile", ["vllm", "sglang"])
+def test_the_mla_pair_is_fused_and_the_rest_of_mla_is_free(
+    deepseek: Inventory, profile: str
+) -> None:
+    names = unit_names(deepseek, profile, 0)
+    attention = [name for name in names if name.startswith("self_attn")]
+    assert attention == [
+        "self_attn.qkv_a 2",
+        "self_attn.q_b_proj 1",
+        "self_attn.kv_b_proj 1",
+        "self_attn.o_proj 1",
+    ]
+    assert "mlp.w13 2" in names
+    assert "self_attn.q_a_proj 1" in unit_names(deepseek, "any", 0)
+
+
+def test_mla_without_a_low_rank_query_fuses_nothing() -> None:
+    names = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    prefix = "model.layers.0.self_attn"
+    matrices = tuple(Matrix(f"{prefix}.{n}", 64, 128, "attention", 0) for n in names)
+    units = units_of(Inventory("deepseek_v2", matrices), PROFILES["vllm"])
+    assert [u.name for u in units] == [m.name for m in matrices]
+
+
+def test_old_expert_names_couple_as_the_new_ones() -> None:
+    prefix = "model.layers.0.block_sparse_moe.experts.0"
+    matrices = tuple(Matrix(f"{prefix}.{n}", 64, 128, "expert", 0, 0) for n in ("w1", "w2", "w3"))
+    units = units_of(Inventory("mixtral", matrices), PROFILES["any"])
+    assert [u.name for u in units] == [f"{prefix}.w13", f"{prefix}.w2"]
+    assert [u.family for u in units] == ["expert.w13", "expert.w2"]
+
+
+LOADABLE = {
+    # format: what loads it for a linear layer, what for routed experts
+    "int4-g128": ("any vllm sglang transformers", "any vllm sglang transformers"),
+    "int8-g32": ("any vllm sglang transformers", "any vllm sglang transformers"),
+    "int8-row": ("any vllm sglang transformers", "any vllm sglang transformers"),
+    "int4-g16": ("any transformers", "any transformers"),
+    "int4-g128-asym": ("any transformers", "any transformers"),
+    "int3-g64": ("any transformers", "any transformers"),
+    "int2-g32-asym": ("any transformers", "any transformers"),
+    "fp8-e4m3-row": ("any vllm transformers", "any vllm transformers"),
+    "fp8-e4m3-g128": ("any", "any"),
+    "fp8-e5m2-row": ("any", "any"),
+    "fp4-e2m1-g128": ("any", "any"),
+    "mxfp4": ("any vllm transformers", "any vllm transformers"),
+    "nvfp4": ("any vllm transformers", "any vllm transformers"),
+    "mxfp6": ("any", "any"),
+    "bf16": ("any vllm sglang transformers", "any vllm transformers"),
+}
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_a_format_is_loaded_by_these_profiles(olmoe: Inventory, name: str) -> None:
+    found = []
+    for kind in ("attention", "expert"):
+        loads = []
+        for profile in PROFILES.values():
+            unit = next(u for u in units_of(olmoe, profile) if u.kind == kind)
+            if is_loadable(unit, parse_format(name), profile):
+                loads.append(profile.name)
+        found.append(" ".join(loads))
+    assert tuple(found) == LOADABLE[name]
+
+
+def test_a_menu_is_narrowed_to_what_some_matrix_can_have() -> None:
+    menu = ("int2-g32", "int4-g128", "int4-g128-asym", "mxfp4", "bf16")
+    assert narrow_menu(menu, PROFILES["any"]) == menu
+    assert narrow_menu(menu, PROFILES["vllm"]) == ("int4-g128", "mxfp4", "bf16")
+    assert narrow_menu(menu, PROFILES["sglang"]) == ("int4-g128", "bf16")
+    assert narrow_menu(menu, PROFILES["transformers"]) == menu
+    assert narrow_menu(MENUS["all"], PROFILES["any"]) == MENUS["all"]
+
+
+def test_an_empty_menu_is_refused_with_what_the_profile_loads() -> None:
+    text = (
+        "none of the formats mxfp6, int4-g128-asym can be loaded; profile sglang loads experts "
+        "int4, int8 symmetric, group 32, 64, 128, row; other layers int4, int8 symmetric, group "
+        "32, 64, 128, row; bf16; change --formats, or use --profile any"
+    )
+    with pytest.raises(FormatError, match=re.escape(text)):
+        narrow_menu(("mxfp6", "int4-g128-asym"), PROFILES["sglang"])
+
+
+def test_experts_of_sglang_are_never_bf16(olmoe: Inventory) -> None:
+    profile = PROFILES["sglang"]
+    units = units_of(olmoe, profile)
+    menu = ("int4-g128", "bf16")
+    for unit in units:
+        expected = menu[:1] if unit.kind == "expert" else menu
+        assert allowed_formats(unit, menu, profile) == expected
+    experts = next(u for u in units if u.kind == "expert")
+    with pytest.raises(FormatError, match=r"none of the formats bf16 .* model\.layers\.experts"):
+        allowed_formats(experts, ("bf16",), profile)
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "projection", "rows", "cols", "allowed"),
+    [
+        # 10944 = 64 * 171: Marlin wants inputs % 128
+        ("vllm", "dense", "down_proj", 256, 10944, "mxfp4 bf16"),
+        ("vllm", "dense", "up_proj", 10944, 256, "int4-g32 int4-g128 mxfp4 bf16"),
+        ("vllm", "dense", "up_proj", 96, 256, "mxfp4 bf16"),
+        ("transformers", "dense", "down_proj", 256, 10944, "int4-g32 mxfp4 bf16"),
+        ("any", "dense", "down_proj", 256, 10944, "int4-g32 int4-g128 mxfp4 bf16"),
+        ("any", "dense", "down_proj", 7, 33, "int4-g32 int4-g128 mxfp4 bf16"),
+        # inner width of experts % max(64, group): outputs of up, inputs of down
+        ("vllm", "expert", "up_proj", 192, 256, "int4-g32 mxfp4 bf16"),
+        ("vllm", "expert", "down_proj", 256, 192, "int4-g32 mxfp4 bf16"),
+        ("vllm", "expert", "up_proj", 96, 256, "mxfp4 bf16"),
+        ("sglang", "expert", "down_proj", 256, 192, "int4-g32"),
+        ("vllm", "dense", "up_proj", 64, 48, "bf16"),
+    ],
+)
+def test_a_shape_narrows_the_formats(
+    profile: str, kind: str, projection: str, rows: int, cols: int, allowed: str
+) -> None:
+    unit = Unit("u", (Matrix(f"m.{projection}", rows, cols, kind, 0, 0),))
+    menu = ("int4-g32", "int4-g128", "mxfp4", "bf16")
+    assert " ".join(allowed_formats(unit, menu, PROFILES[profile])) == allowed
+
+
+def test_one_matrix_that_does_not_fit_keeps_the_format_from_the_unit() -> None:
+    good = Matrix("m.experts.0.up_proj", 128, 256, "expert", 0, 0)
+    bad = replace(good, name="m.experts.1.up_proj", rows=96, expert=1)
+    fmt = parse_format("int4-g128")
+    assert is_loadable(Unit("u", (good,)), fmt, PROFILES["vllm"])
+    assert not is_loadable(Unit("u", (good, bad)), fmt, PROFILES["vllm"])
+
+
+def test_our_runtime_loads_the_whole_default_menu_everywhere(inventory: Inventory) -> None:
+    profile = PROFILES["any"]
+    for unit in units_of(inventory, profile):
+        assert allowed_formats(unit, DEFAULT_MENU, profile) == DEFAULT_MENU

@@ -1,0 +1,79 @@
+"""The search space: what it checks when it is built, and what is feasible in it."""
+
+import pytest
+
+from alphaquant.errors import BudgetError, FormatError
+from alphaquant.spaces.assignment import (
+    Assignment,
+    assignment_from_units,
+    uniform_assignment,
+)
+from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.profiles import PROFILES, units_of
+from alphaquant.spaces.space import SearchSpace, make_space
+from alphaquant.spaces.units import Inventory
+
+
+def space_of(model: Inventory, profile: str, budget: str, *menu: str) -> SearchSpace:
+    return make_space(model, PROFILES[profile], menu, parse_budget(budget))
+
+
+def test_a_space_holds_the_profile_s_units_and_menu(olmoe: Inventory) -> None:
+    space = space_of(olmoe, "vllm", "4.25bits", "int2-g32", "int4-g128", "bf16")
+    assert space.profile_name == "vllm"
+    assert space.menu == ("int4-g128", "bf16")
+    assert space.units == units_of(olmoe, PROFILES["vllm"])
+    assert space.limit_bits == 4.25 * olmoe.n_weights
+    assert all(space.allowed(unit) == space.menu for unit in space.units)
+
+
+def test_the_default_menu_reaches_4_25_bits(inventory: Inventory) -> None:
+    space = space_of(inventory, "any", "4.25", *DEFAULT_MENU)
+    assert space.is_feasible(uniform_assignment(inventory, "mxfp4"))
+    assert not space.is_feasible(uniform_assignment(inventory, "int4-g32"))
+
+
+def test_a_budget_below_the_smallest_formats_is_refused(olmoe: Inventory) -> None:
+    with pytest.raises(BudgetError, match="reach from 4.125 bits per weight .* to 8.125 bits"):
+        space_of(olmoe, "any", "4bits", "int4-g128", "int8-g128")
+    space_of(olmoe, "any", "4.125bits", "int4-g128", "int8-g128")
+
+
+def test_the_range_counts_only_what_each_unit_may_have(olmoe: Inventory) -> None:
+    # experts of sglang cannot be bf16: 96 % of the weights at 4.125 and 4 % at 16 bits are 4.6
+    with pytest.raises(BudgetError, match=r"reach from 4\.125 .* to 4\.6 bits per weight"):
+        space_of(olmoe, "sglang", "4bits", "int4-g128", "bf16")
+
+
+def test_a_menu_that_leaves_a_unit_without_a_format_is_refused(deepseek: Inventory) -> None:
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.down_proj \(dense, 256 x 10944\)"):
+        space_of(deepseek, "sglang", "16bits", "int4-g128")
+    with pytest.raises(FormatError, match="profile vllm loads"):
+        space_of(deepseek, "vllm", "16bits", "mxfp6")
+    assert space_of(deepseek, "any", "16bits", "int4-g128").menu == ("int4-g128",)
+
+
+def test_feasible_is_within_the_budget_to_the_byte(qwen2_moe: Inventory) -> None:
+    n_bytes = uniform_assignment(qwen2_moe, "mxfp4").count_bits(qwen2_moe).checkpoint_bytes
+    exact = space_of(qwen2_moe, "any", f"{n_bytes}bytes", "int3-g128", "mxfp4")
+    below = space_of(qwen2_moe, "any", f"{n_bytes - 1}bytes", "int3-g128", "mxfp4")
+    assert exact.is_feasible(uniform_assignment(qwen2_moe, "mxfp4"))
+    assert not below.is_feasible(uniform_assignment(qwen2_moe, "mxfp4"))
+
+
+def test_feasible_is_what_the_engine_loads(olmoe: Inventory) -> None:
+    space = space_of(olmoe, "vllm", "16bits", "int4-g128", "int8-g128")
+    choice = {u.name: space.menu[i % 2] for i, u in enumerate(space.units)}
+    assignment = assignment_from_units(olmoe, space.units, choice)
+    assert space.is_feasible(assignment)
+    down = "model.layers.3.mlp.experts.5.down_proj"
+    other = {"int4-g128": "int8-g128", "int8-g128": "int4-g128"}[assignment.formats[down]]
+    split = Assignment({**assignment.formats, down: other})
+    assert not space.is_feasible(split)
+    assert not space.is_feasible(uniform_assignment(olmoe, "int3-g128"))
+
+
+def test_a_baseline_outside_the_menu_can_be_feasible(olmoe: Inventory) -> None:
+    space = space_of(olmoe, "any", "4.25bits", "int3-g128", "int4-g128")
+    assert space.is_feasible(uniform_assignment(olmoe, "mxfp4"))
