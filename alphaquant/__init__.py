@@ -20,7 +20,7 @@ __all__ = ["__version__", "evaluate", "load", "quantize", "run_search"]
 
 _TARGETS = {
     "run_search": "alphaquant.studies.runner:search",
-    "quantize": "alphaquant.quant.pipeline:quantize",
+    "quantize": "alphaquant.studies.quantize:quantize",
     "load": "alphaquant.quant.checkpoint:load",
     "evaluate": "alphaquant.studies.evaluate:evaluate",
 }

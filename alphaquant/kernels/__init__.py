@@ -1,0 +1,1 @@
+"""The arithmetic: grids and packing, and the kernels that compute with packed weights."""

@@ -1,16 +1,18 @@
 """The grids that codes stand for, as plain torch arithmetic: the reference of every faster kernel.
 
-A grid turns scaled numbers into the nearest grid values (`snap`), values into unsigned codes of at most 8 bits (`to_codes`)
-and codes back into values (`to_values`). Scales and zero points live outside: a weight is scale * (value - zero). All in
-float32, where every grid value is exact.
+A grid turns scaled numbers into the nearest grid values (`snap`), values into unsigned codes of at
+most 8 bits (`to_codes`) and codes back into values (`to_values`). Scales and zero points live
+outside: a weight is scale * (value - zero). All in float32, where every grid value is exact.
 
 Code layouts:
-    integers, symmetric   offset binary: value + 2^(b-1), values -2^(b-1) .. 2^(b-1) - 1 (the full range)
+    integers, symmetric   offset binary: value + 2^(b-1); values -2^(b-1) .. 2^(b-1) - 1, all used
     integers, asymmetric  value itself, 0 .. 2^b - 1
-    floats                sign | exponent | mantissa, with subnormals; saturating; e4m3 and e5m2 codes equal torch's float8
+    floats                sign | exponent | mantissa, with subnormals, saturating; e4m3 and e5m2
+                          codes equal torch's float8
     powers of two (E8M0)  exponent + 127, 0 .. 254 (255 is NaN and never written)
 
-Sources: OCP Microscaling Formats (MX) v1.0, 5.3 and 6.3; OCP OFP8 v1.0. Rounding is to nearest, ties to even.
+Sources: OCP Microscaling Formats (MX) v1.0, 5.3 and 6.3; OCP OFP8 v1.0. Rounding is to nearest,
+ties to even.
 """
 
 from dataclasses import dataclass
@@ -53,16 +55,17 @@ class IntegerGrid:
     @property
     def low(self) -> float:
         """Smallest value."""
-        return -float(2 ** (self.bits - 1)) if self.signed else 0.0
+        return -(2.0 ** (self.bits - 1)) if self.signed else 0.0
 
     @property
     def high(self) -> float:
         """Largest value."""
-        return self.low + 2**self.bits - 1
+        return self.low + 2.0**self.bits - 1.0
 
     def snap(self, scaled: Tensor) -> Tensor:
         """Nearest integers, ties to even, saturating."""
-        return scaled.round().clamp_(self.low, self.high)
+        # Adding zero turns -0.0 into 0.0, the only zero that a code stands for.
+        return scaled.round().clamp_(self.low, self.high).add_(0.0)
 
     def to_codes(self, values: Tensor) -> Tensor:
         """Value minus `low`, uint8."""
@@ -102,11 +105,12 @@ class FloatGrid:
         return int(2 ** (self.exponent_bits - 1) - 1)
 
     def snap(self, scaled: Tensor) -> Tensor:
-        """Nearest grid values, ties to even (the step is a power of two, so rounding is exact), saturating."""
+        """Nearest grid values, ties to even, saturating; exact: the step is a power of two."""
         clipped = scaled.clamp(self.low, self.high)
-        # frexp gives |x| in [0.5, 1) * 2^e, so floor(log2 |x|) = e - 1; subnormals share the step of exponent 1 - bias.
+        # frexp gives |x| in [0.5, 1) * 2^e, so floor(log2 |x|) = e - 1; subnormals share the step
+        # of exponent 1 - bias.
         exponent = torch.frexp(clipped).exponent - 1
-        step = torch.exp2((exponent.clamp_(min=1 - self._bias) - self.mantissa_bits).to(torch.float32))
+        step = power_of_two(exponent.clamp_(min=1 - self._bias) - self.mantissa_bits)
         return (clipped / step).round_().mul_(step).clamp_(self.low, self.high)
 
     def to_codes(self, values: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ class FloatGrid:
         magnitude = values.abs()
         exponent = (torch.frexp(magnitude).exponent - 1).clamp_(min=1 - self._bias)
         exponent = exponent.masked_fill_(magnitude == 0, 1 - self._bias)
-        mantissa = torch.ldexp(magnitude, self.mantissa_bits - exponent).to(torch.int32)
+        mantissa = (magnitude * power_of_two(self.mantissa_bits - exponent)).to(torch.int32)
         # A normal number's mantissa carries its leading one, which adds 1 to the exponent field.
         field = ((exponent + self._bias - 1) << self.mantissa_bits) + mantissa
         sign = torch.signbit(values).to(torch.int32) << (self.exponent_bits + self.mantissa_bits)
@@ -130,8 +134,18 @@ class FloatGrid:
         exponent = fields >> self.mantissa_bits
         mantissa = (fields & (2**self.mantissa_bits - 1)) + (exponent > 0) * 2**self.mantissa_bits
         shift = exponent.clamp(min=1) - self._bias - self.mantissa_bits
-        magnitudes = torch.ldexp(mantissa.to(torch.float32), shift)
+        magnitudes = mantissa * power_of_two(shift)
         return torch.cat([magnitudes, -magnitudes])
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float32 for integers -127 .. 127, exact on every device.
+
+    The bits are put together, because exp2 and pow of a device may be off by a rounding error.
+    2^-127 is the float32 subnormal with the highest bit of the mantissa.
+    """
+    field = exponent.to(torch.int32) + 127
+    return torch.where(field > 0, field << 23, 1 << 22).to(torch.int32).view(torch.float32)
 
 
 def to_e8m0(exponent: Tensor) -> Tensor:
@@ -141,5 +155,4 @@ def to_e8m0(exponent: Tensor) -> Tensor:
 
 def from_e8m0(codes: Tensor) -> Tensor:
     """2^(code - 127) in float32; 2^-127 is a float32 subnormal and exact."""
-    exponent = codes.to(torch.int32) - E8M0_BIAS
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    return power_of_two(codes.to(torch.int32) - E8M0_BIAS)

@@ -1,7 +1,8 @@
 """Bit streams: codes of 1 to 8 bits packed into bytes without waste, and back.
 
-Layout, little-endian: code i of a row takes bits i*b .. i*b + b - 1 of the row's stream; bit j of the stream is bit
-j % 8 of byte j // 8. A row ends on a byte boundary; its unused high bits are zero.
+Layout, little-endian: code i of a row takes bits i*b .. i*b + b - 1 of the row's stream; bit j of
+the stream is bit j % 8 of byte j // 8. A row ends on a byte boundary; its unused high bits are
+zero.
 
 Worked example, b = 3, codes 5 2 7 (binary 101 010 111)::
 
@@ -68,10 +69,11 @@ def unpack_codes(packed: Tensor, bits: int, n_codes: int) -> Tensor:
     byte_shifts = torch.arange(cell_bytes, device=packed.device) * 8
     words = (cells << byte_shifts).sum(-1, keepdim=True)  # [..., n_cells, 1]
     shifts = torch.arange(cell_codes, device=packed.device) * bits
-    codes = ((words >> shifts) & (2**bits - 1)).to(torch.uint8)  # [..., n_cells, cell_codes]
+    mask = (1 << bits) - 1
+    codes = ((words >> shifts) & mask).to(torch.uint8)  # [..., n_cells, cell_codes]
     return codes.reshape(*packed.shape[:-1], n_cells * cell_codes)[..., :n_codes].contiguous()
 
 
 def _cell(bits: int) -> tuple[int, int]:
-    """Codes and bytes of the smallest run that ends on a byte boundary: 3 bits -> 8 codes in 3 bytes."""
+    """Codes and bytes of the smallest run that fills whole bytes: 3 bits -> 8 codes, 3 bytes."""
     return 8 // gcd(8, bits), bits // gcd(8, bits)

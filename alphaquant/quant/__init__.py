@@ -1,0 +1,1 @@
+"""From weights to packed weights: models, Hessians, GPTQ, the bank, packed checkpoints."""

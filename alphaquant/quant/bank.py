@@ -1,14 +1,17 @@
-"""The bank: every matrix in every candidate format, quantized once and packed on disk; a trial only swaps.
+"""The bank: every matrix in every candidate format, quantized once and packed on disk.
+
+A trial only swaps.
 
 Layout::
 
     <root>/<key>/bank.json                        what the bank belongs to (model, data, settings)
-    <root>/<key>/<format>/layer-003.safetensors   packed tensors, named <matrix>.<codes|scales|zeros|...>
+    <root>/<key>/<format>/layer-003.safetensors   packed tensors, <matrix>.<codes|scales|zeros|...>
     <root>/<key>/<format>/layer-003.json          sha256 of that file, records of its matrices
 
-The key is a digest of the model's weights, the calibration tokens and the settings, not of the formats: another menu on the same
-model adds files. A layer's file is written under another name and renamed when complete, so a run that was killed resumes with the
-first missing file. The walk goes layer by layer over the original model's hidden states.
+The key is a digest of the model's weights, the calibration tokens and the settings, not of the
+formats: another menu on the same model adds files. A layer's file is written under another name
+and renamed when complete, so a run that was killed resumes with the first missing file. The walk
+goes layer by layer over the original model's hidden states.
 """
 
 import hashlib
@@ -86,7 +89,10 @@ class Bank:
 
     def has(self, format_name: str, layer: int) -> bool:
         """Whether that file is complete."""
-        return self.file(format_name, layer).exists() and self.file(format_name, layer).with_suffix(".json").exists()
+        return (
+            self.file(format_name, layer).exists()
+            and self.file(format_name, layer).with_suffix(".json").exists()
+        )
 
     def formats(self) -> list[str]:
         """Formats in which every layer is present."""
@@ -120,7 +126,7 @@ class Bank:
         path = self.file(format_name, layer)
         try:
             file = safe_open(path, "pt")
-            names = frozenset(file.keys())
+            names = frozenset(file.keys())  # type: ignore[no-untyped-call]
         except (OSError, SafetensorError) as error:
             raise damaged(path, str(error)) from error
         return BankLayer(path, format_name, file, names)
@@ -152,7 +158,12 @@ class Bank:
 
 def bank_key(weights: str, calibration: str, settings: QuantSettings) -> str:
     """Digest that names a bank: weights, calibration tokens, settings, version."""
-    facts = {"weights": weights, "calibration": calibration, "settings": asdict(settings), "version": BANK_VERSION}
+    facts = {
+        "weights": weights,
+        "calibration": calibration,
+        "settings": asdict(settings),
+        "version": BANK_VERSION,
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -177,7 +188,7 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
             found = json.loads(index.read_text())
         except ValueError as error:
             raise damaged(index, str(error)) from error
-        if found.get("inventory") != inventory.digest:
+        if not isinstance(found, dict) or found.get("inventory") != inventory.digest:
             raise damaged(index, "it lists another model's matrices")
     else:
         _write_text(index, json.dumps(stated, indent=1, sort_keys=True))
@@ -204,7 +215,7 @@ def fill_bank(
         format_names: canonical names.
         settings: those of the bank's key.
         batch_size: windows per forward pass.
-        progress: called with ("bank", layers done, layers).
+        progress: called with ("hessians" or "bank", layers done, layers).
 
     Returns:
         Number of files written; 0 when all were there.
@@ -213,7 +224,8 @@ def fill_bank(
         ModelError: a module was never called, or a Hessian cannot be factorized.
     """
     missing = {
-        layer.index: [n for n in format_names if not bank.has(n, layer.index)] for layer in model_map.layers
+        layer.index: [n for n in format_names if not bank.has(n, layer.index)]
+        for layer in model_map.layers
     }
     if not any(missing.values()):
         return 0
@@ -222,7 +234,7 @@ def fill_bank(
     hidden = inputs.hidden
     n_written = 0
     for layer in model_map.layers[: last + 1]:
-        progress("bank", layer.index, len(model_map.layers))
+        progress("hessians", layer.index, len(model_map.layers))
         names, arguments = missing[layer.index], inputs.arguments[layer.index]
         if not names:
             hidden = [run_layer(layer, h, arguments) for h in hidden]
@@ -230,6 +242,8 @@ def fill_bank(
         hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)
         with observe_layer(layer, hessians):
             hidden = [run_layer(layer, h, arguments) for h in hidden]
+        progress("hessians", layer.index + 1, len(model_map.layers))
+        progress("bank", layer.index, len(model_map.layers))
         n_written += _write_layer(bank, model_map, layer, hessians, names, settings)
     progress("bank", len(model_map.layers), len(model_map.layers))
     return n_written
@@ -237,24 +251,38 @@ def fill_bank(
 
 def damaged(path: Path, why: str) -> StoreError:
     """The error for a file that cannot be trusted."""
-    return StoreError(f"{path} is damaged ({why}); delete {path.parent} and run the same command again: it is made anew")
+    return StoreError(
+        f"{path} is damaged ({why}); delete {path.parent} and run the same command again: it is "
+        "made anew"
+    )
 
 
 def _write_layer(
-    bank: Bank, model_map: ModelMap, layer: LayerSite, hessians: LayerHessians, names: list[str], settings: QuantSettings
+    bank: Bank,
+    model_map: ModelMap,
+    layer: LayerSite,
+    hessians: LayerHessians,
+    names: list[str],
+    settings: QuantSettings,
 ) -> int:
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for item in quantize_layer(model_map, layer, hessians.batches(layer), names, settings):
         name = item.record.format
-        tensors[name] |= {f"{item.matrix.name}.{k}": t.cpu().contiguous() for k, t in item.packed.tensors.items()}
+        tensors[name] |= {
+            f"{item.matrix.name}.{k}": t.cpu().contiguous() for k, t in item.packed.tensors.items()
+        }
         records[name].append(asdict(item.record))
     for name in names:
         path = bank.file(name, layer.index)
         path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(".part")
         save_file(tensors[name], part)
-        sidecar = {"sha256": _sha256(part), "utilization": hessians.utilization(), "records": records[name]}
+        sidecar = {
+            "sha256": _sha256(part),
+            "utilization": hessians.utilization(),
+            "records": records[name],
+        }
         part.replace(path)
         _write_text(path.with_suffix(".json"), json.dumps(sidecar))
     return len(names)

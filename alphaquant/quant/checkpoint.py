@@ -2,8 +2,10 @@
 
 Layout::
 
-    config.json                      the model's own, with quantization_config {quant_method, version, formats}
-    model-layer-003.safetensors      packed matrices of a layer, named <matrix>.<codes|scales|zeros|global_scale|weight>
+    config.json                      the model's own, with quantization_config
+                                     {quant_method, version, formats}
+    model-layer-003.safetensors      packed matrices of a layer,
+                                     <matrix>.<codes|scales|zeros|global_scale|weight>
     model-kept.safetensors           everything else, in the original checkpoint's dtype
     model.safetensors.index.json     tensor name -> file, total bytes
     quantize_report.json             one row per matrix, provenance
@@ -26,7 +28,15 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.engine import QuantizedMatrix
-from alphaquant.quant.models import ModelMap, checkpoint_dtype, kept_state, map_model, model_problem, stored_dtype
+from alphaquant.quant.models import (
+    ModelMap,
+    checkpoint_dtype,
+    kept_state,
+    map_model,
+    model_problem,
+    named_dtype,
+    stored_dtype,
+)
 from alphaquant.quant.modules import install_packed_modules
 from alphaquant.spaces.formats import parse_format
 
@@ -58,7 +68,9 @@ class CheckpointWriter:
             StoreError: the target exists and `overwrite` is off.
         """
         if self.target.exists() and not self.overwrite:
-            raise StoreError(f"{self.target} exists already; give another --out, or --overwrite to replace it")
+            raise StoreError(
+                f"{self.target} exists already; give another --out, or --overwrite to replace it"
+            )
         shutil.rmtree(self._part, ignore_errors=True)
         self._part.mkdir(parents=True)
 
@@ -68,14 +80,19 @@ class CheckpointWriter:
 
     def add_layer(self, index: int, items: list[QuantizedMatrix]) -> None:
         """Write one layer's packed matrices."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for item in items:
             self._formats[item.matrix.name] = item.packed.format.name
             self.quantized_bytes += item.packed.n_bytes
-            tensors |= {f"{item.matrix.name}.{k}": t.cpu().contiguous() for k, t in item.packed.tensors.items()}
+            tensors |= {
+                f"{item.matrix.name}.{k}": t.cpu().contiguous()
+                for k, t in item.packed.tensors.items()
+            }
         self._save(f"model-layer-{index:03d}.safetensors", tensors)
 
-    def finish(self, model_map: ModelMap, report: Mapping[str, Any], tokenizer: Any = None) -> Path:
+    def finish(
+        self, model_map: ModelMap, report: Mapping[str, Any], tokenizer: Any = None
+    ) -> Path:
         """Write everything else and move the directory to its target.
 
         Args:
@@ -87,9 +104,15 @@ class CheckpointWriter:
             The target.
         """
         dtype = checkpoint_dtype(model_map.model)
-        kept = {k: t.to("cpu", stored_dtype(t, dtype)) for k, t in kept_state(model_map.model, model_map.layers).items()}
+        kept = {
+            k: t.to("cpu", stored_dtype(t, dtype))
+            for k, t in kept_state(model_map.model, model_map.layers).items()
+        }
         self._save("model-kept.safetensors", {k: t.contiguous().clone() for k, t in kept.items()})
-        index = {"metadata": {"total_size": self._n_bytes}, "weight_map": dict(sorted(self._files.items()))}
+        index = {
+            "metadata": {"total_size": self._n_bytes},
+            "weight_map": dict(sorted(self._files.items())),
+        }
         self._write_json(_INDEX, index)
         config = json.loads(model_map.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
         config["quantization_config"] = {
@@ -136,7 +159,8 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
     Args:
         path: directory that `aq-quantize` wrote.
         device: where the tensors go.
-        dtype: of activations and kept tensors; `auto` is float32 on the CPU, else the checkpoint's.
+        dtype: of activations and kept tensors; `auto` is float32 on the CPU, else the
+            checkpoint's.
 
     Returns:
         The transformers model, in evaluation mode.
@@ -145,24 +169,36 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
         StoreError: the directory is incomplete or damaged.
         ModelError: it is no packed checkpoint.
     """
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(path)
     if not is_packed(directory):
-        raise ModelError(f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out")
+        raise ModelError(
+            f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
+        )
     try:
         config = AutoConfig.from_pretrained(directory)
         quantization = config.quantization_config
         del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model_problem(path, error)) from error
     if quantization["version"] != CHECKPOINT_VERSION:
-        raise StoreError(f"{path} has format version {quantization['version']}, this program reads {CHECKPOINT_VERSION}; update it")
+        raise StoreError(
+            f"{path} has format version {quantization['version']}, this program reads "
+            f"{CHECKPOINT_VERSION}; update it"
+        )
+    model_map = map_model(model)
     formats = {name: parse_format(f) for name, f in quantization["formats"].items()}
-    install_packed_modules(map_model(model), formats)
+    if set(formats) != set(model_map.inventory.by_name):
+        raise StoreError(
+            f"{path}: config.json names formats for {len(formats)} matrices, the model has "
+            f"{len(model_map.inventory.matrices)} of other names; the file is damaged or belongs "
+            "to another version of transformers: quantize again"
+        )
+    install_packed_modules(model_map, formats)
     wanted = _compute_dtype(dtype, device, config)
     _fill(model, read_tensors(directory), wanted, str(path))
     model.requires_grad_(False)
@@ -181,7 +217,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         for file in sorted(set(index["weight_map"].values())):
             tensors |= load_file(directory / file)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StoreError(f"{directory} is incomplete or damaged ({error}); quantize again") from error
+        raise StoreError(
+            f"{directory} is incomplete or damaged ({error}); quantize again"
+        ) from error
     return tensors
 
 
@@ -190,27 +228,33 @@ def quantized_bytes(directory: Path) -> int:
     quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
     names = set(quantization["formats"])
     tensors = read_tensors(directory)
-    return sum(t.numel() * t.element_size() for k, t in tensors.items() if k.rsplit(".", 1)[0] in names)
+    return sum(
+        t.numel() * t.element_size() for k, t in tensors.items() if k.rsplit(".", 1)[0] in names
+    )
 
 
 def _compute_dtype(dtype: str, device: str, config: Any) -> torch.dtype:
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return named_dtype(dtype)
     if device == "cpu":
         return torch.float32
-    return getattr(torch, str(config.dtype).removeprefix("torch."))  # type: ignore[no-any-return]
+    return named_dtype(str(config.dtype).removeprefix("torch."))
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:
     """Give every parameter and buffer its tensor; tied parameters follow."""
     parameters = dict(model.named_parameters())
-    state = {k: t.to(dtype) if k in parameters and t.is_floating_point() else t for k, t in tensors.items()}
+    state = {
+        k: t.to(dtype) if k in parameters and t.is_floating_point() else t
+        for k, t in tensors.items()
+    }
     found = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     empty = [k for k, t in model.state_dict().items() if t.is_meta]
     if found.unexpected_keys or empty:
         examples = (found.unexpected_keys + empty)[:3]
         raise StoreError(
-            f"{source}: {len(found.unexpected_keys)} tensors have no place in the model and {len(empty)} places stay empty, e.g. "
-            f"{', '.join(examples)}; the checkpoint belongs to another version of transformers or is damaged: quantize again"
+            f"{source}: {len(found.unexpected_keys)} tensors have no place in the model and "
+            f"{len(empty)} places stay empty, e.g. {', '.join(examples)}; the checkpoint is damaged "
+            "or belongs to another version of transformers: quantize again"
         )

@@ -1,19 +1,21 @@
-"""One interface over all formats: choose the scales of a group of columns once, then round column by column.
+"""One interface over all formats: choose the scales of a group once, then round column by column.
 
-RTN calls `fit` and `round_trip` on whole groups, GPTQ calls `fit` when it reaches a group and `round_trip` on each column. How
-scales are chosen is the only thing that differs between format families:
+RTN calls `fit` and `snap` on whole groups, GPTQ calls `fit` when it reaches a group and `snap` on
+each column. How scales are chosen is the only thing that differs between format families:
 
-    int symmetric   float16, may be negative: the element of largest magnitude maps to -2^(b-1), so the full range is used and
-                    int2 has four levels
+    int symmetric   float16, may be negative: the element of largest magnitude maps to -2^(b-1),
+                    so the full range is used and int2 has four levels
     int asymmetric  float16 and a b-bit zero point
     fp              float16
     mxfp            2^k per 32 inputs, k = floor(log2 amax) - emax (OCP MX v1.0, 6.3)
     nvfp4           E4M3 per 16 inputs times one float32 per matrix, amax(matrix) / (448 * 6)
 
-With `search="mse"` the scale that minimizes the (weighted) squared error of the group is searched around that rule, and the rule's
-own scale is always among the candidates; with `search="minmax"` the rule's scale is used as it is.
+With `search="mse"` the scale that minimizes the (weighted) squared error of the group is searched
+around that rule, and the rule's own scale is always among the candidates; with `search="minmax"`
+the rule's scale is used as it is.
 
-Letters: B matrices in a batch, N rows, C columns of the group. A weight is (value - zero) * scale in float32.
+Letters: B matrices in a batch, N rows, C columns of the group. A weight is (value - zero) * scale
+in float32.
 """
 
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid
+from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, power_of_two
 from alphaquant.spaces.formats import ELEMENTS, Format
 
 ScaleSearch = Literal["minmax", "mse"]
@@ -32,6 +34,8 @@ ScaleSearch = Literal["minmax", "mse"]
 _F16_MAX = 65504.0
 _F16_TINY = 2.0**-24
 _E4M3 = FloatGrid(4, 3, 448.0)
+_E4M3_TINY = 2.0**-9
+_GLOBAL_MIN = 2.0**-117
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class GroupScales:
     """What turns the codes of one group of columns into weights.
 
     Attributes:
-        scale: float32 [B, N], exactly as stored (float16, 2^k, or E4M3 times the matrix's float32).
+        scale: float32 [B, N], exactly as stored (float16, 2^k, or E4M3 times the matrix's
+            float32).
         zero: float32 [B, N] integers, None when symmetric.
     """
 
@@ -108,11 +113,11 @@ class MxCodec:
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """The OCP exponent, then its neighbours."""
-        # frexp: amax = m * 2^e with m in [0.5, 1), so floor(log2 amax) = e - 1; zero blocks get exponent 0.
+        # frexp: amax = m * 2^e with m in [0.5, 1), so floor(log2 amax) = e - 1; it gives e = 0 for
+        # zero, so zero blocks get a valid scale.
         exponent = torch.frexp(group.abs().amax(-1)).exponent - 1 - self.emax
         for shift in self.shifts:
-            clamped = (exponent + shift).clamp(-127, 127)
-            yield GroupScales(torch.ldexp(torch.ones_like(clamped, dtype=torch.float32), clamped))
+            yield GroupScales(power_of_two((exponent + shift).clamp(-127, 127)))
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,15 @@ class NvCodec:
         """The E4M3 scale that maps the largest magnitude to 6, then others."""
         target = group.abs().amax(-1) / self.grid.high / self.global_scale
         for shrink in self.shrinks:
-            # 2^-9 is the smallest E4M3 number above zero: a zero scale would lose the block.
-            block = _E4M3.snap(shrink * target).clamp_(min=2.0**-9)
+            # At least the smallest E4M3 number above zero: a zero scale would lose the block.
+            block = _E4M3.snap(shrink * target).clamp_(min=_E4M3_TINY)
             yield GroupScales(block * self.global_scale)
 
 
 def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupScales:
-    """Choose the scales of a group: the candidate of least squared error, refined by least squares where that helps.
+    """Choose the scales of a group: the candidate of least squared error.
+
+    Integer and float16-scaled formats refine it by least squares where that helps.
 
     Args:
         codec: the format's codec for this batch.
@@ -201,7 +208,9 @@ def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = N
         return MxCodec(grid, ELEMENTS[fmt.element].emax, shifts)
     if fmt.family == "nvfp":
         assert global_scale is not None
-        return NvCodec(grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if search == "mse" else (1.0,))
+        return NvCodec(
+            grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if search == "mse" else (1.0,)
+        )
     return FloatCodec(grid, (1.0, 0.7, 0.8, 0.9, 1.2, 1.5) if search == "mse" else (1.0,))
 
 
@@ -214,10 +223,11 @@ def make_grid(fmt: Format) -> IntegerGrid | FloatGrid:
 
 
 def nv_global_scale(weight: Tensor) -> Tensor:
-    """nvfp4's float32 per matrix, amax / (448 * 6), for weights [B, N, K]; [B, 1]. 1 for a zero matrix."""
+    """nvfp4's float32 per matrix, amax / (448 * 6), for weights [B, N, K]; [B, 1]."""
     largest = weight.abs().amax((-1, -2)).unsqueeze(-1)
-    scale = largest / (_E4M3.high * 6.0)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    # Kept so large that its product with 2^-9, the smallest block scale, is a normal float32.
+    scale = (largest / (_E4M3.high * 6.0)).clamp(min=_GLOBAL_MIN)
+    return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -228,11 +238,15 @@ def check_finite(weight: Tensor, name: str) -> None:
     """
     if not bool(torch.isfinite(weight).all()):
         n_bad = int((~torch.isfinite(weight)).sum())
-        raise FormatError(f"{name} has {n_bad} NaN or infinite weights; no format stores those: repair the checkpoint or skip the matrix")
+        raise FormatError(
+            f"{name} has {n_bad} NaN or infinite weights; no format stores those: repair the "
+            "checkpoint or skip the matrix"
+        )
 
 
 def _int_shrinks(bits: int) -> tuple[float, ...]:
-    # Gaussian groups: the best clip falls from 1.0 at 8 bits to about 0.6 at 2 bits; a finer grid gains < 0.5 % in error.
+    # Gaussian groups: the best clip falls from 1.0 at 8 bits to about 0.6 at 2 bits; a finer grid
+    # gains < 0.5 % in error.
     if bits <= 3:
         return (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
     if bits <= 5:
@@ -241,21 +255,25 @@ def _int_shrinks(bits: int) -> tuple[float, ...]:
 
 
 def _to_f16(scale: Tensor) -> Tensor:
-    """Round to float16, keep the sign, stay away from zero and infinity; zero (a zero group) becomes 1."""
+    """Round to float16, keep the sign, avoid zero and infinity; zero (a zero group) becomes 1."""
     rounded = scale.clamp(-_F16_MAX, _F16_MAX).to(torch.float16).to(torch.float32)
     tiny = torch.copysign(torch.full_like(rounded, _F16_TINY), scale)
     rounded = torch.where(rounded == 0, tiny, rounded)
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)
 
 
-def _squared_error(grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None) -> Tensor:
+def _squared_error(
+    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None
+) -> Tensor:
     scale = scales.scale.unsqueeze(-1)  # [B, N, 1]
     zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
     error = rebuild(snap(grid, group, scale, zero), scale, zero).sub_(group).square_()
     return (error if weight is None else error.mul_(weight)).sum(-1)
 
 
-def _least_squares_scale(grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None) -> GroupScales:
+def _least_squares_scale(
+    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None
+) -> GroupScales:
     """The best scale for the codes that the given scales lead to: <w, v> / <v, v>."""
     zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
     values = snap(grid, group, scales.scale.unsqueeze(-1), zero)

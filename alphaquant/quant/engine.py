@@ -1,7 +1,7 @@
 """From one layer's weights and Hessians to packed matrices with a record of how each was made.
 
-The bank asks for every matrix in every format, the pipeline for each matrix in one; both come through `quantize_layer`, so the
-same settings give the same codes.
+The bank asks for every matrix in every format, the pipeline for each matrix in one; both come
+through `quantize_layer`, so the same settings give the same codes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +55,8 @@ class MatrixRecord:
         bits_per_weight: stored bits, scales included.
         method: `gptq`, `rtn` or `none` (bf16).
         fallback: why the method differs from the one asked for, None if it does not.
-        hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without data.
+        hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
+            data.
         n_tokens: calibration tokens that reached it, None without data.
         damp: damping fraction used, retries included.
         weight_error: |W - Q|^2 / |W|^2.
@@ -114,14 +115,22 @@ def quantize_layer(
 
 
 def _quantize_chunk(
-    model_map: ModelMap, batch: HessianBatch, formats: Sequence[str], settings: QuantSettings, wanted: Wanted
+    model_map: ModelMap,
+    batch: HessianBatch,
+    formats: Sequence[str],
+    settings: QuantSettings,
+    wanted: Wanted,
 ) -> Iterator[QuantizedMatrix]:
-    weight = torch.stack([torch.cat([model_map.view(m.name) for m in stack]) for stack in batch.stacks]).to(torch.float32)
+    weight = torch.stack(
+        [torch.cat([model_map.view(m.name) for m in stack]) for stack in batch.stacks]
+    ).to(torch.float32)
     for b, stack in enumerate(batch.stacks):
         check_finite(weight[b], " + ".join(m.name for m in stack))
     factor = None
     for name in formats:
-        members = [b for b, stack in enumerate(batch.stacks) if any(wanted(m, name) for m in stack)]
+        members = [
+            b for b, stack in enumerate(batch.stacks) if any(wanted(m, name) for m in stack)
+        ]
         if not members:
             continue
         if not parse_format(name).is_quantized:
@@ -135,17 +144,23 @@ def _quantize_chunk(
 
 
 def _round(
-    weight: Tensor, batch: HessianBatch, factor: Factor | None, fmt: Format, settings: QuantSettings
+    weight: Tensor,
+    batch: HessianBatch,
+    factor: Factor | None,
+    fmt: Format,
+    settings: QuantSettings,
 ) -> Iterator[QuantizedMatrix]:
     """Round all matrices of a batch to one format: GPTQ where there is data, RTN elsewhere."""
     row_counts = tuple(m.rows for m in batch.stacks[0])
     rtn = gptq = None
     has_data = batch.has_data
     if factor is not None:
-        gptq = quantize_gptq(weight, factor, fmt, settings.scale_search, settings.blocksize, row_counts)
+        gptq = quantize_gptq(
+            weight, factor, fmt, settings.scale_search, settings.blocksize, row_counts
+        )
     if gptq is None or not all(has_data):
         rtn = quantize_rtn(weight, fmt, settings.scale_search, row_counts)
-    for b, stack in enumerate(batch.stacks):
+    for b in range(len(batch.stacks)):
         use_gptq = gptq is not None and has_data[b]
         rounded = gptq if use_gptq else rtn
         assert rounded is not None
@@ -154,14 +169,21 @@ def _round(
 
 
 def _pack_stack(
-    weight: Tensor, batch: HessianBatch, b: int, rounded: RoundedBatch, damp: float | None, asked: Method
+    weight: Tensor,
+    batch: HessianBatch,
+    b: int,
+    rounded: RoundedBatch,
+    damp: float | None,
+    asked: Method,
 ) -> Iterator[QuantizedMatrix]:
     """Pack the matrices of one stack and write down their errors."""
     made = rounded.weights()[b]
     squared = (weight - made).square().sum(-1)  # [N]
     has_data = batch.has_data[b]
     output = hessian_error(weight, made, batch.hessian[b]) if has_data else None
-    signal = hessian_error(weight, torch.zeros_like(weight), batch.hessian[b]) if has_data else None
+    signal = (
+        hessian_error(weight, torch.zeros_like(weight), batch.hessian[b]) if has_data else None
+    )
     start = 0
     for matrix in batch.stacks[b]:
         rows = slice(start, start + matrix.rows)
@@ -184,14 +206,20 @@ def _pack_stack(
         yield QuantizedMatrix(matrix, rounded.pack(b, rows), record)
 
 
-def _keep(weight: Tensor, batch: HessianBatch, members: list[int], wanted: Wanted) -> Iterator[QuantizedMatrix]:
+def _keep(
+    weight: Tensor, batch: HessianBatch, members: list[int], wanted: Wanted
+) -> Iterator[QuantizedMatrix]:
     for b in members:
         start = 0
         for matrix in batch.stacks[b]:
             rows = slice(start, start + matrix.rows)
             start += matrix.rows
             if wanted(matrix, "bf16"):
-                yield QuantizedMatrix(matrix, pack_bf16(weight[b, rows]), MatrixRecord(matrix.name, "bf16", 16.0, "none"))
+                yield QuantizedMatrix(
+                    matrix,
+                    pack_bf16(weight[b, rows]),
+                    MatrixRecord(matrix.name, "bf16", 16.0, "none"),
+                )
 
 
 def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:
@@ -205,7 +233,7 @@ def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:
 
 
 def _without_data(layer: LayerSite) -> Iterator[HessianBatch]:
-    """Batches for round-to-nearest: matrices one by one for linears, all experts at once, empty Hessians."""
+    """Batches with zero Hessians: linears one by one, all experts of a module at once."""
     stacks: list[tuple[tuple[Matrix, ...], ...]] = [((site.matrix,),) for site in layer.linears]
     for site in layer.experts:
         stacks.append(tuple(zip(site.gate, site.up, strict=True)))

@@ -1,12 +1,13 @@
 """GPTQ and RTN over every format, on batches of matrices of one shape.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1 and section 3.3): columns are rounded one after the other; each column's
-error is spread over the columns not yet rounded, through the upper Cholesky factor of the inverse Hessian. Scales of a group are
-chosen from the compensated weights when the loop reaches its first column. RTN is the same with no error spread: with a Hessian
-equal to the identity both give the same result.
+GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1 and section 3.3): columns are rounded one
+after the other; each column's error is spread over the columns not yet rounded, through the upper
+Cholesky factor of the inverse Hessian. Scales of a group are chosen from the compensated weights
+when the loop reaches its first column. RTN is the same with no error spread: with a Hessian equal
+to the identity both give the same result.
 
-Letters (those of the paper's code in the loop): B matrices, N rows, K columns; W weights, H Hessian, U upper Cholesky factor of
-its inverse, Err1 scaled errors of a block.
+Letters (those of the paper's code in the loop): B matrices, N rows, K columns; W weights, H
+Hessian, U upper Cholesky factor of its inverse, Err1 scaled errors of a block.
 """
 
 from collections.abc import Iterator
@@ -48,8 +49,9 @@ class Factor:
 def factorize(hessian: Tensor, percdamp: float) -> Factor:
     """Dampen Hessians and factorize their inverses.
 
-    A column that no token ever used (zero diagonal) gets a diagonal of its own, so it is rounded without compensation. A matrix
-    whose factorization fails is tried again with ten times the damping, at most five times.
+    A column that no token ever used (zero diagonal) gets a diagonal of its own, so it is rounded
+    without compensation. A matrix whose factorization fails is tried again with ten times the
+    damping, at most five times.
 
     Args:
         hessian: float32 [B, K, K], symmetric, sums over tokens (any positive scale).
@@ -81,7 +83,8 @@ def factorize(hessian: Tensor, percdamp: float) -> Factor:
         for b in pending:
             damp[b] *= 10
     raise ModelError(
-        f"{len(pending)} Hessians of size {n_cols} are not positive definite even with damping {damp[pending[0]]:g}; use more or "
+        f"{len(pending)} Hessians of size {n_cols} are not positive definite even with damping "
+        f"{percdamp * 10**MAX_DAMP_RETRIES:g}; use more or "
         "other calibration text, a larger --percdamp, or --method rtn"
     )
 
@@ -100,9 +103,12 @@ def quantize_gptq(
         weight: float32 [B, N, K].
         factor: from `factorize` on their Hessians.
         fmt: a quantized format.
-        search: how scales are chosen; the mse search weights each column by 1 / U_cc^2, its cost in the GPTQ loss.
-        blocksize: columns whose errors are spread lazily in one matrix product; changes speed, not the result.
-        row_counts: rows of each matrix where several are stacked along N (nvfp4 has one global scale per matrix).
+        search: how scales are chosen; the mse search weights each column by 1 / U_cc^2, its cost
+            in the GPTQ loss.
+        blocksize: columns whose errors are spread lazily in one matrix product; changes speed, not
+            the result.
+        row_counts: rows of each matrix where several are stacked along N (nvfp4 has one global
+            scale per matrix).
 
     Returns:
         The rounded batch.
@@ -121,9 +127,12 @@ def quantize_gptq(
             column = start + i
             if column % group_size == 0:
                 end = column + group_size
-                ahead = W1[..., i : end - start] if end <= stop else torch.cat([W1[..., i:], W[..., stop:end]], -1)
-                importance = U.diagonal(dim1=-2, dim2=-1)[:, column:end].pow(-2)
-                collected.append(fit(codec, ahead, importance))
+                ahead = (
+                    W1[..., i : end - start]
+                    if end <= stop
+                    else torch.cat([W1[..., i:], W[..., stop:end]], -1)
+                )
+                collected.append(fit(codec, ahead, _importance(U, column, end)))
             scales = collected[-1]
             w = W1[..., i]
             value = snap(codec.grid, w, scales.scale, scales.zero)
@@ -136,7 +145,9 @@ def quantize_gptq(
     return _collect(fmt, values, collected, global_scale)
 
 
-def quantize_rtn(weight: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...] = ()) -> RoundedBatch:
+def quantize_rtn(
+    weight: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...] = ()
+) -> RoundedBatch:
     """Round a batch of matrices to nearest, group by group; needs no data.
 
     Args:
@@ -157,22 +168,40 @@ def quantize_rtn(weight: Tensor, fmt: Format, search: ScaleSearch, row_counts: t
         group = W[..., start : start + group_size]
         scales = fit(codec, group)
         zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
-        values[..., start : start + group_size] = snap(codec.grid, group, scales.scale.unsqueeze(-1), zero)
+        values[..., start : start + group_size] = snap(
+            codec.grid, group, scales.scale.unsqueeze(-1), zero
+        )
         collected.append(scales)
     return _collect(fmt, values, collected, global_scale)
 
 
 def hessian_error(original: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
-    """Rows' shares of tr((W - Q) H (W - Q)'), [B, N]; with H = sum of c^2 x x' the squared output error over the tokens."""
+    """Rows' shares of tr((W - Q) H (W - Q)'), [B, N].
+
+    With H = sum of c^2 x x' it is the squared output error over the tokens.
+    """
     delta = (original - rounded).to(torch.float32)
     return ((delta @ hessian) * delta).sum(-1)
 
 
-def _codec(W: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...]) -> tuple[Tensor | None, Codec]:
+def _importance(U: Tensor, start: int, stop: int) -> Tensor:
+    """Cost of columns' squared errors, 1 / U_cc^2, relative to the first column's; [B, columns].
+
+    Relative, so that it is exactly one where all are equal and GPTQ with H = I is exactly RTN.
+    """
+    diagonal = U.diagonal(dim1=-2, dim2=-1)[:, start:stop]
+    return (diagonal / diagonal[:, :1]).pow(-2)
+
+
+def _codec(
+    W: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...]
+) -> tuple[Tensor | None, Codec]:
     if fmt.family != "nvfp":
         return None, make_codec(fmt, search)
-    parts = W.split(list(row_counts) or [W.shape[-2]], -2)
-    global_scale = torch.cat([nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1)  # [B, N]
+    parts = torch.split(W, list(row_counts) or [W.shape[-2]], -2)  # type: ignore[no-untyped-call]
+    global_scale = torch.cat(
+        [nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1
+    )  # [B, N]
     return global_scale, make_codec(fmt, search, global_scale)
 
 
@@ -181,9 +210,12 @@ def _group_size(fmt: Format, n_cols: int) -> int:
 
 
 def _blocks(n_cols: int, group_size: int, blocksize: int) -> Iterator[tuple[int, int]]:
-    """Blocks that hold whole groups, or lie inside one, so that a group's weights are up to date when it is reached.
+    """Blocks that hold whole groups, or lie inside one.
 
-    Example: 200 columns, groups of 96, blocks of 128 -> (0, 96), (96, 192), (192, 200); of 32 -> (0, 32), (32, 64), (64, 96), ...
+    So a group's weights are up to date when it is reached.
+
+    Example: 200 columns, groups of 96, blocks of 128 -> (0, 96), (96, 192), (192, 200); of 32 ->
+        (0, 32), (32, 64), (64, 96), ...
     """
     groups_per_block = blocksize // group_size
     run = group_size * max(groups_per_block, 1)
@@ -205,7 +237,11 @@ def _invert(lower: Tensor, info: Tensor) -> tuple[Tensor, list[bool]]:
     return upper, [not bool(g) for g in good]
 
 
-def _collect(fmt: Format, values: Tensor, groups: list[GroupScales], global_scale: Tensor | None) -> RoundedBatch:
+def _collect(
+    fmt: Format, values: Tensor, groups: list[GroupScales], global_scale: Tensor | None
+) -> RoundedBatch:
     zeros = [g.zero for g in groups if g.zero is not None]
     scales = torch.stack([g.scale for g in groups], -1)  # [B, N, G]
-    return RoundedBatch(fmt, values, scales, torch.stack(zeros, -1) if zeros else None, global_scale)
+    return RoundedBatch(
+        fmt, values, scales, torch.stack(zeros, -1) if zeros else None, global_scale
+    )

@@ -1,9 +1,11 @@
-"""Gradients of sampled log-likelihoods at the quantizable modules, one decoder layer at a time from the last to the first.
+"""Gradients of sampled log-likelihoods at the quantizable modules, from last layer to first.
 
-Memory holds the hidden states at every layer and one layer's graph, never the graph of the model. `trace_layers` yields, for each
-layer, what went into its modules and the gradient at their outputs; products with weight errors are the caller's business.
+Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
+`trace_layers` yields, for each layer, what went into its modules and the gradient at their
+outputs; products with weight errors are the caller's business.
 
-Letters: S sequences, T tokens each, K inputs and N outputs of a linear, H hidden size, D draws of labels.
+Letters: S sequences, T tokens each, K inputs and N outputs of a linear, H hidden size, D draws of
+labels.
 """
 
 from collections.abc import Iterator
@@ -71,7 +73,9 @@ class _Tap:
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
         self.inputs[site.matrix.name] = inputs.detach()
 
-    def on_experts(self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+    def on_experts(
+        self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> None:
         self.inputs[site.name] = inputs.detach()
         self.routing[site.name] = (expert_ids, weights.detach())
 
@@ -81,8 +85,9 @@ def trace_layers(
 ) -> Iterator[LayerTrace]:
     """Walk the model backwards.
 
-    For every position a label is drawn from the model's own prediction; the gradient is that of the summed log-likelihood of a
-    sequence's labels, so that squares of its products with a perturbation estimate the Fisher term of the divergence.
+    For every position a label is drawn from the model's own prediction; the gradient is that of
+    the summed log-likelihood of a sequence's labels, so that squares of its products with a
+    perturbation estimate the Fisher term of the divergence.
 
     Args:
         model_map: the original model.
@@ -103,7 +108,8 @@ def trace_layers(
     for layer in reversed(model_map.layers):
         arguments = inputs.arguments[layer.index]
         traced = [
-            _trace_batch(layer, h, arguments, g) for h, g in zip(hidden[layer.index], gradients, strict=True)
+            _trace_batch(layer, h, arguments, g)
+            for h, g in zip(hidden[layer.index], gradients, strict=True)
         ]
         yield _join(layer, [tap for tap, _ in traced], hidden[layer.index], arguments)
         gradients = [g for _, g in traced]
@@ -119,10 +125,13 @@ def _forward_hidden(model_map: ModelMap, inputs: LayerInputs) -> list[list[Tenso
     return states
 
 
-def _output_gradients(model_map: ModelMap, batch: Tensor, last: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
+def _output_gradients(
+    model_map: ModelMap, batch: Tensor, last: Tensor, n_draws: int, generator: torch.Generator
+) -> Tensor:
     """Gradients at the last layer's output, [D, B, T, H].
 
-    The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it is: a hook hands it a leaf.
+    The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it
+    is: a hook hands it a leaf.
     """
     leaf = last.detach().requires_grad_(True)
 
@@ -132,7 +141,9 @@ def _output_gradients(model_map: ModelMap, batch: Tensor, last: Tensor, n_draws:
     handle = model_map.layers[-1].module.register_forward_hook(replace)
     try:
         with torch.enable_grad():
-            logits = model_map.model(batch.to(last.device), use_cache=False).logits.float()  # [B, T, V]
+            logits = model_map.model(
+                batch.to(last.device), use_cache=False
+            ).logits.float()  # [B, T, V]
             log_probs = torch.log_softmax(logits, -1)
     finally:
         handle.remove()
@@ -151,7 +162,9 @@ def _trace_batch(
     """One batch through one layer: traces, and the gradients at the layer's input [D, B, T, H]."""
     tap = _Tap()
     names = [site.matrix.name for site in layer.linears] + [site.name for site in layer.experts]
-    modules: list[nn.Module] = [s.module for s in layer.linears] + [s.module for s in layer.experts]
+    modules: list[nn.Module] = [s.module for s in layer.linears] + [
+        s.module for s in layer.experts
+    ]
 
     def keep(name: str) -> object:
         def hook(_: nn.Module, args: object, output: Tensor) -> None:
@@ -168,11 +181,17 @@ def _trace_batch(
         for handle in handles:
             handle.remove()
     targets = [leaf, *(tap.outputs[n] for n in names)]
-    drawn = [torch.autograd.grad(output, targets, g, retain_graph=True, allow_unused=True) for g in gradients]
+    drawn = [
+        torch.autograd.grad(output, targets, g, retain_graph=True, allow_unused=True)
+        for g in gradients
+    ]
     at = {
-        n: torch.stack([_or_zeros(d[i + 1], tap.outputs[n]) for d in drawn]).detach() for i, n in enumerate(names)
+        n: torch.stack([_or_zeros(d[i + 1], tap.outputs[n]) for d in drawn]).detach()
+        for i, n in enumerate(names)
     }
-    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), torch.stack([d[0] for d in drawn]).detach()
+    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), torch.stack(
+        [d[0] for d in drawn]
+    ).detach()
 
 
 @dataclass(frozen=True)
@@ -187,14 +206,22 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def _join(layer: LayerSite, parts: list[_TracedBatch], hidden: list[Tensor], arguments: dict[str, object]) -> LayerTrace:
+def _join(
+    layer: LayerSite, parts: list[_TracedBatch], hidden: list[Tensor], arguments: dict[str, object]
+) -> LayerTrace:
     """Concatenate batches along the sequences."""
     linears = {}
     for site in layer.linears:
         name = site.matrix.name
         x = torch.cat([p.inputs[name].reshape(p.n_sequences, -1, site.matrix.cols) for p in parts])
         g = torch.cat(
-            [p.gradients[name].reshape(len(p.gradients[name]), p.n_sequences, -1, site.matrix.rows) for p in parts], 1
+            [
+                p.gradients[name].reshape(
+                    len(p.gradients[name]), p.n_sequences, -1, site.matrix.rows
+                )
+                for p in parts
+            ],
+            1,
         )
         linears[name] = LinearTrace(x, g)
     experts = {}

@@ -1,13 +1,16 @@
 """Hessians of the layer-wise quantization error, weighted by routing.
 
 For an expert with tokens x_j and routing weights c_j the squared error of its weighted output is
-sum_j c_j^2 |(W - Q) x_j|^2 = tr((W - Q) H (W - Q)') with H = sum_j c_j^2 x_j x_j' (derivation in docs/algorithms.md). The exponent is
-a parameter: 0 is plain GPTQ, 1 is MoEQuant (arXiv 2505.03804, AGQ), 2 is exact and the default. Everything that every token
-passes through (attention, dense MLPs, shared experts) has weight 1.
+sum_j c_j^2 |(W - Q) x_j|^2 = tr((W - Q) H (W - Q)') with H = sum_j c_j^2 x_j x_j' (derivation in
+docs/algorithms.md). The exponent is a parameter: 0 is plain GPTQ, 1 is MoEQuant (arXiv 2505.03804,
+AGQ), 2 is exact and the default. A shared expert behind a sigmoid gate (Qwen2-MoE) is weighted by
+that gate in the same way; everything else that every token passes through (attention, dense MLPs,
+other shared experts) has weight 1.
 
-An expert that few tokens reach gets its Hessian mixed with the mean of its layer's experts, as if it had seen `pooled_tokens`
-more of their tokens. The mean is taken over the layer's experts for gate and up, whose inputs live in the same space; for down,
-whose inputs are each expert's own features, only the mean diagonal is shared.
+An expert that few tokens reach gets its Hessian mixed with the mean of its layer's experts, as if
+it had seen `pooled_tokens` more of their tokens. The mean is taken over the layer's experts for
+gate and up, whose inputs live in the same space; for down, whose inputs are each expert's own
+features, only the mean diagonal is shared.
 
 Letters: E experts, K inputs, n tokens.
 """
@@ -27,10 +30,12 @@ class HessianBatch:
     """Hessians of matrices that are quantized together.
 
     Attributes:
-        stacks: B groups of matrices; those of one group share their input and are stacked along their rows (q, k, v; gate, up).
+        stacks: B groups of matrices; those of one group share their input and are stacked along
+            their rows (q, k, v; gate, up).
         hessian: float32 [B, K, K], sums over tokens.
         n_tokens: tokens that each group saw, [B].
-        source: how each Hessian was made, [B]: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`.
+        source: how each Hessian was made, [B]: `plain`, `routing_weighted` (shared experts behind
+            a gate included), `routing_weighted+pooled`, `pooled`.
     """
 
     stacks: tuple[tuple[Matrix, ...], ...]
@@ -59,11 +64,12 @@ def accumulate(total: Tensor, inputs: Tensor, weights: Tensor | None = None) -> 
 
 @dataclass
 class LayerHessians:
-    """Observer that sums the Hessians of one layer; hand it to `observe_layer`, then call `batches`.
+    """Observer that sums one layer's Hessians; hand it to `observe_layer`, then call `batches`.
 
     Attributes:
         route_exponent: 0, 1 or 2; power of the routing weight.
-        pooled_tokens: tokens' worth of the layer's mean that each expert's Hessian is mixed with; 0 turns it off.
+        pooled_tokens: tokens' worth of the layer's mean that each expert's Hessian is mixed with;
+            0 turns it off.
     """
 
     route_exponent: int = 2
@@ -73,10 +79,11 @@ class LayerHessians:
     _shared: dict[str, list[Matrix]] = field(default_factory=dict)
     _leader: dict[str, str] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
+    _gates: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     _experts: dict[str, "_ExpertSums"] = field(default_factory=dict)
 
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
-        """Add a batch; linears that receive the very same tensor as the one before them share one Hessian."""
+        """Add a batch; linears that receive the same tensor as the one before share a Hessian."""
         name = site.matrix.name
         if name not in self._leader:
             same = self._last is not None and self._last[1] is inputs
@@ -90,10 +97,12 @@ class LayerHessians:
             n_cols = site.matrix.cols
             self._linear[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
             self._tokens[name] = 0
-        accumulate(self._linear[name], inputs)
+        accumulate(self._linear[name], inputs, self._gate_weights(site, inputs))
         self._tokens[name] += inputs.numel() // inputs.shape[-1]
 
-    def on_experts(self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+    def on_experts(
+        self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> None:
         """Add a batch of routed tokens."""
         if site.name not in self._experts:
             self._experts[site.name] = _ExpertSums(site, inputs.device)
@@ -108,10 +117,28 @@ class LayerHessians:
         result = []
         for leader, matrices in self._shared.items():
             hessian = self._linear[leader].unsqueeze(0)
-            result.append(HessianBatch((tuple(matrices),), hessian, (self._tokens[leader],), ("plain",)))
+            gated = self.route_exponent > 0 and leader.rpartition(".")[0] in self._gates
+            source = "routing_weighted" if gated else "plain"
+            result.append(
+                HessianBatch((tuple(matrices),), hessian, (self._tokens[leader],), (source,))
+            )
         for site in layer.experts:
             result += self._experts[site.name].batches(self.pooled_tokens, self.route_exponent)
         return result
+
+    def _gate_weights(self, site: LinearSite, inputs: Tensor) -> Tensor | None:
+        """Weights of a gated shared expert's tokens, [n]; None for everything else.
+
+        The gate sees what the shared expert sees: the inputs of the linear that is called first.
+        """
+        if site.gate is None:
+            return None
+        name = site.matrix.name
+        parent = name.rpartition(".")[0]
+        if parent not in self._gates or self._gates[parent][0] == name:
+            gate = torch.sigmoid(site.gate(inputs).to(torch.float32)).flatten()
+            self._gates[parent] = (name, gate**self.route_exponent)
+        return self._gates[parent][1]
 
 
 class _ExpertSums:
@@ -137,7 +164,9 @@ class _ExpertSums:
     def batches(self, pooled_tokens: int, exponent: int) -> list[HessianBatch]:
         counts = tuple(self.n_tokens.tolist())
         base = "routing_weighted" if exponent else "plain"
-        source = tuple(base if not pooled_tokens else f"{base}+pooled" if n else "pooled" for n in counts)
+        source = tuple(
+            base if not pooled_tokens else f"{base}+pooled" if n else "pooled" for n in counts
+        )
         w13, w2 = self.w13, self.w2
         if pooled_tokens and sum(counts):
             share = pooled_tokens / sum(counts)

@@ -1,6 +1,7 @@
-"""Quantized matrices: as grid values while they are made (`RoundedBatch`), packed as they are stored (`PackedMatrix`).
+"""Quantized matrices: grid values while they are made, then packed as they are stored.
 
-The packed tensors are those of the layout in `alphaquant.spaces.formats`; their bytes equal `Format.storage_bits` exactly.
+The packed tensors are those of the layout in `alphaquant.spaces.formats`; their bytes equal
+`Format.storage_bits` exactly.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class RoundedBatch:
     global_scale: Tensor | None = None
 
     def weights(self) -> Tensor:
-        """Dequantized weights, float32 [B, N, K]; bit for bit what `PackedMatrix.dequantize` gives."""
+        """Dequantized weights, float32 [B, N, K]; bit for bit `PackedMatrix.dequantize`."""
         return dequantize_groups(self.format, self.values, self.scales, self.zeros)
 
     def pack(self, index: int, rows: slice) -> "PackedMatrix":
@@ -65,8 +66,8 @@ class PackedMatrix:
         format: its format.
         rows: outputs.
         cols: inputs.
-        tensors: `codes` uint8 [rows, row bytes], `scales` [rows, G], optional `zeros` uint8 [bytes] and `global_scale`
-            float32 [1]; for bf16 only `weight` bfloat16 [rows, cols].
+        tensors: `codes` uint8 [rows, row bytes], `scales` [rows, G], optional `zeros` uint8
+            [bytes] and `global_scale` float32 [1]; for bf16 only `weight` bfloat16 [rows, cols].
     """
 
     format: Format
@@ -103,14 +104,23 @@ class PackedMatrix:
 def pack_bf16(weight: Tensor) -> PackedMatrix:
     """A matrix that stays in bfloat16, [rows, cols]."""
     rows, cols = weight.shape
-    return PackedMatrix(parse_format("bf16"), rows, cols, {"weight": weight.to(torch.bfloat16).contiguous()})
+    return PackedMatrix(
+        parse_format("bf16"), rows, cols, {"weight": weight.to(torch.bfloat16).contiguous()}
+    )
 
 
-def packed_shapes(fmt: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_shapes(
+    fmt: Format, rows: int, cols: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a packed [rows, cols] matrix has."""
     if not fmt.is_quantized:
         return {"weight": ((rows, cols), torch.bfloat16)}
-    scale_dtype = {"int": torch.float16, "fp": torch.float16, "mxfp": torch.uint8, "nvfp": torch.float8_e4m3fn}
+    scale_dtype = {
+        "int": torch.float16,
+        "fp": torch.float16,
+        "mxfp": torch.uint8,
+        "nvfp": torch.float8_e4m3fn,
+    }
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": ((rows, fmt.row_bytes(cols)), torch.uint8),
         "scales": ((rows, fmt.n_groups(cols)), scale_dtype[fmt.family]),
@@ -132,8 +142,8 @@ def check_packed(matrix: PackedMatrix, name: str, source: str) -> None:
     found = {key: (tuple(t.shape), t.dtype) for key, t in matrix.tensors.items()}
     if found != expected:
         raise StoreError(
-            f"{source}: {name} in {matrix.format.name} has tensors {found}, expected {expected}; the file is damaged or of another "
-            "version: delete it and run again"
+            f"{source}: {name} in {matrix.format.name} has tensors {found}, expected {expected}; "
+            "the file is damaged or of another version: delete it and run again"
         )
 
 
@@ -152,7 +162,7 @@ def dequantize_groups(fmt: Format, values: Tensor, scales: Tensor, zeros: Tensor
     n_cols = values.shape[-1]
     group_size = n_cols if fmt.n_groups(n_cols) == 1 else fmt.group_size
     if n_cols % group_size == 0:
-        grouped = values.unflatten(-1, (-1, group_size))  # [..., N, G, g]
+        grouped = values.reshape(*values.shape[:-1], -1, group_size)  # [..., N, G, g]
         zero = None if zeros is None else zeros.unsqueeze(-1)
         return rebuild(grouped, scales.unsqueeze(-1), zero).flatten(-2)
     column_scale = scales.repeat_interleave(group_size, -1)[..., :n_cols]

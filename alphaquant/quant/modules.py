@@ -1,4 +1,6 @@
-"""Modules that hold packed weights and dequantize them in their forward pass: the torch reference of the packed runtime.
+"""Modules that hold packed weights and dequantize them in their forward pass.
+
+The torch reference of the packed runtime.
 
 Letters: n tokens, k experts per token, H hidden size, I expert width.
 """
@@ -18,7 +20,9 @@ from alphaquant.spaces.units import Matrix
 class PackedLinear(nn.Module):
     """A linear layer whose weight is packed; its buffers are the tensors of `PackedMatrix`."""
 
-    def __init__(self, fmt: Format, rows: int, cols: int, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, fmt: Format, rows: int, cols: int, bias: nn.Parameter | None = None
+    ) -> None:
         """Make an empty one; `load_state_dict` fills it.
 
         Args:
@@ -36,7 +40,9 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedMatrix:
         """The weight as stored."""
         names = packed_shapes(self.format, self.rows, self.cols)
-        return PackedMatrix(self.format, self.rows, self.cols, {n: self.get_buffer(n) for n in names})
+        return PackedMatrix(
+            self.format, self.rows, self.cols, {n: self.get_buffer(n) for n in names}
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., cols] -> [..., rows] in the inputs' dtype."""
@@ -58,7 +64,7 @@ class PackedExpert(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """A fused experts module with a format per matrix; takes the place of transformers' module, same call."""
+    """A fused experts module with a format per matrix, called like transformers' module."""
 
     def __init__(self, site: ExpertsSite, formats: Mapping[str, Format]) -> None:
         """Make an empty one.
@@ -69,7 +75,8 @@ class PackedExperts(nn.Module):
         """
         super().__init__()
         self.num_experts = site.n_experts
-        # A bound method is no submodule: the replaced module's (meta) weights stay out of the state.
+        # A bound method is no submodule: the replaced module's (meta) weights stay out of the
+        # state.
         self._apply_gate = site.module._apply_gate
         for e in range(site.n_experts):
             parts = [_empty(m, formats) for m in (site.gate[e], site.up[e], site.down[e])]

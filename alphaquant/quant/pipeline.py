@@ -1,7 +1,7 @@
 """From a model and an assignment to a packed checkpoint, layer by layer.
 
-Inputs of every layer are those of the original model, as in the bank, so that a checkpoint made with a trial's settings has the
-trial's codes.
+Inputs of every layer are those of the original model, as in the bank, so that a checkpoint made
+with a trial's settings has the trial's codes.
 """
 
 import time
@@ -76,13 +76,19 @@ def quantize_to_checkpoint(
         StoreError: the target exists.
     """
     if settings.method == "gptq" and tokens is None:
-        raise ModelError("GPTQ needs calibration text; give --calibration, or --method rtn which needs none")
+        raise ModelError(
+            "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
+        )
     started = time.perf_counter()
     writer = CheckpointWriter(target, overwrite)
     rows: list[dict[str, Any]] = []
     utilization: dict[str, list[int]] = {}
     try:
-        inputs = None if settings.method == "rtn" or tokens is None else capture_inputs(model_map, batches_of(tokens, batch_size))
+        inputs = (
+            None
+            if settings.method == "rtn" or tokens is None
+            else capture_inputs(model_map, batches_of(tokens, batch_size))
+        )
         for layer in model_map.layers:
             progress("quantize", layer.index, len(model_map.layers))
             layer_started = time.perf_counter()
@@ -108,11 +114,17 @@ def quantize_to_checkpoint(
         raise
     fallbacks = {r["matrix"]: r["fallback"] for r in rows if r["fallback"]}
     seconds = time.perf_counter() - started
-    return PipelineResult(path, writer.quantized_bytes, counts.checkpoint_bytes, fallbacks, seconds)
+    return PipelineResult(
+        path, writer.quantized_bytes, counts.checkpoint_bytes, fallbacks, seconds
+    )
 
 
 def _quantize_one(
-    model_map: ModelMap, layer: LayerSite, assignment: Assignment, settings: QuantSettings, inputs: LayerInputs | None
+    model_map: ModelMap,
+    layer: LayerSite,
+    assignment: Assignment,
+    settings: QuantSettings,
+    inputs: LayerInputs | None,
 ) -> tuple[list[QuantizedMatrix], dict[str, list[int]]]:
     """Quantized matrices of one layer and the tokens per expert; moves the hidden states on."""
     formats = sorted({assignment.formats[m.name] for m in layer.matrices()})
@@ -124,6 +136,11 @@ def _quantize_one(
             inputs.hidden[:] = [run_layer(layer, h, arguments) for h in inputs.hidden]
         hessians, used = observer.batches(layer), observer.utilization()
     items = quantize_layer(
-        model_map, layer, hessians, formats, settings, lambda m, name: assignment.formats[m.name] == name
+        model_map,
+        layer,
+        hessians,
+        formats,
+        settings,
+        lambda m, name: assignment.formats[m.name] == name,
     )
     return list(items), used

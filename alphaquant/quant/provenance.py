@@ -10,7 +10,7 @@ _PACKAGES = ("aq-search", "torch", "transformers", "safetensors", "numpy", "scip
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what the results depend on; `aq-search` is `source` when it runs without installation."""
+    """Installed versions of what the results depend on; `source` for what is not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

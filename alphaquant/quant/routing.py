@@ -1,7 +1,7 @@
 """Tokens sorted by the expert that they are routed to.
 
-Letters: n tokens, k experts per token, E experts. Slot j of token t carries its j-th chosen expert and that choice's weight, so
-weights stay with their token whatever the order of execution.
+Letters: n tokens, k experts per token, E experts. Slot j of token t carries its j-th chosen expert
+and that choice's weight, so weights stay with their token whatever the order of execution.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,9 @@ class ExpertTokens:
     weights: Tensor
 
 
-def tokens_by_expert(expert_ids: Tensor, weights: Tensor, n_experts: int) -> Iterator[ExpertTokens]:
+def tokens_by_expert(
+    expert_ids: Tensor, weights: Tensor, n_experts: int
+) -> Iterator[ExpertTokens]:
     """The experts that received tokens, in order, each with its tokens in token order.
 
     Args:

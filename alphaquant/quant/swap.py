@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.models import ModelMap
@@ -15,8 +16,8 @@ Read = Callable[[Matrix, str], PackedMatrix]
 class Swapper:
     """A model whose weights follow assignments.
 
-    The model's own weights are overwritten; everything that needs the original (Hessians, costs, teacher) comes before the first
-    swap.
+    The model's own weights are overwritten; everything that needs the original (Hessians, costs,
+    teacher) comes before the first swap.
     """
 
     def __init__(self, model_map: ModelMap, read: Read) -> None:
@@ -30,6 +31,11 @@ class Swapper:
         self._read = read
         self._current: dict[str, str] = {}
 
+    @property
+    def model(self) -> nn.Module:
+        """The model, with the weights of the last assignment."""
+        return self._map.model
+
     @torch.no_grad()
     def apply(self, assignment: Assignment) -> int:
         """Write the matrices whose format differs from the current one.
@@ -37,7 +43,11 @@ class Swapper:
         Returns:
             How many were written.
         """
-        changed = [m for m in self._map.inventory.matrices if self._current.get(m.name) != assignment.formats[m.name]]
+        changed = [
+            m
+            for m in self._map.inventory.matrices
+            if self._current.get(m.name) != assignment.formats[m.name]
+        ]
         for matrix in changed:
             packed = self._read(matrix, assignment.formats[matrix.name])
             view = self._map.view(matrix.name)

@@ -1,7 +1,10 @@
-"""Walking a model decoder layer by decoder layer over cached hidden states, so that memory holds one layer's work at a time.
+"""Walking a model decoder layer by decoder layer over cached hidden states.
 
-`capture_inputs` runs the model once up to its first layer and records with which keyword arguments each layer is called (masks,
-rotary embeddings); `run_layer` then calls a single layer. All windows have one length, so the arguments of one batch serve all.
+Memory holds one layer's work at a time.
+
+`capture_inputs` runs the model once up to its first layer and records with which keyword arguments
+each layer is called (masks, rotary embeddings); `run_layer` then calls a single layer. All windows
+have one length, so the arguments of one batch serve all.
 
 Letters: B windows in a batch, T tokens in a window, H hidden size.
 """
@@ -41,13 +44,15 @@ class LayerObserver(Protocol):
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
         """Inputs [B, T, K] or [n, K] of an nn.Linear."""
 
-    def on_experts(self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
-        """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of a fused experts module."""
+    def on_experts(
+        self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> None:
+        """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of fused experts."""
 
 
 def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
     """Split windows [N, T] into batches; all but the last have `batch_size` rows."""
-    return list(tokens.split(batch_size))
+    return list(torch.split(tokens, batch_size))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -67,29 +72,38 @@ def capture_inputs(model_map: ModelMap, batches: list[Tensor]) -> LayerInputs:
 
     def remember(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments[index] = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")}
+            arguments[index] = {
+                k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")
+            }
             reached.add(index)
 
         return hook
 
     handles = [
-        layer.module.register_forward_pre_hook(remember(layer.index), with_kwargs=True) for layer in model_map.layers
+        layer.module.register_forward_pre_hook(remember(layer.index), with_kwargs=True)
+        for layer in model_map.layers
     ]
     try:
-        # One window is enough: masks and positions do not depend on the content, and broadcast over the batch.
+        # One window is enough: masks and positions do not depend on the content, and broadcast
+        # over the batch.
         model_map.model(batches[0][:1].to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     missing = [layer.name for layer in model_map.layers if layer.index not in reached]
     if missing:
-        raise ModelError(f"the model's forward pass never called {missing[0]}; its layers cannot be walked one by one")
-    return LayerInputs([_first_hidden(model_map, batch.to(device)) for batch in batches], arguments)
+        raise ModelError(
+            f"the model's forward pass never called {missing[0]}; its layers cannot be walked one "
+            "by one"
+        )
+    return LayerInputs(
+        [_first_hidden(model_map, batch.to(device)) for batch in batches], arguments
+    )
 
 
 def run_layer(layer: LayerSite, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Output of one layer, [B, T, H]."""
-    output = layer.module(hidden, **arguments)
+    output: Tensor | tuple[Tensor, ...] = layer.module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -118,7 +132,10 @@ def observe_layer(layer: LayerSite, observer: LayerObserver) -> Iterator[None]:
         return hook
 
     handles = [site.module.register_forward_pre_hook(linear_hook(site)) for site in layer.linears]
-    handles += [site.module.register_forward_pre_hook(experts_hook(site), with_kwargs=True) for site in layer.experts]
+    handles += [
+        site.module.register_forward_pre_hook(experts_hook(site), with_kwargs=True)
+        for site in layer.experts
+    ]
     try:
         yield
     finally:
@@ -128,8 +145,9 @@ def observe_layer(layer: LayerSite, observer: LayerObserver) -> Iterator[None]:
     if expected - reached:
         names = sorted(expected - reached)
         raise ModelError(
-            f"{len(names)} modules of {layer.name} were never called during calibration, e.g. {names[0]}; their inputs are "
-            "unknown, so they cannot be quantized with data: use --method rtn or report the architecture"
+            f"{len(names)} modules of {layer.name} were never called during calibration, e.g. "
+            f"{names[0]}; their inputs are unknown, so they cannot be quantized with data: use "
+            "--method rtn or report the architecture"
         )
 
 

@@ -43,6 +43,9 @@ class Range:
     is_log: bool = False
 
 
+UNSEEN_TOKENS = 3.0
+"""95 % upper bound on the mean of a count that was seen to be zero (the rule of three)."""
+
 KNOB_RANGES: dict[str, Range] = {
     "error_weight": Range(0.0, 1.0),
     "rare_shrinkage": Range(4.0, 1024.0, is_log=True),
@@ -155,10 +158,13 @@ def allocate(problem: Problem, knobs: Knobs, limit_bits: int) -> Solution:
 
 
 def shrink_rare(problem: Problem, cost: FloatArray, rare_shrinkage: float) -> FloatArray:
-    """Pull the costs of rarely reached units toward their group's mean per weight.
+    """Pull the cost per token of rarely reached units toward their group's.
 
-    Worked example, n0 = 64: a unit of 100 weights, 16 tokens and cost 1 in a group whose cost per
-    weight is 0.02 gets 16/80 * 1 + 64/80 * 2 = 1.8.
+    A unit's cost grows with the tokens that reach it, so it is the cost per token and weight that
+    units of a group share. A unit that no token reached counts as if `UNSEEN_TOKENS` had.
+
+    Worked example, n0 = 64: a unit of 100 weights, 16 tokens and cost 1 has 1/1600 per token and
+    weight; in a group with 1/800 it gets 1600 * (16/80 * 1/1600 + 64/80 * 1/800) = 1.8.
 
     Args:
         problem: units with token counts and (layer, family) groups.
@@ -171,11 +177,13 @@ def shrink_rare(problem: Problem, cost: FloatArray, rare_shrinkage: float) -> Fl
     if rare_shrinkage == 0:
         return cost
     n_groups = int(problem.groups.max()) + 1
-    totals, weights = np.zeros((2, n_groups, cost.shape[1]))
+    exposure = problem.n_tokens * problem.n_weights  # [U]
+    totals, exposures = np.zeros((2, n_groups, cost.shape[1]))
     np.add.at(totals, problem.groups, cost * problem.allowed)
-    np.add.at(weights, problem.groups, problem.n_weights[:, None] * problem.allowed)
-    means = np.divide(totals, weights, out=np.zeros_like(totals), where=weights > 0)
-    prior = means[problem.groups] * problem.n_weights[:, None]
+    np.add.at(exposures, problem.groups, exposure[:, None] * problem.allowed)
+    rates = np.divide(totals, exposures, out=np.zeros_like(totals), where=exposures > 0)
+    at_least = np.maximum(problem.n_tokens, UNSEEN_TOKENS) * problem.n_weights
+    prior = rates[problem.groups] * at_least[:, None]
     own = (problem.n_tokens / (problem.n_tokens + rare_shrinkage))[:, None]
     return (own * cost + (1 - own) * prior) * problem.allowed
 

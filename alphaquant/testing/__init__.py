@@ -1,0 +1,1 @@
+"""Shipped contract suites and builders, for tests of code that plugs into AlphaQuant."""

@@ -1,0 +1,119 @@
+"""What all commands share: progress on stderr, errors in one line, exit codes 0, 1, 2 and 130."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from alphaquant.errors import AlphaQuantError
+
+_STAGES = {
+    "load": "load model and texts",
+    "teacher": "predictions of the original",
+    "hessians": "Hessians",
+    "bank": "bank: every format",
+    "costs": "costs",
+    "study": "study",
+    "gate": "held-out comparison",
+    "quantize": "quantize",
+    "evaluate": "evaluate",
+}
+
+
+class Bars:
+    """One progress bar per stage on a terminal; elsewhere one line when a stage ends."""
+
+    def __init__(self) -> None:
+        """Make the display; nothing is shown before the first call."""
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._note = ""
+
+    def __enter__(self) -> "Bars":
+        """Start the display on a terminal."""
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the finished bars on screen."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is; see `alphaquant.quant.bank.Progress`."""
+        label = _STAGES.get(stage, stage)
+        if not self._console.is_terminal:
+            if done == total:
+                print(f"{label}: {done} of {total}", file=sys.stderr)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(label, total=total, note="")
+        note = self._note if stage == "study" else ""
+        self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
+
+    def note(self, text: str) -> None:
+        """A line about the last trial: beside the bar on a terminal, on its own elsewhere."""
+        self._note = text
+        if not self._console.is_terminal:
+            print(text, file=sys.stderr)
+
+
+def set_up(debug: bool) -> None:
+    """Quiet libraries, our own warnings to stderr; called once by each command before heavy imports."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("alphaquant").setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+@contextmanager
+def reported(debug: bool, interrupted: str) -> Iterator[None]:
+    """Turn our errors into one line and exit code 1, Ctrl-C into a line and 130.
+
+    Args:
+        debug: let tracebacks through.
+        interrupted: what to tell the user after Ctrl-C.
+    """
+    try:
+        yield
+    except AlphaQuantError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as stop:
+        print(f"\n{interrupted}", file=sys.stderr)
+        raise typer.Exit(130) from stop
+
+
+def quiet_libraries() -> None:
+    """Turn off progress bars and chatter of transformers and optuna, once they are to be imported anyway."""
+    import optuna
+    from transformers.utils import logging as transformers_logging
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a single-command application."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    app()

@@ -1,0 +1,130 @@
+"""What a search is asked to do: one frozen object, from the command line or from Python.
+
+`SearchSpec.digest` covers everything that changes the sequence of trials; how many trials, how long and where the files go may
+change between the runs of one study.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alphaquant.errors import ConfigError
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
+from alphaquant.spaces.profiles import Profile, narrow_menu
+
+REFERENCE_FORMATS = ("int4-g64", "mxfp4")
+"""Uniform formats of exactly 4.25 bits that every search is compared with, whatever its menu."""
+
+SERVING_MENU = (
+    *("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-row", "fp8-e4m3-row"),
+    *("mxfp4", "nvfp4", "bf16"),
+)
+"""Default menu of the profiles of serving engines, narrowed to what each loads."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The three texts, which must not overlap.
+
+    Attributes:
+        calibration: feeds Hessians and costs; `demo`, a data set name or a path.
+        evaluation: the divergence that the search sees.
+        heldout: the last comparison, never used before.
+        n_calibration: windows of calibration text.
+        n_evaluation: windows of evaluation text.
+        n_heldout: windows of held-out text.
+        seq_len: tokens per window; None for 256 on the demo model, else 1024 or what the model can take.
+    """
+
+    calibration: str = "demo"
+    evaluation: str = "demo"
+    heldout: str = "demo"
+    n_calibration: int = 128
+    n_evaluation: int = 48
+    n_heldout: int = 64
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """A search.
+
+    Attributes:
+        model: `demo`, a local directory or a hub id.
+        budget: `4.25bits`, `13GiB`, ...
+        formats: menu and format names separated by commas; `auto` for the profile's default menu.
+        profile: what the serving engine can load.
+        trials: evaluated assignments, planned ones included.
+        timeout: seconds after which no further trial starts; None for no limit.
+        seed: of text windows, drawn labels and proposals.
+        data: the texts.
+        quant: how matrices are quantized.
+        n_draws: labels drawn per position for the Fisher costs.
+        sampler: `tpe`, `gp`, `nsga2` or `random`.
+        storage: Optuna storage URL; None for SQLite in `out`.
+        study: name of the Optuna study.
+        out: directory of results.
+        cache: directory of banks and teachers, shared by searches.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the computation; `auto` is float32 on the CPU, else the checkpoint's.
+        overwrite: replace `out` if it belongs to another search.
+    """
+
+    model: str = "demo"
+    budget: str = "4.25bits"
+    formats: str = "auto"
+    profile: str = "any"
+    trials: int = 40
+    timeout: float | None = None
+    seed: int = 0
+    data: DataSpec = DataSpec()
+    quant: QuantSettings = QuantSettings()
+    n_draws: int = 1
+    sampler: str = "tpe"
+    storage: str | None = None
+    study: str = "aq-search"
+    out: Path = Path("aq-out")
+    cache: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse counts that make no sense.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        for name, value in (("trials", self.trials), ("n_draws", self.n_draws)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; use 1 or more")
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the sequence of trials, ready for JSON."""
+        free = ("trials", "timeout", "out", "cache", "overwrite", "storage", "study")
+        return {k: v for k, v in asdict(self).items() if k not in free}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of `facts`."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def storage_url(self) -> str:
+        """The Optuna storage."""
+        return self.storage or f"sqlite:///{self.out / 'study.db'}"
+
+
+def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:
+    """The menu that `--formats` stands for under a profile.
+
+    Raises:
+        FormatError: unknown names, or nothing that the profile loads.
+    """
+    if formats != "auto":
+        return narrow_menu(parse_menu(formats), profile)
+    default = DEFAULT_MENU if profile.name == "any" else SERVING_MENU
+    return narrow_menu(parse_menu(",".join(default)), profile)
