@@ -9,7 +9,14 @@ from types import TracebackType
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from alphaquant.errors import AlphaQuantError
 
@@ -21,6 +28,7 @@ _STAGES = {
     "costs": "costs",
     "study": "study",
     "gate": "held-out comparison",
+    "report": "report",
     "quantize": "quantize",
     "evaluate": "evaluate",
 }
@@ -41,6 +49,7 @@ class Bars:
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._ended: set[str] = set()
         self._note = ""
 
     def __enter__(self) -> "Bars":
@@ -49,7 +58,12 @@ class Bars:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Leave the finished bars on screen."""
         if self._console.is_terminal:
             self._progress.stop()
@@ -58,7 +72,8 @@ class Bars:
         """Show how far a stage is; see `alphaquant.quant.bank.Progress`."""
         label = _STAGES.get(stage, stage)
         if not self._console.is_terminal:
-            if done == total:
+            if done == total and stage not in self._ended:
+                self._ended.add(stage)
                 print(f"{label}: {done} of {total}", file=sys.stderr)
             return
         if stage not in self._tasks:
@@ -74,17 +89,19 @@ class Bars:
 
 
 def set_up(debug: bool) -> None:
-    """Quiet libraries, our own warnings to stderr; called once by each command before heavy imports."""
+    """Quiet libraries, our warnings to stderr; each command calls it before heavy imports."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("alphaquant").setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
 @contextmanager
 def reported(debug: bool, interrupted: str) -> Iterator[None]:
-    """Turn our errors into one line and exit code 1, Ctrl-C into a line and 130.
+    """Turn our errors and those of disks into one line and exit code 1, Ctrl-C into 130.
+
+    Anything else is a bug and keeps its traceback.
 
     Args:
         debug: let tracebacks through.
@@ -95,21 +112,24 @@ def reported(debug: bool, interrupted: str) -> Iterator[None]:
     except AlphaQuantError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise _failed(str(error)) from error
     except KeyboardInterrupt as stop:
         print(f"\n{interrupted}", file=sys.stderr)
         raise typer.Exit(130) from stop
+    except _disk_errors() as error:
+        if debug:
+            raise
+        raise _failed(f"{error}; nothing is lost: mend this and run the same command") from error
 
 
 def quiet_libraries() -> None:
-    """Turn off progress bars and chatter of transformers and optuna, once they are to be imported anyway."""
+    """Quiet transformers and optuna, once they are to be imported anyway."""
     import optuna
     from transformers.utils import logging as transformers_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def run(command: Callable[..., None]) -> None:
@@ -117,3 +137,20 @@ def run(command: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     app()
+
+
+def _failed(message: str) -> typer.Exit:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return typer.Exit(1)
+
+
+def _disk_errors() -> tuple[type[Exception], ...]:
+    """What a full disk or missing rights raise: OSError, or safetensors' own.
+
+    Called when something was raised, so that `--help` imports nothing.
+    """
+    if "safetensors" not in sys.modules:
+        return (OSError,)
+    from safetensors import SafetensorError
+
+    return (OSError, SafetensorError)

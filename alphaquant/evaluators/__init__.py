@@ -1,0 +1,1 @@
+"""From a model to numbers: texts, divergence, perplexity, costs of formats."""

@@ -1,4 +1,10 @@
-"""Scores: measured numbers of a model, with everything needed to trust them."""
+"""Scores: measured numbers of a model, with everything needed to trust them.
+
+Also the mean over windows that every score is, and the paired comparison of two models. Runs no
+model.
+
+Letters: N windows (the sequences of a text, which are the independent samples).
+"""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +24,8 @@ class Score:
         value: the number.
         unit: of the number, e.g. `nats/token`.
         direction: whether less or more is better.
-        stderr: standard error of the mean over sequences, which are the independent samples; None where not defined.
+        stderr: standard error of the mean over sequences, which are the independent samples; NaN
+            from a single sequence, None for a number that is no mean.
         n_samples: sequences.
         n_tokens: predicted positions.
         seconds: wall time of the measurement (shared by scores of one pass).
@@ -37,7 +44,16 @@ class Score:
 
 
 def mean_and_stderr(per_sequence: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over sequences, from one number per sequence [N]; the error of one sequence is NaN."""
+    """Mean and its standard error over sequences.
+
+    (1, 2, 3, 6) gives 3 and sqrt(14 / 3 / 4) = 1.0801: squares of -2, -1, 0, 3 over N - 1, over N.
+
+    Args:
+        per_sequence: one number per sequence, [N].
+
+    Returns:
+        (mean, standard error); the error of one sequence is NaN.
+    """
     values = per_sequence.double()
     n = values.numel()
     stderr = float(values.std(unbiased=True)) / math.sqrt(n) if n > 1 else math.nan
@@ -45,5 +61,13 @@ def mean_and_stderr(per_sequence: Tensor) -> tuple[float, float]:
 
 
 def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Mean and standard error of a - b over the same sequences, [N] each; far sharper than the two errors apart."""
+    """Mean and standard error of a - b over the same sequences; far sharper than the errors apart.
+
+    Args:
+        a: one number per sequence, [N].
+        b: the other model's numbers on the same sequences, [N].
+
+    Returns:
+        (mean, standard error); the error of one sequence is NaN.
+    """
     return mean_and_stderr(a.double() - b.double())

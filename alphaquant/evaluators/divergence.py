@@ -1,13 +1,16 @@
-"""KL divergence of a quantized model to the original, and how often both predict the same next token.
+"""KL divergence of a quantized model to the original, and how often both predict the same token.
 
-The original's predictions are computed once and kept on disk (`Teacher`): per position the log-probabilities of its k most likely
-tokens, and the log-probability of all others together. With k = vocabulary size, which is the case up to 4096 tokens, KL is
-exact; above, the others form one bucket and the number is a lower bound (log-sum inequality), tight where the top k hold
-nearly all mass. The stored mass is in `Teacher.facts`.
+The original's predictions are computed once and kept on disk (`Teacher`): per position the
+log-probabilities of its k most likely tokens, and the log-probability of all others together. With
+k = V, which is the case up to 4096 tokens, KL is exact; above, the others form one bucket and the
+number is a lower bound (log-sum inequality), tight where the top k hold nearly all mass. The
+stored mass is in `Teacher.facts`.
 
-KL = sum_v p(v) (log p(v) - log q(v)), p the original, in nats per token, averaged over all T positions of a window.
+KL = sum_v p(v) (log p(v) - log q(v)), p the original, in nats per token, averaged over all T
+positions of a window. With p = (1/2, 1/4, 1/4) and q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2 =
+0.1733; with k = 1 the buckets are (1/2, 1/2) and (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3 = 0.1438.
 
-Letters: N windows, T tokens, V vocabulary, k stored tokens per position.
+Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored tokens per position.
 """
 
 import json
@@ -24,7 +27,9 @@ from torch import Tensor, nn
 
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.base import Score, mean_and_stderr
-from alphaquant.evaluators.perplexity import perplexity_score, token_losses
+from alphaquant.evaluators.data import token_digest
+from alphaquant.evaluators.files import whole_file
+from alphaquant.evaluators.perplexity import perplexity_score, predict, token_losses
 from alphaquant.quant.bank import Progress
 
 TOP_K = 4096
@@ -35,9 +40,10 @@ class Teacher:
     """The original model's predictions on a set of windows, memory-mapped.
 
     Attributes:
-        path: safetensors file with `log_probs` float32 [N, T, k], `rest` float32 [N, T] (log-probability of all other tokens, -inf
-            when k = V) and, when k < V, `tokens` int32 [N, T, k].
-        facts: n_windows, seq_len, k, vocabulary, mean stored mass.
+        path: safetensors file with `log_probs` float32 [N, T, k], `rest` float32 [N, T]
+            (log-probability of all other tokens, -inf when k = V) and, when k < V, `tokens` int32
+            [N, T, k].
+        facts: n_windows, seq_len, k, vocabulary, mean stored mass, data_digest of the windows.
     """
 
     path: Path
@@ -71,18 +77,17 @@ class Divergence:
 
     def scores(self, data_digest: str) -> list[Score]:
         """KL, same-top and perplexity with their standard errors."""
-        n = self.kl.numel()
+        n, seconds = self.kl.numel(), self.seconds
         kl, kl_error = mean_and_stderr(self.kl)
         top, top_error = mean_and_stderr(self.same_top)
-        n_tokens = n * self.seq_len
+        common = (n, n * self.seq_len, seconds, data_digest)
         return [
-            Score("kl", kl, "nats/token", "minimize", kl_error, n, n_tokens, self.seconds, data_digest),
-            Score("same_top", top, "share of positions", "maximize", top_error, n, n_tokens, self.seconds, data_digest),
-            perplexity_score(self.nll, self.seq_len, self.seconds, data_digest),
+            Score("kl", kl, "nats/token", "minimize", kl_error, *common),
+            Score("same_top", top, "share of positions", "maximize", top_error, *common),
+            perplexity_score(self.nll, self.seq_len, seconds, data_digest),
         ]
 
 
-@torch.no_grad()
 def store_teacher(
     path: Path,
     model: nn.Module,
@@ -103,27 +108,26 @@ def store_teacher(
         progress: called with ("teacher", windows done, windows).
 
     Raises:
-        StoreError: the file exists and cannot be read.
+        StoreError: the file exists and cannot be read, or is of other windows.
     """
     if path.exists():
-        return open_teacher(path)
+        teacher = open_teacher(path)
+        _check_windows(teacher, tokens)
+        return teacher
     parts: dict[str, list[Tensor]] = {}
-    vocabulary = k = 0
+    vocabulary = 0
     for start in range(0, len(tokens), batch_size):
         progress("teacher", start, len(tokens))
         log_probs = predict(model, tokens[start : start + batch_size])  # [B, T, V]
-        vocabulary, k = log_probs.shape[-1], min(top_k, log_probs.shape[-1])
-        for name, tensor in _top(log_probs, k).items():
+        vocabulary = log_probs.shape[-1]
+        for name, tensor in _top(log_probs, min(top_k, vocabulary)).items():
             parts.setdefault(name, []).append(tensor.cpu())
     stored = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    mass = 1.0 - float(stored["rest"].exp().mean())
-    facts = {"n_windows": len(tokens), "seq_len": tokens.shape[1], "k": k, "vocabulary": vocabulary, "mass": mass}
-    part = path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(stored, part, metadata={"facts": json.dumps(facts)})
-    part.replace(path)
+    facts = _facts(stored, tokens, vocabulary)
+    with whole_file(path) as part:
+        save_file(stored, part, metadata={"facts": json.dumps(facts)})
     progress("teacher", len(tokens), len(tokens))
-    return open_teacher(path)
+    return Teacher(path, facts)
 
 
 def open_teacher(path: Path) -> Teacher:
@@ -134,34 +138,45 @@ def open_teacher(path: Path) -> Teacher:
     """
     try:
         with safe_open(path, "pt") as file:
-            return Teacher(path, json.loads(file.metadata()["facts"]))
+            facts = json.loads(file.metadata()["facts"])
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        n_windows, seq_len, k = facts["n_windows"], facts["seq_len"], facts["k"]
+        expected = {"log_probs": (n_windows, seq_len, k), "rest": (n_windows, seq_len)}
+        if k < facts["vocabulary"]:
+            expected["tokens"] = (n_windows, seq_len, k)
+        if shapes != expected or "data_digest" not in facts:
+            raise ValueError(f"it holds {shapes}, not {expected}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+        raise StoreError(
+            f"{path} is damaged ({error}); delete it and run the same command again"
+        ) from error
+    return Teacher(path, facts)
 
 
 @torch.no_grad()
-def measure_divergence(model: nn.Module, tokens: Tensor, teacher: Teacher, *, batch_size: int = 8) -> Divergence:
+def measure_divergence(
+    model: nn.Module, tokens: Tensor, teacher: Teacher, *, batch_size: int = 8
+) -> Divergence:
     """Compare a model with the stored predictions on the same windows.
 
     Args:
         model: the quantized model.
-        tokens: int64 [N, T], those of the teacher.
+        tokens: int64 [N, T], T >= 2, those of the teacher.
         teacher: stored predictions.
         batch_size: windows per forward pass.
 
     Raises:
-        StoreError: the teacher belongs to windows of another shape.
+        StoreError: the teacher belongs to other windows or another vocabulary.
+        DataError: windows of one token.
     """
-    shape = (teacher.facts["n_windows"], teacher.facts["seq_len"])
-    if tuple(tokens.shape) != shape:
-        raise StoreError(
-            f"{teacher.path} holds predictions for {shape[0]} windows of {shape[1]} tokens, asked for {tuple(tokens.shape)}; delete it"
-        )
+    _check_windows(teacher, tokens)
     started = time.perf_counter()
     kl, same, nll = [], [], []
-    for start, stored in zip(range(0, len(tokens), batch_size), teacher.batches(batch_size), strict=True):
+    starts = range(0, len(tokens), batch_size)
+    for start, stored in zip(starts, teacher.batches(batch_size), strict=True):
         batch = tokens[start : start + batch_size]
         log_probs = predict(model, batch)
+        _check_vocabulary(teacher, log_probs.shape[-1])
         stored = {name: tensor.to(log_probs.device) for name, tensor in stored.items()}
         kl.append(_kl(log_probs, stored).mean(-1).cpu())
         same.append((log_probs.argmax(-1) == _first_token(stored)).float().mean(-1).cpu())
@@ -170,19 +185,54 @@ def measure_divergence(model: nn.Module, tokens: Tensor, teacher: Teacher, *, ba
     return Divergence(torch.cat(kl), torch.cat(same), torch.cat(nll), tokens.shape[1], seconds)
 
 
-def predict(model: nn.Module, batch: Tensor) -> Tensor:
-    """Log-probabilities of the next token at every position, float32 [B, T, V]."""
-    device = next(iter(model.state_dict().values())).device
-    logits = model(batch.to(device), use_cache=False).logits
-    return torch.log_softmax(logits.float(), -1)
+def _facts(stored: Mapping[str, Tensor], tokens: Tensor, vocabulary: int) -> dict[str, Any]:
+    return {
+        "n_windows": tokens.shape[0],
+        "seq_len": tokens.shape[1],
+        "k": stored["log_probs"].shape[-1],
+        "vocabulary": vocabulary,
+        "mass": 1.0 - float(stored["rest"].double().exp().mean()),
+        "data_digest": token_digest(tokens),
+    }
+
+
+def _check_windows(teacher: Teacher, tokens: Tensor) -> None:
+    facts = teacher.facts
+    if facts["data_digest"] != token_digest(tokens):
+        raise StoreError(
+            f"{teacher.path} holds predictions for {facts['n_windows']} windows of "
+            f"{facts['seq_len']} tokens, which are not the {tokens.shape[0]} windows of "
+            f"{tokens.shape[1]} asked for; give the text that it was made from, or delete it and "
+            "run the same command again"
+        )
+
+
+def _check_vocabulary(teacher: Teacher, vocabulary: int) -> None:
+    if teacher.facts["vocabulary"] != vocabulary:
+        raise StoreError(
+            f"{teacher.path} holds predictions over {teacher.facts['vocabulary']} tokens, the "
+            f"model predicts {vocabulary}; only models of one vocabulary can be compared; give "
+            "the model that this one was quantized from as the reference"
+        )
 
 
 def _top(log_probs: Tensor, k: int) -> dict[str, Tensor]:
+    """The tensors that are stored of predictions [B, T, V]."""
     if k == log_probs.shape[-1]:
-        return {"log_probs": log_probs, "rest": torch.full(log_probs.shape[:-1], -torch.inf)}
+        rest = torch.full(log_probs.shape[:-1], -torch.inf, device=log_probs.device)
+        return {"log_probs": log_probs, "rest": rest}
     top = log_probs.topk(k, -1)
-    rest = torch.log1p(-top.values.exp().sum(-1).clamp(max=1.0))
+    rest = _log_rest(log_probs, top.indices)
     return {"log_probs": top.values, "tokens": top.indices.to(torch.int32), "rest": rest}
+
+
+def _log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of all tokens but these, [B, T, V] and int64 [B, T, k] -> [B, T].
+
+    Summed over the others: 1 - sum of the top would be rounding noise where the rest is below
+    1e-6, and where it rounds to 0 for one model alone, an error of 1e-6 * ln(1e-6 / 1e-38).
+    """
+    return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
 
 
 def _kl(log_probs: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -190,14 +240,15 @@ def _kl(log_probs: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
     p = stored["log_probs"]
     if "tokens" not in stored:
         return (p.exp() * (p - log_probs)).sum(-1)
-    q = log_probs.gather(-1, stored["tokens"].to(torch.int64))
-    tiny = torch.finfo(torch.float32).tiny
-    rest_q = (1.0 - q.exp().sum(-1)).clamp(min=tiny).log()
-    rest_p = stored["rest"]
+    tokens = stored["tokens"].to(torch.int64)
+    rest_p, rest_q = stored["rest"], _log_rest(log_probs, tokens)
     bucket = torch.where(torch.isneginf(rest_p), 0.0, rest_p.exp() * (rest_p - rest_q))
-    return (p.exp() * (p - q)).sum(-1) + bucket
+    return (p.exp() * (p - log_probs.gather(-1, tokens))).sum(-1) + bucket
 
 
 def _first_token(stored: Mapping[str, Tensor]) -> Tensor:
+    """The token that the original ranks first, int64 [B, T]."""
     first = stored["log_probs"].argmax(-1)
-    return stored["tokens"].gather(-1, first.unsqueeze(-1)).squeeze(-1).to(torch.int64) if "tokens" in stored else first
+    if "tokens" not in stored:
+        return first
+    return stored["tokens"].gather(-1, first.unsqueeze(-1)).squeeze(-1).to(torch.int64)

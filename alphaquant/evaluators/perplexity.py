@@ -1,6 +1,9 @@
-"""Perplexity: exp of the mean negative log-likelihood of the next token, over windows that do not overlap.
+"""Perplexity: exp of the mean negative log-likelihood of the next token, over separate windows.
 
-Each window of T tokens gives T - 1 predictions; its first token is only context. Token perplexity, not word perplexity.
+Each window of T tokens gives T - 1 predictions; its first token is only context, and windows do
+not overlap. Token perplexity, not word perplexity.
+
+Letters: N windows, B of them in a batch, T tokens, V vocabulary.
 """
 
 import math
@@ -9,7 +12,28 @@ import time
 import torch
 from torch import Tensor, nn
 
+from alphaquant.errors import DataError
 from alphaquant.evaluators.base import Score, mean_and_stderr
+from alphaquant.quant.walk import batches_of
+
+_MAX_EXPONENT = 709.0
+"""exp of more is beyond float64 (1.8e308)."""
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: Tensor) -> Tensor:
+    """Log-probabilities of the next token at every position.
+
+    Args:
+        model: a causal language model.
+        batch: int64 [B, T], on any device.
+
+    Returns:
+        float32 [B, T, V], on the model's device.
+    """
+    device = next(iter(model.state_dict().values())).device
+    logits: Tensor = model(batch.to(device), use_cache=False).logits
+    return torch.log_softmax(logits.float(), -1)
 
 
 def token_losses(log_probs: Tensor, tokens: Tensor) -> Tensor:
@@ -17,38 +41,67 @@ def token_losses(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         log_probs: [B, T, V].
-        tokens: int64 [B, T].
+        tokens: int64 [B, T], T >= 2.
 
     Returns:
         [B, T - 1].
+
+    Raises:
+        DataError: windows of one token.
     """
-    following = tokens[:, 1:].to(log_probs.device).unsqueeze(-1)
+    if tokens.shape[1] < 2:
+        raise DataError(
+            "perplexity of windows of 1 token asked; the first token of a window is only context; "
+            "use windows of 2 tokens or more"
+        )
+    following = tokens[:, 1:].to(log_probs.device).unsqueeze(-1)  # [B, T - 1, 1]
     return -log_probs[:, :-1].gather(-1, following).squeeze(-1)
 
 
 def perplexity_score(nll: Tensor, seq_len: int, seconds: float, data_digest: str) -> Score:
-    """The score of per-window losses [N]; standard error by the delta method, perplexity x error of the mean loss."""
+    """The score of per-window losses.
+
+    Its standard error is that of the delta method: perplexity x error of the mean loss.
+
+    Args:
+        nll: mean loss of each window, nats, [N].
+        seq_len: T.
+        seconds: wall time of the measurement.
+        data_digest: of the tokens.
+    """
     mean, error = mean_and_stderr(nll)
-    value, n = math.exp(mean), nll.numel()
+    value = math.inf if mean > _MAX_EXPONENT else math.exp(mean)
     return Score(
-        "perplexity", value, "per token", "minimize", value * error, n, n * (seq_len - 1), seconds, data_digest
+        metric="perplexity",
+        value=value,
+        unit="per token",
+        direction="minimize",
+        stderr=value * error,
+        n_samples=nll.numel(),
+        n_tokens=nll.numel() * (seq_len - 1),
+        seconds=seconds,
+        data_digest=data_digest,
     )
 
 
-@torch.no_grad()
-def measure_perplexity(model: nn.Module, tokens: Tensor, data_digest: str, *, batch_size: int = 8) -> Score:
+def measure_perplexity(
+    model: nn.Module, tokens: Tensor, data_digest: str, *, batch_size: int = 8
+) -> Score:
     """Perplexity of a model.
 
     Args:
         model: a causal language model.
-        tokens: int64 [N, T].
+        tokens: int64 [N, T], T >= 2.
         data_digest: of the tokens.
         batch_size: windows per forward pass.
+
+    Raises:
+        DataError: windows of one token.
     """
     started = time.perf_counter()
-    device = next(iter(model.state_dict().values())).device
-    nll = []
-    for batch in tokens.split(batch_size):
-        logits = model(batch.to(device), use_cache=False).logits
-        nll.append(token_losses(torch.log_softmax(logits.float(), -1), batch).mean(-1).cpu())
-    return perplexity_score(torch.cat(nll), tokens.shape[1], time.perf_counter() - started, data_digest)
+    nll = [
+        token_losses(predict(model, batch), batch).mean(-1).cpu()
+        for batch in batches_of(tokens, batch_size)
+    ]
+    seconds = time.perf_counter() - started
+    return perplexity_score(torch.cat(nll), tokens.shape[1], seconds, data_digest)

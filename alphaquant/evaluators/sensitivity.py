@@ -1,16 +1,23 @@
-"""What quantizing a matrix costs: two additive estimates of the divergence, for every matrix in every format, from one pass.
+"""What quantizing a matrix costs: two additive estimates of the divergence, from one pass.
 
-`fisher`, the second-order term of KL(original || quantized). With labels drawn from the model itself, and a_s the inner product of
-the weight error with the gradient of sequence s's log-likelihood, S = 1/2 mean_s a_s^2 / T nats per token. At the original
-weights the first-order term is zero. The a_s are kept, so that coupled matrices add before they are squared.
+Both for every matrix in every format.
 
-`error`, the squared error of the block's output that the matrix alone causes, per token of the layer: for an expert
-c^2 |E(x; Q) - E(x; W)|^2 over its tokens (all tokens count in the mean, so rare experts weigh as rarely as they are used), for
-every other matrix the error of the decoder layer's output.
+`fisher`, the second-order term of KL(original || quantized). With labels drawn from the model
+itself, and a_s the inner product of the weight error with the gradient of sequence s's
+log-likelihood, 1/2 mean_s a_s^2 / T nats per token. At the original weights the first-order term
+is zero. The a_s are kept, so that coupled matrices add before they are squared.
+
+`error`, the squared error of the block's output that the matrix alone causes, per token of the
+layer: for an expert c^2 |E(x; Q) - E(x; W)|^2 over its tokens (all tokens count in the mean, so
+rare experts weigh as rarely as they are used), for every other matrix the error of the decoder
+layer's output. Gate and up of an expert are measured on its first `_ERROR_TOKENS` tokens and
+scaled up, linears on the first `_ERROR_SEQUENCES` sequences.
 
 No token is sent to an expert that the router did not choose. Derivations: docs/algorithms.md.
 
-Letters: M matrices, F formats, S sequences (times draws), T tokens per sequence, N rows, K columns of a matrix.
+Letters: M matrices, U units, F formats, D draws of labels, S sequences, T tokens per sequence, N
+rows and K columns of a matrix; in an experts module E experts, H hidden size, I expert width, m
+tokens of one expert.
 """
 
 import hashlib
@@ -27,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from alphaquant.errors import StoreError
+from alphaquant.evaluators.files import whole_file
 from alphaquant.quant.bank import Bank, BankLayer, Progress
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace, LinearTrace, trace_layers
 from alphaquant.quant.models import ExpertsSite, LinearSite, ModelMap
@@ -34,8 +42,13 @@ from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
 from alphaquant.quant.walk import batches_of, run_layer
 from alphaquant.spaces.units import Matrix, Unit
 
+COSTS_VERSION = 1
+"""Part of the key of stored costs; another number measures them anew."""
+
 _ERROR_SEQUENCES = 2
 _ERROR_TOKENS = 128
+_OUTER_SEQUENCES = 16
+"""Sequences whose gradients [N, K] are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class CostTable:
     Attributes:
         matrices: M names, in inventory order.
         formats: F canonical names.
-        products: float32 [M, F, S], inner products of weight error and sequence gradients.
+        products: float32 [M, F, D * S], inner products of weight error and sequence gradients, all
+            sequences of the first draw first.
         error: float64 [M, F], squared block-output error per token.
         n_tokens: float64 [M], calibration tokens that reached the matrix.
         seq_len: T.
@@ -78,7 +92,13 @@ class CostTable:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Costs of U units in F formats: `fisher` float64 [U, F] in nats per token, `error` [U, F], `n_tokens` [U]."""
+    """Costs of U units in F formats.
+
+    Attributes:
+        fisher: float64 [U, F], nats per token.
+        error: float64 [U, F], squared block-output error per token.
+        n_tokens: float64 [U], calibration tokens that reached the unit's least used matrix.
+    """
 
     fisher: npt.NDArray[np.float64]
     error: npt.NDArray[np.float64]
@@ -86,12 +106,21 @@ class UnitCosts:
 
 
 def unit_costs(table: CostTable, units: Sequence[Unit]) -> UnitCosts:
-    """Add the costs of each unit's matrices: products before squaring, errors as they are, the smallest token count."""
+    """Add the costs of each unit's matrices.
+
+    Products are added before they are squared: two matrices with products (1, -1) and (2, 4) over
+    two sequences of one token cost 1/2 (3^2 + 3^2) / 2 = 4.5 together, 0.5 and 5 apart. Errors are
+    added as they are, of token counts the smallest is taken.
+
+    Args:
+        table: of all matrices.
+        units: U units of those matrices.
+    """
     row = {name: i for i, name in enumerate(table.matrices)}
     fisher, error, n_tokens = [], [], []
     for unit in units:
         rows = [row[m.name] for m in unit.matrices]
-        products = table.products[rows].astype(np.float64).sum(0)  # [F, S]
+        products = table.products[rows].astype(np.float64).sum(0)  # [F, D * S]
         fisher.append(0.5 * np.square(products).mean(-1) / table.seq_len)
         error.append(table.error[rows].sum(0))
         n_tokens.append(table.n_tokens[rows].min())
@@ -109,7 +138,8 @@ def measure_costs(
 ) -> CostTable:
     """Measure, or read back, the costs of every matrix in every format.
 
-    Layers are written to the bank's `costs` folder as they finish; a run that was killed measures only what is missing.
+    Layers are written to the bank's `costs` folder as they finish; a run that was killed measures
+    only what is missing. The model's weights are the same afterwards as before.
 
     Args:
         model_map: the original model.
@@ -118,45 +148,59 @@ def measure_costs(
         formats: canonical names.
         settings: how.
         progress: called with ("costs", layers done, layers).
+
+    Raises:
+        StoreError: a file of the bank or of stored costs is damaged.
     """
     folder = bank.path / "costs" / _costs_key(tokens, formats, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"layer-{layer.index:03d}.safetensors" for layer in model_map.layers]
-    n_layers = len(files)
     missing = [i for i, file in enumerate(files) if not file.exists()]
     if missing:
         batches = batches_of(tokens, settings.batch_size)
-        for done, trace in enumerate(trace_layers(model_map, batches, settings.n_draws, settings.seed)):
-            progress("costs", done, n_layers)
-            file = files[trace.layer.index]
-            if not file.exists():
-                _write(file, _layer_costs(trace, bank, formats))
-            if trace.layer.index == missing[0]:
+        traces = trace_layers(model_map, batches, settings.n_draws, settings.seed)
+        for done, trace in enumerate(traces):
+            progress("costs", done, len(files))
+            index = trace.layer.index
+            if index in missing:
+                _write(files[index], _layer_costs(trace, bank, formats))
+            if index == missing[0]:  # layers come last to first
                 break
-        progress("costs", n_layers, n_layers)
-    parts = [_read(file) for file in files]
+        progress("costs", len(files), len(files))
+    n_products = settings.n_draws * tokens.shape[0]
+    parts = []
+    for layer, file in zip(model_map.layers, files, strict=True):
+        n_matrices = len(list(layer.matrices()))
+        parts.append(_read(file, (n_matrices, len(formats), n_products)))
     return CostTable(
-        tuple(m.name for m in bank.inventory.matrices),
-        tuple(formats),
-        np.concatenate([p["products"] for p in parts]),
-        np.concatenate([p["error"] for p in parts]).astype(np.float64),
-        np.concatenate([p["n_tokens"] for p in parts]).astype(np.float64),
-        tokens.shape[1],
-        settings,
+        matrices=tuple(m.name for m in bank.inventory.matrices),
+        formats=tuple(formats),
+        products=np.concatenate([p["products"] for p in parts]),
+        error=np.concatenate([p["error"] for p in parts]).astype(np.float64),
+        n_tokens=np.concatenate([p["n_tokens"] for p in parts]).astype(np.float64),
+        seq_len=tokens.shape[1],
+        settings=settings,
     )
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Costs of one matrix: products [F, D * S], error [F]."""
+
+    products: Tensor
+    error: Tensor
+    n_tokens: int
+
+
 @torch.no_grad()
-def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
-    """products [m, F, S], error [m, F] and n_tokens [m] of one layer's matrices, in inventory order."""
-    rows: dict[str, _Row] = {}
+def _layer_costs(
+    trace: LayerTrace, bank: Bank, formats: Sequence[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors of one layer's m matrices, in inventory order.
+
+    products [m, F, D * S], error [m, F], n_tokens [m].
+    """
     readers = [bank.layer(name, trace.layer.index) for name in formats]
-    for site in trace.layer.linears:
-        errors = _weight_errors(readers, site.matrix, site.view())
-        linear = trace.linears[site.matrix.name]
-        products = _sequence_products(errors, linear)
-        error = _layer_output_error(trace, site, errors)
-        rows[site.matrix.name] = _Row(products, error, linear.inputs.shape[0] * linear.inputs.shape[1])
+    rows = {s.matrix.name: _linear_row(trace, s, readers) for s in trace.layer.linears}
     for experts in trace.layer.experts:
         for matrix, row in _experts_rows(trace, experts, readers):
             rows[matrix.name] = row
@@ -168,42 +212,46 @@ def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str]) -> dict[
     }
 
 
-@dataclass(frozen=True)
-class _Row:
-    products: Tensor  # [F, S]
-    error: Tensor  # [F]
-    n_tokens: int
-
-
 def _weight_errors(readers: Sequence[BankLayer], matrix: Matrix, weight: Tensor) -> Tensor:
     """Q - W for every format, float32 [F, N, K]."""
     original = weight.to(torch.float32)
-    return torch.stack([r.read(matrix).dequantize().to(original.device) - original for r in readers])
+    return torch.stack(
+        [r.read(matrix).dequantize().to(original.device) - original for r in readers]
+    )
 
 
 def _sequence_products(errors: Tensor, linear: LinearTrace) -> Tensor:
     """<error, sum_t g_t x_t'> for every format and sequence, [F, D * S]."""
     flat = errors.flatten(1)  # [F, N * K]
+    inputs = batches_of(linear.inputs, _OUTER_SEQUENCES)
     products = []
     for gradients in linear.gradients:  # one draw: [S, T, N]
-        for g, x in zip(gradients.split(16), linear.inputs.split(16), strict=True):
+        for g, x in zip(batches_of(gradients, _OUTER_SEQUENCES), inputs, strict=True):
             outer = torch.einsum("stn,stk->snk", g.float(), x.float())
             products.append(flat @ outer.flatten(1).T)
     return torch.cat(products, -1)
 
 
+def _linear_row(trace: LayerTrace, site: LinearSite, readers: Sequence[BankLayer]) -> _Row:
+    errors = _weight_errors(readers, site.matrix, site.view())
+    linear = trace.linears[site.matrix.name]
+    n_sequences, seq_len = linear.inputs.shape[:2]
+    products = _sequence_products(errors, linear)
+    return _Row(products, _layer_output_error(trace, site, errors), n_sequences * seq_len)
+
+
 def _layer_output_error(trace: LayerTrace, site: LinearSite, errors: Tensor) -> Tensor:
     """Mean squared change of the layer's output per token when one linear is quantized, [F]."""
-    hidden = torch.cat(trace.hidden)[:_ERROR_SEQUENCES]
-    arguments = dict(trace.arguments)
-    reference = run_layer(trace.layer, hidden, arguments).float()
-    weight = site.module.weight.data
+    first = [batch[:_ERROR_SEQUENCES] for batch in trace.hidden[:_ERROR_SEQUENCES]]
+    hidden = torch.cat(first)[:_ERROR_SEQUENCES]
+    reference = run_layer(trace.layer, hidden, trace.arguments).float()
+    weight = site.view()
     original = weight.clone()
     found = []
     try:
         for delta in errors:
             weight.copy_(original.float() + delta)
-            changed = run_layer(trace.layer, hidden, arguments).float()
+            changed = run_layer(trace.layer, hidden, trace.arguments).float()
             found.append((changed - reference).square().sum(-1).mean())
     finally:
         weight.copy_(original)
@@ -213,69 +261,36 @@ def _layer_output_error(trace: LayerTrace, site: LinearSite, errors: Tensor) -> 
 def _experts_rows(
     trace: LayerTrace, site: ExpertsSite, readers: Sequence[BankLayer]
 ) -> Iterator[tuple[Matrix, _Row]]:
-    """Rows of all matrices of a fused experts module; an expert without tokens costs nothing that was seen."""
+    """Rows of all matrices of a fused experts module.
+
+    An expert without tokens costs nothing that was seen.
+    """
     seen = trace.experts[site.name]
-    n_sequences, seq_len = sum(h.shape[0] for h in trace.hidden), trace.hidden[0].shape[1]
-    reached = {t.expert: t for t in tokens_by_expert(seen.expert_ids, seen.weights, site.n_experts)}
-    n_products = n_sequences * len(seen.gradients)
+    seq_len = trace.hidden[0].shape[1]
+    n_products = len(seen.gradients) * (len(seen.inputs) // seq_len)
+    unseen = _Row(torch.zeros(len(readers), n_products), torch.zeros(len(readers)), 0)
+    reached = {
+        t.expert: t for t in tokens_by_expert(seen.expert_ids, seen.weights, site.n_experts)
+    }
     for e in range(site.n_experts):
-        if e not in reached:
-            empty = _Row(torch.zeros(len(readers), n_products), torch.zeros(len(readers)), 0)
-            yield from ((matrix, empty) for matrix in (site.gate[e], site.up[e], site.down[e]))
-            continue
-        yield from _expert_rows(site, seen, reached[e], readers, seq_len)
-
-
-def _expert_rows(
-    site: ExpertsSite, seen: ExpertsTrace, tokens: ExpertTokens, readers: Sequence[BankLayer], seq_len: int
-) -> Iterator[tuple[Matrix, _Row]]:
-    """Gate, up and down of one expert."""
-    e, rows = tokens.expert, tokens.rows
-    x = seen.inputs[rows].float()
-    w13, w2 = site.w13(e).float(), site.w2(e).float()
-    c = tokens.weights.float().unsqueeze(-1)
-    with torch.enable_grad():
-        z = (x @ w13.T).requires_grad_(True)  # [m, 2I]
-        features = site.apply_gate(z)  # [m, I]
-        at_down = c * seen.gradients[:, rows].float()  # [D, m, H]
-        at_gate_up = torch.stack([torch.autograd.grad(features, z, g @ w2, retain_graph=True)[0] for g in at_down])
-    features, z = features.detach(), z.detach()
-    layout = _SequenceLayout.of(rows // seq_len, seen.inputs.shape[0] // seq_len)
-    half, total = site.gate[e].rows, seen.inputs.shape[0]
-    for matrix, view, columns in (
-        (site.gate[e], w13[:half], slice(0, half)),
-        (site.up[e], w13[half:], slice(half, None)),
-    ):
-        errors = _weight_errors(readers, matrix, view)
-        products = _sequence_products(errors, LinearTrace(layout.pad(x), layout.pad(at_gate_up[..., columns])))
-        error = _gated_error(site, z, x, w2, c, columns, errors) / total
-        yield matrix, _Row(products, error, rows.numel())
-    errors = _weight_errors(readers, site.down[e], w2)
-    products = _sequence_products(errors, LinearTrace(layout.pad(features), layout.pad(at_down)))
-    gram = (c * features).T @ (c * features)
-    error = ((errors @ gram) * errors).sum((-1, -2)) / total
-    yield site.down[e], _Row(products, error, rows.numel())
-
-
-def _gated_error(
-    site: ExpertsSite, z: Tensor, x: Tensor, w2: Tensor, c: Tensor, columns: slice, errors: Tensor
-) -> Tensor:
-    """Squared error of the expert's weighted output, summed over its tokens (scaled up from at most `_ERROR_TOKENS`), [F]."""
-    used = slice(0, _ERROR_TOKENS)
-    scale = len(x) / len(x[used])
-    reference = site.apply_gate(z[used])
-    found = []
-    for delta in errors:
-        changed = z[used].clone()
-        changed[:, columns] += x[used] @ delta.T
-        difference = (site.apply_gate(changed) - reference) @ w2.T
-        found.append((c[used] * difference).square().sum() * scale)
-    return torch.stack(found)
+        if e in reached:
+            traced = _trace_expert(site, seen, reached[e], seq_len)
+            yield from _gate_up_rows(site, traced, readers)
+            yield site.down[e], _down_row(site, traced, readers)
+        else:
+            yield from ((matrix, unseen) for matrix in (site.gate[e], site.up[e], site.down[e]))
 
 
 @dataclass(frozen=True)
 class _SequenceLayout:
-    """Where an expert's tokens go when they are padded to one row per sequence."""
+    """Where an expert's tokens go when they are padded to one row per sequence.
+
+    Attributes:
+        sequence: int64 [m], sequence of each token, ascending.
+        position: int64 [m], place of each token among its sequence's.
+        n_sequences: S.
+        width: most tokens that a sequence has.
+    """
 
     sequence: Tensor
     position: Tensor
@@ -284,7 +299,7 @@ class _SequenceLayout:
 
     @staticmethod
     def of(sequence: Tensor, n_sequences: int) -> "_SequenceLayout":
-        """Layout of tokens, sorted by sequence, given the sequence of each [m]."""
+        """Layout of tokens sorted by sequence: of (0, 0, 2), positions (0, 1, 0), width 2."""
         counts = torch.bincount(sequence, minlength=n_sequences)
         starts = counts.cumsum(0) - counts
         position = torch.arange(len(sequence), device=sequence.device) - starts[sequence]
@@ -298,23 +313,136 @@ class _SequenceLayout:
         return padded
 
 
+@dataclass(frozen=True)
+class _ExpertTrace:
+    """What one expert saw, float32.
+
+    Attributes:
+        expert: its index.
+        n_total: tokens of the layer, S * T.
+        inputs: x, [m, H].
+        weights: routing weight c of each token, [m, 1].
+        gate_up: W1 x, [m, 2I].
+        features: inputs of the down projection, [m, I].
+        at_gate_up: gradients at `gate_up`, [D, m, 2I].
+        at_down: gradients at the down projection's output, [D, m, H].
+        layout: of the tokens over the sequences.
+    """
+
+    expert: int
+    n_total: int
+    inputs: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    features: Tensor
+    at_gate_up: Tensor
+    at_down: Tensor
+    layout: _SequenceLayout
+
+    def linear(self, inputs: Tensor, gradients: Tensor) -> LinearTrace:
+        """Inputs [m, K] and gradients [D, m, N] of one projection, by sequence."""
+        return LinearTrace(self.layout.pad(inputs), self.layout.pad(gradients))
+
+
+def _trace_expert(
+    site: ExpertsSite, seen: ExpertsTrace, tokens: ExpertTokens, seq_len: int
+) -> _ExpertTrace:
+    """Run one expert on its tokens, forward and backward."""
+    x = seen.inputs[tokens.rows].float()
+    c = tokens.weights.float().unsqueeze(-1)  # [m, 1]
+    w13, w2 = site.w13(tokens.expert).float(), site.w2(tokens.expert).float()
+    at_down = c * seen.gradients[:, tokens.rows].float()  # [D, m, H]
+    with torch.enable_grad():
+        z = (x @ w13.T).requires_grad_(True)  # [m, 2I]
+        features = site.apply_gate(z)  # [m, I]
+        at_gate_up = torch.stack(
+            [torch.autograd.grad(features, z, g @ w2, retain_graph=True)[0] for g in at_down]
+        )
+    return _ExpertTrace(
+        expert=tokens.expert,
+        n_total=len(seen.inputs),
+        inputs=x,
+        weights=c,
+        gate_up=z.detach(),
+        features=features.detach(),
+        at_gate_up=at_gate_up,
+        at_down=at_down,
+        layout=_SequenceLayout.of(tokens.rows // seq_len, len(seen.inputs) // seq_len),
+    )
+
+
+def _gate_up_rows(
+    site: ExpertsSite, traced: _ExpertTrace, readers: Sequence[BankLayer]
+) -> Iterator[tuple[Matrix, _Row]]:
+    """Gate and up of one expert: the first and the second half of `gate_up`'s columns."""
+    gate, up = site.gate[traced.expert], site.up[traced.expert]
+    w13 = site.w13(traced.expert)
+    for matrix, half in ((gate, slice(0, gate.rows)), (up, slice(gate.rows, None))):
+        errors = _weight_errors(readers, matrix, w13[half])
+        linear = traced.linear(traced.inputs, traced.at_gate_up[..., half])
+        error = _gated_error(site, traced, half, errors) / traced.n_total
+        yield matrix, _Row(_sequence_products(errors, linear), error, len(traced.inputs))
+
+
+def _down_row(site: ExpertsSite, traced: _ExpertTrace, readers: Sequence[BankLayer]) -> _Row:
+    """Down projection of one expert; its error is tr(D G D') with G = sum_t c_t^2 f_t f_t'."""
+    errors = _weight_errors(readers, site.down[traced.expert], site.w2(traced.expert))
+    linear = traced.linear(traced.features, traced.at_down)
+    weighted = traced.weights * traced.features  # [m, I]
+    gram = weighted.T @ weighted
+    error = ((errors @ gram) * errors).sum((-1, -2)) / traced.n_total
+    return _Row(_sequence_products(errors, linear), error, len(traced.inputs))
+
+
+def _gated_error(site: ExpertsSite, traced: _ExpertTrace, half: slice, errors: Tensor) -> Tensor:
+    """Squared error of the expert's weighted output, summed over its tokens, [F].
+
+    Scaled up from at most `_ERROR_TOKENS` tokens.
+    """
+    used = slice(0, _ERROR_TOKENS)
+    x, z, c = traced.inputs[used], traced.gate_up[used], traced.weights[used]
+    w2 = site.w2(traced.expert).float()
+    reference = site.apply_gate(z)
+    found = []
+    for delta in errors:
+        changed = z.clone()
+        changed[:, half] += x @ delta.T
+        difference = (site.apply_gate(changed) - reference) @ w2.T
+        found.append((c * difference).square().sum())
+    return torch.stack(found) * (len(traced.inputs) / len(x))
+
+
 def _costs_key(tokens: Tensor, formats: Sequence[str], settings: CostSettings) -> str:
     digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes())
-    facts = {"formats": list(formats), "settings": asdict(settings), "shape": list(tokens.shape), "version": 1}
+    facts = {
+        "formats": list(formats),
+        "settings": asdict(settings),
+        "shape": list(tokens.shape),
+        "version": COSTS_VERSION,
+    }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:24]
 
 
 def _write(file: Path, tensors: dict[str, npt.NDArray[np.float32]]) -> None:
-    part = file.with_suffix(".part")
-    save_file(tensors, part)
-    part.replace(file)
+    with whole_file(file) as part:
+        save_file(tensors, part)
 
 
-def _read(file: Path) -> dict[str, npt.NDArray[np.float32]]:
+def _read(file: Path, shape: tuple[int, int, int]) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors of one layer, whose products have this shape.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    expected = {"products": shape, "error": shape[:2], "n_tokens": shape[:1]}
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{file} is damaged ({error}); delete {file.parent} and run the same command again") from error
-
-
+        tensors = load_file(file)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != expected:
+            raise ValueError(f"it holds {shapes}, not {expected}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StoreError(
+            f"{file} is damaged ({error}); delete {file.parent} and run the same command again"
+        ) from error
+    return tensors

@@ -150,10 +150,10 @@ class Bank:
     def _sidecar(self, format_name: str, layer: int) -> dict[str, Any]:
         path = self.file(format_name, layer).with_suffix(".json")
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = json.loads(path.read_text())
+            return {key: content[key] for key in ("sha256", "utilization", "records")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, str(error)) from error
-        return content
 
 
 def bank_key(weights: str, calibration: str, settings: QuantSettings) -> str:

@@ -169,38 +169,13 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
         StoreError: the directory is incomplete or damaged.
         ModelError: it is no packed checkpoint.
     """
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     directory = Path(path)
     if not is_packed(directory):
         raise ModelError(
             f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
         )
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        quantization = config.quantization_config
-        del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(model_problem(path, error)) from error
-    if quantization["version"] != CHECKPOINT_VERSION:
-        raise StoreError(
-            f"{path} has format version {quantization['version']}, this program reads "
-            f"{CHECKPOINT_VERSION}; update it"
-        )
-    model_map = map_model(model)
-    formats = {name: parse_format(f) for name, f in quantization["formats"].items()}
-    if set(formats) != set(model_map.inventory.by_name):
-        raise StoreError(
-            f"{path}: config.json names formats for {len(formats)} matrices, the model has "
-            f"{len(model_map.inventory.matrices)} of other names; the file is damaged or belongs "
-            "to another version of transformers: quantize again"
-        )
-    install_packed_modules(model_map, formats)
-    wanted = _compute_dtype(dtype, device, config)
-    _fill(model, read_tensors(directory), wanted, str(path))
+    model = _empty_model(directory)
+    _fill(model, read_tensors(directory), _compute_dtype(dtype, device, model), str(path))
     model.requires_grad_(False)
     return model.to(device).eval()
 
@@ -227,34 +202,79 @@ def quantized_bytes(directory: Path) -> int:
     """Bytes of the packed matrices in a checkpoint's files, as the tensors in them say."""
     quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
     names = set(quantization["formats"])
-    tensors = read_tensors(directory)
-    return sum(
-        t.numel() * t.element_size() for k, t in tensors.items() if k.rsplit(".", 1)[0] in names
-    )
+    n_bytes = 0
+    for key, tensor in read_tensors(directory).items():
+        name, _, part = key.rpartition(".")
+        if name in names and part != "bias":  # a bias is kept, beside the packed weight
+            n_bytes += tensor.numel() * tensor.element_size()
+    return n_bytes
 
 
-def _compute_dtype(dtype: str, device: str, config: Any) -> torch.dtype:
+def _empty_model(directory: Path) -> nn.Module:
+    """The model of a packed checkpoint, with packed modules on the meta device.
+
+    Raises:
+        StoreError: `quantization_config` is of another version or of other matrices.
+        ModelError: transformers cannot build the model.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        quantization = config.quantization_config
+        del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model_problem(directory, error)) from error
+    if quantization.get("version") != CHECKPOINT_VERSION:
+        raise StoreError(
+            f"{directory} has format version {quantization.get('version')}, this program reads "
+            f"{CHECKPOINT_VERSION}; update it"
+        )
+    model_map = map_model(model)
+    formats = {name: parse_format(f) for name, f in quantization.get("formats", {}).items()}
+    if set(formats) != set(model_map.inventory.by_name):
+        raise StoreError(
+            f"{directory}: config.json names formats for {len(formats)} matrices that are not the "
+            f"{len(model_map.inventory.matrices)} of the model; the file is damaged or belongs to "
+            "another version of transformers: quantize again"
+        )
+    install_packed_modules(model_map, formats)
+    return model
+
+
+def _compute_dtype(dtype: str, device: str, model: nn.Module) -> torch.dtype:
     if dtype != "auto":
         return named_dtype(dtype)
-    if device == "cpu":
-        return torch.float32
-    return named_dtype(str(config.dtype).removeprefix("torch."))
+    return torch.float32 if device == "cpu" else checkpoint_dtype(model)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:
-    """Give every parameter and buffer its tensor; tied parameters follow."""
+    """Give every parameter and buffer its tensor; tied parameters follow.
+
+    Raises:
+        StoreError: a tensor has no place or another shape, or a place gets none.
+    """
     parameters = dict(model.named_parameters())
     state = {
         k: t.to(dtype) if k in parameters and t.is_floating_point() else t
         for k, t in tensors.items()
     }
-    found = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        found = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{source} is damaged ({reason}); quantize again") from error
     model.tie_weights()  # type: ignore[operator]
-    empty = [k for k, t in model.state_dict().items() if t.is_meta]
-    if found.unexpected_keys or empty:
-        examples = (found.unexpected_keys + empty)[:3]
+    # A buffer is not on the meta device and would keep its initial values.
+    filled = {k for k, t in model.state_dict().items() if not t.is_meta}
+    lost = [k for k in found.missing_keys if k not in filled or k not in parameters]
+    if found.unexpected_keys or lost:
+        examples = (found.unexpected_keys + lost)[:3]
         raise StoreError(
             f"{source}: {len(found.unexpected_keys)} tensors have no place in the model and "
-            f"{len(empty)} places stay empty, e.g. {', '.join(examples)}; the checkpoint is damaged "
-            "or belongs to another version of transformers: quantize again"
+            f"{len(lost)} places stay empty, e.g. {', '.join(examples)}; the checkpoint is "
+            "damaged or belongs to another version of transformers: quantize again"
         )

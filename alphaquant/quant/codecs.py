@@ -78,13 +78,13 @@ class IntegerCodec:
         extreme = group.gather(-1, group.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [B, N]
         for shrink in self.shrinks:
             for sign in (1.0, -1.0) if len(self.shrinks) > 1 else (1.0,):
-                yield GroupScales(_to_f16(sign * shrink * extreme / self.grid.low))
+                yield GroupScales(round_scale(sign * shrink * extreme / self.grid.low))
 
     def _asymmetric(self, group: Tensor) -> Iterator[GroupScales]:
         low = group.amin(-1).clamp(max=0.0)
         high = group.amax(-1).clamp(min=0.0)
         for shrink in self.shrinks:
-            scale = _to_f16(shrink * (high - low) / self.grid.high)
+            scale = round_scale(shrink * (high - low) / self.grid.high)
             zero = (-shrink * low / scale).round_().clamp_(self.grid.low, self.grid.high)
             yield GroupScales(scale, zero)
 
@@ -100,7 +100,7 @@ class FloatCodec:
         """The scale that maps the largest magnitude to the largest value, then others."""
         largest = group.abs().amax(-1)
         for shrink in self.shrinks:
-            yield GroupScales(_to_f16(shrink * largest / self.grid.high))
+            yield GroupScales(round_scale(shrink * largest / self.grid.high))
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _int_shrinks(bits: int) -> tuple[float, ...]:
     return (1.0, 0.96, 0.92)
 
 
-def _to_f16(scale: Tensor) -> Tensor:
+def round_scale(scale: Tensor) -> Tensor:
     """Round to float16, keep the sign, avoid zero and infinity; zero (a zero group) becomes 1."""
     rounded = scale.clamp(-_F16_MAX, _F16_MAX).to(torch.float16).to(torch.float32)
     tiny = torch.copysign(torch.full_like(rounded, _F16_TINY), scale)
@@ -282,7 +282,7 @@ def _least_squares_scale(
     weighted = values if weight is None else values * weight
     power = (weighted * values).sum(-1)
     scale = (weighted * group).sum(-1) / power.clamp(min=torch.finfo(torch.float32).tiny)
-    return GroupScales(_to_f16(torch.where(power > 0, scale, scales.scale)), scales.zero)
+    return GroupScales(round_scale(torch.where(power > 0, scale, scales.scale)), scales.zero)
 
 
 def _choose(condition: Tensor, a: GroupScales, b: GroupScales) -> GroupScales:

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.codecs import ScaleSearch, check_finite
-from alphaquant.quant.gptq import Factor, factorize, hessian_error, quantize_gptq, quantize_rtn
+from alphaquant.quant.gptq import (
+    Factor,
+    dampen,
+    factorize,
+    hessian_error,
+    quantize_gptq,
+    quantize_rtn,
+)
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
 from alphaquant.quant.models import LayerSite, ModelMap
+from alphaquant.quant.refine import refine
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
 
@@ -35,6 +43,9 @@ class QuantSettings:
         scale_search: `mse` or the formats' plain rule, `minmax`.
         route_exponent: power of the routing weight in experts' Hessians, 0, 1 or 2.
         pooled_tokens: tokens' worth of the layer's mean mixed into experts' Hessians.
+        actorder: process columns by descending diag(H); implies static groups.
+        static_groups: scales from the original weights, before the loop.
+        refine_sweeps: rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ.
     """
 
     method: Method = "gptq"
@@ -43,6 +54,9 @@ class QuantSettings:
     scale_search: ScaleSearch = "mse"
     route_exponent: int = 2
     pooled_tokens: int = 512
+    actorder: bool = False
+    static_groups: bool = False
+    refine_sweeps: int = 3
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ def _quantize_chunk(
             yield from _keep(weight, batch, members, wanted)
             continue
         if factor is None and settings.method == "gptq" and any(batch.has_data):
-            factor = factorize(batch.hessian, settings.percdamp)
+            factor = factorize(batch.hessian, settings.percdamp, actorder=settings.actorder)
         for quantized in _round(weight, batch, factor, parse_format(name), settings):
             if wanted(quantized.matrix, name):
                 yield quantized
@@ -156,8 +170,17 @@ def _round(
     has_data = batch.has_data
     if factor is not None:
         gptq = quantize_gptq(
-            weight, factor, fmt, settings.scale_search, settings.blocksize, row_counts
+            weight,
+            factor,
+            fmt,
+            settings.scale_search,
+            settings.blocksize,
+            row_counts,
+            static_groups=settings.static_groups,
         )
+        if settings.refine_sweeps:
+            hessian = dampen(batch.hessian, factor.damp)
+            gptq = refine(weight, hessian, gptq, settings.refine_sweeps, settings.blocksize)
     if gptq is None or not all(has_data):
         rtn = quantize_rtn(weight, fmt, settings.scale_search, row_counts)
     for b in range(len(batch.stacks)):

@@ -10,7 +10,7 @@ Letters (those of the paper's code in the loop): B matrices, N rows, K columns; 
 Hessian, U upper Cholesky factor of its inverse, Err1 scaled errors of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ from alphaquant.quant.matrix import RoundedBatch
 from alphaquant.spaces.formats import Format
 
 MAX_DAMP_RETRIES = 5
+# Weights near the end of bfloat16's range saturate; their errors must not become infinite.
+_ERROR_MAX = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -40,46 +42,65 @@ class Factor:
     Attributes:
         upper: float32 [B, K, K], upper triangular, U'U = (H + damp I)^-1.
         damp: fraction of mean(diag H) that was added, per matrix, [B] (retries included).
+        order: int64 [B, K], the column at each place of `upper` (activation ordering); None for
+            the natural order.
     """
 
     upper: Tensor
     damp: tuple[float, ...]
+    order: Tensor | None = None
 
 
-def factorize(hessian: Tensor, percdamp: float) -> Factor:
+def dampen(hessian: Tensor, damp: Sequence[float]) -> Tensor:
+    """H + damp * mean(diag H) * I, float32 [B, K, K].
+
+    A column that no token ever used (zero diagonal) first gets the mean diagonal (1 where all are
+    zero), so it is rounded without compensation.
+
+    Args:
+        hessian: [B, K, K], symmetric.
+        damp: fraction for each matrix, [B].
+    """
+    H = hessian.to(torch.float32).clone()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes H
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(diagonal == 0, torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
+    diagonal += torch.tensor(damp, device=H.device)[:, None] * diagonal.mean(-1, keepdim=True)
+    return H
+
+
+def factorize(hessian: Tensor, percdamp: float, *, actorder: bool = False) -> Factor:
     """Dampen Hessians and factorize their inverses.
 
-    A column that no token ever used (zero diagonal) gets a diagonal of its own, so it is rounded
-    without compensation. A matrix whose factorization fails is tried again with ten times the
-    damping, at most five times.
+    A matrix whose factorization fails is tried again with ten times the damping, at most five
+    times.
 
     Args:
         hessian: float32 [B, K, K], symmetric, sums over tokens (any positive scale).
         percdamp: fraction of mean(diag H) added to the diagonal.
+        actorder: process columns by descending diag(H), the most used inputs first.
 
     Raises:
         ModelError: a Hessian is not positive definite even with 10^5 * percdamp.
     """
     n_batch, n_cols, _ = hessian.shape
-    H = hessian.to(torch.float32).clone()
-    diagonal = H.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes H
-    mean = diagonal.mean(-1, keepdim=True)
-    diagonal += torch.where(diagonal == 0, torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
-    mean = diagonal.mean(-1)  # [B]
-    upper = torch.empty_like(H)
+    order = None
+    if actorder:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        hessian = _permute(hessian, order)
+    upper = torch.empty(hessian.shape, device=hessian.device)
     damp = [percdamp] * n_batch
     pending = list(range(n_batch))
-    eye = torch.eye(n_cols, device=H.device)
     for _ in range(MAX_DAMP_RETRIES + 1):
-        scale = mean[pending] * torch.tensor([damp[b] for b in pending], device=H.device)
-        lower, info = torch.linalg.cholesky_ex(H[pending] + scale[:, None, None] * eye)
+        H = dampen(hessian[pending], [damp[b] for b in pending])
+        lower, info = torch.linalg.cholesky_ex(H)
         inverse, failed = _invert(lower, info)
         for position, b in enumerate(pending):
             if not failed[position]:
                 upper[b] = inverse[position]
         pending = [b for position, b in enumerate(pending) if failed[position]]
         if not pending:
-            return Factor(upper, tuple(damp))
+            return Factor(upper, tuple(damp), order)
         for b in pending:
             damp[b] *= 10
     raise ModelError(
@@ -96,6 +117,8 @@ def quantize_gptq(
     search: ScaleSearch,
     blocksize: int = 32,
     row_counts: tuple[int, ...] = (),
+    *,
+    static_groups: bool = False,
 ) -> RoundedBatch:
     """Round a batch of matrices with error compensation.
 
@@ -109,23 +132,32 @@ def quantize_gptq(
             the result.
         row_counts: rows of each matrix where several are stacked along N (nvfp4 has one global
             scale per matrix).
+        static_groups: choose all scales from the original weights before the loop, as RTN does.
+            Always so with activation ordering: groups stay runs of neighbouring inputs, and no
+            index has to be stored.
 
     Returns:
-        The rounded batch.
+        The rounded batch, in the natural order of columns.
     """
     W = weight.to(torch.float32).clone()
     U = factor.upper
     global_scale, codec = _codec(W, fmt, search, row_counts)
-    values = torch.empty_like(W)
-    collected: list[GroupScales] = []
     group_size = _group_size(fmt, W.shape[-1])
+    collected: list[GroupScales] = []
+    fixed = None
+    if static_groups or factor.order is not None:
+        collected = [fit(codec, group) for group in torch.split(W, group_size, -1)]
+        fixed = _column_scales(collected, group_size, factor.order, W)
+    if factor.order is not None:
+        W = W.gather(-1, factor.order[:, None, :].expand_as(W))
+    values = torch.empty_like(W)
     for start, stop in _blocks(W.shape[-1], group_size, blocksize):
         W1 = W[..., start:stop].clone()
         Err1 = torch.zeros_like(W1)
         U1 = U[:, start:stop, start:stop]
         for i in range(stop - start):
             column = start + i
-            if column % group_size == 0:
+            if fixed is None and column % group_size == 0:
                 end = column + group_size
                 ahead = (
                     W1[..., i : end - start]
@@ -133,15 +165,19 @@ def quantize_gptq(
                     else torch.cat([W1[..., i:], W[..., stop:end]], -1)
                 )
                 collected.append(fit(codec, ahead, _importance(U, column, end)))
-            scales = collected[-1]
+            scales = collected[-1] if fixed is None else fixed[column]
             w = W1[..., i]
             value = snap(codec.grid, w, scales.scale, scales.zero)
             values[..., column] = value
             error = (w - rebuild(value, scales.scale, scales.zero)) / U1[:, i, i, None]
+            error.clamp_(-_ERROR_MAX, _ERROR_MAX)
             Err1[..., i] = error
             W1[..., i + 1 :].addcmul_(error.unsqueeze(-1), U1[:, i, None, i + 1 :], value=-1.0)
         if stop < W.shape[-1]:
             W[..., stop:] -= Err1 @ U[:, start:stop, stop:]
+    if factor.order is not None:
+        place = factor.order[:, None, :].expand_as(values)
+        values = torch.empty_like(values).scatter_(-1, place, values)
     return _collect(fmt, values, collected, global_scale)
 
 
@@ -184,6 +220,30 @@ def hessian_error(original: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     return ((delta @ hessian) * delta).sum(-1)
 
 
+def _permute(hessian: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of each Hessian in the given order."""
+    rows = hessian.gather(-2, order[:, :, None].expand_as(hessian))
+    return rows.gather(-1, order[:, None, :].expand_as(hessian))
+
+
+def _column_scales(
+    groups: list[GroupScales], group_size: int, order: Tensor | None, like: Tensor
+) -> list[GroupScales]:
+    """The scales of each column in the order of processing; `like` is [B, N, K]."""
+    n_cols = like.shape[-1]
+
+    def spread(parts: list[Tensor]) -> Tensor:
+        columns = torch.stack(parts, -1).repeat_interleave(group_size, -1)[..., :n_cols]
+        return columns if order is None else columns.gather(-1, order[:, None, :].expand_as(like))
+
+    scale = spread([g.scale for g in groups])
+    zeros = [g.zero for g in groups if g.zero is not None]
+    zero = spread(zeros) if zeros else None
+    return [
+        GroupScales(scale[..., k], None if zero is None else zero[..., k]) for k in range(n_cols)
+    ]
+
+
 def _importance(U: Tensor, start: int, stop: int) -> Tensor:
     """Cost of columns' squared errors, 1 / U_cc^2, relative to the first column's; [B, columns].
 
@@ -198,7 +258,7 @@ def _codec(
 ) -> tuple[Tensor | None, Codec]:
     if fmt.family != "nvfp":
         return None, make_codec(fmt, search)
-    parts = torch.split(W, list(row_counts) or [W.shape[-2]], -2)  # type: ignore[no-untyped-call]
+    parts = torch.split(W, list(row_counts) or [W.shape[-2]], -2)
     global_scale = torch.cat(
         [nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1
     )  # [B, N]

@@ -68,11 +68,11 @@ class ExpertsSite:
 
     def w13(self, expert: int) -> Tensor:
         """Gate rows, then up rows of one expert, [2I, H]; a view."""
-        return self.module.gate_up_proj.data[expert]  # type: ignore[union-attr,index]
+        return self.module.gate_up_proj.data[expert]  # type: ignore[index]
 
     def w2(self, expert: int) -> Tensor:
         """Down projection of one expert, [H, I]; a view."""
-        return self.module.down_proj.data[expert]  # type: ignore[union-attr,index]
+        return self.module.down_proj.data[expert]  # type: ignore[index]
 
     def apply_gate(self, gate_up: Tensor) -> Tensor:
         """The expert's gating function, [n, 2I] -> [n, I], as the model defines it."""
@@ -252,8 +252,8 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         ModelError: there is none.
     """
-    text_config = model.config.get_text_config()  # type: ignore[operator]
-    wanted = int(text_config.num_hidden_layers)
+    config: Any = model.config
+    wanted = int(config.get_text_config().num_hidden_layers)
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)

@@ -20,6 +20,7 @@ from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_lay
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.models import LayerSite, ModelMap
 from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.quant.utilization import utilization_facts
 from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.assignment import Assignment
 
@@ -98,6 +99,7 @@ def quantize_to_checkpoint(
             seconds = (time.perf_counter() - layer_started) / len(items)
             rows += [{**asdict(item.record), "seconds": seconds} for item in items]
         progress("quantize", len(model_map.layers), len(model_map.layers))
+        widths = {s.name: s.gate[0].cols for layer in model_map.layers for s in layer.experts}
         counts = assignment.count_bits(model_map.inventory)
         report = {
             "settings": asdict(settings),
@@ -105,7 +107,7 @@ def quantize_to_checkpoint(
             **device_facts(str(next(model_map.model.parameters()).device)),
             **facts,
             "bits": asdict(counts),
-            "utilization": utilization,
+            "utilization": utilization_facts(utilization, widths),
             "matrices": rows,
         }
         path = writer.finish(model_map, report, tokenizer)

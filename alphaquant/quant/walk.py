@@ -52,7 +52,7 @@ class LayerObserver(Protocol):
 
 def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
     """Split windows [N, T] into batches; all but the last have `batch_size` rows."""
-    return list(torch.split(tokens, batch_size))  # type: ignore[no-untyped-call]
+    return list(torch.split(tokens, batch_size))
 
 
 @torch.no_grad()

@@ -1,5 +1,14 @@
-"""The directory of a search's results: whose it is, and writing into it so that nothing is half-written."""
+"""The directory of a search's results: whose it is, and writing so that nothing is half-written.
 
+Layout::
+
+    run.json                     what was asked, of which model and texts; marks it as ours
+    study.db                     Optuna's storage, see `alphaquant.studies.storage`
+    assignments/<digest>.json    every evaluated assignment
+    front.json best.json configs/ trials.csv report.md    see `alphaquant.studies.report`
+"""
+
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,6 +21,11 @@ from alphaquant.spaces.assignment import Assignment
 
 RUN_FILE = "run.json"
 RUN_VERSION = 1
+_TOOL = "aq-search"
+
+# All that a search writes. `--overwrite` removes these and leaves anything else alone.
+_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", "report.md", RUN_FILE)
+_OWN_FOLDERS = ("assignments", "configs")
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,14 @@ class RunFolder:
 
     def save_assignment(self, assignment: Assignment) -> None:
         """Keep an evaluated assignment, named by its digest."""
-        name = f"assignments/{assignment.digest}.json"
-        if not (self.path / name).exists():
-            self.write_text(name, json.dumps(dict(assignment.formats)))
+        if not self.has_assignment(assignment.digest):
+            self.write_text(
+                _assignment_file(assignment.digest), json.dumps(dict(assignment.formats))
+            )
+
+    def has_assignment(self, digest: str) -> bool:
+        """Whether an assignment was kept."""
+        return (self.path / _assignment_file(digest)).exists()
 
     def load_assignment(self, digest: str) -> Assignment:
         """Read one back.
@@ -45,50 +64,111 @@ class RunFolder:
         Raises:
             StoreError: it is missing or damaged.
         """
-        path = self.path / "assignments" / f"{digest}.json"
+        path = self.path / _assignment_file(digest)
         try:
             assignment = Assignment(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); start again with --overwrite") from error
-        if assignment.digest != digest:
-            raise StoreError(f"{path} is damaged: its digest differs from its name; start again with --overwrite")
+            is_whole = assignment.digest == digest
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); {self.remedy}") from error
+        if not is_whole:
+            raise StoreError(f"{path} is damaged: its content is not of its name; {self.remedy}")
         return assignment
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged file in this directory."""
+        return (
+            f"delete {self.path} and run the same command again: banks, costs and predictions are "
+            "kept in the cache"
+        )
 
-def open_folder(path: Path, digest: str, facts: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
-    """Create the directory of a search, or take it up again.
+
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """sha256 of a search's facts: equal for runs that give the same sequence of trials."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse a directory that another search, or something else, occupies; writes nothing.
 
     Args:
         path: the directory.
-        digest: of the search's specification.
-        facts: the specification, kept in `run.json`.
-        overwrite: replace the directory if it belongs to another search.
+        facts: what is known so far of what decides the trials; only these are compared.
+        overwrite: another search may be replaced.
 
     Raises:
-        StoreError: it belongs to another search, or is none of ours.
+        StoreError: the directory is none of ours, or belongs to a search with other facts.
     """
-    folder = RunFolder(path)
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        found = _read_run(path)
-        if found is not None and found.get("digest") == digest:
-            return folder
-        if found is None:
-            raise StoreError(f"{path} exists and holds no search of ours; give another --out (it is never deleted)")
-        if not overwrite:
-            changed = sorted(k for k in facts if found.get("spec", {}).get(k) != json.loads(json.dumps(facts[k])))
+    found = _read_run(path)
+    if found is None and not _is_free(path):
+        raise StoreError(
+            f"{path} exists and holds no search of ours; give another --out (--overwrite replaces "
+            "searches only)"
+        )
+    if found is not None and not overwrite:
+        changed = _changed(found, facts)
+        if changed:
             raise StoreError(
-                f"{path} holds a search with other settings ({', '.join(changed) or 'another version'}); give another --out, "
-                "repeat the first command to resume it, or --overwrite to replace it"
+                f"{path} holds a search with other settings ({', '.join(changed)}); give another "
+                "--out, repeat the first command to resume it, or --overwrite to replace it"
             )
-        shutil.rmtree(path)
+
+
+def claim_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
+    """Create the directory of a search, or take it up again if its facts are the same.
+
+    Args:
+        path: the directory.
+        facts: everything that decides the trials, ready for JSON; kept in `run.json`.
+        overwrite: replace what another search left there.
+
+    Raises:
+        StoreError: see `check_folder`.
+    """
+    check_folder(path, facts, overwrite=overwrite)
+    found = _read_run(path)
+    folder = RunFolder(path)
+    if found is not None and not _changed(found, facts):
+        return folder
+    if found is not None:
+        _remove_own(path)
     path.mkdir(parents=True, exist_ok=True)
-    folder.write_json(RUN_FILE, {"version": RUN_VERSION, "digest": digest, "spec": dict(facts)})
+    folder.write_json(RUN_FILE, {"tool": _TOOL, "version": RUN_VERSION, "facts": dict(facts)})
     return folder
 
 
+def _assignment_file(digest: str) -> str:
+    return f"assignments/{digest}.json"
+
+
 def _read_run(path: Path) -> dict[str, Any] | None:
+    """The content of a directory's `run.json` if one of our searches wrote it."""
     try:
         content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    is_ours = isinstance(content, dict) and content.get("tool") == _TOOL
+    return content if is_ours and isinstance(content.get("facts"), dict) else None
+
+
+def _changed(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Names of the facts that differ from those in `run.json`."""
+    if found.get("version") != RUN_VERSION:
+        return [f"version {found.get('version')} of this program's files, now {RUN_VERSION}"]
+    asked = json.loads(json.dumps(dict(facts)))
+    return sorted(name for name, value in asked.items() if found["facts"].get(name) != value)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but, at most, what a kill during `claim_folder` leaves."""
+    if not path.exists():
+        return True
+    return path.is_dir() and {f.name for f in path.iterdir()} <= {f"{RUN_FILE}.part"}
+
+
+def _remove_own(path: Path) -> None:
+    """Remove what a search wrote; `run.json` last, so that a kill leaves a directory of ours."""
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in _OWN_FILES:
+        (path / name).unlink(missing_ok=True)

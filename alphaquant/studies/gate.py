@@ -1,22 +1,23 @@
-"""The last comparison, on text that nothing before has seen: is the winner better than uniform of at most its budget?
+"""The last comparison, on text that nothing before has seen: does the winner beat uniform formats?
 
-Both are measured on the same held-out windows, so their difference is paired. If the best uniform format within the budget has
-the lower KL there, uniform is the result, and the report says so.
+All are measured on the same held-out windows, so their differences are paired. If a uniform format
+of the menu within the budget has no higher KL there, uniform is the result, and the report says
+so. Reference formats outside the menu are shown beside, and never published.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from alphaquant.evaluators.base import paired_difference
-from alphaquant.spaces.assignment import uniform_assignment
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
-from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.objective import EvaluationSet, Measured, Objective
 from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.trials import uniform_fits
+from alphaquant.studies.trials import UNIFORM, uniform_bits, uniform_fits
+
+SEARCH = "search"
+BEST = "best"
+_N_BELOW, _N_ABOVE = 3, 1
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,19 @@ class HeldoutRow:
     """One assignment on the held-out text.
 
     Attributes:
-        name: `best` or `uniform int4-g64`.
+        name: `best` (the search's winner) or a uniform format's name.
+        digest: of the assignment.
         bits_per_weight: stored bits per quantizable weight.
-        kl: nats per token, and its standard error.
-        kl_stderr: see `kl`.
+        kl: nats per token.
+        kl_stderr: its standard error over windows.
         same_top: share of positions.
         perplexity: token perplexity.
-        difference: KL of this row minus KL of best, paired over windows, and its standard error.
-        difference_stderr: see `difference`.
+        difference: KL of this row minus KL of best, paired over windows.
+        difference_stderr: its standard error.
     """
 
     name: str
+    digest: str
     bits_per_weight: float
     kl: float
     kl_stderr: float
@@ -50,74 +53,86 @@ class GateResult:
 
     Attributes:
         rows: best first, then uniform formats by bits.
-        winner: `search`, or the name of the uniform format that beat it.
-        winner_digest: digest of the assignment that is published.
+        winner: `SEARCH`, or the uniform format that is as good or better.
+        published: the assignment of `best.json`.
     """
 
     rows: tuple[HeldoutRow, ...]
     winner: str
-    winner_digest: str
+    published: Assignment
+
+    @property
+    def best(self) -> HeldoutRow:
+        """The search's winner on the held-out text."""
+        return self.rows[0]
 
 
-def uniform_neighbours(space: SearchSpace, names: Sequence[str]) -> list[str]:
-    """The uniform formats to compare with: the two dearest within the budget, the cheapest above, and all of 4.25 bits beside it.
+def uniform_rivals(
+    space: SearchSpace, names: Sequence[str], rows: Sequence[TrialRow]
+) -> tuple[str, ...]:
+    """The uniform formats to compare with, by bits.
 
     Args:
         space: gives the budget.
-        names: uniform formats that are in the bank.
+        names: formats that are in the bank.
+        rows: all trials.
+
+    Returns:
+        The three dearest within the budget, the cheapest above it, and the one of the lowest KL
+        among the trials.
     """
-    bits = {n: space.inventory.storage_bits(parse_format(n)) for n in names}
-    ordered = sorted(names, key=lambda n: (bits[n], n))
-    below = [n for n in ordered if uniform_fits(space, n)]
-    above = [n for n in ordered if bits[n] > space.limit_bits]
-    return below[-3:] + above[:1]
+    ordered = sorted(names, key=lambda n: (uniform_bits(space, n), n))
+    limit = space.limit_bits / space.inventory.n_weights
+    below = [n for n in ordered if uniform_fits(space, n)][-_N_BELOW:]
+    above = [n for n in ordered if uniform_bits(space, n) > limit][:_N_ABOVE]
+    trials = [r for r in rows if r.origin.startswith(UNIFORM)]
+    lowest = [min(trials, key=lambda r: r.kl).origin.removeprefix(UNIFORM)] if trials else []
+    return tuple(n for n in ordered if n in {*below, *above, *lowest})
 
 
 def judge(
     objective: Objective,
     heldout: EvaluationSet,
     space: SearchSpace,
-    folder: RunFolder,
-    best: TrialRow,
-    rows: Sequence[TrialRow],
-    uniform_names: Sequence[str],
+    best: Assignment,
+    rivals: Sequence[str],
 ) -> GateResult:
     """Measure best and uniform on held-out text and decide.
 
     Args:
         objective: measures.
         heldout: the text.
-        space: units and budget.
-        folder: holds the evaluated assignments.
+        space: units, menu and budget.
         best: the winner on the evaluation text.
-        rows: all trials; the best uniform among them is always compared.
-        uniform_names: formats of the bank.
+        rivals: uniform formats to compare with, see `uniform_rivals`.
     """
-    measured = objective.measure(folder.load_assignment(best.digest), heldout)
-    table = [_row("best", best.bits_per_weight, measured, measured)]
-    uniform_rows = [r for r in rows if r.origin.startswith("uniform:")]
-    names = uniform_neighbours(space, uniform_names)
-    if uniform_rows:
-        names.append(min(uniform_rows, key=lambda r: r.kl).origin.removeprefix("uniform:"))
-    winner, winner_digest, lowest = "search", best.digest, float(measured.kl.mean())
-    for name in sorted(set(names), key=lambda n: space.inventory.storage_bits(parse_format(n))):
+    measured = objective.measure(best, heldout)
+    bits = best.storage_bits(space.inventory) / space.inventory.n_weights
+    table = [_row(BEST, best, bits, measured, measured)]
+    winner, published, lowest = SEARCH, best, table[0].kl
+    for name in rivals:
         assignment = uniform_assignment(space.inventory, name)
-        uniform = objective.measure(assignment, heldout)
-        bits = space.inventory.storage_bits(parse_format(name)) / space.inventory.n_weights
-        table.append(_row(f"uniform {name}", bits, uniform, measured))
-        if uniform_fits(space, name) and float(uniform.kl.mean()) < lowest:
-            winner, winner_digest, lowest = name, assignment.digest, float(uniform.kl.mean())
-            folder.save_assignment(assignment)
-    return GateResult(tuple(table), winner, winner_digest)
+        found = objective.measure(assignment, heldout)
+        row = _row(name, assignment, uniform_bits(space, name), found, measured)
+        table.append(row)
+        is_candidate = name in space.menu and uniform_fits(space, name)
+        if is_candidate and (row.kl < lowest or (winner == SEARCH and row.kl == lowest)):
+            winner, published, lowest = name, assignment, row.kl
+    return GateResult(tuple(table), winner, published)
 
 
-def _row(name: str, bits: float, measured: Measured, best: Measured) -> HeldoutRow:
-    kl, top, perplexity = (measured.score(m) for m in ("kl", "same_top", "perplexity"))
-    assert kl.stderr is not None
-    difference = (0.0, 0.0) if torch.equal(measured.kl, best.kl) else paired_difference(measured.kl, best.kl)
-    return HeldoutRow(name, bits, kl.value, kl.stderr, top.value, perplexity.value, *difference)
-
-
-def scores_of(row: HeldoutRow) -> Mapping[str, float]:
-    """The numbers that a configuration's summary carries."""
-    return {"heldout_kl": row.kl, "heldout_kl_stderr": row.kl_stderr, "heldout_same_top": row.same_top}
+def _row(
+    name: str, assignment: Assignment, bits: float, found: Measured, best: Measured
+) -> HeldoutRow:
+    difference, stderr = paired_difference(found.kl, best.kl)
+    return HeldoutRow(
+        name=name,
+        digest=assignment.digest,
+        bits_per_weight=bits,
+        kl=found.score("kl").value,
+        kl_stderr=found.stderr("kl"),
+        same_top=found.score("same_top").value,
+        perplexity=found.score("perplexity").value,
+        difference=difference,
+        difference_stderr=stderr,
+    )

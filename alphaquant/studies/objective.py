@@ -35,6 +35,12 @@ class Measured:
         """The score of a metric."""
         return next(s for s in self.scores if s.metric == metric)
 
+    def stderr(self, metric: str) -> float:
+        """The standard error of a metric."""
+        stderr = self.score(metric).stderr
+        assert stderr is not None, f"{metric} is a mean over windows"
+        return stderr
+
 
 @dataclass
 class Objective:

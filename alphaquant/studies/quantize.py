@@ -1,23 +1,37 @@
-"""`quantize`: from a configuration file to a packed checkpoint, with the calibration that the configuration names."""
+"""`quantize`: from a configuration to a packed checkpoint, with the calibration that it names."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import ConfigError
+from alphaquant.errors import ConfigError, StoreError
 from alphaquant.evaluators.data import TokenSet
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.engine import Method, QuantSettings
+from alphaquant.quant.checkpoint import is_packed
+from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.models import load_skeleton, map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
-from alphaquant.spaces.config import Config, Plan, load_config, resolve
+from alphaquant.spaces.config import Plan, load_config, resolve
 from alphaquant.spaces.units import Inventory
-from alphaquant.studies.sources import Source, find_device, load_source, model_location, read_text
+from alphaquant.studies.progress import no_progress
+from alphaquant.studies.report import bit_lines
+from alphaquant.studies.sources import (
+    Source,
+    find_device,
+    load_source,
+    model_location,
+    read_text,
+)
+from alphaquant.studies.spec import find_method
+from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
+
+_CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
 
 @dataclass(frozen=True)
@@ -29,20 +43,21 @@ class QuantizeSpec:
         config: configuration file.
         out: directory to write.
         method: `gptq` or `rtn`; None for what the configuration's summary says, else `gptq`.
-        calibration: text; None for what the summary says, else `demo`. Likewise the three that follow.
+        calibration: text; None for what the summary says, else `demo`. Likewise the three that
+            follow.
         n_calibration: windows.
         seq_len: tokens per window.
         seed: of the windows.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the computation.
         strict: patterns that match nothing are errors.
-        overwrite: replace an existing `out`.
+        overwrite: replace an existing packed checkpoint.
     """
 
     model: str
     config: Path
     out: Path
-    method: Method | None = None
+    method: str | None = None
     calibration: str | None = None
     n_calibration: int | None = None
     seq_len: int | None = None
@@ -62,7 +77,22 @@ class DryRun:
     counts: BitCount
 
 
-def quantize(spec: QuantizeSpec, *, progress: Progress = lambda stage, done, total: None) -> PipelineResult:
+@dataclass(frozen=True)
+class _Summary:
+    """What `aq-search` wrote into a configuration so that its trial can be made again.
+
+    Attributes:
+        settings: how its matrices were quantized.
+        calibration: provenance of the calibration windows, see `TokenSet.provenance`.
+        model_digest: of the weights, None if not stated.
+    """
+
+    settings: QuantSettings
+    calibration: Mapping[str, Any]
+    model_digest: str | None
+
+
+def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
     """Quantize a model as a configuration says and write a packed checkpoint.
 
     Args:
@@ -73,14 +103,16 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = lambda stage, done, tot
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     config = load_config(spec.config)
-    summary = config.summary or {}
+    summary = _read_summary(config.summary or {}, spec.config)
+    settings = _settings(spec, summary)
+    device = find_device(spec.device)
+    _check_target(spec.out, overwrite=spec.overwrite)
     progress("load", 0, 1)
-    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    source = load_source(spec.model, device, spec.dtype)
     plan = resolve(config, source.map.inventory, strict=spec.strict)
-    warnings = [*plan.warnings, *_check(plan, summary, source)]
+    warnings = [*plan.warnings, *_check_plan(plan, summary, source)]
     for warning in warnings:
         logger.warning("%s", warning)
-    settings = _settings(spec, summary)
     tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
     progress("load", 1, 1)
     facts: dict[str, Any] = {
@@ -109,24 +141,88 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
     Raises:
         AlphaQuantError: a bad configuration or model.
     """
+    config = load_config(spec.config)
     inventory = map_model(load_skeleton(model_location(spec.model))).inventory
-    plan = resolve(load_config(spec.config), inventory, strict=spec.strict)
+    plan = resolve(config, inventory, strict=spec.strict)
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
     return DryRun(plan, inventory, plan.assignment.count_bits(inventory))
 
 
-def _settings(spec: QuantizeSpec, summary: Mapping[str, Any]) -> QuantSettings:
-    """Flag over summary over default."""
-    found = summary.get("quantization")
-    try:
-        settings = QuantSettings(**found) if found else QuantSettings()
-    except TypeError as error:
-        raise ConfigError(f"{spec.config}: summary.quantization has unknown fields ({error}); remove it") from error
-    return settings if spec.method is None else replace(settings, method=spec.method)
+def plan_text(found: DryRun) -> str:
+    """What a configuration would do, for people: matrices by kind and format, and the bits."""
+    formats = found.plan.assignment.formats
+    counts = Counter((m.kind, formats[m.name]) for m in found.inventory.matrices)
+    rows = [[kind, name, str(n)] for (kind, name), n in sorted(counts.items())]
+    table = aligned(("kind", "format", "matrices"), rows, left=("kind", "format"))
+    return "\n".join([table, *bit_lines(found.counts)])
 
 
-def _calibration(spec: QuantizeSpec, summary: Mapping[str, Any], source: Source) -> TokenSet:
+def result_json(result: PipelineResult) -> dict[str, Any]:
+    """What was written, for programs."""
+    return {
+        "path": str(result.path),
+        "quantized_bytes": result.quantized_bytes,
+        "checkpoint_bytes": result.checkpoint_bytes,
+        "fallbacks": dict(result.fallbacks),
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
+    """Take from a configuration's summary what making its trial again needs.
+
+    Raises:
+        ConfigError: a part has another type than `aq-search` writes.
+    """
+    defaults = asdict(QuantSettings())
+    quantization = summary.get("quantization") or {}
+    calibration = summary.get("calibration") or {}
+    types = {name: type(value) for name, value in defaults.items()}
+    _check_types(quantization, types, f"{path}: summary.quantization")
+    wanted = {k: v for k, v in dict(calibration).items() if k in _CALIBRATION_TYPES}
+    _check_types(wanted, _CALIBRATION_TYPES, f"{path}: summary.calibration")
+    digest = summary.get("model_digest")
+    settings = QuantSettings(**quantization)
+    return _Summary(settings, wanted, digest if isinstance(digest, str) else None)
+
+
+def _check_types(found: Any, types: Mapping[str, type], where: str) -> None:
+    known = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where} is {found!r}; it is an object with {known}; remove it")
+    for name, value in found.items():
+        if name not in types or type(value) is not types[name]:
+            raise ConfigError(f"{where}.{name} is {value!r}; possible are {known}; remove it")
+
+
+def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     """Flag over summary over default."""
-    found = summary.get("calibration") or {}
+    return replace(summary.settings, method=find_method(spec.method or summary.settings.method))
+
+
+def _check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse to write where something else is; `overwrite` replaces packed checkpoints only.
+
+    Raises:
+        StoreError: the directory is taken.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_packed(path):
+        raise StoreError(
+            f"{path} exists and is no packed checkpoint; give another --out (--overwrite replaces "
+            "packed checkpoints only)"
+        )
+    if not overwrite:
+        raise StoreError(
+            f"{path} exists already; give another --out, or --overwrite to replace it"
+        )
+
+
+def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:
+    """Flag over summary over default."""
+    found = summary.calibration
     tokens = read_text(
         source,
         spec.calibration or found.get("source", "demo"),
@@ -138,23 +234,24 @@ def _calibration(spec: QuantizeSpec, summary: Mapping[str, Any], source: Source)
     asked = (spec.calibration, spec.n_calibration, spec.seq_len, spec.seed)
     if found.get("digest") not in (None, tokens.digest) and asked == (None, None, None, None):
         raise ConfigError(
-            f"{spec.config} was searched with other calibration text than {tokens.name} gives now; give --calibration to use this "
-            "text, or restore the file"
+            f"{spec.config} was searched with other calibration text than {tokens.name} gives "
+            "now; give --calibration to use this text, or restore the file"
         )
     return tokens
 
 
-def _check(plan: Plan, summary: Mapping[str, Any], source: Source) -> list[str]:
-    """What the user should know before the result is trusted."""
-    warnings = []
-    activations = [name for name, scheme in plan.schemes.items() if scheme.activation.is_quantized]
+def _check_plan(plan: Plan, summary: _Summary, source: Source) -> list[str]:
+    """What the user should know before the result is trusted.
+
+    Raises:
+        ConfigError: the configuration asks for what this version does not do.
+    """
+    activations = [n for n, scheme in plan.schemes.items() if scheme.activation.is_quantized]
     if activations:
         raise ConfigError(
-            f"activation formats are asked for {len(activations)} matrices, e.g. {activations[0]}, and are not applied by this version; "
-            "set aq to bf16"
+            f"activation formats are asked for {len(activations)} matrices, e.g. "
+            f"{activations[0]}, and are not applied by this version; set aq to bf16"
         )
-    if summary.get("model_digest") not in (None, source.digest):
-        warnings.append(f"the configuration was searched on other weights than those of {source.name}")
-    return warnings
-
-
+    if summary.model_digest not in (None, source.digest):
+        return [f"the configuration was searched on other weights than those of {source.name}"]
+    return []

@@ -1,100 +1,167 @@
 """`search`: from a specification to a front of configurations.
 
-Stages: load (model, texts), teacher (the original's predictions), hessians and bank (every matrix in every format), costs, study,
-gate (held-out text), report. Banks, costs and teachers are kept in the cache and found again by digest; trials are kept in the
-study. The same specification gives the same trials, and running it again resumes where it stopped.
+Stages: load (model, texts), teacher (the original's predictions), hessians and bank (every matrix
+in every format), costs, study, gate (held-out text), report. Banks, costs and teachers are kept in
+the cache and found again by digest; trials are kept in the study. The same specification gives the
+same trials, and running it again resumes where it stopped.
+
+Everything that can be refused is refused before the output directory is made: names and ranges
+first, then whose directory it is, then the model with its space, then the texts.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import optuna
 
-from alphaquant.errors import ModelError
-from alphaquant.evaluators.data import TokenSet, check_disjoint
-from alphaquant.evaluators.divergence import store_teacher
-from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs, unit_costs
-from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
+from alphaquant.errors import ModelError, StoreError
+from alphaquant.quant.bank import Bank, Progress
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
-from alphaquant.search.pareto import nondominated
-from alphaquant.search.problem import Problem, make_problem
-from alphaquant.search.sampler import next_trial
-from alphaquant.spaces.budget import parse_budget
-from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import parse_format
-from alphaquant.spaces.profiles import find_profile
-from alphaquant.spaces.space import SearchSpace, make_space
-from alphaquant.studies.folder import RunFolder, open_folder
-from alphaquant.studies.gate import GateResult, judge
+from alphaquant.search.sampler import make_sampler, next_trial
+from alphaquant.spaces.budget import Budget, parse_budget
+from alphaquant.spaces.profiles import Profile, find_profile
+from alphaquant.spaces.space import make_space
+from alphaquant.studies.folder import RunFolder, check_folder, claim_folder, facts_digest
+from alphaquant.studies.gate import judge, uniform_rivals
 from alphaquant.studies.objective import EvaluationSet, Objective
-from alphaquant.studies.progress import StageClock
-from alphaquant.studies.sources import Source, cache_dir, find_device, load_source, read_text
-from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec, menu_of
-from alphaquant.studies.storage import TrialRow, find_duplicate, finish_trial, finished_rows, make_row, open_study
+from alphaquant.studies.progress import StageClock, no_progress
+from alphaquant.studies.report import write_configs, write_report
+from alphaquant.studies.result import SearchResult, best_of
+from alphaquant.studies.sources import find_device, load_source
+from alphaquant.studies.spec import SearchSpec, menu_of
+from alphaquant.studies.stages import (
+    Costs,
+    Inputs,
+    bank_formats,
+    load_inputs,
+    measure_unit_costs,
+    open_filled_bank,
+    problem_of,
+    store_teachers,
+)
+from alphaquant.studies.storage import (
+    TrialRow,
+    find_duplicate,
+    finish_trial,
+    finished_rows,
+    make_row,
+    open_study,
+)
 from alphaquant.studies.trials import Proposal, TrialRules
 
 logger = logging.getLogger(__name__)
 
 OnTrial = Callable[[TrialRow], None]
-MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
+class _Request:
+    """A specification whose names were all found."""
+
+    budget: Budget
+    profile: Profile
+    menu: tuple[str, ...]
+    device: str
+
+
+@dataclass(frozen=True)
+class TrialLoop:
+    """Runs the trials that a study lacks.
 
     Attributes:
-        spec: what was asked.
-        space: units, menu, budget.
-        rows: all complete trials.
-        front: the non-dominated ones over (bits, KL), by bits; no trial over the budget exists.
-        best: the trial of lowest KL on the evaluation text.
-        gate: the comparison on held-out text.
-        published: the assignment of `best.json`.
-        seconds: wall time by stage, of this run.
-        n_evaluations: how often the model ran over a text in this run.
-        facts: provenance.
-        folder: where everything is written.
+        spec: how many, how long, which sampler and seed.
+        study: where they are kept.
+        rules: which they are.
+        costs: predict their KL.
+        objective: measures their KL.
+        evaluation: on this text.
+        folder: keeps their assignments.
     """
 
     spec: SearchSpec
-    space: SearchSpace
-    rows: tuple[TrialRow, ...]
-    front: tuple[TrialRow, ...]
-    best: TrialRow
-    gate: GateResult
-    published: Assignment
-    seconds: dict[str, float]
-    n_evaluations: int
-    facts: dict[str, Any]
+    study: optuna.Study
+    rules: TrialRules
+    costs: Costs
+    objective: Objective
+    evaluation: EvaluationSet
     folder: RunFolder
 
+    def run(self, progress: Progress, on_trial: OnTrial) -> list[TrialRow]:
+        """All complete trials, those of earlier runs first.
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model with its three texts."""
+        Every trial is in the storage before the next one starts.
 
-    source: Source
-    calibration: TokenSet
-    evaluation: TokenSet
-    heldout: TokenSet
+        Raises:
+            ModelError: a KL is not finite.
+            StoreError: the study's assignments are not in the folder.
+        """
+        rows = self._earlier_rows()
+        planned = self.rules.planned()
+        total = max(self.spec.trials, len(rows))
+        started = time.monotonic()
+        progress("study", len(rows), total)
+        while len(rows) < total:
+            if rows and self._is_late(time.monotonic() - started):
+                logger.warning("timeout after %d of %d trials", len(rows), total)
+                break
+            pin = self.rules.pin(len(rows))
+            trial = next_trial(self.study, planned, self.spec.sampler, self.spec.seed, pin)
+            proposal = self.rules.propose(trial)
+            row = self._evaluate(proposal, rows)
+            self.folder.save_assignment(proposal.assignment)
+            finish_trial(self.study, trial, row)
+            rows.append(row)
+            on_trial(row)
+            progress("study", len(rows), total)
+        return rows
 
-    def facts(self) -> dict[str, Any]:
-        texts = (self.calibration, self.evaluation, self.heldout)
-        return {**self.source.facts(), "data": {t.role: t.provenance() for t in texts}}
+    def _earlier_rows(self) -> list[TrialRow]:
+        rows = finished_rows(self.study)
+        missing = [row for row in rows if not self.folder.has_assignment(row.digest)]
+        if missing:
+            raise StoreError(
+                f"study {self.spec.study!r} has {len(rows)} trials, and the assignments of "
+                f"{len(missing)} are not in {self.folder.path}; give the --out that the study was "
+                "made with, or another --study"
+            )
+        return rows
+
+    def _is_late(self, seconds: float) -> bool:
+        return self.spec.timeout is not None and seconds > self.spec.timeout
+
+    def _evaluate(self, proposal: Proposal, rows: list[TrialRow]) -> TrialRow:
+        """Measure a proposal, or take over the numbers of an equal one."""
+        assignment, space, number = proposal.assignment, self.rules.space, len(rows)
+        assert space.is_feasible(assignment), f"{proposal.origin} is over the budget"
+        row = find_duplicate(rows, assignment.digest)
+        if row is not None:
+            row = replace(row, seconds=0.0, duplicate_of=row.number)
+        else:
+            found = self.objective.measure(assignment, self.evaluation)
+            counts = assignment.count_bits(space.inventory)
+            row = make_row(number, proposal.origin, assignment.digest, counts, found)
+            row = replace(row, predicted_kl=self.costs.predict_kl(space, assignment))
+        if not np.isfinite(row.kl):
+            # Proposals depend on complete trials only, so the next one would be the same again.
+            raise ModelError(
+                f"the KL of {proposal.origin} at {row.bits_per_weight:.3f} bits is {row.kl}; use "
+                "--dtype float32, or leave out the smallest formats with --formats"
+            )
+        return replace(row, number=number, origin=proposal.origin, gap=proposal.gap)
 
 
-def _quiet(stage: str, done: int, total: int) -> None:
-    """No progress."""
-
-
-def search(spec: SearchSpec, *, progress: Progress = _quiet, on_trial: OnTrial = lambda row: None) -> SearchResult:
+def search(
+    spec: SearchSpec,
+    *,
+    progress: Progress = no_progress,
+    on_trial: OnTrial = lambda row: None,
+) -> SearchResult:
     """Search formats for a model under a budget and write the results to `spec.out`.
 
     Args:
@@ -105,182 +172,84 @@ def search(spec: SearchSpec, *, progress: Progress = _quiet, on_trial: OnTrial =
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
-    from alphaquant.studies.report import write_report
+    clock = StageClock(progress)
+    request = _check(spec)
+    clock("load", 0, 1)
+    source = load_source(spec.model, request.device, spec.dtype)
+    space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
+    inputs = load_inputs(spec, source)
+    with _claimed(spec, inputs) as (folder, study):
+        clock("load", 1, 1)
+        evaluation, heldout = store_teachers(spec, inputs, clock)
+        bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
+        costs = measure_unit_costs(spec, inputs, space, bank, clock)
+        rules = TrialRules(space, problem_of(space, costs), spec.seed)
+        objective = Objective(Swapper(source.map, bank.read))
+        loop = TrialLoop(spec, study, rules, costs, objective, evaluation, folder)
+        rows = loop.run(clock, on_trial)
+    clock("gate", 0, 1)
+    best = folder.load_assignment(best_of(rows).digest)
+    rivals = uniform_rivals(space, bank_formats(space), rows)
+    gate = judge(objective, heldout, space, best, rivals)
+    clock("gate", 1, 1)
+    facts = _provenance(spec, inputs, bank, request.device)
+    n_evaluations = objective.n_evaluations
+    result = SearchResult(spec, space, tuple(rows), gate, {}, n_evaluations, facts, folder)
+    return _write(result, clock)
 
+
+def _check(spec: SearchSpec) -> _Request:
+    """Find every name in a specification, before anything is loaded.
+
+    Raises:
+        AlphaQuantError: a name or number that does not exist, or an `out` that is taken.
+    """
     budget, profile = parse_budget(spec.budget), find_profile(spec.profile)
     menu = menu_of(spec.formats, profile)
-    folder = open_folder(spec.out, spec.digest, spec.facts(), overwrite=spec.overwrite)
-    clock = StageClock(progress)
+    make_sampler(spec.sampler, spec.seed, 0)
     device = find_device(spec.device)
-    clock("load", 0, 1)
-    loaded = _load(spec, device)
-    space = make_space(loaded.source.map.inventory, profile, menu, budget)
-    study = open_study(spec.storage_url, spec.study, spec.digest)
-    clock("load", 1, 1)
-    evaluation, heldout = _teachers(spec, loaded, clock)
-    names = bank_formats(space)
-    bank = _bank(spec, loaded, names, clock)
-    costs = CostSettings(spec.seed, spec.n_draws)
-    table = measure_costs(loaded.source.map, bank, loaded.calibration.tokens, names, costs, progress=clock)
-    rules = TrialRules(space, _problem(space, table), spec.seed)
-    objective = Objective(Swapper(loaded.source.map, bank.read))
-    rows = _run_trials(spec, study, rules, objective, evaluation, table, folder, clock, on_trial)
-    best = min(rows, key=lambda r: (r.kl, r.bits_per_weight, r.number))
-    clock("gate", 0, 1)
-    gate = judge(objective, heldout, space, folder, best, rows, names)
-    clock("gate", 1, 1)
-    clock.stop()
-    facts = {
-        **loaded.facts(),
+    check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
+    return _Request(budget, profile, menu, device)
+
+
+@contextmanager
+def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optuna.Study]]:
+    """The output directory and the study, opened for this search.
+
+    A study outside the directory comes first, so that a wrong one leaves no directory.
+    """
+    facts = {**spec.facts(), **inputs.digests()}
+    with ExitStack() as stack:
+        open_it = open_study(spec.storage_url, spec.study, facts_digest(facts))
+        if spec.storage is None:
+            folder = claim_folder(spec.out, facts, overwrite=spec.overwrite)
+            yield folder, stack.enter_context(open_it)
+        else:
+            study = stack.enter_context(open_it)
+            yield claim_folder(spec.out, facts, overwrite=spec.overwrite), study
+
+
+def _provenance(spec: SearchSpec, inputs: Inputs, bank: Bank, device: str) -> dict[str, Any]:
+    tokens_per_expert: dict[str, list[int]] = {}
+    for layer in range(inputs.source.map.inventory.n_layers):
+        tokens_per_expert |= bank.utilization(layer)
+    return {
+        **inputs.facts(),
         **device_facts(device),
         "versions": versions(),
         "seed": spec.seed,
         "bank": bank.path.name,
         "bank_bytes": bank.n_bytes(),
-        "calibration_tokens_per_expert": {k: v for i in range(space.inventory.n_layers) for k, v in bank.utilization(i).items()},
+        "calibration_tokens_per_expert": tokens_per_expert,
     }
-    result = SearchResult(
-        spec, space, tuple(rows), front_of(rows), best, gate, folder.load_assignment(gate.winner_digest), clock.seconds,
-        objective.n_evaluations, facts, folder,
-    )
+
+
+def _write(result: SearchResult, clock: StageClock) -> SearchResult:
+    """Write all files; the seconds in them include writing the configurations."""
+    clock("report", 0, 1)
+    write_configs(result)
+    clock("report", 1, 1)
+    clock.stop()
+    result = replace(result, seconds=dict(clock.seconds))
     write_report(result)
     return result
-
-
-def front_of(rows: list[TrialRow]) -> tuple[TrialRow, ...]:
-    """The exact non-dominated set over (bits, KL), by bits; of equal points the first."""
-    mask = nondominated(np.array([[r.bits_per_weight, r.kl] for r in rows]))
-    return tuple(sorted((r for r, keep in zip(rows, mask, strict=True) if keep), key=lambda r: r.bits_per_weight))
-
-
-def bank_formats(space: SearchSpace) -> tuple[str, ...]:
-    """The menu and the reference formats, by nominal bits."""
-    names = {*space.menu, *REFERENCE_FORMATS}
-    return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))
-
-
-def predict_kl(table: CostTable, space: SearchSpace, assignment: Assignment) -> float:
-    """Sum of the Fisher costs of an assignment, nats per token."""
-    costs = unit_costs(table, space.units)
-    column = {name: i for i, name in enumerate(table.formats)}
-    chosen = [column[assignment.formats[u.matrices[0].name]] for u in space.units]
-    return float(costs.fisher[np.arange(len(chosen)), chosen].sum())
-
-
-def _load(spec: SearchSpec, device: str) -> _Loaded:
-    data = spec.data
-    source = load_source(spec.model, device, spec.dtype)
-    texts = [
-        read_text(source, text, role, n, data.seq_len, spec.seed)
-        for text, role, n in (
-            (data.calibration, "calibration", data.n_calibration),
-            (data.evaluation, "search", data.n_evaluation),
-            (data.heldout, "heldout", data.n_heldout),
-        )
-    ]
-    for i, a in enumerate(texts):
-        for b in texts[i + 1 :]:
-            check_disjoint(a, b)
-    return _Loaded(source, *texts)
-
-
-def _teachers(spec: SearchSpec, loaded: _Loaded, clock: StageClock) -> tuple[EvaluationSet, EvaluationSet]:
-    """Teachers of the evaluation and the held-out text; both before the first swap."""
-    sets = []
-    for tokens in (loaded.evaluation, loaded.heldout):
-        name = f"{loaded.source.digest[:16]}-{tokens.digest[:16]}-{spec.dtype}.safetensors"
-        path = cache_dir(spec.cache) / "teachers" / name
-        clock("teacher", 0, len(tokens.tokens))
-        teacher = store_teacher(path, loaded.source.map.model, tokens.tokens, progress=clock)
-        sets.append(EvaluationSet(tokens, teacher))
-    return sets[0], sets[1]
-
-
-def _bank(spec: SearchSpec, loaded: _Loaded, names: tuple[str, ...], clock: StageClock) -> Bank:
-    key = bank_key(loaded.source.digest, loaded.calibration.digest, spec.quant)
-    facts = {**loaded.source.facts(), "calibration": loaded.calibration.provenance(), "settings": asdict(spec.quant)}
-    bank = open_bank(cache_dir(spec.cache) / "banks", key, loaded.source.map.inventory, {**facts, "versions": versions()})
-    clock("bank", 0, len(loaded.source.map.layers))
-    fill_bank(bank, loaded.source.map, loaded.calibration.tokens, names, spec.quant, progress=clock)
-    bank.verify(names)
-    return bank
-
-
-def _problem(space: SearchSpace, table: CostTable) -> Problem:
-    costs = unit_costs(table, space.units)
-    columns = [table.formats.index(name) for name in space.menu]
-    formats = [parse_format(name) for name in space.menu]
-    return make_problem(
-        space.units,
-        space.menu,
-        np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64),
-        np.array([[name in space.allowed(u) for name in space.menu] for u in space.units]),
-        {"fisher": costs.fisher[:, columns], "error": costs.error[:, columns]},
-        costs.n_tokens,
-        space.inventory.n_layers,
-    )
-
-
-def _run_trials(
-    spec: SearchSpec,
-    study: optuna.Study,
-    rules: TrialRules,
-    objective: Objective,
-    evaluation: EvaluationSet,
-    table: CostTable,
-    folder: RunFolder,
-    clock: StageClock,
-    on_trial: OnTrial,
-) -> list[TrialRow]:
-    """Run what the study lacks; every finished trial is in the storage before the next one starts."""
-    planned = rules.planned(bank_formats(rules.space))
-    rows = finished_rows(study)
-    started = time.monotonic()
-    failures = 0
-    while len(rows) < spec.trials:
-        clock("study", len(rows), spec.trials)
-        if rows and spec.timeout is not None and time.monotonic() - started > spec.timeout:
-            logger.warning("stopped after %d of %d trials: timeout of %g s", len(rows), spec.trials, spec.timeout)
-            break
-        trial = next_trial(study, planned, spec.sampler, spec.seed, rules.pin(len(rows)))
-        proposal = rules.propose(trial)
-        row = _evaluate(proposal, trial.number, rows, rules.space, objective, evaluation, table)
-        folder.save_assignment(proposal.assignment)
-        if not np.isfinite(row.kl):
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            failures += 1
-            if failures >= MAX_FAILURES:
-                raise ModelError(
-                    f"{failures} trials gave a KL that is not finite, last {proposal.origin}; use --dtype float32, or leave out the "
-                    "smallest formats with --formats"
-                )
-            continue
-        finish_trial(study, trial, row)
-        rows.append(row)
-        on_trial(row)
-    clock("study", len(rows), max(spec.trials, len(rows)))
-    return rows
-
-
-def _evaluate(
-    proposal: Proposal,
-    number: int,
-    rows: list[TrialRow],
-    space: SearchSpace,
-    objective: Objective,
-    evaluation: EvaluationSet,
-    table: CostTable,
-) -> TrialRow:
-    """Measure a proposal, or take over the numbers of an equal one."""
-    assignment = proposal.assignment
-    assert space.is_feasible(assignment), f"{proposal.origin} is over the budget"
-    same = find_duplicate(rows, assignment.digest)
-    if same is not None:
-        taken = {**asdict(same), "number": number, "origin": proposal.origin, "gap": proposal.gap}
-        return TrialRow(**{**taken, "seconds": 0.0, "duplicate_of": same.number})
-    measured = objective.measure(assignment, evaluation)
-    counts = assignment.count_bits(space.inventory)
-    predicted = predict_kl(table, space, assignment)
-    return make_row(number, proposal.origin, assignment.digest, counts, measured, predicted, proposal.gap)
-
-

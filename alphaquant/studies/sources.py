@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from alphaquant import demo
-from alphaquant.errors import ModelError
+from alphaquant.errors import DataError, ModelError
 from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
-from alphaquant.quant.models import ModelMap, load_model, load_tokenizer, map_model, weights_digest
+from alphaquant.quant.models import (
+    ModelMap,
+    load_model,
+    load_tokenizer,
+    map_model,
+    weights_digest,
+)
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
@@ -34,9 +40,19 @@ class Source:
     tokenizer: Any
     digest: str
 
+    @property
+    def runs_as(self) -> str:
+        """Dtype and device type that the model computes with: `float32-cpu`."""
+        parameter = next(self.map.model.parameters())
+        return f"{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
+
     def facts(self) -> dict[str, str]:
         """Provenance: name, architecture, digest."""
-        return {"model": self.name, "model_type": self.map.inventory.model_type, "model_digest": self.digest}
+        return {
+            "model": self.name,
+            "model_type": self.map.inventory.model_type,
+            "model_digest": self.digest,
+        }
 
 
 def load_source(name: str, device: str, dtype: str) -> Source:
@@ -59,44 +75,64 @@ def find_device(name: str) -> str:
     """`auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        ModelError: the device does not exist.
+        ModelError: the device does not exist or cannot hold numbers.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use cpu, cuda or auto") from error
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelError(
+            f"device {name!r} cannot be used ({first_line}); use cpu, cuda or auto"
+        ) from error
     return name
 
 
-def default_seq_len_of(name: str, model: nn.Module) -> int:
-    """Tokens per window when none are asked for: 256 for the demo model, else 1024 or what the model can take."""
-    if name == DEMO:
-        return DEMO_SEQ_LEN
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    return min(DEFAULT_SEQ_LEN, int(getattr(config, "max_position_embeddings", DEFAULT_SEQ_LEN)))
+def seq_len_of(name: str, model: nn.Module, asked: int | None) -> int:
+    """Tokens per window.
+
+    Args:
+        name: of the model, as asked for.
+        model: the model; its configuration tells the longest text that it can take.
+        asked: tokens per window; None for 256 on the demo model, else 1024 or the model's limit.
+
+    Raises:
+        DataError: the model cannot take windows of the length asked for.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        default = DEMO_SEQ_LEN if name == DEMO else DEFAULT_SEQ_LEN
+        return default if limit is None else min(default, int(limit))
+    if limit is not None and asked > limit:
+        raise DataError(
+            f"windows of {asked} tokens asked; {name} takes 1 to {limit}; lower --seq-len"
+        )
+    return asked
 
 
-def read_text(source: Source, text: str, role: str, n_samples: int, seq_len: int | None, seed: int) -> TokenSet:
+def read_text(
+    source: Source, text: str, role: str, n_samples: int, seq_len: int | None, seed: int
+) -> TokenSet:
     """Token windows of one text for a model.
 
-    Raises:
-        DataError: the text cannot be found or is too short.
-    """
-    length = seq_len or default_seq_len_of(source.name, source.map.model)
-    return read_windows(source.tokenizer, text, role, n_samples, length, seed)
-
-
-def read_windows(tokenizer: Any, text: str, role: str, n_samples: int, seq_len: int, seed: int) -> TokenSet:
-    """Token windows of one text.
+    Args:
+        source: the model.
+        text: `demo`, a data set name or a path.
+        role: `calibration`, `search` or `heldout`.
+        n_samples: windows.
+        seq_len: tokens per window; None as in `seq_len_of`.
+        seed: of the draw.
 
     Raises:
         DataError: the text cannot be found or is too short.
     """
-    return load_tokens(TextRequest(text, role, n_samples, seq_len, seed), tokenizer)
+    length = seq_len_of(source.name, source.map.model, seq_len)
+    return load_tokens(TextRequest(text, role, n_samples, length, seed), source.tokenizer)
 
 
 def cache_dir(asked: Path | None) -> Path:
-    """Where banks and teachers are kept: as asked, `$ALPHAQUANT_CACHE`, or `~/.cache/alphaquant`."""
-    return asked or Path(os.environ.get("ALPHAQUANT_CACHE") or Path.home() / ".cache" / "alphaquant")
+    """Where banks and teachers are: as asked, `$ALPHAQUANT_CACHE`, or `~/.cache/alphaquant`."""
+    stated = os.environ.get("ALPHAQUANT_CACHE")
+    return asked or Path(stated or Path.home() / ".cache" / "alphaquant")

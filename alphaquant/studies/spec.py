@@ -1,17 +1,15 @@
 """What a search is asked to do: one frozen object, from the command line or from Python.
 
-`SearchSpec.digest` covers everything that changes the sequence of trials; how many trials, how long and where the files go may
-change between the runs of one study.
+`SearchSpec.facts` covers everything that changes the sequence of trials; how many trials, how long
+and where the files go may change between the runs of one study.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from alphaquant.errors import ConfigError
-from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.engine import Method, QuantSettings
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
 
@@ -24,6 +22,14 @@ SERVING_MENU = (
 )
 """Default menu of the profiles of serving engines, narrowed to what each loads."""
 
+METHODS: tuple[Method, ...] = get_args(Method)
+"""How a matrix can be quantized."""
+
+
+def _check_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"{name} is {value}; use {least} or more")
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -34,9 +40,9 @@ class DataSpec:
         evaluation: the divergence that the search sees.
         heldout: the last comparison, never used before.
         n_calibration: windows of calibration text.
-        n_evaluation: windows of evaluation text.
-        n_heldout: windows of held-out text.
-        seq_len: tokens per window; None for 256 on the demo model, else 1024 or what the model can take.
+        n_evaluation: windows of evaluation text, at least 2 for a standard error.
+        n_heldout: windows of held-out text, at least 2.
+        seq_len: tokens per window; None for 256 on the demo model, else 1024 or the model's limit.
     """
 
     calibration: str = "demo"
@@ -46,6 +52,17 @@ class DataSpec:
     n_evaluation: int = 48
     n_heldout: int = 64
     seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse counts that make no sense.
+
+        Raises:
+            ConfigError: naming the count.
+        """
+        _check_least("n_calibration", self.n_calibration, 1)
+        _check_least("n_evaluation", self.n_evaluation, 2)
+        _check_least("n_heldout", self.n_heldout, 2)
+        _check_least("seq_len", self.seq_len, 2)
 
 
 @dataclass(frozen=True)
@@ -93,14 +110,15 @@ class SearchSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse counts that make no sense.
+        """Refuse counts and methods that make no sense.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: naming the field.
         """
-        for name, value in (("trials", self.trials), ("n_draws", self.n_draws)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; use 1 or more")
+        find_method(self.quant.method)
+        _check_least("trials", self.trials, 1)
+        _check_least("n_draws", self.n_draws, 1)
+        _check_least("timeout", self.timeout, 0)
 
     def facts(self) -> dict[str, Any]:
         """What decides the sequence of trials, ready for JSON."""
@@ -108,14 +126,21 @@ class SearchSpec:
         return {k: v for k, v in asdict(self).items() if k not in free}
 
     @property
-    def digest(self) -> str:
-        """sha256 of `facts`."""
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
-
-    @property
     def storage_url(self) -> str:
         """The Optuna storage."""
         return self.storage or f"sqlite:///{self.out / 'study.db'}"
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for method in METHODS:
+        if method == name:
+            return method
+    raise ConfigError(f"unknown method {name!r}; known are {', '.join(METHODS)}; name one")
 
 
 def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:

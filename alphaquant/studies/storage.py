@@ -1,36 +1,41 @@
 """The Optuna study behind a search: opened, checked, taken up again, and read back as rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from alphaquant.errors import StoreError
-from alphaquant.evaluators.base import Score
 from alphaquant.search.sampler import fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
 
 OBJECTIVES = ("bits_per_weight", "kl")
-_DIGEST = "spec_digest"
+_DIGEST = "facts_digest"
+_BROKEN = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A finished trial.
+    """A complete trial.
 
     Attributes:
-        number: in the study.
+        number: place among the complete trials, from 0. Not Optuna's number, which also counts
+            trials that a kill cut short, so that an interrupted study numbers as one that was not.
         origin: `uniform:int4-g64`, `allocator:error`, `knobs`.
         digest: of its assignment.
         bits_per_weight: stored bits per quantizable weight.
         checkpoint_bytes: bytes of all tensors.
-        kl: nats per token on the evaluation text, its standard error, and KL per window.
-        kl_stderr: see `kl`.
-        kl_per_window: see `kl`.
+        kl: nats per token on the evaluation text.
+        kl_stderr: its standard error over windows.
+        kl_per_window: KL of each window.
         same_top: share of positions with the same first token.
         perplexity: on the evaluation text.
         predicted_kl: sum of the Fisher costs.
@@ -55,68 +60,75 @@ class TrialRow:
     duplicate_of: int | None = None
 
 
-def open_study(storage: str, name: str, spec_digest: str) -> optuna.Study:
-    """Create a study, or take up the one of the same name and specification.
+@contextmanager
+def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
+    """Create a study, or take up the one of the same name and facts; closed on leaving.
 
-    Trials that a killed process left running are failed; their parameters come again, because proposals depend on complete
-    trials only.
+    Trials that a killed process left running are failed; their parameters come again, because
+    proposals depend on complete trials only.
+
+    Args:
+        url: of the Optuna storage.
+        name: of the study.
+        digest: of the search's facts.
 
     Raises:
-        StoreError: the storage is damaged or unreachable, or the study belongs to another search.
+        StoreError: the storage is damaged or unreachable, also later while the study is open, or
+            the study belongs to another search.
     """
+    storage = None
     try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
-        )
-        study.set_metric_names(list(OBJECTIVES))
-        found = study.user_attrs.get(_DIGEST)
-        if found is None:
-            study.set_user_attr(_DIGEST, spec_digest)
-        fail_stale_trials(study)
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ValueError, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise StoreError(
-            f"the study storage {storage} cannot be used ({first_line}); if it is damaged, delete it or start again with "
-            "--overwrite: banks and costs are kept in the cache"
-        ) from error
-    if found not in (None, spec_digest):
-        raise StoreError(f"study {name!r} in {storage} belongs to a search with other settings; give another --study")
-    return study
+        try:
+            storage = RDBStorage(url.replace("{", "{{").replace("}", "}}"))  # it fills templates
+            study = _take_up(storage, url, name, digest)
+        except (*_BROKEN, ValueError, KeyError, OSError, ImportError) as error:
+            raise _unusable(url, error) from error
+        try:
+            yield study
+        except _BROKEN as error:
+            raise _unusable(url, error) from error
+    finally:
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> None:
     """Store a trial's numbers, then complete it; a kill between the two leaves it unfinished."""
-    for key, value in row.__dict__.items():
+    for key, value in asdict(row).items():
         if key != "number":
             trial.set_user_attr(key, list(value) if isinstance(value, tuple) else value)
     study.tell(trial, [row.bits_per_weight, row.kl])
 
 
 def finished_rows(study: optuna.Study) -> list[TrialRow]:
-    """Rows of all complete trials, by number."""
+    """Rows of all complete trials, in the order in which they started.
+
+    Raises:
+        StoreError: a trial lacks its numbers.
+    """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [_row(trial) for trial in sorted(complete, key=lambda t: t.number)]
+    ordered = sorted(complete, key=lambda t: t.number)
+    return [_row(number, trial) for number, trial in enumerate(ordered)]
 
 
-def make_row(
-    number: int, origin: str, digest: str, counts: BitCount, measured: Measured, predicted_kl: float, gap: float | None
-) -> TrialRow:
-    """The row of a trial that was just measured."""
-    kl, top, perplexity = (measured.score(m) for m in ("kl", "same_top", "perplexity"))
+def make_row(number: int, origin: str, digest: str, counts: BitCount, found: Measured) -> TrialRow:
+    """The row of a trial that was just measured; prediction and gap are still to be filled in."""
+    kl = found.score("kl")
     return TrialRow(
-        number,
-        origin,
-        digest,
-        counts.bits_per_weight,
-        counts.checkpoint_bytes,
-        kl.value,
-        _stderr(kl),
-        tuple(float(v) for v in measured.kl),
-        top.value,
-        perplexity.value,
-        predicted_kl,
-        gap,
-        kl.seconds,
+        number=number,
+        origin=origin,
+        digest=digest,
+        bits_per_weight=counts.bits_per_weight,
+        checkpoint_bytes=counts.checkpoint_bytes,
+        kl=kl.value,
+        kl_stderr=found.stderr("kl"),
+        kl_per_window=tuple(float(v) for v in found.kl),
+        same_top=found.score("same_top").value,
+        perplexity=found.score("perplexity").value,
+        predicted_kl=0.0,
+        gap=None,
+        seconds=kl.seconds,
     )
 
 
@@ -125,12 +137,44 @@ def find_duplicate(rows: Sequence[TrialRow], digest: str) -> TrialRow | None:
     return next((row for row in rows if row.digest == digest), None)
 
 
-def _stderr(score: Score) -> float:
-    assert score.stderr is not None
-    return score.stderr
+def _take_up(storage: RDBStorage, url: str, name: str, digest: str) -> optuna.Study:
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        directions=["minimize", "minimize"],
+        load_if_exists=True,
+    )
+    found = study.user_attrs.get(_DIGEST)
+    if found is None and not study.trials:
+        with warnings.catch_warnings():
+            # Names for dashboards only; nothing reads them back.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(list(OBJECTIVES))
+        study.set_user_attr(_DIGEST, digest)
+    elif found != digest:
+        raise StoreError(
+            f"study {name!r} in {url} belongs to another search; give another --study"
+        )
+    fail_stale_trials(study)
+    return study
 
 
-def _row(trial: FrozenTrial) -> TrialRow:
-    attrs: dict[str, Any] = {k: v for k, v in trial.user_attrs.items() if k in TrialRow.__dataclass_fields__}
-    attrs["kl_per_window"] = tuple(attrs["kl_per_window"])
-    return TrialRow(number=trial.number, **attrs)
+def _unusable(url: str, error: Exception) -> StoreError:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return StoreError(
+        f"the study storage {url} cannot be used ({first_line}); if it is damaged, delete it and "
+        "run the same command again: trials are run anew, banks and costs are in the cache"
+    )
+
+
+def _row(number: int, trial: FrozenTrial) -> TrialRow:
+    names = [f.name for f in fields(TrialRow) if f.name != "number"]
+    missing = [name for name in names if name not in trial.user_attrs]
+    if missing:
+        raise StoreError(
+            f"trial {trial.number} of the study has no {', '.join(missing)}; the study storage is "
+            "damaged: delete it and run the same command again"
+        )
+    values: dict[str, Any] = {name: trial.user_attrs[name] for name in names}
+    values["kl_per_window"] = tuple(values["kl_per_window"])
+    return TrialRow(number=number, **values)

@@ -1,16 +1,19 @@
-"""Which trials a study runs: what is planned first, and from a trial's parameters to its assignment.
+"""Which trials a study runs: what is planned first, and from parameters to an assignment.
 
-Planned, in this order: every uniform format within the budget (so that the study never ends below uniform), the allocators, the
-default knobs at several budgets (so that there is a front early). Then the sampler proposes knobs; three of four proposals are
-pinned to the full budget, the fourth may spend less and fills the front.
+Planned, in this order: every uniform format of the menu within the budget (so that the study never
+ends below uniform), the default knobs, the allocators, the default knobs at several budgets (so
+that there is a front early). Then the sampler proposes knobs; three of four proposals are pinned
+to the full budget, the fourth may spend less and fills the front.
 
-Every trial is feasible by construction: its assignment comes from the solver with the budget as its limit, or is uniform and fits.
+Every trial is feasible by construction: its assignment comes from the solver with the budget as
+its limit, or is uniform and fits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 
 from alphaquant.search.allocators import ALLOCATORS
@@ -25,6 +28,8 @@ from alphaquant.spaces.space import SearchSpace
 PLANNED_ALLOCATORS = ("fisher", "error", "utilization")
 N_FRONT_LEVELS = 6
 FREE_EVERY = 4
+UNIFORM = "uniform:"
+"""Start of the origin of uniform trials."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,16 @@ class TrialRules:
         masked = np.where(self.problem.allowed, self.problem.bits, np.iinfo(np.int64).max)
         return float(masked.min(1).sum()) / self.space.inventory.n_weights
 
-    def planned(self, uniform_formats: Sequence[str]) -> list[PlannedTrial]:
+    def planned(self) -> list[PlannedTrial]:
         """The trials that run before anything is sampled."""
-        fits = [f for f in uniform_formats if uniform_fits(self.space, f)]
-        plan = [PlannedTrial({}, {"plan": "uniform", "format": f}) for f in fits]
+        fits = [name for name in self.space.menu if uniform_fits(self.space, name)]
+        plan = [PlannedTrial({}, {"plan": "uniform", "format": name}) for name in fits]
         plan.append(PlannedTrial(knob_params(Knobs(self.bits_high)), {"plan": "knobs"}))
-        plan += [PlannedTrial({}, {"plan": "allocator", "allocator": name}) for name in PLANNED_ALLOCATORS]
+        for name in PLANNED_ALLOCATORS:
+            plan.append(PlannedTrial({}, {"plan": "allocator", "allocator": name}))
         levels = np.linspace(self.bits_low, self.bits_high, N_FRONT_LEVELS + 2)[1:-1]
-        plan += [PlannedTrial(knob_params(Knobs(float(b))), {"plan": "knobs"}) for b in levels[::-1]]
+        for bits in levels[::-1]:
+            plan.append(PlannedTrial(knob_params(Knobs(float(bits))), {"plan": "knobs"}))
         return plan
 
     def pin(self, n_complete: int) -> Mapping[str, float]:
@@ -87,7 +94,7 @@ class TrialRules:
         attrs = trial.user_attrs
         if attrs.get("plan") == "uniform":
             name = str(attrs["format"])
-            return Proposal(uniform_assignment(self.space.inventory, name), f"uniform:{name}", None)
+            return Proposal(uniform_assignment(self.space.inventory, name), UNIFORM + name, None)
         if attrs.get("plan") == "allocator":
             name = str(attrs["allocator"])
             solution = ALLOCATORS[name].allocate(self.problem, self.space.limit_bits, self.seed)
@@ -96,13 +103,18 @@ class TrialRules:
         solution = allocate(self.problem, knobs, self.space.limit_bits)
         return Proposal(self._spread(solution.choice), "knobs", solution.gap)
 
-    def _spread(self, choice: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Assignment:
+    def _spread(self, choice: npt.NDArray[np.int64]) -> Assignment:
         names = self.problem.choice_names(choice)
         return assignment_from_units(self.space.inventory, self.space.units, names)
 
 
 def uniform_fits(space: SearchSpace, format_name: str) -> bool:
-    """Whether one format for everything is within the budget and can be loaded for every unit."""
+    """Whether one format for everything is within the budget and loads for every unit."""
     fmt = parse_format(format_name)
     within = space.inventory.storage_bits(fmt) <= space.limit_bits
     return within and all(is_loadable(unit, fmt, space.profile) for unit in space.units)
+
+
+def uniform_bits(space: SearchSpace, format_name: str) -> float:
+    """Stored bits per quantizable weight of one format for everything."""
+    return space.inventory.storage_bits(parse_format(format_name)) / space.inventory.n_weights

@@ -112,7 +112,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
             _fill_correction_bias(module)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
-    model.config.dtype = torch.bfloat16  # type: ignore[union-attr,assignment]
+    model.config.dtype = torch.bfloat16
     model.requires_grad_(False)
     return model.eval()
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaquant import demo
 from alphaquant.errors import DataError
-from alphaquant.evaluators import data
+from alphaquant.evaluators import data, texts
 from alphaquant.evaluators.data import TextRequest, TokenSet, check_disjoint, load_tokens
 
 EOS = 255
@@ -166,13 +166,13 @@ def test_a_text_without_a_whole_window_is_too_short(tmp_path: Path, text: str) -
 
 def test_a_long_text_is_tokenized_in_pieces_that_add_up(tmp_path: Path) -> None:
     line = "0123456789" * 1000 + "\n"
-    text = line * 150 + "a" * (3 * data.CHUNK)  # ends in a line that is longer than a piece
+    text = line * 150 + "a" * (3 * texts.CHUNK)  # ends in a line that is longer than a piece
     tokenizer = CharTokenizer()
     tokens = load(write(tmp_path / "a.txt", text), 1, 1_000, tokenizer=tokenizer)
     assert tokenizer.n_calls == 2  # each about CHUNK or more, and 2M tokens are enough
     assert tokens.n_available == 2_000
-    pieces = list(data._read_path(tmp_path / "a.txt", CharTokenizer()))
-    assert [len(piece) > data.CHUNK for piece in pieces] == [True] * 3
+    pieces = list(texts._read_path(tmp_path / "a.txt", CharTokenizer()))
+    assert [len(piece) > texts.CHUNK for piece in pieces] == [True] * 3
     assert np.array_equal(np.concatenate(pieces), np.frombuffer(text.encode(), dtype=np.uint8))
     assert pieces[0][-1] == ord("\n")
 
@@ -424,15 +424,15 @@ def test_c4_is_streamed_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_c4_reads_a_bounded_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "C4_MAX_DOCUMENTS", 3)
+    monkeypatch.setattr(texts, "C4_MAX_DOCUMENTS", 3)
     fake_datasets(monkeypatch, iter(["ab"] * 10))
     assert load("c4", n_samples=1, seq_len=3).n_available == 3
 
 
 def test_every_role_reads_another_part_of_the_hub_data_sets() -> None:
-    for parts in (data.WIKITEXT_SPLITS, data.C4_FILES):
-        assert tuple(parts) == data.ROLES
-        assert len(set(parts.values())) == len(data.ROLES)
+    for parts in (texts.WIKITEXT_SPLITS, texts.C4_FILES):
+        assert tuple(parts) == texts.ROLES
+        assert len(set(parts.values())) == len(texts.ROLES)
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,6 +514,6 @@ def test_demo_windows_decode_to_passages_of_the_text(
 
 
 def test_whole_demo_parts_share_no_passage(demo_tokenizer: PreTrainedTokenizerBase) -> None:
-    sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in data.ROLES]
+    sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in texts.ROLES]
     for a, b in itertools.combinations(sets, 2):
         check_disjoint(a, b)

@@ -1,0 +1,209 @@
+"""The contract of formats, to run over any of them.
+
+    for name in FORMATS:
+        check_format(name)
+
+Checks raise AssertionError with what was broken. A new format adds its name to `FORMATS`. Weights
+are drawn, not measured. Letters: B matrices, N rows, K columns, G groups per row.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from alphaquant.errors import FormatError
+from alphaquant.quant.codecs import ScaleSearch, check_finite, make_grid
+from alphaquant.quant.gptq import factorize, quantize_gptq, quantize_rtn
+from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
+from alphaquant.spaces.formats import MENUS, Format, parse_format
+
+_GROUPS = ("g32", "g64", "g128", "row")
+_INT_KINDS = ("int2", "int3", "int4", "int5", "int6", "int8")
+_FP_KINDS = ("fp4-e2m1", "fp6-e3m2", "fp6-e2m3", "fp8-e4m3", "fp8-e5m2")
+
+FORMATS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            *MENUS["all"],
+            *(f"{kind}-{group}" for kind in _INT_KINDS for group in _GROUPS),
+            *(f"{kind}-{group}-asym" for kind in _INT_KINDS for group in _GROUPS),
+            *(f"{kind}-{group}" for kind in _FP_KINDS for group in _GROUPS),
+            *("mxfp4", "mxfp6", "mxfp6-e2m3", "mxfp8", "mxfp8-e5m2", "nvfp4"),
+        )
+    )
+)
+"""Every format that the suite runs over: all of the menus, and every kind with every group."""
+
+QUANTIZED = tuple(name for name in FORMATS if parse_format(name).is_quantized)
+
+SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "mse")
+
+SHAPES: tuple[tuple[int, int], ...] = (
+    (5, 37),  # odd, less than the largest group
+    (3, 1),  # one column
+    (1, 64),  # one row, whole groups
+    (4, 171),  # tail groups, as DeepSeek's 10944 = 64 * 171 has with groups of 128
+    (2, 256),  # several whole groups
+)
+
+
+def check_format(name: str) -> None:
+    """Run every check on a format.
+
+    Args:
+        name: canonical name.
+    """
+    fmt = parse_format(name)
+    if not fmt.is_quantized:
+        check_unquantized()
+        return
+    for search in SEARCHES:
+        for check in CHECKS:
+            check(fmt, search)
+
+
+def draw_weights(rows: int, cols: int, seed: int = 0) -> Tensor:
+    """Weights like those of a model: normal, 0.02 wide, with a few outliers; float32 [N, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.02 * torch.randn(rows, cols, generator=generator)
+    outliers = torch.rand(rows, cols, generator=generator) < 0.01
+    return torch.where(outliers, 8 * weight, weight)
+
+
+def check_storage(fmt: Format, search: ScaleSearch) -> None:
+    """Packed bytes are those that `storage_bits` counts; what is packed comes back bit for bit."""
+    for rows, cols in SHAPES:
+        rounded = quantize_rtn(draw_weights(rows, cols)[None], fmt, search)
+        packed = rounded.pack(0, slice(None))
+        check_packed(packed, "matrix", fmt.name)
+        assert 8 * packed.n_bytes == fmt.storage_bits(rows, cols), (fmt.name, rows, cols)
+        assert rounded.scales.shape == (1, rows, fmt.n_groups(cols)), (fmt.name, rows, cols)
+        _assert_same_bits(packed.dequantize(), rounded.weights()[0], fmt)
+
+
+def check_grid(fmt: Format, search: ScaleSearch) -> None:
+    """Values are on the grid, weights are (value - zero) * scale, scales are valid and stored."""
+    rounded = quantize_rtn(draw_weights(4, 171)[None], fmt, search)
+    grid = make_grid(fmt)
+    on_grid = grid.to_values(torch.arange(2**fmt.bits, dtype=torch.uint8))
+    assert bool(torch.isin(rounded.values, on_grid).all()), fmt.name
+    assert float(rounded.values.max()) <= grid.high and float(rounded.values.min()) >= grid.low
+    size = rounded.values.shape[-1] if fmt.group_size < 0 else fmt.group_size
+    for column in range(rounded.values.shape[-1]):
+        zero = 0.0 if rounded.zeros is None else rounded.zeros[0, :, column // size]
+        made = (rounded.values[0, :, column] - zero) * rounded.scales[0, :, column // size]
+        assert torch.equal(rounded.weights()[0, :, column], made), (fmt.name, column)
+    _assert_valid_scales(rounded)
+
+
+def check_zeros(fmt: Format, search: ScaleSearch) -> None:
+    """Zero matrices, rows, columns and blocks stay zero, with a valid scale."""
+    weight = draw_weights(5, 171)
+    weight[1] = 0.0
+    weight[:, 7] = 0.0
+    weight[3, :128] = 0.0
+    batch = torch.stack([weight, torch.zeros_like(weight)])
+    rounded = quantize_rtn(batch, fmt, search)
+    _assert_valid_scales(rounded)
+    made = rounded.weights()
+    assert bool((made[1] == 0).all()) and bool((made[0, 1] == 0).all()), fmt.name
+    if search == "minmax" or fmt.symmetric:
+        assert bool((made[0, :, 7] == 0).all()), fmt.name
+    if 0 < fmt.group_size <= 128:
+        assert bool((made[0, 3, :128] == 0).all()), fmt.name
+    for b in range(2):
+        _assert_same_bits(rounded.pack(b, slice(None)).dequantize(), made[b], fmt)
+
+
+def check_extremes(fmt: Format, search: ScaleSearch) -> None:
+    """The largest and smallest bfloat16 numbers, and one beside the other, give finite weights."""
+    largest = float(torch.finfo(torch.bfloat16).max)
+    smallest = 2.0**-133
+    for value in (largest, smallest, float(torch.finfo(torch.bfloat16).tiny)):
+        weight = torch.full((4, 40), value)
+        weight[1] = -value
+        weight[2, ::2] = -value
+        weight[3, 1:] = smallest
+        for rounded in (
+            quantize_rtn(weight[None], fmt, search),
+            _identity_gptq(weight, fmt, search),
+        ):
+            assert bool(torch.isfinite(rounded.weights()).all()), (fmt.name, value)
+            _assert_valid_scales(rounded)
+            _assert_same_bits(rounded.pack(0, slice(None)).dequantize(), rounded.weights()[0], fmt)
+
+
+def check_identity_hessian(fmt: Format, search: ScaleSearch) -> None:
+    """With H = I, GPTQ is round-to-nearest exactly."""
+    weight = draw_weights(6, 171, seed=1)
+    expected = quantize_rtn(weight[None], fmt, search)
+    found = _identity_gptq(weight, fmt, search)
+    assert torch.equal(found.values, expected.values), fmt.name
+    assert torch.equal(found.scales, expected.scales), fmt.name
+    assert torch.equal(found.weights(), expected.weights()), fmt.name
+
+
+def check_bad_numbers(fmt: Format, search: ScaleSearch) -> None:
+    """NaN and infinity are refused, not stored as something else."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        weight = draw_weights(2, 40)
+        check_finite(weight, "good")
+        weight[1, 3] = bad
+        try:
+            check_finite(weight, "model.layers.0.bad")
+        except FormatError as error:
+            assert "model.layers.0.bad" in str(error) and "1 NaN or inf" in str(error)
+        else:
+            raise AssertionError(f"{bad} was not refused")
+
+
+def check_error(fmt: Format, search: ScaleSearch) -> None:
+    """The error is below what the format's resolution allows: half a step per weight, roughly."""
+    weight = draw_weights(32, 256, seed=2)
+    made = quantize_rtn(weight[None], fmt, search).weights()[0]
+    relative = float((made - weight).square().sum() / weight.square().sum())
+    # Rows with 8-fold outliers have a step of about 2 * 8 * 3 sigma / 2^b; its uniform error is
+    # step^2 / 12. Floats do better. 4 sigma^2 covers 2 bits, where nearly all weights become zero.
+    assert relative <= min(1.0, 4 * (16.0 * 3 / 2**fmt.bits) ** 2 / 12), (fmt.name, relative)
+
+
+def check_unquantized() -> None:
+    """bf16 stores the weights themselves, rounded to bfloat16."""
+    fmt = parse_format("bf16")
+    for rows, cols in SHAPES:
+        weight = draw_weights(rows, cols)
+        packed = pack_bf16(weight)
+        check_packed(packed, "matrix", "bf16")
+        assert 8 * packed.n_bytes == fmt.storage_bits(rows, cols)
+        assert torch.equal(packed.dequantize(), weight.to(torch.bfloat16).to(torch.float32))
+
+
+CHECKS: tuple[Callable[[Format, ScaleSearch], None], ...] = (
+    check_storage,
+    check_grid,
+    check_zeros,
+    check_extremes,
+    check_identity_hessian,
+    check_bad_numbers,
+    check_error,
+)
+"""What every quantized format promises, with either way to choose scales."""
+
+
+def _identity_gptq(weight: Tensor, fmt: Format, search: ScaleSearch) -> RoundedBatch:
+    factor = factorize(torch.eye(weight.shape[-1])[None], 0.01)
+    return quantize_gptq(weight[None], factor, fmt, search)
+
+
+def _assert_same_bits(found: Tensor, expected: Tensor, fmt: Format) -> None:
+    same = torch.equal(found.view(torch.int32), expected.contiguous().view(torch.int32))
+    assert same, f"{fmt.name}: packing changed {int((found != expected).sum())} weights"
+
+
+def _assert_valid_scales(rounded: RoundedBatch) -> None:
+    assert bool(torch.isfinite(rounded.scales).all()), rounded.format.name
+    assert bool((rounded.scales != 0).all()), rounded.format.name
+    if rounded.format.family in ("int", "fp"):
+        stored = rounded.scales.to(torch.float16).to(torch.float32)
+        assert torch.equal(stored, rounded.scales), rounded.format.name

@@ -1,0 +1,207 @@
+"""What the search is worth: packed checkpoints of `best.json` beside uniform RTN and GPTQ at the same budgets.
+
+For each budget it runs `aq-search`'s own function, writes the packed checkpoint of `best.json`, loads it
+and measures it on held-out text; beside it every uniform format next to a budget, quantized with
+RTN and with GPTQ by the same pipeline. Bits are checked against the bytes in the files.
+
+    python benchmarks/release.py --out benchmarks/results/release-demo.json
+    python benchmarks/release.py --model DIR --budgets 3.5 --trials 20 --out result.json
+
+Prints two tables and writes JSON with provenance.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
+from alphaquant.quant.checkpoint import load, quantized_bytes
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.pipeline import quantize_to_checkpoint
+from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.spaces.config import load_config, resolve
+from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
+from alphaquant.studies.quantize import QuantizeSpec, quantize
+from alphaquant.studies.runner import search
+from alphaquant.studies.sources import find_device, load_source, read_text
+from alphaquant.studies.spec import REFERENCE_FORMATS, DataSpec, SearchSpec
+
+logger = logging.getLogger("release")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed checkpoint on held-out text."""
+
+    name: str
+    method: str
+    bits_claimed: float
+    bytes_claimed: int
+    bytes_in_files: int
+    kl: float
+    kl_stderr: float
+    same_top: float
+    perplexity: float
+    seconds: float
+
+
+class Bench:
+    """One model, one held-out text, many checkpoints."""
+
+    def __init__(self, model: str, cache: Path | None) -> None:
+        """Load the model and its texts, and store the original's predictions."""
+        data = DataSpec()
+        self.model, self.cache = model, cache
+        self.source = load_source(model, find_device("auto"), "auto")
+        self.calibration = read_text(
+            self.source, data.calibration, "calibration", data.n_calibration, None, 0
+        )
+        self.heldout = read_text(self.source, data.heldout, "heldout", data.n_heldout, None, 0)
+        self.scratch = Path(tempfile.mkdtemp(prefix="alphaquant-release-"))
+        path = self.scratch / "teacher.safetensors"
+        store_teacher(path, self.source.map.model, self.heldout.tokens)
+        self.teacher = open_teacher(path)
+
+    def uniform(self, format_name: str, method: str) -> Row:
+        """Quantize everything to one format."""
+        inventory = self.source.map.inventory
+        target = self.scratch / f"{format_name}-{method}"
+        result = quantize_to_checkpoint(
+            self.source.map,
+            uniform_assignment(inventory, format_name),
+            target,
+            QuantSettings(method=method),  # type: ignore[arg-type]
+            self.calibration.tokens,
+            facts={},
+        )
+        assignment = uniform_assignment(inventory, format_name)
+        return self._measure(f"uniform {format_name}", method, target, assignment, result.seconds)
+
+    def best(self, budget: str, trials: int) -> tuple[Row, dict[str, Any]]:
+        """Search, quantize `best.json`, measure the checkpoint."""
+        out = self.scratch / f"search-{budget}"
+        spec = SearchSpec(
+            model=self.model, budget=budget, trials=trials, out=out, cache=self.cache
+        )
+        started = time.perf_counter()
+        found = search(spec)
+        seconds = time.perf_counter() - started
+        target = self.scratch / f"best-{budget}"
+        config = out / "best.json"
+        quantize(QuantizeSpec(self.model, config, target))
+        plan = resolve(load_config(config), self.source.map.inventory)
+        row = self._measure(
+            f"best.json {budget}", "gptq", target, plan.assignment, seconds
+        )
+        facts = {
+            "budget": budget,
+            "winner": found.gate.winner,
+            "seconds_per_stage": found.seconds,
+            "n_evaluations": found.n_evaluations,
+        }
+        return row, facts
+
+    def _measure(
+        self, name: str, method: str, target: Path, assignment: Assignment, seconds: float
+    ) -> Row:
+        inventory = self.source.map.inventory
+        counts = assignment.count_bits(inventory)
+        model = load(target)
+        scores = {
+            s.metric: s
+            for s in measure_divergence(model, self.heldout.tokens, self.teacher).scores(
+                self.heldout.digest
+            )
+        }
+        return Row(
+            name,
+            method,
+            counts.bits_per_weight,
+            counts.quantized_bytes,
+            quantized_bytes(target),
+            scores["kl"].value,
+            scores["kl"].stderr or 0.0,
+            scores["same_top"].value,
+            scores["perplexity"].value,
+            seconds,
+        )
+
+
+def neighbours(bench: Bench, budgets: list[str]) -> list[str]:
+    """Uniform formats next to the budgets, below and above, and the references of 4.25 bits."""
+    inventory = bench.source.map.inventory
+    bits = {
+        n: inventory.storage_bits(parse_format(n)) / inventory.n_weights
+        for n in {*DEFAULT_MENU, *REFERENCE_FORMATS, "int3-g128-asym"}
+    }
+    ordered = sorted(bits, key=lambda n: (bits[n], n))
+    chosen = set(REFERENCE_FORMATS)
+    for budget in budgets:
+        limit = float(budget.removesuffix("bits"))
+        chosen |= set([n for n in ordered if bits[n] <= limit][-1:])
+        chosen |= set([n for n in ordered if bits[n] > limit][:1])
+    return sorted(chosen, key=lambda n: (bits[n], n))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    head = "| | method | bits/weight | bytes in files / claimed | KL | same top | perplexity |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        ratio = r.bytes_in_files / r.bytes_claimed
+        lines.append(
+            f"| {r.name} | {r.method} | {r.bits_claimed:.4f} | {ratio:.6f} "
+            f"| {r.kl:.6f} +- {r.kl_stderr:.6f} | {100 * r.same_top:.2f} % | {r.perplexity:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--budgets", nargs="+", default=["2.5bits", "3.0bits", "3.5bits", "4.25bits"])
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("alphaquant").setLevel(logging.WARNING)
+    bench = Bench(args.model, args.cache)
+    rows, searches = [], []
+    for budget in args.budgets:
+        row, facts = bench.best(budget, args.trials)
+        logger.info("%s: KL %.6f", row.name, row.kl)
+        rows.append(row)
+        searches.append(facts)
+    for name in neighbours(bench, args.budgets):
+        rows += [bench.uniform(name, method) for method in ("rtn", "gptq")]
+    result = {
+        "rows": [asdict(r) for r in rows],
+        "searches": searches,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "model": bench.source.facts(),
+        "heldout": bench.heldout.provenance(),
+        "calibration": bench.calibration.provenance(),
+        "versions": versions(),
+        **device_facts("cpu"),
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+    stages = sorted({s for f in searches for s in f["seconds_per_stage"]})
+    print("\n| stage | " + " | ".join(f["budget"] for f in searches) + " |")
+    print("|---" * (1 + len(searches)) + "|")
+    for stage in stages:
+        cells = [f"{f['seconds_per_stage'].get(stage, 0.0):.1f}" for f in searches]
+        print(f"| {stage} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

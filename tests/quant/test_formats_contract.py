@@ -1,0 +1,81 @@
+"""The shipped contract of formats, over every format."""
+
+import pytest
+import torch
+
+from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.spaces.formats import parse_format
+from alphaquant.testing.formats import (
+    CHECKS,
+    FORMATS,
+    QUANTIZED,
+    SEARCHES,
+    check_format,
+    check_unquantized,
+    draw_weights,
+)
+
+FAMILIES = {
+    "int-g128": [f"int{b}-g128" for b in (2, 3, 4, 5, 6, 8)],
+    "int-g32": [f"int{b}-g32" for b in (2, 3, 4, 5, 6, 8)],
+    "int-row": [f"int{b}-row" for b in (2, 3, 4, 5, 6, 8)],
+    "int-g64-asym": [f"int{b}-g64-asym" for b in (2, 3, 4, 5, 6, 8)],
+    "fp-g128": ["fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"],
+    "mxfp": ["mxfp4", "mxfp6", "mxfp8"],
+    "mxfp wide mantissa": ["mxfp4", "mxfp6-e2m3", "mxfp8"],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_keeps_its_contract(name: str) -> None:
+    check_format(name)
+
+
+def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
+    assert {parse_format(n).kind for n in FORMATS} >= {
+        *("int2", "int3", "int4", "int5", "int6", "int8", "fp4", "fp6", "fp8"),
+        *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
+    }
+    assert set(FORMATS) - set(QUANTIZED) == {"bf16"}
+    assert len(CHECKS) == 7
+    check_unquantized()
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_error_falls_with_every_bit_of_a_family(family: str, search: str) -> None:
+    weight = draw_weights(64, 256, seed=5)[None]
+    errors = [
+        float((quantize_rtn(weight, parse_format(n), search).weights() - weight).square().sum())
+        for n in FAMILIES[family]
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == len(errors)
+
+
+def test_small_blocks_beat_one_scale_per_row() -> None:
+    weight = draw_weights(64, 256, seed=5)[None]
+
+    def error(name: str) -> float:
+        made = quantize_rtn(weight, parse_format(name), "minmax").weights()
+        return float((made - weight).square().sum())
+
+    assert error("mxfp4") < error("fp4-row")
+    assert error("int4-g32") < error("int4-g64") < error("int4-g128") < error("int4-row")
+
+
+def test_a_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break a step of packing on purpose: one bit of one code."""
+    from alphaquant.quant import matrix
+    from alphaquant.testing import formats
+
+    honest = matrix.pack_codes
+
+    def flip(codes: torch.Tensor, bits: int) -> torch.Tensor:
+        packed = honest(codes, bits).clone()
+        packed.view(-1)[0] ^= 1
+        return packed
+
+    monkeypatch.setattr(matrix, "pack_codes", flip)
+    with pytest.raises(AssertionError, match="packing changed 1 weights"):
+        formats.check_storage(parse_format("int4-g32"), "minmax")

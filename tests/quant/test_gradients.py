@@ -1,0 +1,134 @@
+"""Gradients layer by layer against autograd through the whole model."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphaquant.quant.gradients import LayerTrace, trace_layers
+from alphaquant.quant.models import ModelMap, map_model
+from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
+
+N_DRAWS, SEED = 2, 7
+BATCHES = [tiny_tokens(2, 9, 0), tiny_tokens(1, 9, 1)]
+
+
+class Taps:
+    """Inputs and outputs of every quantizable module in one forward pass of the whole model."""
+
+    def __init__(self, model_map: ModelMap) -> None:
+        self.inputs: dict[str, tuple[Tensor, ...]] = {}
+        self.outputs: dict[str, Tensor] = {}
+        for layer in model_map.layers:
+            for linear in layer.linears:
+                linear.module.register_forward_hook(self._keep(linear.matrix.name))
+            for experts in layer.experts:
+                experts.module.register_forward_hook(self._keep(experts.name))
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.inputs[name] = tuple(a.detach() for a in args)
+            self.outputs[name] = output
+
+        return hook
+
+
+def expected_gradients(model_map: ModelMap) -> Iterator[tuple[Taps, list[dict[str, Tensor]]]]:
+    """For every batch: what the modules saw, and the gradient at each output for every draw."""
+    model = model_map.model
+    model.get_input_embeddings().weight.requires_grad_(True)  # so that there is a graph
+    taps = Taps(model_map)
+    generator = torch.Generator().manual_seed(SEED)
+    for batch in BATCHES:
+        with torch.enable_grad():
+            log_probs = torch.log_softmax(model(batch).logits, -1)
+        drawn = []
+        for _ in range(N_DRAWS):
+            chances = log_probs.detach().exp().flatten(0, 1)
+            labels = torch.multinomial(chances, 1, generator=generator).view(*batch.shape, 1)
+            total = log_probs.gather(-1, labels).sum()
+            found = torch.autograd.grad(total, list(taps.outputs.values()), retain_graph=True)
+            drawn.append(dict(zip(taps.outputs, found, strict=True)))
+        yield taps, drawn
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def traces(family: str) -> list[LayerTrace]:
+    return list(trace_layers(map_model(tiny_model(family)), BATCHES, N_DRAWS, SEED))
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the order of float32 sums through two layers."""
+    assert found.shape == expected.shape
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gradients_equal_autograd_through_the_whole_model(
+    family: str, traces: list[LayerTrace]
+) -> None:
+    first_sequence = 0
+    for batch, (taps, drawn) in zip(
+        BATCHES, expected_gradients(map_model(tiny_model(family))), strict=True
+    ):
+        n, t = batch.shape
+        sequences = slice(first_sequence, first_sequence + n)
+        tokens = slice(first_sequence * t, (first_sequence + n) * t)
+        first_sequence += n
+        for trace in traces:
+            for name, linear in trace.linears.items():
+                expected = torch.stack([d[name].reshape(n, t, -1) for d in drawn])
+                assert close(linear.gradients[:, sequences], expected), name
+                assert close(linear.inputs[sequences], taps.inputs[name][0].reshape(n, t, -1))
+            for name, experts in trace.experts.items():
+                expected = torch.stack([d[name].reshape(n * t, -1) for d in drawn])
+                assert close(experts.gradients[:, tokens], expected), name
+                x, ids, weights = taps.inputs[name]
+                assert close(experts.inputs[tokens], x)
+                assert torch.equal(experts.expert_ids[tokens], ids)
+                assert close(experts.weights[tokens], weights)
+
+
+def test_layers_come_from_the_last_to_the_first_with_their_own_inputs(
+    family: str, traces: list[LayerTrace]
+) -> None:
+    assert [trace.layer.index for trace in traces] == [1, 0]
+    model = tiny_model(family)
+    with torch.no_grad():
+        states = model(BATCHES[0], output_hidden_states=True).hidden_states
+    for trace in traces:
+        assert [len(h) for h in trace.hidden] == [2, 1]
+        assert close(trace.hidden[0], states[trace.layer.index])
+
+
+def test_every_matrix_has_a_gradient_that_is_not_zero(traces: list[LayerTrace]) -> None:
+    for trace in traces:
+        assert set(trace.linears) == {s.matrix.name for s in trace.layer.linears}
+        assert set(trace.experts) == {s.name for s in trace.layer.experts}
+        for linear in trace.linears.values():
+            assert linear.gradients.shape[:3] == (N_DRAWS, 3, 9)
+            assert bool((linear.gradients.flatten(1).abs().sum(-1) > 0).all())
+
+
+def test_draws_are_seeded() -> None:
+    model_map = map_model(tiny_model("olmoe"))
+
+    def gradients(seed: int) -> Tensor:
+        last = next(trace_layers(model_map, BATCHES, 1, seed))
+        return last.linears["model.layers.1.self_attn.o_proj"].gradients
+
+    assert torch.equal(gradients(1), gradients(1))
+    assert not torch.equal(gradients(1), gradients(2))
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    model_map = map_model(tiny_model("mixtral"))
+    list(trace_layers(model_map, BATCHES, 1, 0))
+    for module in model_map.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(p.grad is None for p in model_map.model.parameters())

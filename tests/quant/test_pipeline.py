@@ -1,0 +1,196 @@
+"""From a model to a packed checkpoint: the report, agreement with the bank, failures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alphaquant.errors import FormatError, ModelError, StoreError
+from alphaquant.quant.bank import fill_bank, open_bank
+from alphaquant.quant.checkpoint import load, quantized_bytes
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.models import ModelMap, map_model
+from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.quant.swap import Swapper
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
+
+TOKENS = tiny_tokens(4, 16)
+SETTINGS = QuantSettings()
+
+
+def mixed_assignment(model_map: ModelMap) -> Assignment:
+    formats = sorted(MENUS["all"])
+    matrices = model_map.inventory.matrices
+    return Assignment({m.name: formats[i % len(formats)] for i, m in enumerate(matrices)})
+
+
+def run(model_map: ModelMap, target: Path, **changes: Any) -> PipelineResult:
+    arguments: dict[str, Any] = {
+        "assignment": mixed_assignment(model_map),
+        "settings": SETTINGS,
+        "tokens": TOKENS,
+        "facts": {"model": {"name": "tiny"}},
+        "batch_size": 2,
+        **changes,
+    }
+    return quantize_to_checkpoint(model_map, target=target, **arguments)
+
+
+def report_of(result: PipelineResult) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((result.path / "quantize_report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model_map = map_model(model)
+    assignment = mixed_assignment(model_map)
+    result = run(model_map, tmp_path / "packed")
+    bank = open_bank(tmp_path, "bank", model_map.inventory, {})
+    fill_bank(bank, model_map, TOKENS, sorted(MENUS["all"]), SETTINGS, batch_size=2)
+    loaded = load(result.path)
+    Swapper(model_map, bank.read).apply(assignment)
+    tokens = tiny_tokens(2, 11, 5)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> None:
+    model_map = map_model(tiny_model(family))
+    assignment = mixed_assignment(model_map)
+    result = run(model_map, tmp_path / "packed")
+    report = report_of(result)
+    rows = {row["matrix"]: row for row in report["matrices"]}
+    assert set(rows) == set(assignment.formats) and len(report["matrices"]) == len(rows)
+    for matrix in model_map.inventory.matrices:
+        row, fmt = rows[matrix.name], assignment.format_of(matrix.name)
+        assert row["format"] == fmt.name and row["fallback"] is None
+        assert row["method"] == ("gptq" if fmt.is_quantized else "none")
+        assert row["bits_per_weight"] * matrix.n_weights == pytest.approx(matrix.storage_bits(fmt))
+        assert row["seconds"] > 0
+        if fmt.is_quantized:
+            assert 0 < row["weight_error"] < 1.5 and 0 <= row["output_error"] < 1
+            assert row["damp"] == 0.01 and row["n_tokens"] >= 0
+            weighted = matrix.kind == "expert" or (
+                matrix.kind == "shared" and family == "qwen2_moe"
+            )
+            assert ("routing_weighted" in row["hessian"] or row["hessian"] == "pooled") == weighted
+    assert report["model"] == {"name": "tiny"} and report["settings"]["method"] == "gptq"
+    assert {"torch", "transformers", "python"} <= set(report["versions"])
+    top_k = {"olmoe": 3, "deepseek_v2": 3, "deepseek_v3": 3}.get(family, 2)
+    for counts in report["utilization"].values():
+        assert len(counts) == ROUTED_EXPERTS[family] and sum(counts) == 64 * top_k
+    assert bool(report["utilization"]) == (family in ROUTED_EXPERTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_bytes_are_those_of_the_assignment(family: str, tmp_path: Path) -> None:
+    model_map = map_model(tiny_model(family))
+    assignment = mixed_assignment(model_map)
+    result = run(model_map, tmp_path / "packed")
+    expected = assignment.storage_bits(model_map.inventory) / 8
+    assert result.quantized_bytes == quantized_bytes(result.path) == expected
+    report = report_of(result)
+    assert report["bits"]["quantized_bytes"] == expected
+    assert report["bits"]["checkpoint_bytes"] == result.checkpoint_bytes
+    assert result.checkpoint_bytes == expected + model_map.inventory.kept_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rtn_needs_no_tokens_no_forward_pass_and_rounds_matrix_by_matrix(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    model_map = map_model(model)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    assignment = uniform_assignment(model_map.inventory, "int4-g32")
+    settings = QuantSettings(method="rtn")
+    result = run(
+        model_map, tmp_path / "packed", assignment=assignment, settings=settings, tokens=None
+    )
+    rows = report_of(result)["matrices"]
+    assert {(r["method"], r["fallback"], r["hessian"]) for r in rows} == {("rtn", None, None)}
+    assert not result.fallbacks
+    loaded = load(result.path)
+    for matrix in model_map.inventory.matrices:
+        weight = model_map.view(matrix.name)[None]
+        expected = quantize_rtn(weight, parse_format("int4-g32"), "mse").weights()[0]
+        assert torch.equal(loaded.get_submodule(matrix.name).packed().dequantize(), expected)
+
+
+def test_gptq_without_tokens_is_refused_before_a_directory_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="--calibration, or --method rtn"):
+        run(map_model(tiny_model("llama")), tmp_path / "packed", tokens=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_no_token_reached_are_listed_when_pooling_is_off(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight[5] = 0.0  # a logit of zero is below the largest three of seven
+        layer.mlp.gate.weight[:5] = layer.mlp.gate.weight[:5].abs()
+    tokens = tiny_tokens(1, 1)
+    settings = QuantSettings(pooled_tokens=0)
+    result = run(map_model(model), tmp_path / "packed", tokens=tokens, settings=settings)
+    report = report_of(result)
+    empty = {
+        f"{name}.{e}.{projection}"
+        for name, counts in report["utilization"].items()
+        for e, count in enumerate(counts)
+        if not count
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    }
+    rows = {r["matrix"]: r for r in report["matrices"]}
+    expected = {n: "no_tokens" for n in empty if rows[n]["method"] != "none"}
+    assert len(empty) == 2 * 5 * 3 and dict(result.fallbacks) == expected
+
+
+def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    model_map.view("model.layers.1.mlp.experts.2.up_proj")[0, 0] = float("nan")
+    with pytest.raises(FormatError, match=r"experts\.2\.up_proj has"):
+        run(model_map, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_after_an_interruption(tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(map_model(tiny_model("llama")), tmp_path / "packed", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "mine.txt").write_text("precious")
+    with pytest.raises(StoreError, match="exists already"):
+        run(map_model(tiny_model("llama")), tmp_path / "packed")
+    assert (tmp_path / "packed" / "mine.txt").read_text() == "precious"
+
+
+def test_the_weights_of_the_model_are_not_changed(tmp_path: Path) -> None:
+    model_map = map_model(tiny_model("mixtral"))
+    run(model_map, tmp_path / "packed")
+    original = map_model(tiny_model("mixtral"))
+    for matrix in original.inventory.matrices:
+        assert torch.equal(model_map.view(matrix.name), original.view(matrix.name))
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    paths = [run(map_model(tiny_model("olmoe")), tmp_path / n).path for n in ("a", "b")]
+    for file in sorted(paths[0].glob("*.safetensors")):
+        assert file.read_bytes() == (paths[1] / file.name).read_bytes()
