@@ -1,11 +1,12 @@
 """The few kinds of error that callers and files can cause.
 
-Every message has three parts: what was asked, what is possible, what to change. A bug of our own is an assertion, not one of these.
+Every message has three parts: what was asked, what is possible, what to change. A bug of our own is
+an assertion, not one of these.
 """
 
 
 class AlphaQuantError(Exception):
-    """Anything that the user's input, files or model caused; command lines print it in one line and exit with 1."""
+    """Anything that the user's input, files or model caused; commands print one line and exit 1."""
 
 
 class FormatError(AlphaQuantError):
@@ -21,7 +22,7 @@ class ConfigError(AlphaQuantError):
 
 
 class ModelError(AlphaQuantError):
-    """A model that cannot be found, has no quantizable matrices, or whose calibration did not reach a matrix."""
+    """A model that cannot be found or quantized, or a matrix that calibration did not reach."""
 
 
 class DataError(AlphaQuantError):
@@ -29,4 +30,4 @@ class DataError(AlphaQuantError):
 
 
 class StoreError(AlphaQuantError):
-    """A bank, checkpoint, study or output folder that is damaged, belongs to something else, or is in the way."""
+    """A bank, checkpoint, study or folder that is damaged, of another run, or in the way."""

@@ -18,7 +18,9 @@ def inventory() -> Inventory:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda p: p.stem)
-def test_every_shipped_config_matches_modules_of_an_olmoe(path: Path, inventory: Inventory) -> None:
+def test_every_shipped_config_matches_modules_of_an_olmoe(
+    path: Path, inventory: Inventory
+) -> None:
     plan = resolve(load_config(path), inventory, strict=True)
     assert not plan.unmatched_patterns
     assert not plan.warnings

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.base import Score, mean_and_stderr
 from alphaquant.evaluators.data import token_digest
-from alphaquant.evaluators.files import whole_file
 from alphaquant.evaluators.perplexity import perplexity_score, predict, token_losses
 from alphaquant.quant.bank import Progress
+from alphaquant.quant.files import whole_file
 
 TOP_K = 4096
 

@@ -34,15 +34,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from alphaquant.errors import StoreError
-from alphaquant.evaluators.files import whole_file
 from alphaquant.quant.bank import Bank, BankLayer, Progress
+from alphaquant.quant.files import whole_file
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace, LinearTrace, trace_layers
 from alphaquant.quant.models import ExpertsSite, LinearSite, ModelMap
 from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
 from alphaquant.quant.walk import batches_of, run_layer
 from alphaquant.spaces.units import Matrix, Unit
 
-COSTS_VERSION = 1
+COSTS_VERSION = 2
 """Part of the key of stored costs; another number measures them anew."""
 
 _ERROR_SEQUENCES = 2
@@ -154,23 +154,14 @@ def measure_costs(
     """
     folder = bank.path / "costs" / _costs_key(tokens, formats, settings)
     files = [folder / f"layer-{layer.index:03d}.safetensors" for layer in model_map.layers]
-    missing = [i for i, file in enumerate(files) if not file.exists()]
-    if missing:
+    if not all(file.exists() for file in files):
         batches = batches_of(tokens, settings.batch_size)
         traces = trace_layers(model_map, batches, settings.n_draws, settings.seed)
-        for done, trace in enumerate(traces):
-            progress("costs", done, len(files))
-            index = trace.layer.index
-            if index in missing:
-                _write(files[index], _layer_costs(trace, bank, formats))
-            if index == missing[0]:  # layers come last to first
-                break
-        progress("costs", len(files), len(files))
+        _measure_missing(traces, files, bank, formats, progress)
     n_products = settings.n_draws * tokens.shape[0]
     parts = []
     for layer, file in zip(model_map.layers, files, strict=True):
-        n_matrices = len(list(layer.matrices()))
-        parts.append(_read(file, (n_matrices, len(formats), n_products)))
+        parts.append(_read(file, (len(list(layer.matrices())), len(formats), n_products)))
     return CostTable(
         matrices=tuple(m.name for m in bank.inventory.matrices),
         formats=tuple(formats),
@@ -180,6 +171,25 @@ def measure_costs(
         seq_len=tokens.shape[1],
         settings=settings,
     )
+
+
+def _measure_missing(
+    traces: Iterator[LayerTrace],
+    files: Sequence[Path],
+    bank: Bank,
+    formats: Sequence[str],
+    progress: Progress,
+) -> None:
+    """Write the files that are missing; traces come from the last layer to the first."""
+    missing = {i for i, file in enumerate(files) if not file.exists()}
+    for done, trace in enumerate(traces):
+        progress("costs", done, len(files))
+        index = trace.layer.index
+        if index in missing:
+            _write(files[index], _layer_costs(trace, bank, formats))
+        if index == min(missing):
+            break
+    progress("costs", len(files), len(files))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from alphaquant.errors import StoreError
 from alphaquant.quant.engine import QuantSettings, quantize_layer
+from alphaquant.quant.files import whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.quant.models import LayerSite, ModelMap
@@ -275,23 +276,18 @@ def _write_layer(
         records[name].append(asdict(item.record))
     for name in names:
         path = bank.file(name, layer.index)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(tensors[name], part)
-        sidecar = {
-            "sha256": _sha256(part),
-            "utilization": hessians.utilization(),
-            "records": records[name],
-        }
-        part.replace(path)
+        with whole_file(path) as part:
+            save_file(tensors[name], part)
+            sha256 = _sha256(part)
+        used = hessians.utilization()
+        sidecar = {"sha256": sha256, "utilization": used, "records": records[name]}
         _write_text(path.with_suffix(".json"), json.dumps(sidecar))
     return len(names)
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

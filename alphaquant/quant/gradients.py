@@ -8,6 +8,7 @@ Letters: S sequences, T tokens each, K inputs and N outputs of a linear, H hidde
 labels.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -87,7 +88,8 @@ def trace_layers(
 
     For every position a label is drawn from the model's own prediction; the gradient is that of
     the summed log-likelihood of a sequence's labels, so that squares of its products with a
-    perturbation estimate the Fisher term of the divergence.
+    perturbation estimate the Fisher term of the divergence. Each draw of each sequence has a
+    generator of its own, so the labels do not depend on how sequences are batched.
 
     Args:
         model_map: the original model.
@@ -100,11 +102,12 @@ def trace_layers(
     """
     inputs = capture_inputs(model_map, batches)
     hidden = _forward_hidden(model_map, inputs)
-    generator = torch.Generator(device=hidden[0][0].device).manual_seed(seed)
-    gradients = [
-        _output_gradients(model_map, batch, last, n_draws, generator)
-        for batch, last in zip(batches, hidden[-1], strict=True)
-    ]
+    gradients = []
+    n_before = 0
+    for batch, last in zip(batches, hidden[-1], strict=True):
+        seeds = _label_seeds(seed, range(n_before, n_before + len(batch)), n_draws)
+        gradients.append(_output_gradients(model_map, batch, last, seeds))
+        n_before += len(batch)
     for layer in reversed(model_map.layers):
         arguments = inputs.arguments[layer.index]
         traced = [
@@ -125,10 +128,29 @@ def _forward_hidden(model_map: ModelMap, inputs: LayerInputs) -> list[list[Tenso
     return states
 
 
+def _label_seeds(seed: int, sequences: range, n_draws: int) -> list[list[int]]:
+    """Seeds of the label draws, [D][B]: 63 bits of a hash, so that no two streams are related."""
+
+    def mixed(draw: int, sequence: int) -> int:
+        digest = hashlib.sha256(f"{seed}/{draw}/{sequence}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    return [[mixed(draw, sequence) for sequence in sequences] for draw in range(n_draws)]
+
+
+def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
+    """One label per position from the predictions [B, T, V], int64 [B, T, 1]."""
+    labels = []
+    for predicted, seed in zip(log_probs.detach(), seeds, strict=True):
+        generator = torch.Generator(device=predicted.device).manual_seed(seed)
+        labels.append(torch.multinomial(predicted.exp(), 1, generator=generator))
+    return torch.stack(labels)
+
+
 def _output_gradients(
-    model_map: ModelMap, batch: Tensor, last: Tensor, n_draws: int, generator: torch.Generator
+    model_map: ModelMap, batch: Tensor, last: Tensor, seeds: list[list[int]]
 ) -> Tensor:
-    """Gradients at the last layer's output, [D, B, T, H].
+    """Gradients at the last layer's output, [D, B, T, H], with labels drawn from seeds [D][B].
 
     The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it
     is: a hook hands it a leaf.
@@ -148,10 +170,8 @@ def _output_gradients(
     finally:
         handle.remove()
     drawn = []
-    for _ in range(n_draws):
-        flat = log_probs.detach().exp().flatten(0, 1)
-        labels = torch.multinomial(flat, 1, generator=generator).view(*batch.shape, 1)
-        total = log_probs.gather(-1, labels).sum()
+    for of_draw in seeds:
+        total = log_probs.gather(-1, _draw_labels(log_probs, of_draw)).sum()
         drawn.append(torch.autograd.grad(total, leaf, retain_graph=True)[0])
     return torch.stack(drawn)
 

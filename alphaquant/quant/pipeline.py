@@ -22,7 +22,7 @@ from alphaquant.quant.models import LayerSite, ModelMap
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.utilization import utilization_facts
 from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
-from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.assignment import Assignment, BitCount
 
 
 @dataclass(frozen=True)
@@ -81,44 +81,47 @@ def quantize_to_checkpoint(
             "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
         )
     started = time.perf_counter()
+    counts = assignment.count_bits(model_map.inventory)
     writer = CheckpointWriter(target, overwrite)
-    rows: list[dict[str, Any]] = []
-    utilization: dict[str, list[int]] = {}
     try:
-        inputs = (
-            None
-            if settings.method == "rtn" or tokens is None
-            else capture_inputs(model_map, batches_of(tokens, batch_size))
-        )
+        inputs = None
+        if settings.method == "gptq" and tokens is not None:
+            inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
+        report = _start_report(model_map, settings, facts, counts)
         for layer in model_map.layers:
             progress("quantize", layer.index, len(model_map.layers))
             layer_started = time.perf_counter()
             items, used = _quantize_one(model_map, layer, assignment, settings, inputs)
-            utilization |= used
             writer.add_layer(layer.index, items)
             seconds = (time.perf_counter() - layer_started) / len(items)
-            rows += [{**asdict(item.record), "seconds": seconds} for item in items]
+            widths = {site.name: site.gate[0].cols for site in layer.experts}
+            report["utilization"] |= utilization_facts(used, widths)
+            report["matrices"] += [{**asdict(i.record), "seconds": seconds} for i in items]
         progress("quantize", len(model_map.layers), len(model_map.layers))
-        widths = {s.name: s.gate[0].cols for layer in model_map.layers for s in layer.experts}
-        counts = assignment.count_bits(model_map.inventory)
-        report = {
-            "settings": asdict(settings),
-            "versions": versions(),
-            **device_facts(str(next(model_map.model.parameters()).device)),
-            **facts,
-            "bits": asdict(counts),
-            "utilization": utilization_facts(utilization, widths),
-            "matrices": rows,
-        }
         path = writer.finish(model_map, report, tokenizer)
     except BaseException:
         writer.discard()
         raise
-    fallbacks = {r["matrix"]: r["fallback"] for r in rows if r["fallback"]}
+    fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
     seconds = time.perf_counter() - started
     return PipelineResult(
         path, writer.quantized_bytes, counts.checkpoint_bytes, fallbacks, seconds
     )
+
+
+def _start_report(
+    model_map: ModelMap, settings: QuantSettings, facts: Mapping[str, Any], counts: BitCount
+) -> dict[str, Any]:
+    """What is known before the first layer; utilization and matrices are filled layer by layer."""
+    return {
+        "settings": asdict(settings),
+        "versions": versions(),
+        **device_facts(str(next(model_map.model.parameters()).device)),
+        **facts,
+        "bits": asdict(counts),
+        "utilization": {},
+        "matrices": [],
+    }
 
 
 def _quantize_one(

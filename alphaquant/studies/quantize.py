@@ -5,17 +5,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.evaluators.data import TokenSet
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed
+from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.models import load_skeleton, map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
-from alphaquant.spaces.config import Plan, load_config, resolve
+from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.units import Inventory
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.report import bit_lines
@@ -115,20 +116,13 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         logger.warning("%s", warning)
     tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
     progress("load", 1, 1)
-    facts: dict[str, Any] = {
-        **source.facts(),
-        "config": config.model_dump(exclude_none=True, exclude={"summary"}),
-        "assignment_digest": plan.assignment.digest,
-        "calibration": None if tokens is None else tokens.provenance(),
-        "warnings": warnings,
-    }
     return quantize_to_checkpoint(
         source.map,
         plan.assignment,
         spec.out,
         settings,
         None if tokens is None else tokens.tokens,
-        facts=facts,
+        facts=_facts(source, config, plan, tokens, warnings),
         tokenizer=source.tokenizer,
         overwrite=spec.overwrite,
         progress=progress,
@@ -184,6 +178,11 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     _check_types(wanted, _CALIBRATION_TYPES, f"{path}: summary.calibration")
     digest = summary.get("model_digest")
     settings = QuantSettings(**quantization)
+    if settings.scale_search not in get_args(ScaleSearch):
+        raise ConfigError(
+            f"{path}: summary.quantization.scale_search is {settings.scale_search!r}; known are "
+            f"{', '.join(get_args(ScaleSearch))}; remove it"
+        )
     return _Summary(settings, wanted, digest if isinstance(digest, str) else None)
 
 
@@ -218,6 +217,19 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         raise StoreError(
             f"{path} exists already; give another --out, or --overwrite to replace it"
         )
+
+
+def _facts(
+    source: Source, config: Config, plan: Plan, tokens: TokenSet | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Provenance for `quantize_report.json`."""
+    return {
+        **source.facts(),
+        "config": config.model_dump(exclude_none=True, exclude={"summary"}),
+        "assignment_digest": plan.assignment.digest,
+        "calibration": None if tokens is None else tokens.provenance(),
+        "warnings": warnings,
+    }
 
 
 def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:

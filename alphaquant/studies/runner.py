@@ -52,6 +52,7 @@ from alphaquant.studies.storage import (
     finished_rows,
     make_row,
     open_study,
+    sqlite_url,
 )
 from alphaquant.studies.trials import Proposal, TrialRules
 
@@ -220,7 +221,8 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
     """
     facts = {**spec.facts(), **inputs.digests()}
     with ExitStack() as stack:
-        open_it = open_study(spec.storage_url, spec.study, facts_digest(facts))
+        url = spec.storage or sqlite_url(spec.out / "study.db")
+        open_it = open_study(url, spec.study, facts_digest(facts))
         if spec.storage is None:
             folder = claim_folder(spec.out, facts, overwrite=spec.overwrite)
             yield folder, stack.enter_context(open_it)

@@ -125,11 +125,6 @@ class SearchSpec:
         free = ("trials", "timeout", "out", "cache", "overwrite", "storage", "study")
         return {k: v for k, v in asdict(self).items() if k not in free}
 
-    @property
-    def storage_url(self) -> str:
-        """The Optuna storage."""
-        return self.storage or f"sqlite:///{self.out / 'study.db'}"
-
 
 def find_method(name: str) -> Method:
     """The method of a name.

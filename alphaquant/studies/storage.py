@@ -4,9 +4,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import RDBStorage
@@ -19,6 +21,7 @@ from alphaquant.studies.objective import Measured
 
 OBJECTIVES = ("bits_per_weight", "kl")
 _DIGEST = "facts_digest"
+_ROW = "row"
 _BROKEN = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 
 
@@ -60,6 +63,12 @@ class TrialRow:
     duplicate_of: int | None = None
 
 
+def sqlite_url(path: Path) -> str:
+    """The storage URL of a file, whatever characters its name has."""
+    url = sqlalchemy.URL.create("sqlite", database=str(path))
+    return url.render_as_string(hide_password=False)
+
+
 @contextmanager
 def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
@@ -94,10 +103,11 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> None:
-    """Store a trial's numbers, then complete it; a kill between the two leaves it unfinished."""
-    for key, value in asdict(row).items():
-        if key != "number":
-            trial.set_user_attr(key, list(value) if isinstance(value, tuple) else value)
+    """Store a trial's numbers, then complete it; a kill between the two leaves it unfinished.
+
+    The numbers are one attribute, because SQLite takes 18 ms for each on a common disk.
+    """
+    trial.set_user_attr(_ROW, {k: v for k, v in asdict(row).items() if k != "number"})
     study.tell(trial, [row.bits_per_weight, row.kl])
 
 
@@ -168,13 +178,12 @@ def _unusable(url: str, error: Exception) -> StoreError:
 
 
 def _row(number: int, trial: FrozenTrial) -> TrialRow:
-    names = [f.name for f in fields(TrialRow) if f.name != "number"]
-    missing = [name for name in names if name not in trial.user_attrs]
-    if missing:
+    stored = trial.user_attrs.get(_ROW)
+    wanted = {f.name for f in fields(TrialRow)} - {"number"}
+    if not isinstance(stored, dict) or stored.keys() != wanted:
         raise StoreError(
-            f"trial {trial.number} of the study has no {', '.join(missing)}; the study storage is "
-            "damaged: delete it and run the same command again"
+            f"trial {trial.number} of the study lacks its numbers; the study storage is damaged: "
+            "delete it and run the same command again"
         )
-    values: dict[str, Any] = {name: trial.user_attrs[name] for name in names}
-    values["kl_per_window"] = tuple(values["kl_per_window"])
+    values: dict[str, Any] = {**stored, "kl_per_window": tuple(stored["kl_per_window"])}
     return TrialRow(number=number, **values)

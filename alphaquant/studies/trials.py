@@ -9,6 +9,7 @@ Every trial is feasible by construction: its assignment comes from the solver wi
 its limit, or is uniform and fits.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,13 +66,13 @@ class TrialRules:
     def bits_high(self) -> float:
         """Bits per weight of the budget, or of the dearest assignment where that is less."""
         dearest = self.problem.bits.max(1, where=self.problem.allowed, initial=0).sum()
-        return float(min(self.space.limit_bits, dearest)) / self.space.inventory.n_weights
+        return self._mean_of(min(self.space.limit_bits, int(dearest)))
 
     @property
     def bits_low(self) -> float:
         """Bits per weight of the cheapest assignment."""
         masked = np.where(self.problem.allowed, self.problem.bits, np.iinfo(np.int64).max)
-        return float(masked.min(1).sum()) / self.space.inventory.n_weights
+        return self._mean_of(int(masked.min(1).sum()))
 
     def planned(self) -> list[PlannedTrial]:
         """The trials that run before anything is sampled."""
@@ -102,6 +103,11 @@ class TrialRules:
         knobs = suggest_knobs(trial, self.bits_low, self.bits_high)
         solution = allocate(self.problem, knobs, self.space.limit_bits)
         return Proposal(self._spread(solution.choice), "knobs", solution.gap)
+
+    def _mean_of(self, n_bits: int) -> float:
+        """The mean per weight that allows `n_bits`; the plain quotient may allow one bit less."""
+        mean = n_bits / self.space.inventory.n_weights
+        return mean if self.problem.limit_bits(mean) >= n_bits else math.nextafter(mean, math.inf)
 
     def _spread(self, choice: npt.NDArray[np.int64]) -> Assignment:
         names = self.problem.choice_names(choice)

@@ -171,6 +171,17 @@ def test_a_zero_hessian_gives_rtn() -> None:
     assert torch.equal(ours.weights(), quantize_rtn(weight, fmt, "mse").weights())
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", ["int2-g32", "int3-g64-asym", "fp6-e3m2-g32"])
+def test_an_identity_hessian_gives_rtn_exactly_on_many_rows(
+    name: str, search: ScaleSearch
+) -> None:
+    """Enough groups for near ties between scales, which rounding in the criterion would flip."""
+    weight, fmt = draw_weights(4000, COLS)[None], parse_format(name)
+    ours = quantize_gptq(weight, factorize(torch.eye(COLS)[None], 0.01), fmt, search)
+    assert torch.equal(ours.weights(), quantize_rtn(weight, fmt, search).weights())
+
+
 @pytest.mark.parametrize("name", ["int4-g64", "int3-g128-asym", "mxfp6", "nvfp4", "fp8-e4m3-row"])
 @pytest.mark.parametrize("search", ["minmax", "mse"])
 def test_a_batch_equals_its_matrices_one_by_one(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphaquant.quant.gradients import LayerTrace, trace_layers
+from alphaquant.quant.gradients import LayerTrace, _draw_labels, _label_seeds, trace_layers
 from alphaquant.quant.models import ModelMap, map_model
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
@@ -39,17 +39,16 @@ def expected_gradients(model_map: ModelMap) -> Iterator[tuple[Taps, list[dict[st
     model = model_map.model
     model.get_input_embeddings().weight.requires_grad_(True)  # so that there is a graph
     taps = Taps(model_map)
-    generator = torch.Generator().manual_seed(SEED)
+    n_before = 0
     for batch in BATCHES:
         with torch.enable_grad():
             log_probs = torch.log_softmax(model(batch).logits, -1)
         drawn = []
-        for _ in range(N_DRAWS):
-            chances = log_probs.detach().exp().flatten(0, 1)
-            labels = torch.multinomial(chances, 1, generator=generator).view(*batch.shape, 1)
-            total = log_probs.gather(-1, labels).sum()
+        for seeds in _label_seeds(SEED, range(n_before, n_before + len(batch)), N_DRAWS):
+            total = log_probs.gather(-1, _draw_labels(log_probs, seeds)).sum()
             found = torch.autograd.grad(total, list(taps.outputs.values()), retain_graph=True)
             drawn.append(dict(zip(taps.outputs, found, strict=True)))
+        n_before += len(batch)
         yield taps, drawn
 
 
@@ -124,6 +123,29 @@ def test_draws_are_seeded() -> None:
 
     assert torch.equal(gradients(1), gradients(1))
     assert not torch.equal(gradients(1), gradients(2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_labels_do_not_depend_on_batches(batch_size: int) -> None:
+    model_map, tokens = map_model(tiny_model("olmoe")), torch.cat(BATCHES)
+
+    def gradients(batches: list[Tensor]) -> Tensor:
+        last = next(trace_layers(model_map, batches, N_DRAWS, SEED))
+        return last.linears["model.layers.1.self_attn.o_proj"].gradients
+
+    assert close(gradients(list(tokens.split(batch_size))), gradients([tokens]))
+
+
+def test_every_draw_of_every_sequence_has_its_own_labels() -> None:
+    even = torch.full((4, 50, 8), 1 / 8).log()
+    drawn = [_draw_labels(even, seeds) for seeds in _label_seeds(0, range(4), 2)]
+    labels = torch.cat(drawn).squeeze(-1)  # [2 * 4, 50]
+    equal = (labels[:, None] == labels[None]).double().mean(-1)
+    # 50 labels of 8 agree in 1/8 by chance, 5 binomial sigmas are 0.234.
+    assert (equal - torch.eye(8) < 1 / 8 + 0.234).all()
+    assert torch.equal(
+        labels[2:4], _draw_labels(even[:2], _label_seeds(0, range(2, 4), 1)[0])[..., 0]
+    )
 
 
 def test_nothing_is_left_on_the_model() -> None:

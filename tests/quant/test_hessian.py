@@ -177,7 +177,7 @@ def quantize_experts(
     observer = LayerHessians(2, pooled)
     observer.on_experts(site, *routed)
     alone = LayerSite(layer.index, layer.name, layer.module, (), layer.experts)
-    settings = QuantSettings(pooled_tokens=pooled)
+    settings = QuantSettings(pooled_tokens=pooled, refine_sweeps=0)
     items = quantize_layer(model_map, alone, observer.batches(alone), ["int4-g32"], settings)
     return {item.matrix.name: item for item in items}
 

@@ -20,7 +20,7 @@ from alphaquant.spaces.formats import MENUS, parse_format
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(4, 16)
-SETTINGS = QuantSettings()
+SETTINGS = QuantSettings(refine_sweeps=0)  # refinement has tests of its own and takes its time
 
 
 def mixed_assignment(model_map: ModelMap) -> Assignment:
@@ -61,6 +61,18 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
+def test_default_settings_agree_with_the_bank_too(tmp_path: Path) -> None:
+    model_map, settings = map_model(tiny_model("olmoe")), QuantSettings()
+    assignment = uniform_assignment(model_map.inventory, "int3-g32-asym")
+    result = run(model_map, tmp_path / "packed", assignment=assignment, settings=settings)
+    bank = open_bank(tmp_path, "bank", model_map.inventory, {})
+    fill_bank(bank, model_map, TOKENS, ["int3-g32-asym"], settings, batch_size=2)
+    loaded = load(result.path)
+    for matrix in model_map.inventory.matrices:
+        expected = bank.read(matrix, "int3-g32-asym").dequantize()
+        assert torch.equal(loaded.get_submodule(matrix.name).packed().dequantize(), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> None:
     model_map = map_model(tiny_model(family))
@@ -85,7 +97,8 @@ def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> N
     assert report["model"] == {"name": "tiny"} and report["settings"]["method"] == "gptq"
     assert {"torch", "transformers", "python"} <= set(report["versions"])
     top_k = {"olmoe": 3, "deepseek_v2": 3, "deepseek_v3": 3}.get(family, 2)
-    for counts in report["utilization"].values():
+    for used in report["utilization"].values():
+        counts = used["utilization_count"]
         assert len(counts) == ROUTED_EXPERTS[family] and sum(counts) == 64 * top_k
     assert bool(report["utilization"]) == (family in ROUTED_EXPERTS)
 
@@ -141,13 +154,13 @@ def test_experts_that_no_token_reached_are_listed_when_pooling_is_off(tmp_path: 
         layer.mlp.gate.weight[5] = 0.0  # a logit of zero is below the largest three of seven
         layer.mlp.gate.weight[:5] = layer.mlp.gate.weight[:5].abs()
     tokens = tiny_tokens(1, 1)
-    settings = QuantSettings(pooled_tokens=0)
+    settings = QuantSettings(pooled_tokens=0, refine_sweeps=0)
     result = run(map_model(model), tmp_path / "packed", tokens=tokens, settings=settings)
     report = report_of(result)
     empty = {
         f"{name}.{e}.{projection}"
-        for name, counts in report["utilization"].items()
-        for e, count in enumerate(counts)
+        for name, used in report["utilization"].items()
+        for e, count in enumerate(used["utilization_count"])
         if not count
         for projection in ("gate_proj", "up_proj", "down_proj")
     }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaquant.evaluators.files import whole_file
+from alphaquant.quant.files import whole_file
 
 
 def names(folder: Path) -> list[str]:
@@ -27,6 +27,7 @@ def test_two_writers_of_one_file_have_parts_of_their_own(tmp_path: Path) -> None
         with whole_file(path) as second:
             second.write_text("second")
         assert path.read_text() == "second"
+        assert first.read_text() == "fir"
         first.write_text("first")
     assert path.read_text() == "first"
     assert names(tmp_path) == ["a.safetensors"]

@@ -1,0 +1,191 @@
+"""From configurations to packed checkpoints: flags over summary over default, nothing in the way."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.errors import ConfigError, DataError, ModelError, StoreError
+from alphaquant.quant.checkpoint import quantized_bytes
+from alphaquant.studies import quantize as studies
+from alphaquant.studies.quantize import QuantizeSpec, dry_run, plan_text, quantize, result_json
+from alphaquant.studies.result import SearchResult
+
+MakeQuantize = Callable[..., QuantizeSpec]
+
+
+@pytest.fixture
+def make(tiny: Path, texts: dict[str, Path], tmp_path: Path) -> MakeQuantize:
+    """Make a small quantization of a configuration given as JSON data."""
+
+    def make_spec(config: Any, **changes: Any) -> QuantizeSpec:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        values = {
+            "model": str(tiny),
+            "config": path,
+            "out": tmp_path / "out",
+            "calibration": str(texts["calibration"]),
+            "n_calibration": 4,
+            "seq_len": 32,
+        }
+        return QuantizeSpec(**{**values, **changes})
+
+    return make_spec
+
+
+INT4 = {"default": {"wq": "int4", "group_size": 32}}
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((path / "quantize_report.json").read_text())
+    return content
+
+
+def test_bytes_on_disk_are_those_that_the_summary_says(
+    make: MakeQuantize, found: SearchResult, tmp_path: Path
+) -> None:
+    best = found.folder.path / "best.json"
+    summary = json.loads(best.read_text())["summary"]
+    spec = make(INT4, config=best, calibration=None, n_calibration=None, seq_len=None)
+    result = quantize(spec)
+    assert result.quantized_bytes == summary["quantized_bytes"] == quantized_bytes(spec.out)
+    assert result.checkpoint_bytes == summary["checkpoint_bytes"]
+    assert report_of(spec.out)["calibration"] == summary["calibration"]
+    assert report_of(spec.out)["assignment_digest"] == summary["assignment_digest"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_flags_win_over_the_summary_and_the_summary_over_defaults(
+    make: MakeQuantize, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    calibration = {"source": str(texts["search"]), "n_samples": 3, "seq_len": 16, "seed": 5}
+    summary = {"calibration": calibration, "quantization": {"pooled_tokens": 7}}
+    unset = dict.fromkeys(("calibration", "n_calibration", "seq_len"))
+    report = report_of(quantize(make({**INT4, "summary": summary}, **unset)).path)
+    assert {k: report["calibration"][k] for k in calibration} == calibration
+    assert report["settings"]["pooled_tokens"] == 7
+    changes = {"n_calibration": 2, "seed": 1, "method": "gptq"}
+    spec = make({**INT4, "summary": summary}, out=tmp_path / "b", **{**unset, **changes})
+    changed = report_of(quantize(spec).path)
+    assert changed["calibration"]["n_samples"] == 2
+    assert changed["calibration"]["seed"] == 1
+    assert changed["calibration"]["seq_len"] == 16
+
+
+def test_rtn_needs_no_text(make: MakeQuantize) -> None:
+    result = quantize(make(INT4, method="rtn", calibration="nothing.txt"))
+    assert report_of(result.path)["calibration"] is None
+    assert result_json(result)["fallbacks"] == {}
+
+
+def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> None:
+    config = {**INT4, "overrides": [{"pattern": "*.down_proj", "wq": "int8"}]}
+    found = dry_run(make(config))
+    assert found.counts == found.plan.assignment.count_bits(found.inventory)
+    text = plan_text(found)
+    assert "attention  int4-g32         8" in text
+    assert "expert     int8-g32         8" in text
+    assert f"{found.counts.quantized_bytes} bytes" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_out_is_refused_before_the_model_is_loaded(
+    make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(make(INT4, method="rtn"))
+    before = (tmp_path / "out" / "config.json").read_bytes()
+
+    def no_load(*args: Any) -> Any:
+        raise AssertionError("loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "load_source", no_load)
+        with pytest.raises(StoreError, match="exists already.*--overwrite"):
+            quantize(make(INT4, method="rtn"))
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+    int8 = make({"default": {"wq": "int8"}}, method="rtn", overwrite=True)
+    assert quantize(int8).quantized_bytes == quantized_bytes(tmp_path / "out")
+
+
+def test_overwrite_replaces_packed_checkpoints_only(make: MakeQuantize, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no packed checkpoint"):
+        quantize(make(INT4, overwrite=True))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_stopped_quantization_leaves_nothing(make: MakeQuantize, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "quantize" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make(INT4), progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
+    make: MakeQuantize, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**INT4, "overrides": [{"pattern": "*.nothing", "wq": "int8"}]}
+    with pytest.raises(ConfigError, match=r"\*\.nothing.*matches nothing"):
+        quantize(make(config, strict=True, method="rtn"))
+    result = quantize(make(config, method="rtn"))
+    assert "matches nothing" in caplog.text
+    assert "matches nothing" in report_of(result.path)["warnings"][0]
+
+
+def test_configuration_of_other_weights_is_warned_of(
+    make: MakeQuantize, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize(make({**INT4, "summary": {"model_digest": "abc"}}, method="rtn"))
+    assert "searched on other weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "error", "words"),
+    [
+        ({"defualt": {}}, {}, ConfigError, "defualt"),
+        ({"default": {"wq": "int9"}}, {}, ConfigError, "int9"),
+        ({"default": {"wq": "int4", "aq": "fp8"}}, {}, ConfigError, "activation.*set aq to bf16"),
+        (INT4, {"method": "awq"}, ConfigError, "awq.*gptq, rtn"),
+        (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
+        (INT4, {"device": "quantum"}, ModelError, "quantum"),
+        (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
+        (INT4, {"n_calibration": 100_000}, DataError, "too short"),
+        (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
+        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "summary.quantization.x"),
+        ({"summary": {"quantization": {"method": 3}}}, {}, ConfigError, "method is 3"),
+        ({"summary": {"quantization": {"method": "x"}}}, {}, ConfigError, "unknown method 'x'"),
+        ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "mse"),
+        ({"summary": {"quantization": "x"}}, {}, ConfigError, "is an object"),
+        ({"summary": {"calibration": "demo"}}, {}, ConfigError, "summary.calibration is 'demo'"),
+        ({"summary": {"calibration": {"seed": "x"}}}, {}, ConfigError, "seed is 'x'"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    config: Any,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    make: MakeQuantize,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=words):
+        quantize(make(config, **changes))
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_calibration_text_that_changed_since_the_search_is_refused(
+    make: MakeQuantize, texts: dict[str, Path]
+) -> None:
+    stated = {"source": str(texts["calibration"]), "n_samples": 4, "seq_len": 32, "digest": "ab"}
+    config = {**INT4, "summary": {"calibration": stated}}
+    unset = dict.fromkeys(("calibration", "n_calibration", "seq_len"))
+    with pytest.raises(ConfigError, match="other calibration text"):
+        quantize(make(config, **unset))
+    quantize(make(config))

@@ -1,0 +1,419 @@
+"""A search from end to end on a tiny model: same seed same trials, feasible, resumable, agreed."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.errors import (
+    AlphaQuantError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    FormatError,
+    ModelError,
+    StoreError,
+)
+from alphaquant.spaces.config import load_config, resolve
+from alphaquant.spaces.units import Inventory
+from alphaquant.studies.evaluate import EvaluateSpec, evaluate
+from alphaquant.studies.objective import EvaluationSet, Measured, Objective
+from alphaquant.studies.quantize import QuantizeSpec, quantize
+from alphaquant.studies.result import SearchResult
+from alphaquant.studies.runner import search
+from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.storage import TrialRow
+
+MakeSpec = Callable[..., SearchSpec]
+
+
+class Killed(BaseException):
+    """Stands for a signal that no code of ours may catch."""
+
+
+def comparable(rows: tuple[TrialRow, ...]) -> list[dict[str, Any]]:
+    """Everything of trials but how long they took."""
+    return [{**asdict(row), "seconds": 0.0} for row in rows]
+
+
+def test_same_seed_gives_the_same_trials_from_the_cache_and_from_nothing(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    again = search(make_spec(tmp_path / "again"))
+    fresh = search(make_spec(tmp_path / "fresh", cache=tmp_path / "cache"))
+    assert comparable(again.rows) == comparable(found.rows)
+    assert comparable(fresh.rows) == comparable(found.rows)
+    assert fresh.published.digest == found.published.digest
+
+
+def test_another_seed_gives_other_trials(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    other = search(make_spec(tmp_path / "out", seed=1, trials=2))
+    assert other.rows[0].kl != found.rows[0].kl
+
+
+def test_every_trial_is_within_the_budget_and_says_its_bits(found: SearchResult) -> None:
+    inventory = found.space.inventory
+    for row in found.rows:
+        assignment = found.folder.load_assignment(row.digest)
+        assert assignment.storage_bits(inventory) <= found.space.limit_bits
+        assert row.bits_per_weight == assignment.storage_bits(inventory) / inventory.n_weights
+        assert set(assignment.formats.values()) <= set(found.space.menu)
+
+
+def test_front_is_exactly_the_non_dominated_set(found: SearchResult) -> None:
+    def is_dominated(row: TrialRow) -> bool:
+        return any(
+            (o.bits_per_weight <= row.bits_per_weight and o.kl <= row.kl)
+            and (
+                (o.bits_per_weight, o.kl) != (row.bits_per_weight, row.kl) or o.number < row.number
+            )
+            for o in found.rows
+        )
+
+    assert {r.number for r in found.front} == {r.number for r in found.rows if not is_dominated(r)}
+    assert len(found.front) > 2
+
+
+def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
+    found: SearchResult,
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure, n_calls = Objective.measure, 0
+
+    def measure_and_die(self: Objective, *args: Any) -> Measured:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in (4, 9):
+            raise Killed
+        return measure(self, *args)
+
+    monkeypatch.setattr(Objective, "measure", measure_and_die)
+    spec = make_spec(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            search(spec)
+    assert comparable(search(spec).rows) == comparable(found.rows)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "bank", "costs", "study", "gate"])
+def test_search_stopped_in_any_stage_resumes(
+    stage: str, found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    def stop(name: str, done: int, total: int) -> None:
+        if name == stage and done > 0:
+            raise Killed
+
+    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
+    with pytest.raises(Killed):
+        search(spec, progress=stop)
+    assert not (spec.out / "best.json").exists()
+    assert comparable(search(spec).rows) == comparable(found.rows)
+
+
+def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "out", trials=9)
+    ran: list[int] = []
+    first = search(spec, on_trial=lambda row: ran.append(row.number))
+    again = search(spec, on_trial=lambda row: ran.append(row.number))
+    assert again.rows == first.rows
+    assert ran == list(range(9))
+    longer = search(replace(spec, trials=14), on_trial=lambda row: ran.append(row.number))
+    assert ran == list(range(14))
+    assert comparable(longer.rows) == comparable(found.rows)
+    assert_configs_are_those_of_the_front(longer)
+
+
+def test_timeout_stops_after_a_trial_and_says_so(
+    make_spec: MakeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = search(make_spec(tmp_path / "out", timeout=0))
+    assert len(result.rows) == 1
+    assert "timeout after 1 of 14 trials" in caplog.text
+
+
+def test_packed_checkpoint_of_best_measures_as_its_trial(
+    found: SearchResult, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = QuantizeSpec(found.spec.model, found.folder.path / "best.json", tmp_path / "packed")
+    written = quantize(spec)
+    assert written.quantized_bytes == found.counts.quantized_bytes
+    row = next(r for r in found.rows if r.digest == found.published.digest)
+    scores = evaluate(
+        EvaluateSpec(
+            str(tmp_path / "packed"),
+            found.spec.model,
+            data=str(texts["search"]),
+            n_samples=6,
+            seq_len=found.spec.data.seq_len,
+        )
+    ).scores
+    assert {s.metric: s.value for s in scores} == pytest.approx(
+        {"kl": row.kl, "same_top": row.same_top, "perplexity": row.perplexity}, abs=1e-6
+    )
+
+
+def test_files_of_a_search_agree(found: SearchResult) -> None:
+    folder = found.folder.path
+    front = json.loads((folder / "front.json").read_text())
+    with (folder / "trials.csv").open() as file:
+        trials = {int(row["number"]): row for row in csv.DictReader(file)}
+    assert front["n_trials"] == len(trials) == len(found.rows)
+    assert {p["number"] for p in front["front"]} == {
+        n for n, row in trials.items() if row["on_front"] == "True"
+    }
+    report = (folder / "report.md").read_text()
+    for point in front["front"]:
+        row = trials[point["number"]]
+        assert float(row["kl"]) == point["kl"]
+        assert float(row["bits_per_weight"]) == point["bits_per_weight"]
+        assert row["digest"] == point["digest"]
+        assert f"{point['kl']:.6f}" in report
+        assert point["config"] in report
+    assert_configs_are_those_of_the_front(found)
+    assert not list(folder.rglob("*.part"))
+
+
+def test_every_configuration_resolves_to_its_trial(found: SearchResult) -> None:
+    inventory: Inventory = found.space.inventory
+    paths = [*(found.folder.path / "configs").iterdir(), found.folder.path / "best.json"]
+    for path in paths:
+        config = load_config(path)
+        summary: Any = config.summary
+        assignment = resolve(config, inventory, strict=True).assignment
+        row = found.rows[summary["trial"]]
+        assert assignment.digest == summary["assignment_digest"] == row.digest
+        assert summary["bits_per_weight"] == row.bits_per_weight
+        assert summary["scores"][0]["value"] == row.kl
+        counts = asdict(assignment.count_bits(inventory))
+        assert {k: summary[k] for k in counts} == counts
+
+
+def test_front_json_carries_provenance(found: SearchResult) -> None:
+    front = json.loads((found.folder.path / "front.json").read_text())
+    facts = front["provenance"]
+    assert {"model_digest", "data", "versions", "device", "seed"} <= facts.keys()
+    assert {t["digest"] for t in facts["data"].values()}.__len__() == 3
+    assert front["seconds"].keys() == {
+        *("load", "teacher", "bank", "hessians", "costs", "study", "gate", "report")
+    }
+    assert front["heldout"][0]["name"] == "best"
+
+
+def assert_configs_are_those_of_the_front(result: SearchResult) -> None:
+    names = {p.name for p in (result.folder.path / "configs").iterdir()}
+    assert names == {f"trial-{row.number:03d}.json" for row in result.front}
+
+
+@pytest.mark.parametrize(
+    ("profile", "formats", "budget"),
+    [
+        ("vllm", "fp8-e4m3-row,mxfp4,bf16", "7bits"),
+        ("transformers", "int3-g32,int4-g32,int8-row", "6bits"),
+    ],
+)
+def test_profile_couples_units_and_the_result_obeys(
+    profile: str, formats: str, budget: str, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "out", profile=profile, formats=formats, budget=budget, trials=12)
+    result = search(spec)
+    n_units = len(result.space.units)
+    assert n_units < len(result.space.inventory.matrices)
+    for row in result.rows:
+        assignment = result.folder.load_assignment(row.digest)
+        assert result.space.is_feasible(assignment)
+        experts: dict[int, set[str]] = {}
+        for matrix in result.space.inventory.matrices:
+            if matrix.kind == "expert":
+                layer = matrix.layer if profile == "vllm" else 0
+                experts.setdefault(layer, set()).add(assignment.formats[matrix.name])
+        assert all(len(names) == 1 for names in experts.values())
+    assert len({r.digest for r in result.rows}) > 2
+
+
+def test_menu_of_one_format_gives_that_format_and_says_so(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    result = search(make_spec(tmp_path / "out", formats="int4-g32", trials=6))
+    assert result.gate.winner == "int4-g32"
+    assert len({row.digest for row in result.rows}) == 1
+    assert [row.duplicate_of for row in result.rows] == [None, 0, 0, 0, 0, 0]
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    assert best["default"]["wq"] == "int4"
+    assert best["overrides"] == []
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "best.json is uniform int4-g32" in report
+
+
+def test_model_whose_kl_is_not_finite_is_refused_and_no_trial_is_kept(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Objective.measure
+
+    def measure_nan(self: Objective, *args: Any) -> Measured:
+        found = measure(self, *args)
+        scores = (replace(found.scores[0], value=float("nan")), *found.scores[1:])
+        return Measured(scores, found.kl)
+
+    spec = make_spec(tmp_path / "out", trials=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "measure", measure_nan)
+        with pytest.raises(ModelError, match="not finite|is nan.*--dtype float32"):
+            search(spec)
+    assert [row.number for row in search(spec).rows] == [0, 1, 2]
+
+
+def no_work(self: Objective, *args: EvaluationSet) -> Measured:
+    raise AssertionError("a wrong input must be refused before any trial")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"formats": "int9"}, FormatError, "int9"),
+        ({"budget": "4 parsecs"}, BudgetError, "parsecs"),
+        ({"budget": "1bits"}, BudgetError, "cannot be reached.*reach from.*larger budget"),
+        ({"budget": "1KB"}, BudgetError, "stays unquantized"),
+        ({"profile": "tgi"}, ConfigError, "tgi.*vllm"),
+        ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
+        ({"device": "quantum"}, ModelError, "quantum.*cpu"),
+        ({"device": "meta"}, ModelError, "meta.*cpu"),
+        ({"dtype": "int8"}, ModelError, "int8.*float32"),
+        ({"model": "/nowhere/model"}, ModelError, "/nowhere/model"),
+    ],
+)
+def test_wrong_names_are_refused_and_leave_nothing(
+    changes: dict[str, Any],
+    error: type[AlphaQuantError],
+    words: str,
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Objective, "measure", no_work)
+    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes)
+    with pytest.raises(error, match=words):
+        search(spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calibration": "nothing.txt"}, "nothing.txt.*existing file"),
+        ({"n_calibration": 100_000}, "too short.*lower the number"),
+        ({"seq_len": 4000}, "4000.*1 to 128.*--seq-len"),
+    ],
+)
+def test_wrong_texts_are_refused_and_leave_nothing(
+    changes: dict[str, Any], words: str, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=words):
+        search(replace(spec, data=replace(spec.data, **changes)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_file_for_two_roles_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "out")
+    data = replace(spec.data, heldout=spec.data.evaluation)
+    with pytest.raises(DataError, match="overlap.*disjoint"):
+        search(replace(spec, data=data))
+    assert not spec.out.exists()
+
+
+def test_out_of_something_else_is_never_touched(make_spec: MakeSpec, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no search of ours.*another --out"):
+        search(make_spec(tmp_path, overwrite=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_out_of_another_search_needs_overwrite(make_spec: MakeSpec, tmp_path: Path) -> None:
+    first = search(make_spec(tmp_path / "out", trials=2))
+    other = make_spec(tmp_path / "out", trials=3, budget="6bits")
+    before = (tmp_path / "out" / "front.json").read_bytes()
+    with pytest.raises(StoreError, match=r"other settings \(budget\).*--overwrite"):
+        search(other)
+    assert (tmp_path / "out" / "front.json").read_bytes() == before
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    replaced = search(replace(other, overwrite=True))
+    assert len(replaced.rows) == 3
+    assert replaced.space.limit_bits != first.space.limit_bits
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_with_a_wrong_text_keeps_the_earlier_search(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    search(make_spec(tmp_path / "out", trials=2))
+    before = sorted(p.name for p in (tmp_path / "out").rglob("*"))
+    spec = make_spec(tmp_path / "out", budget="6bits", overwrite=True)
+    with pytest.raises(DataError):
+        search(replace(spec, data=replace(spec.data, heldout="nothing.txt")))
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == before
+
+
+def test_text_that_changed_since_is_noticed(
+    make_spec: MakeSpec, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(texts["search"], text)
+    spec = make_spec(tmp_path / "out", trials=2)
+    spec = replace(spec, data=replace(spec.data, evaluation=str(text)))
+    search(spec)
+    text.write_text(text.read_text()[500:])
+    with pytest.raises(StoreError, match=r"other settings \(search_digest\)"):
+        search(spec)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "sidecar"])
+def test_damaged_bank_is_refused_by_file(
+    damage: str, make_spec: MakeSpec, cache: Path, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "out", trials=1, cache=tmp_path / "cache")
+    search(spec)
+    file = next((tmp_path / "cache").rglob("int4-g32/layer-001.safetensors"))
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+    elif damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.with_suffix(".json").write_text("{")
+    with pytest.raises(StoreError, match="layer-001.*damaged.*delete"):
+        search(spec)
+    shutil.rmtree(file.parent)
+    assert len(search(spec).rows) == 1
+
+
+def test_study_elsewhere_that_belongs_to_another_search_leaves_no_directory(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    search(make_spec(tmp_path / "a", trials=1, storage=url))
+    with pytest.raises(StoreError, match="belongs to another search.*--study"):
+        search(make_spec(tmp_path / "b", trials=1, storage=url, budget="6bits"))
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(StoreError, match="are not in .*another --study"):
+        search(make_spec(tmp_path / "b", trials=1, storage=url))
+
+
+def test_external_storage_that_cannot_be_opened_leaves_no_directory(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    for url in ("sqlite:////nowhere/x.db", "mongodb://x", "no url"):
+        with pytest.raises(StoreError, match="cannot be used"):
+            search(make_spec(tmp_path / "out", storage=url))
+    assert list(tmp_path.iterdir()) == []

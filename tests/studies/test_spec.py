@@ -1,0 +1,95 @@
+"""Specifications: what counts as the same search, and what is refused at once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.errors import ConfigError, FormatError
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.profiles import find_profile
+from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, find_method, menu_of
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("trials", 3),
+        ("timeout", 9.0),
+        ("out", Path("x")),
+        ("cache", Path("y")),
+        ("overwrite", True),
+        ("storage", "sqlite:///z"),
+        ("study", "s"),
+    ],
+)
+def test_how_long_and_where_are_no_facts(field: str, value: Any) -> None:
+    assert replace(SearchSpec(), **{field: value}).facts() == SearchSpec().facts()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "x"),
+        ("budget", "3bits"),
+        ("formats", "int"),
+        ("profile", "vllm"),
+        ("seed", 1),
+        ("data", DataSpec(n_heldout=9)),
+        ("quant", QuantSettings(method="rtn")),
+        ("n_draws", 2),
+        ("sampler", "gp"),
+        ("device", "cpu"),
+        ("dtype", "float32"),
+    ],
+)
+def test_what_decides_the_trials_is_a_fact(field: str, value: Any) -> None:
+    assert replace(SearchSpec(), **{field: value}).facts() != SearchSpec().facts()
+
+
+def test_facts_survive_json() -> None:
+    assert json.loads(json.dumps(SearchSpec().facts())) == SearchSpec().facts()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trials": 0}, "trials is 0; use 1 or more"),
+        ({"timeout": -1.0}, "timeout is -1.0; use 0 or more"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"n_draws": 0}, "n_draws is 0"),
+        ({"quant": QuantSettings(method="awq")}, "unknown method 'awq'; known are gptq, rtn"),  # type: ignore[arg-type]
+    ],
+)
+def test_impossible_specification_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SearchSpec(**change)
+
+
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [("n_calibration", 1), ("n_evaluation", 2), ("n_heldout", 2), ("seq_len", 2)],
+)
+def test_too_few_windows_are_refused(field: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is {least - 1}; use {least} or more"):
+        DataSpec(**{field: least - 1})
+    DataSpec(**{field: least})
+
+
+def test_methods_are_found_by_name() -> None:
+    assert [find_method(name) for name in ("gptq", "rtn")] == ["gptq", "rtn"]
+
+
+def test_auto_menu_is_that_of_the_profile() -> None:
+    assert sorted(menu_of("auto", find_profile("any"))) == sorted(DEFAULT_MENU)
+    assert sorted(menu_of("auto", find_profile("vllm"))) == sorted(SERVING_MENU)
+    assert "mxfp4" not in menu_of("auto", find_profile("sglang"))
+
+
+def test_stated_menu_is_narrowed_to_what_the_profile_loads() -> None:
+    assert menu_of("int4-g64,int3-g64-asym", find_profile("vllm")) == ("int4-g64",)
+    with pytest.raises(FormatError, match="profile vllm loads"):
+        menu_of("int3-g64-asym", find_profile("vllm"))
