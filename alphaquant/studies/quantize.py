@@ -169,13 +169,15 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     Raises:
         ConfigError: a part has another type than `aq-search` writes.
     """
-    defaults = asdict(QuantSettings())
-    quantization = summary.get("quantization") or {}
-    calibration = summary.get("calibration") or {}
-    types = {name: type(value) for name, value in defaults.items()}
-    _check_types(quantization, types, f"{path}: summary.quantization")
-    wanted = {k: v for k, v in dict(calibration).items() if k in _CALIBRATION_TYPES}
-    _check_types(wanted, _CALIBRATION_TYPES, f"{path}: summary.calibration")
+    types = {name: type(value) for name, value in asdict(QuantSettings()).items()}
+    quantization = _part(summary, "quantization", types, path)
+    unknown = sorted(quantization.keys() - types.keys())
+    if unknown:
+        raise ConfigError(
+            f"{path}: summary.quantization has {', '.join(unknown)}; known are "
+            f"{', '.join(types)}; remove it"
+        )
+    calibration = _part(summary, "calibration", _CALIBRATION_TYPES, path)
     digest = summary.get("model_digest")
     settings = QuantSettings(**quantization)
     if settings.scale_search not in get_args(ScaleSearch):
@@ -183,16 +185,23 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
             f"{path}: summary.quantization.scale_search is {settings.scale_search!r}; known are "
             f"{', '.join(get_args(ScaleSearch))}; remove it"
         )
-    return _Summary(settings, wanted, digest if isinstance(digest, str) else None)
+    return _Summary(settings, calibration, digest if isinstance(digest, str) else None)
 
 
-def _check_types(found: Any, types: Mapping[str, type], where: str) -> None:
-    known = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
+def _part(
+    summary: Mapping[str, Any], name: str, types: Mapping[str, type], path: Path
+) -> Mapping[str, Any]:
+    """One part of a summary, empty where it is absent; what `types` names has these types."""
+    found = summary.get(name) or {}
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{where} is {found!r}; it is an object with {known}; remove it")
-    for name, value in found.items():
-        if name not in types or type(value) is not types[name]:
-            raise ConfigError(f"{where}.{name} is {value!r}; possible are {known}; remove it")
+        raise ConfigError(f"{path}: summary.{name} is {found!r}; it is an object; remove it")
+    for key in types.keys() & found.keys():
+        if type(found[key]) is not types[key]:
+            raise ConfigError(
+                f"{path}: summary.{name}.{key} is {found[key]!r}; it is a "
+                f"{types[key].__name__}; remove it"
+            )
+    return found
 
 
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:

@@ -1,27 +1,16 @@
-"""A tiny random model with the demo's tokenizer, short texts, and one search that many tests read.
+"""A tiny random model, short texts, and one search that many tests read; made once per session."""
 
-The model is made once per session: two OLMoE layers of four experts, 32 hidden features, weights
-wide enough that quantization moves the logits.
-"""
-
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from alphaquant import demo
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search
 from alphaquant.studies.spec import DataSpec, SearchSpec
-from alphaquant.testing.models import tiny_model
-
-SEQ_LEN = 48
-N_CHARS = 30_000
-MENU = "int3-g32,int4-g32,int8-row"
+from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 MakeSpec = Callable[..., SearchSpec]
 
@@ -29,24 +18,13 @@ MakeSpec = Callable[..., SearchSpec]
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return save_tiny(folder, num_experts=4, num_experts_per_tok=2, intermediate_size=32)
-
-
-@pytest.fixture(scope="session")
-def save() -> Callable[..., Path]:
-    """Save another tiny model: `save(folder, "llama", vocab_size=4100)`."""
-    return save_tiny
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files with the beginnings of the demo's three texts, by role."""
-    folder = tmp_path_factory.mktemp("texts")
-    files = {part: folder / f"{part}.txt" for part in demo.TEXT_PARTS}
-    for part, file in files.items():
-        file.write_text(demo.text_path(part).read_text(encoding="utf-8")[:N_CHARS])
-    return files
+    """Files with the beginnings of the demo's three texts, by part."""
+    return save_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="session")
@@ -58,21 +36,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_spec(tiny: Path, texts: dict[str, Path], cache: Path) -> MakeSpec:
     """Make a small specification: `make_spec(out, budget="4bits")`."""
+    data = DataSpec(
+        str(texts["calibration"]),
+        str(texts["search"]),
+        str(texts["heldout"]),
+        n_calibration=12,
+        n_evaluation=6,
+        n_heldout=6,
+        seq_len=48,
+    )
 
     def make(out: Path, **changes: Any) -> SearchSpec:
-        data = DataSpec(
-            str(texts["calibration"]),
-            str(texts["search"]),
-            str(texts["heldout"]),
-            n_calibration=12,
-            n_evaluation=6,
-            n_heldout=6,
-            seq_len=SEQ_LEN,
-        )
         spec = SearchSpec(
             model=str(tiny),
             budget="5.2bits",
-            formats=MENU,
+            formats="int3-g32,int4-g32,int8-row",
             trials=14,
             data=data,
             out=out,

@@ -16,14 +16,13 @@ from alphaquant.studies.evaluate import (
     evaluation_json,
     evaluation_text,
 )
+from alphaquant.testing.checkpoints import save_tiny
 
 
 @pytest.fixture
 def spec(tiny: Path, texts: dict[str, Path]) -> EvaluateSpec:
     """The tiny model against itself on four short windows."""
-    return EvaluateSpec(
-        str(tiny), str(tiny), data=str(texts["heldout"]), n_samples=4, seq_len=24
-    )
+    return EvaluateSpec(str(tiny), str(tiny), data=str(texts["heldout"]), n_samples=4, seq_len=24)
 
 
 def values_of(scores: tuple[Score, ...]) -> dict[str, float]:
@@ -104,9 +103,7 @@ def test_bad_input_is_refused(
         evaluate(replace(spec, **changes))
 
 
-def test_reference_with_another_vocabulary_is_refused(
-    spec: EvaluateSpec, tmp_path: Path
-) -> None:
+def test_reference_with_another_vocabulary_is_refused(spec: EvaluateSpec, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", "llama", vocab_size=4100)
     with pytest.raises(AlphaQuantError, match="4100"):
         evaluate(replace(spec, reference=str(other)))

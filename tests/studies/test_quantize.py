@@ -1,4 +1,4 @@
-"""From configurations to packed checkpoints: flags over summary over default, nothing in the way."""
+"""From configurations to packed checkpoints: flags over summary over default."""
 
 import json
 from collections.abc import Callable
@@ -20,9 +20,9 @@ MakeQuantize = Callable[..., QuantizeSpec]
 def make(tiny: Path, texts: dict[str, Path], tmp_path: Path) -> MakeQuantize:
     """Make a small quantization of a configuration given as JSON data."""
 
-    def make_spec(config: Any, **changes: Any) -> QuantizeSpec:
+    def make_spec(content: Any, **changes: Any) -> QuantizeSpec:
         path = tmp_path / "config.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(content))
         values = {
             "model": str(tiny),
             "config": path,
@@ -158,7 +158,7 @@ def test_configuration_of_other_weights_is_warned_of(
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
         (INT4, {"n_calibration": 100_000}, DataError, "too short"),
         (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
-        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "summary.quantization.x"),
+        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "summary.quantization has x"),
         ({"summary": {"quantization": {"method": 3}}}, {}, ConfigError, "method is 3"),
         ({"summary": {"quantization": {"method": "x"}}}, {}, ConfigError, "unknown method 'x'"),
         ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "mse"),

@@ -28,6 +28,7 @@ from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
+from alphaquant.testing.checkpoints import save_tiny
 
 MakeSpec = Callable[..., SearchSpec]
 
@@ -305,6 +306,17 @@ def test_wrong_names_are_refused_and_leave_nothing(
     with pytest.raises(error, match=words):
         search(spec)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_model_without_quantizable_units_is_refused_and_leaves_nothing(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    model = save_tiny(
+        tmp_path / "gpt2", "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=None
+    )
+    with pytest.raises(ModelError, match="no quantizable matrices"):
+        search(make_spec(tmp_path / "out", model=str(model)))
+    assert [p.name for p in tmp_path.iterdir()] == ["gpt2"]
 
 
 @pytest.mark.parametrize(
