@@ -152,7 +152,9 @@ def _quantize_chunk(
             continue
         if factor is None and settings.method == "gptq" and any(batch.has_data):
             factor = factorize(batch.hessian, settings.percdamp, actorder=settings.actorder)
-        for quantized in _round(weight, batch, factor, parse_format(name), settings):
+        chosen = None if factor is None else factor.select(members)
+        part = batch.select(members)
+        for quantized in _round(weight[members], part, chosen, parse_format(name), settings):
             if wanted(quantized.matrix, name):
                 yield quantized
 

@@ -50,6 +50,14 @@ class Factor:
     damp: tuple[float, ...]
     order: Tensor | None = None
 
+    def select(self, members: Sequence[int]) -> "Factor":
+        """The factor of some of its matrices."""
+        if len(members) == len(self.damp):
+            return self
+        order = None if self.order is None else self.order[list(members)]
+        damp = tuple(self.damp[b] for b in members)
+        return Factor(self.upper[list(members)], damp, order)
+
 
 def dampen(hessian: Tensor, damp: Sequence[float]) -> Tensor:
     """H + damp * mean(diag H) * I, float32 [B, K, K].

@@ -15,6 +15,7 @@ features, only the mean diagonal is shared.
 Letters: E experts, K inputs, n tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,15 @@ class HessianBatch:
     hessian: Tensor
     n_tokens: tuple[int, ...]
     source: tuple[str, ...]
+
+    def select(self, members: Sequence[int]) -> "HessianBatch":
+        """The batch of some of its groups."""
+        if len(members) == len(self.stacks):
+            return self
+        stacks = tuple(self.stacks[b] for b in members)
+        n_tokens = tuple(self.n_tokens[b] for b in members)
+        source = tuple(self.source[b] for b in members)
+        return HessianBatch(stacks, self.hessian[list(members)], n_tokens, source)
 
     @property
     def has_data(self) -> list[bool]:

@@ -235,6 +235,7 @@ def map_model(model: nn.Module) -> ModelMap:
                 views[site.gate[e].name] = site.w13(e)[:half]
                 views[site.up[e].name] = site.w13(e)[half:]
                 views[site.down[e].name] = site.w2(e)
+    _refuse_unknown_experts(layers)
     matrices = tuple(m for layer in layers for m in layer.matrices())
     if not matrices:
         raise ModelError(
@@ -244,6 +245,22 @@ def map_model(model: nn.Module) -> ModelMap:
     config: Any = model.config
     inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
     return ModelMap(model, inventory, layers, views)
+
+
+def _refuse_unknown_experts(layers: tuple[LayerSite, ...]) -> None:
+    """3-D parameters that no site covers are experts of a layout that would silently stay bf16."""
+    for layer in layers:
+        known = {id(p) for site in layer.experts for p in site.module.parameters()}
+        for path, module in layer.module.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                is_kernel = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+                if parameter.dim() == 3 and id(parameter) not in known and not is_kernel:
+                    full = ".".join(filter(None, (layer.name, path, name)))
+                    raise ModelError(
+                        f"{full} {tuple(parameter.shape)} looks like fused experts in an "
+                        "unsupported layout; supported: gate_up_proj [E, 2I, H] and down_proj "
+                        "[E, H, I] without biases"
+                    )
 
 
 def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -256,3 +256,11 @@ def test_random_tokens_are_in_the_vocabulary_and_seeded() -> None:
     assert torch.equal(tokens, tiny_tokens(3, 50)) and not torch.equal(
         tokens, tiny_tokens(3, 50, 1)
     )
+
+
+def test_unknown_three_dimensional_parameters_are_refused_by_name() -> None:
+    model = tiny_model("llama")
+    layer = model.get_submodule("model.layers.1")
+    layer.register_parameter("bank", torch.nn.Parameter(torch.zeros(4, 8, 8)))
+    with pytest.raises(ModelError, match=r"layers\.1\.bank \(4, 8, 8\)"):
+        map_model(model)
