@@ -40,9 +40,10 @@ class Bars:
     def __init__(self) -> None:
         """Make the display; nothing is shown before the first call."""
         self._console = Console(stderr=True)
+        # 27 + 14 + 7 + 7 + 21 characters and four spaces are 80.
         self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
+            TextColumn("{task.description:<27}"),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
@@ -81,11 +82,16 @@ class Bars:
         note = self._note if stage == "study" else ""
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
 
-    def note(self, text: str) -> None:
-        """A line about the last trial: beside the bar on a terminal, on its own elsewhere."""
-        self._note = text
+    def note(self, line: str, short: str) -> None:
+        """What the last trial found.
+
+        Args:
+            line: everything, on a line of its own where there is no terminal.
+            short: beside the bar on a terminal, at most 21 characters.
+        """
+        self._note = short
         if not self._console.is_terminal:
-            print(text, file=sys.stderr)
+            print(line, file=sys.stderr)
 
 
 def set_up(debug: bool) -> None:
@@ -132,11 +138,11 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a single-command application."""
+def application(command: Callable[..., None]) -> typer.Typer:
+    """A single-command application."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
-    app()
+    return app
 
 
 def _failed(message: str) -> typer.Exit:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.cli.console import Bars, quiet_libraries, reported, run, set_up
+from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug, Device, Dtype, SeqLen
 
 Model = Annotated[str, typer.Option(help="Packed checkpoint, local directory, hub id, or demo.")]
@@ -73,4 +73,4 @@ def command(
 
 def main() -> None:
     """Entry point."""
-    run(command)
+    application(command)()

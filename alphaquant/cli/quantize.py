@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.cli.console import Bars, quiet_libraries, reported, run, set_up
+from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug, Device, Dtype
 
 _STOPPED = "stopped; nothing was written"
@@ -102,4 +102,4 @@ def command(
 
 def main() -> None:
     """Entry point."""
-    run(command)
+    application(command)()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.cli.console import Bars, quiet_libraries, reported, run, set_up
+from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug, Device, Dtype, Seed, SeqLen
 
 _RESUME = "stopped; run the same command again to resume"
@@ -104,7 +104,7 @@ def command(
     set_up(debug)
     with reported(debug, _RESUME):
         from alphaquant.quant.engine import QuantSettings
-        from alphaquant.studies.report import summary_text, trial_line
+        from alphaquant.studies.report import summary_text, trial_line, trial_note
         from alphaquant.studies.runner import search
         from alphaquant.studies.spec import DataSpec, SearchSpec, find_method
 
@@ -137,10 +137,14 @@ def command(
             overwrite=overwrite,
         )
         with Bars() as bars:
-            result = search(spec, progress=bars, on_trial=lambda row: bars.note(trial_line(row)))
+            result = search(
+                spec,
+                progress=bars,
+                on_trial=lambda row: bars.note(trial_line(row), trial_note(row)),
+            )
         print(summary_text(result))
 
 
 def main() -> None:
     """Entry point."""
-    run(command)
+    application(command)()

@@ -195,7 +195,7 @@ def _part(
     found = summary.get(name) or {}
     if not isinstance(found, Mapping):
         raise ConfigError(f"{path}: summary.{name} is {found!r}; it is an object; remove it")
-    for key in types.keys() & found.keys():
+    for key in sorted(types.keys() & found.keys()):
         if type(found[key]) is not types[key]:
             raise ConfigError(
                 f"{path}: summary.{name}.{key} is {found[key]!r}; it is a "

@@ -186,6 +186,11 @@ def trial_line(row: TrialRow) -> str:
     )
 
 
+def trial_note(row: TrialRow) -> str:
+    """A trial in 21 characters, for beside a progress bar."""
+    return f"{row.kl:.6f} at {row.bits_per_weight:.2f} bits"
+
+
 def report_text(result: SearchResult) -> str:
     """report.md."""
     parts = [

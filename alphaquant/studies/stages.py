@@ -52,11 +52,12 @@ class Inputs:
         return {**self.source.facts(), "data": {t.role: t.provenance() for t in texts}}
 
     def digests(self) -> dict[str, str]:
-        """What the trials depend on besides the specification: contents of model and texts."""
-        texts = (self.calibration, self.evaluation, self.heldout)
+        """What trials depend on besides the specification: sha256 of weights and windows."""
         return {
-            "model_digest": self.source.digest,
-            **{f"{t.role}_digest": t.digest for t in texts},
+            "weights": self.source.digest,
+            "calibration_text": self.calibration.digest,
+            "evaluation_text": self.evaluation.digest,
+            "heldout_text": self.heldout.digest,
         }
 
 

@@ -169,7 +169,9 @@ def _take_up(storage: RDBStorage, url: str, name: str, digest: str) -> optuna.St
     return study
 
 
-def _unusable(url: str, error: Exception) -> StoreError:
+def _unusable(url: str, error: BaseException) -> StoreError:
+    while error.__cause__ is not None:  # Optuna wraps what the database says
+        error = error.__cause__
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return StoreError(
         f"the study storage {url} cannot be used ({first_line}); if it is damaged, delete it and "

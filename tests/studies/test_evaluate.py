@@ -1,11 +1,14 @@
 """Scores of models beside their reference."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.evaluators.base import Score
@@ -64,21 +67,19 @@ def test_text_and_json_say_the_same(spec: EvaluateSpec) -> None:
 def test_one_model_is_in_memory_at_a_time(
     spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
-    load, store = studies.open_model, studies.store_teacher
+    loaded: list[weakref.ref[nn.Module]] = []
+    load = studies.open_model
 
-    def note_load(name: str, *args: Any) -> Any:
-        order.append(f"load {name}")
-        return load(name, *args)
+    def load_alone(*args: Any) -> nn.Module:
+        gc.collect()
+        assert all(earlier() is None for earlier in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
 
-    def note_store(*args: Any, **kwargs: Any) -> Any:
-        order.append("teacher")
-        return store(*args, **kwargs)
-
-    monkeypatch.setattr(studies, "open_model", note_load)
-    monkeypatch.setattr(studies, "store_teacher", note_store)
+    monkeypatch.setattr(studies, "open_model", load_alone)
     evaluate(spec)
-    assert order == [f"load {spec.reference}", "teacher", f"load {spec.model}"]
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(

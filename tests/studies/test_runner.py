@@ -21,6 +21,7 @@ from alphaquant.errors import (
 )
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.units import Inventory
+from alphaquant.studies import runner
 from alphaquant.studies.evaluate import EvaluateSpec, evaluate
 from alphaquant.studies.objective import EvaluationSet, Measured, Objective
 from alphaquant.studies.quantize import QuantizeSpec, quantize
@@ -129,6 +130,7 @@ def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it
     again = search(spec, on_trial=lambda row: ran.append(row.number))
     assert again.rows == first.rows
     assert ran == list(range(9))
+    (spec.out / "configs" / "trial-999.json").write_text("of a point that left the front")
     longer = search(replace(spec, trials=14), on_trial=lambda row: ran.append(row.number))
     assert ran == list(range(14))
     assert comparable(longer.rows) == comparable(found.rows)
@@ -249,6 +251,8 @@ def test_menu_of_one_format_gives_that_format_and_says_so(
     assert result.gate.winner == "int4-g32"
     assert len({row.digest for row in result.rows}) == 1
     assert [row.duplicate_of for row in result.rows] == [None, 0, 0, 0, 0, 0]
+    assert [row.number for row in result.rows] == list(range(6))
+    assert search(result.spec).rows == result.rows
     best = json.loads((tmp_path / "out" / "best.json").read_text())
     assert best["default"]["wq"] == "int4"
     assert best["overrides"] == []
@@ -365,6 +369,19 @@ def test_out_of_another_search_needs_overwrite(make_spec: MakeSpec, tmp_path: Pa
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+def test_taken_out_is_refused_before_the_model_is_loaded(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(make_spec(tmp_path / "out", trials=1))
+
+    def no_load(*args: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(runner, "load_source", no_load)
+    with pytest.raises(StoreError, match=r"other settings \(seed\)"):
+        search(make_spec(tmp_path / "out", seed=1))
+
+
 def test_overwrite_with_a_wrong_text_keeps_the_earlier_search(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -385,7 +402,7 @@ def test_text_that_changed_since_is_noticed(
     spec = replace(spec, data=replace(spec.data, evaluation=str(text)))
     search(spec)
     text.write_text(text.read_text()[500:])
-    with pytest.raises(StoreError, match=r"other settings \(search_digest\)"):
+    with pytest.raises(StoreError, match=r"other settings \(evaluation_text\)"):
         search(spec)
 
 

@@ -1,0 +1,76 @@
+"""`--help` of every command: light, complete; wrong options end with 2."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from alphaquant.cli.console import application
+
+COMMANDS = ("search", "quantize", "evaluate")
+HEAVY = ("torch", "optuna", "transformers", "numpy", "scipy", "pandas", "pydantic")
+
+
+def options_of(name: str) -> list[Any]:
+    app = application(import_module(f"alphaquant.cli.{name}").command)
+    return list(typer.main.get_command(app).params)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_prints_every_option_and_imports_nothing_heavy(name: str) -> None:
+    probe = (
+        f"import sys; sys.argv = ['aq', '--help']\n"
+        f"from alphaquant.cli.{name} import main\n"
+        f"try: main()\n"
+        f"except SystemExit as end: print(end.code)\n"
+        f"print('heavy:', [n for n in {HEAVY} if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", probe],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.endswith("0\nheavy: []\n")
+    assert done.stderr == ""
+    for option in options_of(name):
+        assert option.opts[0] in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text_and_shows_its_default(name: str) -> None:
+    for option in options_of(name):
+        assert option.help, option.name
+        assert option.help.endswith("."), option.name
+        if option.default is None and not option.required:
+            words = ("default", "needed", "none")
+            assert any(word in option.help for word in words), option.name
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("aq-search", ()),
+        ("aq-search", ("--budget", "4bits", "--trails", "3")),
+        ("aq-search", ("--budget", "4bits", "--trials", "0")),
+        ("aq-search", ("--budget", "4bits", "--seed", "-1")),
+        ("aq-search", ("--budget", "4bits", "--timeout", "-1")),
+        ("aq-search", ("--budget", "4bits", "--trials", "many")),
+        ("aq-quantize", ("--model", "demo")),
+        ("aq-quantize", ("--model", "demo", "--config", "best.json")),
+        ("aq-eval", ()),
+        ("aq-eval", ("--model", "demo", "--samples", "1")),
+    ],
+)
+def test_wrong_options_end_with_2_and_say_how_to_get_help(
+    command: str, options: tuple[str, ...], run: Any
+) -> None:
+    done = run(command, *options)
+    assert done.code == 2
+    assert done.out == ""
+    assert "--help" in done.err

@@ -1,0 +1,87 @@
+"""`aq-quantize`: JSON on stdout, warnings on stderr; wrong input leaves nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with a pattern that matches nothing."""
+    path = tmp_path / "config.json"
+    overrides = [{"pattern": "*.nothing", "wq": "int8"}]
+    path.write_text(json.dumps({"default": {"wq": "int4"}, "overrides": overrides}))
+    return path
+
+
+@pytest.fixture
+def options(tiny: Path, config: Path) -> tuple[str, ...]:
+    return ("--model", str(tiny), "--config", str(config), "--method", "rtn")
+
+
+def test_summary_is_json_on_stdout(run: Any, options: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("aq-quantize", *options, "--out", str(out))
+    assert done.code == 0
+    summary = json.loads(done.out)
+    assert summary["path"] == str(out)
+    assert summary["quantized_bytes"] < summary["checkpoint_bytes"]
+    assert "quantize: 2 of 2" in done.err
+    again = run("aq-quantize", *options, "--out", str(out))
+    assert again.code == 1
+    assert again.err.splitlines()[-1].startswith(f"error: {out} exists already")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    run: Any, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run("aq-quantize", *options, "--dry-run")
+    assert done.code == 0
+    assert "int4-g128" in done.out
+    assert "bits per weight" in done.out
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "extra", "words"),
+    [
+        ('{"default": {"wq": "int4"}, "overide": []}', (), ("overide",)),
+        ('{"default": {"wq": "int7"}}', (), ("int7",)),
+        ("{", (), ("config.json",)),
+        (None, ("--strict",), ("*.nothing", "matches nothing")),
+        (None, ("--method", "awq"), ("awq", "gptq")),
+        (None, ("--model", "/nowhere"), ("/nowhere",)),
+        (None, ("--config", "/nowhere.json"), ("/nowhere.json",)),
+        (None, ("--method", "gptq", "--calibration", "nothing.txt"), ("nothing.txt",)),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    content: str | None,
+    extra: tuple[str, ...],
+    words: tuple[str, ...],
+    run: Any,
+    options: tuple[str, ...],
+    config: Path,
+    tmp_path: Path,
+) -> None:
+    if content is not None:
+        config.write_text(content)
+    done = run("aq-quantize", *options, *extra, "--out", str(tmp_path / "out"))
+    assert (done.code, done.out) == (1, "")
+    error = done.err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in error
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_warning_reaches_stderr_once(start: Any, options: tuple[str, ...]) -> None:
+    process = start("aq-quantize", *options, "--dry-run")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err.count("matches nothing") == 1
+    assert err.startswith("WARNING ")
+    assert "matches nothing" not in out

@@ -1,0 +1,208 @@
+"""`aq-search`: results on stdout, the rest on stderr; wrong input leaves nothing."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from alphaquant.studies import runner
+from alphaquant.testing.checkpoints import save_tiny
+
+ROW_COLUMNS = ["number", "origin", "digest", "bits_per_weight", "checkpoint_bytes", "kl"]
+
+
+def read_trials(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "trials.csv")[ROW_COLUMNS]
+
+
+def assert_one_line_error(done: Any, *words: str) -> None:
+    assert done.code == 1
+    assert done.out == ""
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert done.err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in errors[0]
+
+
+def test_result_is_on_stdout_and_progress_on_stderr(
+    run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run("aq-search", *small, "--out", str(out))
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].startswith("front of ")
+    assert lines[1].split() == ["trial", "bits", "MB", "KL", "+-", "stderr", "same", "top", "from"]
+    table = lines[1 : lines.index(f"configurations: {out / 'configs'}/trial-NNN.json")]
+    assert all(len(line) <= 80 for line in table)
+    assert sum(line.lstrip().startswith("*") for line in table) == 1
+    numbers = [int(line.split()[0].lstrip("*")) for line in table[1:]]
+    assert {f"trial-{n:03d}.json" for n in numbers} == {
+        p.name for p in (out / "configs").iterdir()
+    }
+    assert "Bits per weight are all bits stored" in done.out
+    assert f"aq-quantize --model {small[1]} --config {out / 'best.json'} --out DIR" in done.out
+    assert "trial 0: uniform:int3-g32" in done.err
+    assert "study: 5 of 5" in done.err
+    assert "trial 0:" not in done.out
+    assert "│" not in done.out
+
+
+def test_interrupt_ends_with_130_and_the_same_command_resumes(
+    run: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell, n_told = runner.finish_trial, 0
+
+    def interrupt(*args: Any) -> None:
+        nonlocal n_told
+        n_told += 1
+        if n_told == 3:
+            raise KeyboardInterrupt
+        tell(*args)
+
+    monkeypatch.setattr(runner, "finish_trial", interrupt)
+    stopped = run("aq-search", *small, "--out", str(tmp_path / "a"))
+    assert stopped.code == 130
+    assert stopped.err.endswith("stopped; run the same command again to resume\n")
+    resumed = run("aq-search", *small, "--out", str(tmp_path / "a"))
+    assert resumed.code == 0
+    assert "trial 1:" not in resumed.err
+    whole = run("aq-search", *small, "--out", str(tmp_path / "b"))
+    assert whole.code == 0
+    pd.testing.assert_frame_equal(read_trials(tmp_path / "a"), read_trials(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--formats", "int9"), ("int9",)),
+        (("--budget", "1bits"), ("1bits cannot be reached", "reach from", "larger budget")),
+        (("--budget", "big"), ("'big'", "4.25bits")),
+        (("--model", "/nowhere/model"), ("/nowhere/model",)),
+        (("--profile", "tgi"), ("tgi", "vllm")),
+        (("--sampler", "cma"), ("cma", "tpe")),
+        (("--device", "quantum"), ("quantum", "cpu")),
+        (("--dtype", "int8"), ("int8", "float32")),
+        (("--method", "awq"), ("awq", "gptq")),
+        (("--calibration", "nothing.txt"), ("nothing.txt",)),
+        (("--calibration-samples", "99999"), ("too short", "99999")),
+        (("--seq-len", "4000"), ("4000", "--seq-len")),
+        (("--storage", "mongodb://x"), ("mongodb://x",)),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    options: tuple[str, ...],
+    words: tuple[str, ...],
+    run: Any,
+    small: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    out, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    done = run("aq-search", *small, "--out", out, "--cache", cache, *options)
+    assert_one_line_error(done, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_text_for_two_roles_is_refused(
+    run: Any, small: tuple[str, ...], texts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run("aq-search", *small, "--out", str(out), "--heldout", str(texts["search"]))
+    assert_one_line_error(done, "overlap", "disjoint")
+    assert not out.exists()
+
+
+def test_model_without_quantizable_units_is_refused(
+    run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": None}
+    model = save_tiny(tmp_path / "gpt2", "gpt2", **sizes)
+    done = run("aq-search", *small, "--model", str(model), "--out", str(tmp_path / "out"))
+    assert_one_line_error(done, "no quantizable matrices")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_others_is_refused(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("aq-search", *small, "--out", str(tmp_path), "--overwrite")
+    assert_one_line_error(done, "no search of ours", "--out")
+    out = str(tmp_path / "out")
+    assert run("aq-search", *small, "--trials", "1", "--out", out).code == 0
+    other = run("aq-search", *small, "--out", out, "--budget", "6bits")
+    assert_one_line_error(other, "(budget)", "--overwrite")
+
+
+def test_out_that_cannot_be_made_is_one_line(run: Any, small: tuple[str, ...]) -> None:
+    assert_one_line_error(run("aq-search", *small, "--out", "/dev/null/out"), "/dev/null")
+
+
+def test_damaged_study_is_one_line(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
+    (out / "study.db").write_bytes(b"this is no database" * 99)
+    assert_one_line_error(run("aq-search", *small, "--out", str(out)), "study.db", "delete it")
+    (out / "study.db").unlink()
+    assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
+
+
+def test_damaged_bank_is_one_line(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("--trials", "1", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c"))
+    assert run("aq-search", *small, *options).code == 0
+    file = next((tmp_path / "c").rglob("int4-g32/layer-000.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert_one_line_error(run("aq-search", *small, *options), str(file), "damaged", "delete")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
+    how: signal.Signals, start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = (*small, "--trials", "24", "--out", str(out), "--cache", str(tmp_path / "cache"))
+    stages = ("load model", "bank: every", "trial 3:", "trial 15:")
+    for stage in stages:
+        process = start("aq-search", *options)
+        for line in process.stderr:
+            if line.startswith(stage):
+                process.send_signal(how)
+                break
+        _, err = process.communicate(timeout=60)
+        if how == signal.SIGINT:
+            assert process.returncode == 130, err
+            assert err.endswith("stopped; run the same command again to resume\n")
+        else:
+            assert process.returncode == -signal.SIGKILL
+        assert not (out / "best.json").exists()
+    assert run("aq-search", *options).code == 0
+    whole = run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "whole"))
+    assert whole.code == 0
+    pd.testing.assert_frame_equal(read_trials(out), read_trials(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_demo_model_is_searched_quantized_and_measured(run: Any, tmp_path: Path) -> None:
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    started = time.monotonic()
+    options = ("--formats", "int3-g64-asym,int4-g64,int8-g128", "--trials", "12")
+    small = ("--calibration-samples", "16", "--evaluation-samples", "8", "--heldout-samples", "8")
+    common = ("--budget", "4.25bits", "--out", str(out), "--cache", str(tmp_path / "cache"))
+    assert run("aq-search", *common, *options, *small).code == 0
+    assert time.monotonic() - started < 120
+    best = str(out / "best.json")
+    assert run("aq-quantize", "--model", "demo", "--config", best, "--out", str(packed)).code == 0
+    done = run(
+        *("aq-eval", "--model", str(packed), "--reference", "demo", "--json"),
+        *("--data", "demo:search", "--samples", "8"),
+    )
+    trials = pd.read_csv(out / "trials.csv")
+    measured = json.loads(done.out)["scores"][0]["value"]
+    assert measured == pytest.approx(trials["kl"].min(), abs=1e-6)

@@ -1,0 +1,98 @@
+"""Stages before the study: cached by content, in order, with progress that adds up."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.profiles import find_profile
+from alphaquant.spaces.space import SearchSpace, make_space
+from alphaquant.studies.progress import StageClock, no_progress
+from alphaquant.studies.sources import load_source
+from alphaquant.studies.spec import SearchSpec, menu_of
+from alphaquant.studies.stages import (
+    Inputs,
+    bank_formats,
+    load_inputs,
+    measure_unit_costs,
+    open_filled_bank,
+    problem_of,
+    store_teachers,
+)
+
+MakeSpec = Callable[..., SearchSpec]
+
+
+@pytest.fixture
+def spec(make_spec: MakeSpec, tmp_path: Path) -> SearchSpec:
+    return make_spec(tmp_path / "out")
+
+
+@pytest.fixture
+def inputs(spec: SearchSpec) -> Inputs:
+    return load_inputs(spec, load_source(spec.model, "cpu", "auto"))
+
+
+@pytest.fixture
+def space(inputs: Inputs, spec: SearchSpec) -> SearchSpace:
+    profile = find_profile("any")
+    menu, budget = menu_of(spec.formats, profile), parse_budget(spec.budget)
+    return make_space(inputs.source.map.inventory, profile, menu, budget)
+
+
+def test_texts_have_their_roles_and_counts(inputs: Inputs, spec: SearchSpec) -> None:
+    facts = inputs.facts()["data"]
+    assert {role: text["n_samples"] for role, text in facts.items()} == {
+        "calibration": 12,
+        "search": 6,
+        "heldout": 6,
+    }
+    assert inputs.digests()["heldout_text"] == inputs.heldout.digest
+    other = load_inputs(replace(spec, seed=1), inputs.source)
+    assert other.digests()["evaluation_text"] != inputs.digests()["evaluation_text"]
+
+
+def test_bank_holds_menu_and_reference_formats_by_bits(space: SearchSpace) -> None:
+    assert bank_formats(space) == ("int3-g32", "int4-g64", "mxfp4", "int4-g32", "int8-row")
+
+
+def test_teachers_of_both_texts_count_up_together(
+    inputs: Inputs, spec: SearchSpec, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    clock = StageClock(lambda *call: calls.append(call))
+    spec = replace(spec, cache=tmp_path / "cache")
+    evaluation, heldout = store_teachers(spec, inputs, clock)
+    assert evaluation.tokens is inputs.evaluation
+    assert heldout.tokens is inputs.heldout
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert {call[2] for call in calls} == {12}
+    assert calls[-1] == ("teacher", 12, 12)
+    names = {p.name for p in (tmp_path / "cache" / "teachers").iterdir()}
+    store_teachers(spec, inputs, StageClock(no_progress))
+    assert {p.name for p in (tmp_path / "cache" / "teachers").iterdir()} == names
+    assert all("float32-cpu" in name for name in names)
+
+
+def test_costs_of_the_menu_become_the_problem(
+    inputs: Inputs, spec: SearchSpec, space: SearchSpace
+) -> None:
+    clock = StageClock(no_progress)
+    bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
+    costs = measure_unit_costs(spec, inputs, space, bank, clock)
+    problem = problem_of(space, costs)
+    assert problem.formats == space.menu
+    column = costs.table.formats.index("int4-g32")
+    own = space.menu.index("int4-g32")
+    np.testing.assert_array_equal(problem.costs["fisher"][:, own], costs.units.fisher[:, column])
+    np.testing.assert_array_equal(problem.costs["error"][:, own], costs.units.error[:, column])
+    unit = space.units[3]
+    expected = [unit.storage_bits(f) for f in map(parse_format, space.menu)]
+    assert problem.bits[3].tolist() == expected
+    predicted = costs.predict_kl(space, uniform_assignment(space.inventory, "int4-g32"))
+    assert predicted == pytest.approx(costs.units.fisher[:, column].sum())
