@@ -1,12 +1,12 @@
 """The few kinds of error that callers and files can cause.
 
-Every message has three parts: what was asked, what is possible, what to change. A bug of our own is
-an assertion, not one of these.
+Every message has three parts: what was asked, what is possible, what to change. A bug of our own
+is an assertion, not one of these.
 """
 
 
 class AlphaQuantError(Exception):
-    """Anything that the user's input, files or model caused; commands print one line and exit 1."""
+    """What the user's input, files or model caused; commands print one line and exit with 1."""
 
 
 class FormatError(AlphaQuantError):

@@ -19,3 +19,41 @@ SeqLen = Annotated[
         min=2, help="Tokens per window; default 256 for demo, else 1024 or the model's limit."
     ),
 ]
+
+PercDamp = Annotated[
+    float | None,
+    typer.Option(min=0, help="GPTQ damping, fraction of the mean Hessian diagonal; default 0.01."),
+]
+RouteExponent = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2,
+        help="Power of the routing weight in experts' Hessians: 0 plain GPTQ, 1 MoEQuant, "
+        "2 exact (default).",
+    ),
+]
+PooledTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens' worth of the layer's mean in each expert's Hessian; default 512, 0 is off.",
+    ),
+]
+ActOrder = Annotated[
+    bool | None,
+    typer.Option(
+        "--actorder/--no-actorder", help="Most used inputs first, static groups; default off."
+    ),
+]
+StaticGroups = Annotated[
+    bool | None,
+    typer.Option(
+        "--static-groups/--no-static-groups",
+        help="Scales from the original weights; default off.",
+    ),
+]
+RefineSweeps = Annotated[
+    int | None,
+    typer.Option(min=0, help="Rounds of refinement after GPTQ; default 3, 0 is plain GPTQ."),
+]

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
-from alphaquant.cli.options import Debug, Device, Dtype
+from alphaquant.cli.options import (
+    ActOrder,
+    Debug,
+    Device,
+    Dtype,
+    PercDamp,
+    PooledTokens,
+    RefineSweeps,
+    RouteExponent,
+    StaticGroups,
+)
 
 _STOPPED = "stopped; nothing was written"
 
@@ -60,6 +70,12 @@ def command(
     calibration_samples: NCalibration = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
+    percdamp: PercDamp = None,
+    route_exponent: RouteExponent = None,
+    pooled_tokens: PooledTokens = None,
+    actorder: ActOrder = None,
+    static_groups: StaticGroups = None,
+    refine_sweeps: RefineSweeps = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     strict: Strict = False,
@@ -82,7 +98,15 @@ def command(
             model=model,
             config=config,
             out=out or Path(),
-            method=method,
+            quant={
+                "method": method,
+                "percdamp": percdamp,
+                "route_exponent": route_exponent,
+                "pooled_tokens": pooled_tokens,
+                "actorder": actorder,
+                "static_groups": static_groups,
+                "refine_sweeps": refine_sweeps,
+            },
             calibration=calibration,
             n_calibration=calibration_samples,
             seq_len=seq_len,

@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
-from alphaquant.cli.options import Debug, Device, Dtype, Seed, SeqLen
+from alphaquant.cli.options import (
+    ActOrder,
+    Debug,
+    Device,
+    Dtype,
+    PercDamp,
+    PooledTokens,
+    RefineSweeps,
+    RouteExponent,
+    Seed,
+    SeqLen,
+    StaticGroups,
+)
 
 _RESUME = "stopped; run the same command again to resume"
 
@@ -93,6 +105,12 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     method: MethodName = "gptq",
+    percdamp: PercDamp = None,
+    route_exponent: RouteExponent = None,
+    pooled_tokens: PooledTokens = None,
+    actorder: ActOrder = None,
+    static_groups: StaticGroups = None,
+    refine_sweeps: RefineSweeps = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -103,10 +121,9 @@ def command(
     """
     set_up(debug)
     with reported(debug, _RESUME):
-        from alphaquant.quant.engine import QuantSettings
         from alphaquant.studies.report import summary_text, trial_line, trial_note
         from alphaquant.studies.runner import search
-        from alphaquant.studies.spec import DataSpec, SearchSpec, find_method
+        from alphaquant.studies.spec import DataSpec, SearchSpec, quant_settings
 
         quiet_libraries()
         spec = SearchSpec(
@@ -126,7 +143,15 @@ def command(
                 n_heldout=heldout_samples,
                 seq_len=seq_len,
             ),
-            quant=QuantSettings(method=find_method(method)),
+            quant=quant_settings(
+                method=method,
+                percdamp=percdamp,
+                route_exponent=route_exponent,
+                pooled_tokens=pooled_tokens,
+                actorder=actorder,
+                static_groups=static_groups,
+                refine_sweeps=refine_sweeps,
+            ),
             sampler=sampler,
             storage=storage,
             study=study,

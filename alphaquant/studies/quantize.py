@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +27,7 @@ from alphaquant.studies.sources import (
     model_location,
     read_text,
 )
-from alphaquant.studies.spec import find_method
+from alphaquant.studies.spec import quant_settings
 from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class QuantizeSpec:
         model: `demo`, a local directory or a hub id.
         config: configuration file.
         out: directory to write.
-        method: `gptq` or `rtn`; None for what the configuration's summary says, else `gptq`.
+        quant: fields of `QuantSettings` to change; absent ones, and None, are what the
+            configuration's summary says, else their defaults.
         calibration: text; None for what the summary says, else `demo`. Likewise the three that
             follow.
         n_calibration: windows.
@@ -58,7 +59,7 @@ class QuantizeSpec:
     model: str
     config: Path
     out: Path
-    method: str | None = None
+    quant: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     n_calibration: int | None = None
     seq_len: int | None = None
@@ -206,7 +207,7 @@ def _part(
 
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     """Flag over summary over default."""
-    return replace(summary.settings, method=find_method(spec.method or summary.settings.method))
+    return quant_settings(summary.settings, **spec.quant)
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:

@@ -4,7 +4,7 @@
 and where the files go may change between the runs of one study.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,8 @@ SERVING_MENU = (
 
 METHODS: tuple[Method, ...] = get_args(Method)
 """How a matrix can be quantized."""
+
+_DEFAULT_QUANT = QuantSettings()
 
 
 def _check_least(name: str, value: float | None, least: int) -> None:
@@ -136,6 +138,29 @@ def find_method(name: str) -> Method:
         if method == name:
             return method
     raise ConfigError(f"unknown method {name!r}; known are {', '.join(METHODS)}; name one")
+
+
+def quant_settings(base: QuantSettings = _DEFAULT_QUANT, **changes: Any) -> QuantSettings:
+    """Settings with some fields changed, as options of a command line ask.
+
+    Args:
+        base: what holds for fields that are not changed.
+        changes: fields of `QuantSettings`; None leaves a field as it is.
+
+    Raises:
+        ConfigError: a field that does not exist, or an unknown method.
+    """
+    asked = {name: value for name, value in changes.items() if value is not None}
+    known = {f.name for f in fields(QuantSettings)}
+    unknown = sorted(asked.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown quantization settings {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}; correct or remove them"
+        )
+    settings = replace(base, **asked)
+    find_method(settings.method)
+    return settings
 
 
 def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def test_flags_win_over_the_summary_and_the_summary_over_defaults(
     report = report_of(quantize(make({**INT4, "summary": summary}, **unset)).path)
     assert {k: report["calibration"][k] for k in calibration} == calibration
     assert report["settings"]["pooled_tokens"] == 7
-    changes = {"n_calibration": 2, "seed": 1, "method": "gptq"}
+    changes = {"n_calibration": 2, "seed": 1, "quant": {"method": "gptq"}}
     spec = make({**INT4, "summary": summary}, out=tmp_path / "b", **{**unset, **changes})
     changed = report_of(quantize(spec).path)
     assert changed["calibration"]["n_samples"] == 2
@@ -76,9 +76,21 @@ def test_flags_win_over_the_summary_and_the_summary_over_defaults(
 
 
 def test_rtn_needs_no_text(make: MakeQuantize) -> None:
-    result = quantize(make(INT4, method="rtn", calibration="nothing.txt"))
+    result = quantize(make(INT4, quant={"method": "rtn"}, calibration="nothing.txt"))
     assert report_of(result.path)["calibration"] is None
     assert result_json(result)["fallbacks"] == {}
+
+
+def test_settings_are_flag_over_summary_over_default(make: MakeQuantize, tmp_path: Path) -> None:
+    summary = {"quantization": {"percdamp": 0.05, "route_exponent": 1}}
+    quant = {"route_exponent": 0, "refine_sweeps": None}
+    found = report_of(quantize(make({**INT4, "summary": summary}, quant=quant)).path)["settings"]
+    assert (found["percdamp"], found["route_exponent"], found["refine_sweeps"]) == (0.05, 0, 3)
+
+
+def test_an_unknown_setting_is_refused(make: MakeQuantize) -> None:
+    with pytest.raises(ConfigError, match="unknown quantization settings sweeps; known are"):
+        quantize(make(INT4, quant={"sweeps": 3}))
 
 
 def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> None:
@@ -95,7 +107,7 @@ def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> N
 def test_existing_out_is_refused_before_the_model_is_loaded(
     make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(make(INT4, method="rtn"))
+    quantize(make(INT4, quant={"method": "rtn"}))
     before = (tmp_path / "out" / "config.json").read_bytes()
 
     def no_load(*args: Any) -> Any:
@@ -104,9 +116,9 @@ def test_existing_out_is_refused_before_the_model_is_loaded(
     with monkeypatch.context() as patch:
         patch.setattr(studies, "load_source", no_load)
         with pytest.raises(StoreError, match="exists already.*--overwrite"):
-            quantize(make(INT4, method="rtn"))
+            quantize(make(INT4, quant={"method": "rtn"}))
     assert (tmp_path / "out" / "config.json").read_bytes() == before
-    int8 = make({"default": {"wq": "int8"}}, method="rtn", overwrite=True)
+    int8 = make({"default": {"wq": "int8"}}, quant={"method": "rtn"}, overwrite=True)
     assert quantize(int8).quantized_bytes == quantized_bytes(tmp_path / "out")
 
 
@@ -133,8 +145,8 @@ def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
 ) -> None:
     config = {**INT4, "overrides": [{"pattern": "*.nothing", "wq": "int8"}]}
     with pytest.raises(ConfigError, match=r"\*\.nothing.*matches nothing"):
-        quantize(make(config, strict=True, method="rtn"))
-    result = quantize(make(config, method="rtn"))
+        quantize(make(config, strict=True, quant={"method": "rtn"}))
+    result = quantize(make(config, quant={"method": "rtn"}))
     assert "matches nothing" in caplog.text
     assert "matches nothing" in report_of(result.path)["warnings"][0]
 
@@ -142,7 +154,7 @@ def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
 def test_configuration_of_other_weights_is_warned_of(
     make: MakeQuantize, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quantize(make({**INT4, "summary": {"model_digest": "abc"}}, method="rtn"))
+    quantize(make({**INT4, "summary": {"model_digest": "abc"}}, quant={"method": "rtn"}))
     assert "searched on other weights" in caplog.text
 
 
@@ -152,7 +164,7 @@ def test_configuration_of_other_weights_is_warned_of(
         ({"defualt": {}}, {}, ConfigError, "defualt"),
         ({"default": {"wq": "int9"}}, {}, ConfigError, "int9"),
         ({"default": {"wq": "int4", "aq": "fp8"}}, {}, ConfigError, "activation.*set aq to bf16"),
-        (INT4, {"method": "awq"}, ConfigError, "awq.*gptq, rtn"),
+        (INT4, {"quant": {"method": "awq"}}, ConfigError, "awq.*gptq, rtn"),
         (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
         (INT4, {"device": "quantum"}, ModelError, "quantum"),
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
