@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import resource
+import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -157,6 +158,17 @@ def neighbours(bench: Bench, budgets: list[str]) -> list[str]:
     return sorted(chosen, key=lambda n: (bits[n], n))
 
 
+def commit() -> str:
+    """The commit that this file is of, with `+` if the tree differs; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        return found.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     head = "| | method | bits/weight | bytes in files / claimed | KL | same top | perplexity |"
@@ -200,7 +212,8 @@ def main() -> None:
         "heldout": bench.heldout.provenance(),
         "calibration": bench.calibration.provenance(),
         "versions": versions(),
-        **device_facts("cpu"),
+        "commit": commit(),
+        **device_facts(find_device("auto")),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -24,7 +24,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     ("name", "module", "attribute"),
     [
         ("run_search", "alphaquant.studies.runner", "search"),
-        ("quantize", "alphaquant.quant.pipeline", "quantize"),
+        ("quantize", "alphaquant.studies.quantize", "quantize"),
         ("load", "alphaquant.quant.checkpoint", "load"),
         ("evaluate", "alphaquant.studies.evaluate", "evaluate"),
     ],

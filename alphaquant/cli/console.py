@@ -96,6 +96,9 @@ class Bars:
 
 def set_up(debug: bool) -> None:
     """Quiet libraries, our warnings to stderr; each command calls it before heavy imports."""
+    # GPTQ's column loop is many small operations: threads that spin between them cost four times
+    # the run time as soon as another process uses a core. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

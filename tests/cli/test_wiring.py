@@ -1,5 +1,6 @@
 """Every option reaches its field of the specification."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from alphaquant.quant.engine import QuantSettings
 from alphaquant.studies import evaluate, quantize, runner
 from alphaquant.studies.evaluate import EvaluateSpec
 from alphaquant.studies.quantize import QuantizeSpec
-from alphaquant.studies.spec import DataSpec, SearchSpec
+from alphaquant.studies.spec import DataSpec, SearchSpec, quant_settings
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list[Any]:
@@ -25,13 +26,28 @@ def capture(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list
     return specs
 
 
+QUANT = (
+    *("--method", "rtn", "--percdamp", "0.5", "--route-exponent", "1", "--pooled-tokens", "9"),
+    *("--actorder", "--static-groups", "--refine-sweeps", "1"),
+)
+SETTINGS = QuantSettings(
+    method="rtn",
+    percdamp=0.5,
+    route_exponent=1,
+    pooled_tokens=9,
+    actorder=True,
+    static_groups=True,
+    refine_sweeps=1,
+)
+
 SEARCH = (
+    *QUANT,
     *("--budget", "3bits", "--model", "m", "--formats", "int", "--profile", "vllm"),
     *("--trials", "7", "--timeout", "9.5", "--seed", "3", "--sampler", "gp"),
     *("--calibration", "a", "--evaluation", "b", "--heldout", "c"),
     *("--calibration-samples", "4", "--evaluation-samples", "5", "--heldout-samples", "6"),
     *("--seq-len", "64", "--storage", "sqlite:///s", "--study", "t", "--out", "o"),
-    *("--cache", "k", "--device", "cpu", "--dtype", "bfloat16", "--method", "rtn", "--overwrite"),
+    *("--cache", "k", "--device", "cpu", "--dtype", "bfloat16", "--overwrite"),
 )
 
 
@@ -48,7 +64,7 @@ def test_options_of_search(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             timeout=9.5,
             seed=3,
             data=DataSpec("a", "b", "c", 4, 5, 6, 64),
-            quant=QuantSettings(method="rtn"),
+            quant=SETTINGS,
             sampler="gp",
             storage="sqlite:///s",
             study="t",
@@ -73,16 +89,16 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = capture(monkeypatch, quantize, "quantize")
     run(
         "aq-quantize",
-        *("--model", "m", "--config", "c", "--out", "o", "--method", "rtn"),
+        *("--model", "m", "--config", "c", "--out", "o", *QUANT),
         *("--calibration", "a", "--calibration-samples", "4", "--seq-len", "64", "--seed", "3"),
         *("--device", "cpu", "--dtype", "bfloat16", "--strict", "--overwrite"),
     )
     run("aq-quantize", "--model", "m", "--config", "c", "--out", "o")
+    assert [quant_settings(**spec.quant) for spec in specs] == [SETTINGS, QuantSettings()]
     full = QuantizeSpec(
         model="m",
         config=Path("c"),
         out=Path("o"),
-        method="rtn",
         calibration="a",
         n_calibration=4,
         seq_len=64,
@@ -92,7 +108,8 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         strict=True,
         overwrite=True,
     )
-    assert specs == [full, QuantizeSpec("m", Path("c"), Path("o"))]
+    found = [replace(spec, quant={}) for spec in specs]
+    assert found == [full, QuantizeSpec("m", Path("c"), Path("o"))]
 
 
 def test_options_of_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
