@@ -277,22 +277,27 @@ def _group_size(kind: str, group_size: int | None) -> int:
     return group_size
 
 
-DEFAULT_MENU: tuple[str, ...] = (
+_INT_MENU: tuple[str, ...] = (
     *("int2-g128-asym", "int2-g64-asym", "int2-g32-asym"),
     *("int3-g128-asym", "int3-g64-asym", "int3-g32-asym"),
     *("int4-g128-asym", "int4-g64-asym", "int4-g32-asym"),
     *("int5-g128-asym", "int6-g128", "int8-g128"),
 )
-"""Formats that a search considers unless told otherwise (measured in docs/algorithms.md)."""
+
+DEFAULT_MENU: tuple[str, ...] = (*_INT_MENU, "int4-g64", "mxfp4")
+"""Formats that a search considers unless told otherwise.
+
+The last two are uniform formats of exactly 4.25 bits, which people use: as part of the menu they
+are trials, so a search at that budget cannot end above them.
+"""
 
 MENUS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT_MENU,
-    "int": DEFAULT_MENU,
+    "int": (*_INT_MENU, "int4-g64"),
     "mx": ("mxfp4", "mxfp6", "mxfp8"),
     "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
     "all": (
         *DEFAULT_MENU,
-        "mxfp4",
         "mxfp6",
         "mxfp8",
         "nvfp4",
