@@ -50,19 +50,26 @@ def _problem(
 
 
 def test_the_worked_example_of_rare_units() -> None:
-    # The group's 3 + 1 of cost over 2 * 100 weights is 0.02 per weight.
-    problem = _problem([[3.0], [1.0]], n_tokens=[1e12, 16.0])
+    # The group's 99 + 1 of cost over (784 + 16) * 100 is 1/800 per token and weight.
+    problem = _problem([[99.0], [1.0]], n_tokens=[784.0, 16.0])
     shrunk = shrink_rare(problem, problem.costs["fisher"], 64.0)
-    assert shrunk[:, 0] == pytest.approx([3.0, 1.8])
+    assert shrunk[1, 0] == pytest.approx(1.8)
     assert shrink_rare(problem, problem.costs["fisher"], 0.0)[1, 0] == 1.0
 
 
-def test_a_unit_without_tokens_gets_the_mean_of_its_group_only() -> None:
+def test_a_unit_without_tokens_counts_as_three_tokens_of_its_group() -> None:
     units = [_expert(0, 0, "down_proj"), _expert(0, 1, "down_proj"), _expert(1, 0, "down_proj")]
     problem = _problem(
-        [[4.0], [0.0], [100.0]], units=units, n_layers=2, n_tokens=[1e12, 0.0, 1e12]
+        [[4.0], [0.0], [100.0]], units=units, n_layers=2, n_tokens=[100.0, 0.0, 100.0]
     )
-    assert shrink_rare(problem, problem.costs["fisher"], 1.0)[:, 0] == pytest.approx([4, 2, 100])
+    shrunk = shrink_rare(problem, problem.costs["fisher"], 1.0)[:, 0]
+    assert shrunk == pytest.approx([4.0, 3 * 4.0 / 100, 100.0])
+
+
+def test_a_rarely_used_unit_does_not_cost_as_much_as_a_busy_one() -> None:
+    problem = _problem([[8.0], [0.004]], n_tokens=[4000.0, 2.0])
+    shrunk = shrink_rare(problem, problem.costs["fisher"], 64.0)[:, 0]
+    assert shrunk[1] < 0.01 * shrunk[0]
 
 
 def test_the_mix_is_geometric_and_error_is_scaled_to_fisher() -> None:
