@@ -16,7 +16,7 @@ rises with bits) takes half of that back. It is only valid where more bits canno
 one chain (int symmetric, int asymmetric, fp, mxfp), not across (mxfp4 at 4.25 bits may honestly be
 worse than int4-g128-asym at 4.16), and not between formats of equal bits (elements e4m3 and e5m2).
 
-Sources: shared/algorithms.md 1.2 (S, R, shrinkage), 1.5 step 3 (the knobs).
+Source: docs/algorithms.md, sections 2 (S, R) and 3 (shrinkage, the knobs).
 Letters: U units, F formats, S fisher cost, R error cost, n calibration tokens, g (layer, family).
 """
 

@@ -3,10 +3,10 @@
 A profile is applied before anything is scored, so that every assignment of a search can be loaded
 by the engine it is meant for. It knows nothing about files; exports write those.
 
-Source: research/kernels-and-formats.md, section B6 (who loads what mixed, and the code facts below
-its table) for the couplings; B3 (compressed-tensors), B7 (SGLang 0.4.7) and B10 item 5 (shapes
-that Marlin takes) for the formats. Tensor parallelism is not known here: shapes are checked for
-one device.
+Sources: vLLM main (CompressedTensorsMoEMethod.get_moe_method, get_moe_quant_method of GPTQ, the
+Marlin shape checks), SGLang 0.4.7 (sglang/srt/layers/quantization), compressed-tensors 0.20 and
+transformers 5.23 (its compressed-tensors integration). Tensor parallelism is not known here:
+shapes are checked for one device.
 
     any           our runtime: a format per expert and projection; gate and up are one launch (w13)
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
@@ -152,7 +152,7 @@ _EVERYTHING = (FormatRule(FORMAT_KINDS, needs_whole_groups=False),)
 _BF16 = FormatRule(("bf16",))
 _FP8_ROW = FormatRule(("fp8",), (PER_ROW,), elements=("e4m3",))
 _BLOCK4 = FormatRule(("mxfp4", "nvfp4"))
-# B1: symmetric 4 and 8 bit, these groups. B10.5: inputs % 128, outputs % 64. B6: an expert's inner
+# Marlin: symmetric 4 and 8 bit, these groups, inputs % 128 and outputs % 64; an expert's inner
 # width % max(64, group).
 _MARLIN = FormatRule(
     ("int4", "int8"),
