@@ -137,6 +137,8 @@ class CheckpointWriter:
 
     def _save(self, file: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, self._part / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; a checkpoint is served by others.
+        (self._part / file).chmod(0o644)
         self._files |= dict.fromkeys(tensors, file)
         self._n_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 

@@ -274,3 +274,8 @@ def test_overwriting_replaces_the_old_one_only_at_the_end(packed: Path) -> None:
     assert not (packed / "stray.txt").exists()
     assert [p.name for p in packed.parent.iterdir()] == ["packed"]
     assert type(load(packed)).__name__ == "LlamaForCausalLM"
+
+
+def test_others_can_read_every_file(packed: Path) -> None:
+    for file in packed.iterdir():
+        assert file.stat().st_mode & 0o044 == 0o044, file.name
