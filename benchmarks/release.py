@@ -195,6 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("alphaquant").setLevel(logging.WARNING)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.cache)
     rows, searches = [], []
     for budget in args.budgets:
