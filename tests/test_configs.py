@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from alphaquant import demo
-from alphaquant.quant.models import load_skeleton, map_model
+from alphaquant.quant.loading import load_skeleton
+from alphaquant.quant.models import map_model
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.units import Inventory
 

@@ -37,8 +37,8 @@ from alphaquant.errors import StoreError
 from alphaquant.quant.bank import Bank, BankLayer, Progress
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace, LinearTrace, trace_layers
-from alphaquant.quant.models import ExpertsSite, LinearSite, ModelMap
 from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
+from alphaquant.quant.sites import ExpertsSite, LinearSite, ModelMap
 from alphaquant.quant.walk import batches_of, run_layer
 from alphaquant.spaces.units import Matrix, Unit
 
@@ -271,7 +271,7 @@ def _layer_output_error(trace: LayerTrace, site: LinearSite, errors: Tensor) -> 
 def _experts_rows(
     trace: LayerTrace, site: ExpertsSite, readers: Sequence[BankLayer]
 ) -> Iterator[tuple[Matrix, _Row]]:
-    """Rows of all matrices of a fused experts module.
+    """Rows of all matrices of a layer's routed experts.
 
     An expert without tokens costs nothing that was seen.
     """
@@ -332,7 +332,7 @@ class _ExpertTrace:
         n_total: tokens of the layer, S * T.
         inputs: x, [m, H].
         weights: routing weight c of each token, [m, 1].
-        gate_up: W1 x, [m, 2I].
+        gate_up: outputs of gate and up, [m, 2I].
         features: inputs of the down projection, [m, I].
         at_gate_up: gradients at `gate_up`, [D, m, 2I].
         at_down: gradients at the down projection's output, [D, m, H].
@@ -360,10 +360,10 @@ def _trace_expert(
     """Run one expert on its tokens, forward and backward."""
     x = seen.inputs[tokens.rows].float()
     c = tokens.weights.float().unsqueeze(-1)  # [m, 1]
-    w13, w2 = site.w13(tokens.expert).float(), site.w2(tokens.expert).float()
+    w2 = site.views(tokens.expert).down.float()
     at_down = c * seen.gradients[:, tokens.rows].float()  # [D, m, H]
     with torch.enable_grad():
-        z = (x @ w13.T).requires_grad_(True)  # [m, 2I]
+        z = site.gate_up(tokens.expert, x).requires_grad_(True)  # [m, 2I]
         features = site.apply_gate(z)  # [m, I]
         at_gate_up = torch.stack(
             [torch.autograd.grad(features, z, g @ w2, retain_graph=True)[0] for g in at_down]
@@ -386,9 +386,13 @@ def _gate_up_rows(
 ) -> Iterator[tuple[Matrix, _Row]]:
     """Gate and up of one expert: the first and the second half of `gate_up`'s columns."""
     gate, up = site.gate[traced.expert], site.up[traced.expert]
-    w13 = site.w13(traced.expert)
-    for matrix, half in ((gate, slice(0, gate.rows)), (up, slice(gate.rows, None))):
-        errors = _weight_errors(readers, matrix, w13[half])
+    weights = site.views(traced.expert)
+    halves = (
+        (gate, weights.gate, slice(0, gate.rows)),
+        (up, weights.up, slice(gate.rows, None)),
+    )
+    for matrix, weight, half in halves:
+        errors = _weight_errors(readers, matrix, weight)
         linear = traced.linear(traced.inputs, traced.at_gate_up[..., half])
         error = _gated_error(site, traced, half, errors) / traced.n_total
         yield matrix, _Row(_sequence_products(errors, linear), error, len(traced.inputs))
@@ -396,7 +400,7 @@ def _gate_up_rows(
 
 def _down_row(site: ExpertsSite, traced: _ExpertTrace, readers: Sequence[BankLayer]) -> _Row:
     """Down projection of one expert; its error is tr(D G D') with G = sum_t c_t^2 f_t f_t'."""
-    errors = _weight_errors(readers, site.down[traced.expert], site.w2(traced.expert))
+    errors = _weight_errors(readers, site.down[traced.expert], site.views(traced.expert).down)
     linear = traced.linear(traced.features, traced.at_down)
     weighted = traced.weights * traced.features  # [m, I]
     gram = weighted.T @ weighted
@@ -411,7 +415,7 @@ def _gated_error(site: ExpertsSite, traced: _ExpertTrace, half: slice, errors: T
     """
     used = slice(0, _ERROR_TOKENS)
     x, z, c = traced.inputs[used], traced.gate_up[used], traced.weights[used]
-    w2 = site.w2(traced.expert).float()
+    w2 = site.views(traced.expert).down.float()
     reference = site.apply_gate(z)
     found = []
     for delta in errors:

@@ -31,7 +31,7 @@ from alphaquant.quant.engine import QuantSettings, quantize_layer
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
-from alphaquant.quant.models import LayerSite, ModelMap
+from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix

@@ -22,8 +22,8 @@ from alphaquant.quant.gptq import (
 )
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
-from alphaquant.quant.models import LayerSite, ModelMap
 from alphaquant.quant.refine import refine
+from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
 

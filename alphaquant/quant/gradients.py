@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alphaquant.quant.models import ExpertsSite, LayerSite, LinearSite, ModelMap
+from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.quant.walk import LayerInputs, capture_inputs, observe_layer, run_layer
 
 
@@ -29,13 +29,13 @@ class LinearTrace:
 
 @dataclass(frozen=True)
 class ExpertsTrace:
-    """What a fused experts module saw.
+    """What routed experts saw.
 
     Attributes:
         inputs: [S * T, H].
         expert_ids: int64 [S * T, k].
         weights: [S * T, k].
-        gradients: [D, S * T, H], at the module's output.
+        gradients: [D, S * T, H], at the output of the module that sums the experts' outputs.
     """
 
     inputs: Tensor
@@ -183,12 +183,12 @@ def _trace_batch(
     tap = _Tap()
     names = [site.matrix.name for site in layer.linears] + [site.name for site in layer.experts]
     modules: list[nn.Module] = [s.module for s in layer.linears] + [
-        s.module for s in layer.experts
+        s.hooked for s in layer.experts
     ]
 
     def keep(name: str) -> object:
-        def hook(_: nn.Module, args: object, output: Tensor) -> None:
-            tap.outputs[name] = output
+        def hook(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            tap.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

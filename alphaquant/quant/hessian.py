@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alphaquant.quant.models import ExpertsSite, LayerSite, LinearSite
 from alphaquant.quant.routing import tokens_by_expert
+from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite
 from alphaquant.spaces.units import Matrix
 
 
@@ -165,7 +165,7 @@ class _ExpertSums:
         for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
             e = tokens.expert
             x = inputs[tokens.rows]
-            features = self.site.apply_gate(x @ self.site.w13(e).T)  # [m, I]
+            features = self.site.apply_gate(self.site.gate_up(e, x))  # [m, I]
             power = tokens.weights.to(torch.float32) ** exponent
             accumulate(self.w13[e], x, power)
             accumulate(self.w2[e], features, power)

@@ -6,13 +6,14 @@ Letters: n tokens, k experts per token, H hidden size, I expert width.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
-from alphaquant.quant.models import ExpertsSite, ModelMap
 from alphaquant.quant.routing import tokens_by_expert
+from alphaquant.quant.sites import ExpertsSite, ListedExperts, ModelMap
 from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 
@@ -64,7 +65,7 @@ class PackedExpert(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """A fused experts module with a format per matrix, called like transformers' module."""
+    """An experts module with a format per matrix, called like the module that it replaces."""
 
     def __init__(self, site: ExpertsSite, formats: Mapping[str, Format]) -> None:
         """Make an empty one.
@@ -75,32 +76,39 @@ class PackedExperts(nn.Module):
         """
         super().__init__()
         self.num_experts = site.n_experts
-        # A bound method is no submodule: the replaced module's (meta) weights stay out of the
-        # state.
-        self._apply_gate = site.module._apply_gate
+        # A site is no module: the replaced module's (meta) weights stay out of the state.
+        self._site = site
+        for name in site.bias_names:
+            self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
             parts = [_empty(m, formats) for m in (site.gate[e], site.up[e], site.down[e])]
             self.add_module(str(e), PackedExpert(*parts))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted, [n, H].
 
         Args:
-            hidden_states: [n, H].
-            top_k_index: int64 [n, k].
-            top_k_weights: [n, k].
-
-        Returns:
-            [n, H].
+            args: as the replaced module takes them; in transformers hidden states [n, H], expert
+                ids int64 [n, k], weights [n, k].
+            kwargs: likewise.
         """
-        output = torch.zeros_like(hidden_states)
-        for tokens in tokens_by_expert(top_k_index, top_k_weights, self.num_experts):
-            expert = self.get_submodule(str(tokens.expert))
-            x = hidden_states[tokens.rows]
-            gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)  # type: ignore[operator]
-            y = expert.down_proj(self._apply_gate(gate_up))  # type: ignore[operator]
+        inputs, expert_ids, weights = self._site.route(args, kwargs)
+        output = torch.zeros_like(inputs)
+        for tokens in tokens_by_expert(expert_ids, weights, self.num_experts):
+            y = self._run_expert(tokens.expert, inputs[tokens.rows])
             output.index_add_(0, tokens.rows, (y * tokens.weights.unsqueeze(-1)).to(output.dtype))
         return output
+
+    def _run_expert(self, index: int, x: Tensor) -> Tensor:
+        """One expert on its tokens, [m, H] -> [m, H]."""
+        expert = self.get_submodule(str(index))
+        gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)  # type: ignore[operator]
+        bias = self._site.gate_up_bias(self, index)
+        if bias is not None:
+            gate_up = gate_up + bias
+        y: Tensor = expert.down_proj(self._site.apply_gate(gate_up))  # type: ignore[operator]
+        bias = self._site.down_bias(self, index)
+        return y if bias is None else y + bias
 
 
 def install_packed_modules(model_map: ModelMap, formats: Mapping[str, Format]) -> None:
@@ -111,13 +119,30 @@ def install_packed_modules(model_map: ModelMap, formats: Mapping[str, Format]) -
         formats: format of every matrix.
     """
     for layer in model_map.layers:
-        for site in layer.linears:
-            matrix = site.matrix
-            packed = PackedLinear(formats[matrix.name], matrix.rows, matrix.cols, site.module.bias)
-            model_map.model.set_submodule(matrix.name, packed)
+        replaced: dict[str, nn.Module] = {
+            site.matrix.name: _empty(site.matrix, formats, site.module.bias)
+            for site in layer.linears
+        }
         for experts in layer.experts:
-            model_map.model.set_submodule(experts.name, PackedExperts(experts, formats))
+            if isinstance(experts, ListedExperts):
+                replaced |= _listed(experts, formats)
+            else:
+                replaced[experts.name] = PackedExperts(experts, formats)
+        for name, module in replaced.items():
+            model_map.model.set_submodule(name, module)
 
 
-def _empty(matrix: Matrix, formats: Mapping[str, Format]) -> PackedLinear:
-    return PackedLinear(formats[matrix.name], matrix.rows, matrix.cols)
+def _listed(site: ListedExperts, formats: Mapping[str, Format]) -> dict[str, nn.Module]:
+    """A packed linear for every linear of every expert."""
+    found: dict[str, nn.Module] = {}
+    for e in range(site.n_experts):
+        matrices = (site.gate[e], site.up[e], site.down[e])
+        for matrix, linear in zip(matrices, site.linears(e), strict=True):
+            found[matrix.name] = _empty(matrix, formats, linear.bias)
+    return found
+
+
+def _empty(
+    matrix: Matrix, formats: Mapping[str, Format], bias: nn.Parameter | None = None
+) -> PackedLinear:
+    return PackedLinear(formats[matrix.name], matrix.rows, matrix.cols, bias)

@@ -18,8 +18,8 @@ from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import CheckpointWriter
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
 from alphaquant.quant.hessian import LayerHessians
-from alphaquant.quant.models import LayerSite, ModelMap
 from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.utilization import utilization_facts
 from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.assignment import Assignment, BitCount

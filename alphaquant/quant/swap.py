@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.models import ModelMap
+from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import Matrix
 

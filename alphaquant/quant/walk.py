@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
-from alphaquant.quant.models import ExpertsSite, LayerSite, LinearSite, ModelMap
+from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 
 
 class _StopForward(Exception):
@@ -47,7 +47,7 @@ class LayerObserver(Protocol):
     def on_experts(
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> None:
-        """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of fused experts."""
+        """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of routed experts."""
 
 
 def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
@@ -111,29 +111,38 @@ def run_layer(layer: LayerSite, hidden: Tensor, arguments: dict[str, Any]) -> Te
 def observe_layer(layer: LayerSite, observer: LayerObserver) -> Iterator[None]:
     """Call an observer with the inputs of every quantizable module while the layer runs.
 
+    What a site runs to find the routing of its tokens is not observed.
+
     Raises:
         ModelError: on leaving, a module that the layer holds was never called.
     """
     reached: set[str] = set()
+    routing = False
 
     def linear_hook(site: LinearSite) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            reached.add(site.matrix.name)
-            observer.on_linear(site, args[0])
+            if not routing:
+                reached.add(site.matrix.name)
+                observer.on_linear(site, args[0])
 
         return hook
 
     def experts_hook(site: ExpertsSite) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal routing
+            routing = True
+            try:
+                tokens = site.route(args, kwargs)
+            finally:
+                routing = False
             reached.add(site.name)
-            hidden, expert_ids, weights = (*args, *kwargs.values())[:3]
-            observer.on_experts(site, hidden, expert_ids, weights)
+            observer.on_experts(site, *tokens)
 
         return hook
 
     handles = [site.module.register_forward_pre_hook(linear_hook(site)) for site in layer.linears]
     handles += [
-        site.module.register_forward_pre_hook(experts_hook(site), with_kwargs=True)
+        site.hooked.register_forward_pre_hook(experts_hook(site), with_kwargs=True)
         for site in layer.experts
     ]
     try:

@@ -14,7 +14,7 @@ from alphaquant.evaluators.divergence import measure_divergence, store_teacher
 from alphaquant.evaluators.perplexity import measure_perplexity
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed, load
-from alphaquant.quant.models import load_model, load_skeleton, load_tokenizer
+from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import find_device, model_location, seq_len_of

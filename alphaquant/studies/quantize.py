@@ -13,7 +13,8 @@ from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed
 from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.engine import QuantSettings
-from alphaquant.quant.models import load_skeleton, map_model
+from alphaquant.quant.loading import load_skeleton
+from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve

@@ -11,13 +11,9 @@ from torch import nn
 from alphaquant import demo
 from alphaquant.errors import DataError, ModelError
 from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
-from alphaquant.quant.models import (
-    ModelMap,
-    load_model,
-    load_tokenizer,
-    map_model,
-    weights_digest,
-)
+from alphaquant.quant.loading import load_model, load_tokenizer
+from alphaquant.quant.models import map_model, weights_digest
+from alphaquant.quant.sites import ModelMap
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256

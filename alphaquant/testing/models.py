@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaquant.quant.loading import register_architectures
+
 VOCABULARY = 96
 N_LAYERS = 2
 
@@ -45,6 +47,7 @@ _LATENT_ATTENTION: dict[str, Any] = {
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 72},
+    "qwen3": {"intermediate_size": 72, "head_dim": 16},
     "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -72,6 +75,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
     "deepseek_v3": {**_LATENT_ATTENTION, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
+    "deepseek": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 72,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 72,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 16,
+        "use_qk_norm": True,
+    },
+    "gpt_oss": {
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "listed_moe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
 }
 """Configuration of each family beyond the common part, by `model_type`."""
 
@@ -82,8 +114,26 @@ ROUTED_EXPERTS: dict[str, int] = {
     "qwen3_moe": 6,
     "deepseek_v2": 6,
     "deepseek_v3": 6,
+    "deepseek": 8,
+    "glm4_moe": 6,
+    "gpt_oss": 4,
+    "listed_moe": 8,
 }
 """Experts per sparse layer of the families that have any."""
+
+TOP_K: dict[str, int] = {
+    "olmoe": 3,
+    "mixtral": 2,
+    "qwen2_moe": 2,
+    "qwen3_moe": 2,
+    "deepseek_v2": 3,
+    "deepseek_v3": 3,
+    "deepseek": 3,
+    "glm4_moe": 2,
+    "gpt_oss": 2,
+    "listed_moe": 3,
+}
+"""Routed experts per token of these families."""
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
@@ -102,6 +152,10 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from alphaquant.testing.listed import register as register_listed
+
+    register_architectures()
+    register_listed()
     config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES.get(family, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,7 +163,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
             config, dtype=torch.float32, experts_implementation="eager"
         )
         for module in model.modules():
-            _fill_correction_bias(module)
+            _fill_zeros(module)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
     model.config.dtype = torch.bfloat16
@@ -123,8 +177,9 @@ def tiny_tokens(n_windows: int, n_tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (n_windows, n_tokens), generator=generator)
 
 
-def _fill_correction_bias(module: nn.Module) -> None:
-    """DeepSeek-V3's buffer is zero at first, which would hide a buffer that is lost on the way."""
-    bias = getattr(module, "e_score_correction_bias", None)
-    if isinstance(bias, Tensor):
-        bias.data.uniform_(0.0, 0.1)
+def _fill_zeros(module: nn.Module) -> None:
+    """Buffers and biases are zero at first, which would hide one that is lost on the way."""
+    for name in ("e_score_correction_bias", "gate_up_proj_bias", "down_proj_bias", "bias"):
+        bias = getattr(module, name, None)
+        if isinstance(bias, Tensor):
+            bias.data.uniform_(0.0, 0.1)

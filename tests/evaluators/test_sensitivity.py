@@ -20,7 +20,8 @@ from alphaquant.evaluators import sensitivity
 from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs, unit_costs
 from alphaquant.quant.bank import Bank, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
-from alphaquant.quant.models import ExpertsSite, ModelMap, map_model
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ExpertsSite, ModelMap
 from alphaquant.spaces.units import Unit
 from alphaquant.testing.models import tiny_model, tiny_tokens
 

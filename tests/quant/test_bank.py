@@ -11,7 +11,8 @@ import torch
 from alphaquant.errors import FormatError, StoreError
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
-from alphaquant.quant.models import ModelMap, map_model
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.testing.models import tiny_model, tiny_tokens

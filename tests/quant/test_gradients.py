@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.gradients import LayerTrace, _draw_labels, _label_seeds, trace_layers
-from alphaquant.quant.models import ModelMap, map_model
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ListedExperts, ModelMap
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 N_DRAWS, SEED = 2, 7
@@ -24,12 +25,27 @@ class Taps:
             for linear in layer.linears:
                 linear.module.register_forward_hook(self._keep(linear.matrix.name))
             for experts in layer.experts:
-                experts.module.register_forward_hook(self._keep(experts.name))
+                listed = isinstance(experts, ListedExperts)
+                keep = self._keep_block if listed else self._keep
+                experts.hooked.register_forward_hook(keep(experts.name))
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.inputs[name] = tuple(a.detach() for a in args)
             self.outputs[name] = output
+
+        return hook
+
+    def _keep_block(self, name: str) -> Callable[..., None]:
+        """Experts that are called one by one: what their block was called with, and routes."""
+
+        def hook(
+            block: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+        ) -> None:
+            inputs, (made, logits) = args[0].detach().flatten(0, 1), output
+            weights, ids = torch.softmax(logits.detach(), -1).topk(block.top_k, -1)
+            self.inputs[name] = (inputs, ids, weights)
+            self.outputs[name] = made
 
         return hook
 

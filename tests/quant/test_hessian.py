@@ -7,19 +7,11 @@ from torch import Tensor, nn
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
 from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
-from alphaquant.quant.models import ExpertsSite, LayerSite, ModelMap, map_model
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ExpertsSite, LayerSite, ModelMap
 from alphaquant.quant.walk import capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.formats import parse_format
-from alphaquant.testing.models import ROUTED_EXPERTS, tiny_model, tiny_tokens
-
-TOP_K = {
-    "olmoe": 3,
-    "mixtral": 2,
-    "qwen2_moe": 2,
-    "qwen3_moe": 2,
-    "deepseek_v2": 3,
-    "deepseek_v3": 3,
-}
+from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -81,7 +73,7 @@ def test_expert_hessians_equal_the_direct_sum(
     for e in range(site.n_experts):
         token, slot = torch.where(ids == e)
         power = weights[token, slot] ** exponent
-        gate, up = (inputs[token] @ site.w13(e).T).chunk(2, -1)
+        gate, up = site.gate_up(e, inputs[token]).chunk(2, -1)
         features = torch.nn.functional.silu(gate) * up
         assert close(w13.hessian[e], direct_sum(inputs[token], power)), e
         assert close(w2.hessian[e], direct_sum(features, power)), e

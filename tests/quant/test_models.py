@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
-from alphaquant.quant.models import (
-    checkpoint_dtype,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    map_model,
-    stored_dtype,
-    weights_digest,
-)
+from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
+from alphaquant.quant.models import checkpoint_dtype, map_model, stored_dtype, weights_digest
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
 
 ATTENTION = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2}
@@ -39,6 +32,25 @@ EXPECTED: dict[str, dict[str, dict[str, int]]] = {
         "expert": {"gate_proj": 6, "up_proj": 6, "down_proj": 6},
         "shared": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
         "dense": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+    },
+    "qwen3": {"attention": ATTENTION, "dense": {"gate_proj": 2, "up_proj": 2, "down_proj": 2}},
+    "deepseek": {
+        "attention": ATTENTION,
+        "expert": {"gate_proj": 8, "up_proj": 8, "down_proj": 8},
+        "shared": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+        "dense": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+    },
+    "glm4_moe": {
+        "attention": ATTENTION,
+        "expert": {"gate_proj": 6, "up_proj": 6, "down_proj": 6},
+        "shared": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+        "dense": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+    },
+    "gpt_oss": {"attention": ATTENTION, "expert": {"gate_proj": 8, "up_proj": 8, "down_proj": 8}},
+    "listed_moe": {
+        "attention": ATTENTION,
+        "expert": {"w1": 16, "w3": 16, "w2": 16},
+        "shared": {"w1": 2, "w3": 2, "w2": 2},
     },
     "deepseek_v3": {
         "attention": {"q_a_proj": 2, "q_b_proj": 2, **LATENT},
@@ -88,11 +100,13 @@ def test_kept_bytes_are_those_of_the_checkpoints_dtype(family: str) -> None:
 def test_routers_and_shared_gates_are_kept(family_with_router: str) -> None:
     inventory = map_model(tiny_model(family_with_router)).inventory
     kept = {k.name for k in inventory.kept}
-    assert "model.layers.1.mlp.gate.weight" in kept
+    routers = {"gpt_oss": "mlp.router", "listed_moe": "mlp.block_sparse_moe.gate"}
+    router = routers.get(family_with_router, "mlp.gate")
+    assert f"model.layers.1.{router}.weight" in kept
     gate = "model.layers.1.mlp.shared_expert_gate.weight"
     assert (gate in kept) == (family_with_router == "qwen2_moe")
     assert not any(
-        m.name.endswith((".mlp.gate", ".shared_expert_gate")) for m in inventory.matrices
+        m.name.endswith((".gate", ".router", ".shared_expert_gate")) for m in inventory.matrices
     )
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= kept
 
@@ -110,8 +124,7 @@ def test_views_have_the_shape_of_their_matrix_and_write_the_model(family: str) -
     state = model.state_dict()
     for layer in model_map.layers:
         for site in layer.experts:
-            assert not bool(state[f"{site.name}.gate_up_proj"].any())
-            assert not bool(state[f"{site.name}.down_proj"].any())
+            assert not any(bool(state[name].any()) for name in site.state_names())
         for linear in layer.linears:
             assert not bool(state[f"{linear.matrix.name}.weight"].any())
 
@@ -125,7 +138,7 @@ def test_gate_rows_come_first_in_the_fused_parameter() -> None:
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     gate, up = model_map.view(site.gate[3].name), model_map.view(site.up[3].name)
     expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    assert torch.allclose(site.apply_gate(x @ site.w13(3).T), expected, atol=1e-6)
+    assert torch.allclose(site.apply_gate(site.gate_up(3, x)), expected, atol=1e-6)
 
 
 def test_experts_and_routers_have_mixtrals_old_names_too() -> None:
@@ -144,20 +157,19 @@ def test_tied_embeddings_are_kept_once() -> None:
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
-def test_gpt_oss_is_refused_by_name() -> None:
-    model = tiny_model(
-        "gpt_oss", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, head_dim=16
-    )
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts \(GptOssExperts\).*"):
-        map_model(model)
-    with pytest.raises(ModelError, match="is_transposed, has_bias"):
-        map_model(model)
+def test_interleaved_experts_show_gate_and_up_rows() -> None:
+    model = tiny_model("gpt_oss")
+    site = map_model(model).layers[1].experts[0]
+    fused = model.model.layers[1].mlp.experts.gate_up_proj  # [E, H, 2I], gate and up alternate
+    gate, up, down = site.views(3)
+    assert torch.equal(gate, fused[3, :, 0::2].T) and torch.equal(up, fused[3, :, 1::2].T)
+    assert torch.equal(down, model.model.layers[1].mlp.experts.down_proj[3].T)
 
 
-def test_experts_in_a_module_list_are_refused() -> None:
-    model = tiny_model("llama")
-    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(4, 4)])
-    with pytest.raises(ModelError, match="experts in a ModuleList are not supported"):
+def test_fused_experts_of_another_kind_are_refused_by_name() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[0].mlp.experts.has_gate = False
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts \(OlmoeExperts\).*has_gate"):
         map_model(model)
 
 

@@ -12,12 +12,13 @@ from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.checkpoint import load, quantized_bytes
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.gptq import quantize_rtn
-from alphaquant.quant.models import ModelMap, map_model
+from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.formats import MENUS, parse_format
-from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
+from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(4, 16)
 SETTINGS = QuantSettings(refine_sweeps=0)  # refinement has tests of its own and takes its time
@@ -58,7 +59,13 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path
     Swapper(model_map, bank.read).apply(assignment)
     tokens = tiny_tokens(2, 11, 5)
     with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        found, expected = loaded(tokens).logits, model(tokens).logits
+    if (
+        family == "gpt_oss"
+    ):  # its own experts multiply by transposed weights: another order of sums
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_default_settings_agree_with_the_bank_too(tmp_path: Path) -> None:
@@ -96,10 +103,9 @@ def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> N
             assert ("routing_weighted" in row["hessian"] or row["hessian"] == "pooled") == weighted
     assert report["model"] == {"name": "tiny"} and report["settings"]["method"] == "gptq"
     assert {"torch", "transformers", "python"} <= set(report["versions"])
-    top_k = {"olmoe": 3, "deepseek_v2": 3, "deepseek_v3": 3}.get(family, 2)
     for used in report["utilization"].values():
         counts = used["utilization_count"]
-        assert len(counts) == ROUTED_EXPERTS[family] and sum(counts) == 64 * top_k
+        assert len(counts) == ROUTED_EXPERTS[family] and sum(counts) == 64 * TOP_K[family]
     assert bool(report["utilization"]) == (family in ROUTED_EXPERTS)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
-from alphaquant.quant.models import ExpertsSite, LinearSite, ModelMap, map_model
+from alphaquant.quant.models import map_model
 from alphaquant.quant.routing import tokens_by_expert
+from alphaquant.quant.sites import ExpertsSite, LinearSite, ModelMap
 from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
 
@@ -121,20 +122,26 @@ def test_observed_routing_reproduces_the_experts_output(family: str) -> None:
     layer, recorder = model_map.layers[1], Recorder()
     site = layer.experts[0]
     made: list[Tensor] = []
-    site.module.register_forward_hook(lambda _, args, out: made.append(out))
+    site.hooked.register_forward_hook(
+        lambda _, args, out: made.append(out[0] if isinstance(out, tuple) else out)
+    )
     with observe_layer(layer, recorder):
         run_layer(layer, hidden, inputs.arguments[1])
     x, ids, weights = recorder.experts[site.name][0]
     output = torch.zeros_like(x)
     for tokens in tokens_by_expert(ids, weights, site.n_experts):
-        features = site.apply_gate(x[tokens.rows] @ site.w13(tokens.expert).T)
-        y = features @ site.w2(tokens.expert).T
+        features = site.apply_gate(site.gate_up(tokens.expert, x[tokens.rows]))
+        y = features @ site.views(tokens.expert).down.T
+        bias = site.down_bias(site.module, tokens.expert)
+        y = y if bias is None else y + bias
         output[tokens.rows] += tokens.weights.unsqueeze(-1) * y
+    if family == "listed_moe":  # its block adds a shared expert
+        output = (output + site.block.shared_expert(x)).view_as(made[0])  # type: ignore[operator]
     # Capability 23 asks for 1e-4; the same products in float32 give far less.
     assert float((output - made[0]).norm() / made[0].norm()) <= 1e-5
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen3_moe", "gpt_oss"):
         assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
-    if family in ("olmoe", "qwen2_moe", "deepseek_v2"):
+    if family in ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek", "listed_moe"):
         assert bool((weights.sum(-1) < 0.999).all())  # not renormalized
 
 

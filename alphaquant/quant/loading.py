@@ -1,0 +1,112 @@
+"""Models and tokenizers from a directory or the hub, through transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphaquant.errors import ModelError
+
+
+def register_architectures() -> None:
+    """Make transformers know the models that it lacks and the project defines."""
+    from alphaquant.quant.deepseek_moe import register
+
+    register()
+
+
+def load_model(
+    name: str | Path, device: str = "cpu", dtype: str = "auto", *, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a causal language model with transformers, in evaluation mode, gradients off.
+
+    Args:
+        name: a local directory or a hub id.
+        device: `cpu`, `cuda`, ...
+        dtype: `float32`, `bfloat16`, `float16`; `auto` is float32 on the CPU (bfloat16 is slow
+            there) and the checkpoint's own elsewhere.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_architectures()
+    wanted: str | torch.dtype = "auto" if dtype == "auto" else named_dtype(dtype)
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32
+    try:
+        stated = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code).dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=wanted, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model_problem(name, error)) from error
+    if stated is not None:
+        # transformers overwrites this with the dtype in memory, but kept tensors are counted and
+        # saved in the checkpoint's own.
+        model.config.dtype = stated
+    loaded: nn.Module = model.to(device)
+    loaded.requires_grad_(False)
+    return loaded.eval()
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of a name such as `bfloat16`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"unknown dtype {name!r}; use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def load_skeleton(name: str | Path) -> nn.Module:
+    """The model without weights (meta device): enough for its inventory.
+
+    Raises:
+        ModelError: no configuration can be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_architectures()
+    try:
+        config = AutoConfig.from_pretrained(str(name))
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model_problem(name, error)) from error
+    return model
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: none can be found.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model_problem(name, error)) from error
+
+
+def model_problem(name: str | Path, error: Exception) -> str:
+    """One line that says why a model could not be loaded and what to give instead."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    where = (
+        f"{name} is a directory, but"
+        if Path(name).is_dir()
+        else f"{name} is no directory here and"
+    )
+    return (
+        f"cannot load model {str(name)!r}: {where} transformers says: {first_line}; give 'demo', "
+        "a directory with config.json, safetensors and tokenizer, or a hub id that this machine "
+        "can reach"
+    )
