@@ -40,23 +40,27 @@ class QuantSettings:
         method: `gptq`, or `rtn` (needs no data).
         percdamp: damping, fraction of mean(diag H).
         blocksize: columns per lazy update; speed only.
-        scale_search: `mse` or the formats' plain rule, `minmax`.
+        scale_search: `minmax` (the formats' plain rule), `mse` (least squared error) or `hessian`
+            (least error in the GPTQ loss).
         route_exponent: power of the routing weight in experts' Hessians, 0, 1 or 2.
         pooled_tokens: tokens' worth of the layer's mean mixed into experts' Hessians.
         actorder: process columns by descending diag(H); implies static groups.
         static_groups: scales from the original weights, before the loop.
         refine_sweeps: rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ.
+        sequential: a layer's inputs come from the quantized layers before it; only where every
+            matrix has one format (`quantize_to_checkpoint`), not in a bank.
     """
 
     method: Method = "gptq"
     percdamp: float = 0.01
     blocksize: int = 32
-    scale_search: ScaleSearch = "mse"
+    scale_search: ScaleSearch = "hessian"
     route_exponent: int = 2
     pooled_tokens: int = 512
     actorder: bool = False
     static_groups: bool = False
     refine_sweeps: int = 3
+    sequential: bool = False
 
 
 @dataclass(frozen=True)

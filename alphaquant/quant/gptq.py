@@ -134,8 +134,8 @@ def quantize_gptq(
         weight: float32 [B, N, K].
         factor: from `factorize` on their Hessians.
         fmt: a quantized format.
-        search: how scales are chosen; the mse search weights each column by 1 / U_cc^2, its cost
-            in the GPTQ loss.
+        search: how scales are chosen; `hessian` weights each column by 1 / U_cc^2, its cost in
+            the GPTQ loss.
         blocksize: columns whose errors are spread lazily in one matrix product; changes speed, not
             the result.
         row_counts: rows of each matrix where several are stacked along N (nvfp4 has one global
@@ -172,7 +172,8 @@ def quantize_gptq(
                     if end <= stop
                     else torch.cat([W1[..., i:], W[..., stop:end]], -1)
                 )
-                collected.append(fit(codec, ahead, _importance(U, column, end)))
+                cost = _importance(U, column, end) if search == "hessian" else None
+                collected.append(fit(codec, ahead, cost))
             scales = collected[-1] if fixed is None else fixed[column]
             w = W1[..., i]
             value = snap(codec.grid, w, scales.scale, scales.zero)

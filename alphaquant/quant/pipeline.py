@@ -1,7 +1,6 @@
 """From a model and an assignment to a packed checkpoint, layer by layer.
 
-Inputs of every layer are those of the original model, as in the bank, so that a checkpoint made
-with a trial's settings has the trial's codes.
+A checkpoint made with a trial's settings has the trial's codes.
 """
 
 import time
@@ -13,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ModelError
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import CheckpointWriter
-from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
-from alphaquant.quant.hessian import LayerHessians
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.provenance import device_facts, versions
-from alphaquant.quant.sites import LayerSite, ModelMap
+from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.utilization import utilization_facts
-from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.assignment import Assignment, BitCount
 
 
@@ -76,28 +73,19 @@ def quantize_to_checkpoint(
         ModelError: GPTQ without tokens, or what the engine raises.
         StoreError: the target exists.
     """
-    if settings.method == "gptq" and tokens is None:
-        raise ModelError(
-            "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
-        )
     started = time.perf_counter()
     counts = assignment.count_bits(model_map.inventory)
     writer = CheckpointWriter(target, overwrite)
     try:
-        inputs = None
-        if settings.method == "gptq" and tokens is not None:
-            inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
         report = _start_report(model_map, settings, facts, counts)
-        for layer in model_map.layers:
-            progress("quantize", layer.index, len(model_map.layers))
-            layer_started = time.perf_counter()
-            items, used = _quantize_one(model_map, layer, assignment, settings, inputs)
-            writer.add_layer(layer.index, items)
-            seconds = (time.perf_counter() - layer_started) / len(items)
-            widths = {site.name: site.gate[0].cols for site in layer.experts}
-            report["utilization"] |= utilization_facts(used, widths)
-            report["matrices"] += [{**asdict(i.record), "seconds": seconds} for i in items]
-        progress("quantize", len(model_map.layers), len(model_map.layers))
+        progress("quantize", 0, len(model_map.layers))
+        for done in quantize_layers(model_map, assignment, settings, tokens, batch_size):
+            writer.add_layer(done.layer.index, done.items)
+            seconds = done.seconds / len(done.items)
+            widths = {site.name: site.gate[0].cols for site in done.layer.experts}
+            report["utilization"] |= utilization_facts(done.utilization, widths)
+            report["matrices"] += [{**asdict(i.record), "seconds": seconds} for i in done.items]
+            progress("quantize", done.layer.index + 1, len(model_map.layers))
         path = writer.finish(model_map, report, tokenizer)
     except BaseException:
         writer.discard()
@@ -122,30 +110,3 @@ def _start_report(
         "utilization": {},
         "matrices": [],
     }
-
-
-def _quantize_one(
-    model_map: ModelMap,
-    layer: LayerSite,
-    assignment: Assignment,
-    settings: QuantSettings,
-    inputs: LayerInputs | None,
-) -> tuple[list[QuantizedMatrix], dict[str, list[int]]]:
-    """Quantized matrices of one layer and the tokens per expert; moves the hidden states on."""
-    formats = sorted({assignment.formats[m.name] for m in layer.matrices()})
-    hessians, used = None, {}
-    if inputs is not None:
-        observer = LayerHessians(settings.route_exponent, settings.pooled_tokens)
-        with observe_layer(layer, observer):
-            arguments = inputs.arguments[layer.index]
-            inputs.hidden[:] = [run_layer(layer, h, arguments) for h in inputs.hidden]
-        hessians, used = observer.batches(layer), observer.utilization()
-    items = quantize_layer(
-        model_map,
-        layer,
-        hessians,
-        formats,
-        settings,
-        lambda m, name: assignment.formats[m.name] == name,
-    )
-    return list(items), used

@@ -118,6 +118,11 @@ class SearchSpec:
             ConfigError: naming the field.
         """
         find_method(self.quant.method)
+        if self.quant.sequential:
+            raise ConfigError(
+                "sequential quantization needs the formats of the layers before, which a search "
+                "does not have when it fills its bank; use it with aq-quantize"
+            )
         _check_least("trials", self.trials, 1)
         _check_least("n_draws", self.n_draws, 1)
         _check_least("timeout", self.timeout, 0)

@@ -37,7 +37,7 @@ FORMATS: tuple[str, ...] = tuple(
 
 QUANTIZED = tuple(name for name in FORMATS if parse_format(name).is_quantized)
 
-SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "mse")
+SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "mse", "hessian")
 
 SHAPES: tuple[tuple[int, int], ...] = (
     (5, 37),  # odd, less than the largest group

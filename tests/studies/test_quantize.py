@@ -173,7 +173,7 @@ def test_configuration_of_other_weights_is_warned_of(
         ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "summary.quantization has x"),
         ({"summary": {"quantization": {"method": 3}}}, {}, ConfigError, "method is 3"),
         ({"summary": {"quantization": {"method": "x"}}}, {}, ConfigError, "unknown method 'x'"),
-        ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "mse"),
+        ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "hessian"),
         ({"summary": {"quantization": "x"}}, {}, ConfigError, "is an object"),
         ({"summary": {"calibration": "demo"}}, {}, ConfigError, "summary.calibration is 'demo'"),
         ({"summary": {"calibration": {"seed": "x"}}}, {}, ConfigError, "seed is 'x'"),
