@@ -326,8 +326,8 @@ class ListedExperts(ExpertsSite):
         # Any inputs do; sines differ from feature to feature and need no generator.
         inputs = torch.sin(torch.arange(2.0 * n_inputs, device=down.weight.device))
         inputs = inputs.reshape(2, n_inputs).to(down.weight.dtype)
-        expected = self._expert(0)(inputs)
         found = down(self.apply_gate(self.gate_up(0, inputs)))
+        expected = self._expert(0)(inputs)
         if not torch.allclose(found.float(), expected.float(), rtol=0.05, atol=1e-3):
             raise ModelError(
                 f"{self.name}.0 ({type(self._expert(0)).__name__}) does not compute "

@@ -1,0 +1,123 @@
+"""Layer by layer: whose outputs the next layer sees."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphaquant.errors import ModelError
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.hessian import LayerHessians
+from alphaquant.quant.layerwise import quantize_layers, written
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import LinearSite, ModelMap
+from alphaquant.quant.walk import capture_inputs
+from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.testing.models import tiny_model, tiny_tokens
+
+TOKENS = tiny_tokens(4, 16)
+FAMILIES = ("olmoe", "gpt_oss", "listed_moe")
+
+
+def results(model_map: ModelMap, *, sequential: bool) -> Iterator[list[Tensor]]:
+    """Dequantized weights of each layer."""
+    settings = QuantSettings(sequential=sequential, refine_sweeps=0)
+    assignment = uniform_assignment(model_map.inventory, "int3-g32")
+    for done in quantize_layers(model_map, assignment, settings, TOKENS, batch_size=2):
+        yield [item.packed.dequantize() for item in done.items]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequential_mode_uses_the_inputs_of_the_quantized_model(family: str) -> None:
+    """The second layer comes out as if the first had been quantized in the model beforehand."""
+    model_map = map_model(tiny_model(family))
+    settings = QuantSettings(sequential=True, refine_sweeps=0)
+    assignment = uniform_assignment(model_map.inventory, "int3-g32")
+    layers = list(quantize_layers(model_map, assignment, settings, TOKENS, batch_size=2))
+    for item in layers[0].items:
+        model_map.view(item.matrix.name).copy_(item.packed.dequantize())
+    second = list(results(model_map, sequential=False))[1]
+    expected = [item.packed.dequantize() for item in layers[1].items]
+    assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
+
+
+def test_cached_inputs_are_those_that_the_final_model_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Capability 12: inputs that Hessians were made from, against a hook on the final model."""
+    model_map = map_model(tiny_model("qwen2_moe"))
+    site = model_map.layers[1].linears[0]
+    seen: list[Tensor] = []
+    plain = LayerHessians.on_linear
+
+    def spy(self: LayerHessians, linear: LinearSite, inputs: Tensor) -> None:
+        if linear.matrix.name == site.matrix.name:
+            seen.append(inputs.clone())
+        plain(self, linear, inputs)
+
+    monkeypatch.setattr(LayerHessians, "on_linear", spy)
+    settings = QuantSettings(sequential=True)
+    assignment = uniform_assignment(model_map.inventory, "int2-g32")
+    items = [
+        item
+        for done in quantize_layers(model_map, assignment, settings, TOKENS, batch_size=4)
+        for item in done.items
+    ]
+    final: list[Tensor] = []
+    site.module.register_forward_pre_hook(lambda _, args: final.append(args[0]))
+    with written(model_map, items):
+        model_map.model(TOKENS)
+    assert len(seen) == len(final) == 1
+    assert torch.allclose(seen[0], final[0], rtol=0, atol=1e-5)
+    original = final.pop()
+    model_map.model(TOKENS)
+    assert not torch.allclose(original, final[0], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_model_has_its_own_weights_afterwards(sequential: bool) -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    before = {k: v.clone() for k, v in model_map.model.state_dict().items()}
+    list(results(model_map, sequential=sequential))
+    after = model_map.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_weights_come_back_after_an_error() -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    settings = QuantSettings(method="rtn")
+    assignment = uniform_assignment(model_map.inventory, "int2-g32")
+    first = next(iter(quantize_layers(model_map, assignment, settings, None)))
+    name = first.items[0].matrix.name
+    before = model_map.view(name).clone()
+    with pytest.raises(ZeroDivisionError), written(model_map, first.items):
+        assert not torch.equal(model_map.view(name), before)
+        raise ZeroDivisionError
+    assert torch.equal(model_map.view(name), before)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "listed_moe"])
+def test_a_layer_runs_at_most_twice_per_batch(family: str, sequential: bool) -> None:
+    """Capability 13: passes do not grow with the number of experts."""
+    model_map = map_model(tiny_model(family))
+    calls = []
+
+    def count(_: nn.Module, args: object) -> None:
+        calls.append(1)
+
+    for layer in model_map.layers:
+        layer.module.register_forward_pre_hook(count)
+    capture_inputs(model_map, [TOKENS[:2], TOKENS[2:]])
+    n_capture = len(calls)
+    list(results(model_map, sequential=sequential))
+    n_batches, n_layers = 2, 2
+    assert len(calls) - 2 * n_capture == n_batches * n_layers * (2 if sequential else 1)
+
+
+def test_gptq_without_text_is_refused() -> None:
+    model_map = map_model(tiny_model("llama"))
+    assignment = uniform_assignment(model_map.inventory, "int4-g32")
+    with pytest.raises(ModelError, match="GPTQ needs calibration text"):
+        next(quantize_layers(model_map, assignment, QuantSettings(), None))
