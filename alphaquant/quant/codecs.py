@@ -7,12 +7,14 @@ each column. How scales are chosen is the only thing that differs between format
                     so the full range is used and int2 has four levels
     int asymmetric  float16 and a b-bit zero point
     fp              float16
-    mxfp            2^k per 32 inputs, k = floor(log2 amax) - emax (OCP MX v1.0, 6.3)
+    mxfp            2^k per 32 inputs, k = floor(log2 amax) - emax (OCP MX v1.0, 6.3), -127 for
+                    zeros
     nvfp4           E4M3 per 16 inputs times one float32 per matrix, amax(matrix) / (448 * 6)
 
-With `search="mse"` the scale that minimizes the (weighted) squared error of the group is searched
-around that rule, and the rule's own scale is always among the candidates; with `search="minmax"`
-the rule's scale is used as it is.
+With `search="mse"` the scale that minimizes the squared error of the group is searched around that
+rule, and the rule's own scale is always among the candidates; with `search="hessian"` GPTQ weights
+each column's error by its cost in its own loss (RTN, which has no Hessian, weights all alike);
+with `search="minmax"` the rule's scale is used as it is.
 
 Letters: B matrices in a batch, N rows, C columns of the group. A weight is (value - zero) * scale
 in float32.
@@ -29,7 +31,7 @@ from alphaquant.errors import FormatError
 from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, power_of_two
 from alphaquant.spaces.formats import ELEMENTS, Format
 
-ScaleSearch = Literal["minmax", "mse"]
+ScaleSearch = Literal["minmax", "mse", "hessian"]
 
 _F16_MAX = 65504.0
 _F16_TINY = 2.0**-24
@@ -113,9 +115,11 @@ class MxCodec:
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """The OCP exponent, then its neighbours."""
-        # frexp: amax = m * 2^e with m in [0.5, 1), so floor(log2 amax) = e - 1; it gives e = 0 for
-        # zero, so zero blocks get a valid scale.
-        exponent = torch.frexp(group.abs().amax(-1)).exponent - 1 - self.emax
+        # frexp: amax = m * 2^e with m in [0.5, 1), so floor(log2 amax) = e - 1. OCP MX leaves open
+        # which scale a block of zeros gets; 2^-127 is what published implementations write.
+        largest = group.abs().amax(-1)
+        exponent = torch.frexp(largest).exponent - 1 - self.emax
+        exponent = exponent.masked_fill_(largest == 0, -127)
         for shift in self.shifts:
             yield GroupScales(power_of_two((exponent + shift).clamp(-127, 127)))
 
@@ -200,18 +204,18 @@ def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = N
         search: how scales are chosen, see the file header.
         global_scale: float32 [B, N], nvfp4 only, from `nv_global_scale`.
     """
-    grid = make_grid(fmt)
+    grid, searched = make_grid(fmt), search != "minmax"
     if isinstance(grid, IntegerGrid):
-        return IntegerCodec(grid, _int_shrinks(fmt.bits) if search == "mse" else (1.0,))
+        return IntegerCodec(grid, _int_shrinks(fmt.bits) if searched else (1.0,))
     if fmt.family == "mxfp":
-        shifts = (0, 1) if search == "mse" else (0,)
+        shifts = (0, 1) if searched else (0,)
         return MxCodec(grid, ELEMENTS[fmt.element].emax, shifts)
     if fmt.family == "nvfp":
         assert global_scale is not None
         return NvCodec(
-            grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if search == "mse" else (1.0,)
+            grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if searched else (1.0,)
         )
-    return FloatCodec(grid, (1.0, 0.7, 0.8, 0.9, 1.2, 1.5) if search == "mse" else (1.0,))
+    return FloatCodec(grid, (1.0, 0.7, 0.8, 0.9, 1.2, 1.5) if searched else (1.0,))
 
 
 def make_grid(fmt: Format) -> IntegerGrid | FloatGrid:

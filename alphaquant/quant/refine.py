@@ -18,6 +18,7 @@ Letters: B matrices, N rows, K columns, G groups; W weights, Q rounded weights, 
 R = (W - Q) H.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -51,7 +52,11 @@ def refine(
 def sweep_codes(
     weight: Tensor, hessian: Tensor, rounded: RoundedBatch, blocksize: int = 32
 ) -> RoundedBatch:
-    """One pass of coordinate descent over the columns; scales stay. Arguments as in `refine`."""
+    """One pass of coordinate descent over the columns; scales stay. Arguments as in `refine`.
+
+    Rows whose errors are beyond float32 (weights near the end of bfloat16's range) stay as they
+    are.
+    """
     grid, n_cols = make_grid(rounded.format), weight.shape[-1]
     scales = _by_column(rounded, rounded.scales, n_cols)
     zeros = None if rounded.zeros is None else _by_column(rounded, rounded.zeros, n_cols)
@@ -71,7 +76,8 @@ def sweep_codes(
             steps[..., i] = rebuild(values[..., k], scales[..., k], zero) - Q[..., k]
             R1.addcmul_(steps[..., i, None], H1[:, i, None, :], value=-1.0)
         R -= steps @ H[:, start:stop, :]
-    return replace(rounded, values=values)
+    is_finite = torch.isfinite(R).all(-1, keepdim=True)  # what overflowed once stays so
+    return replace(rounded, values=torch.where(is_finite, values, rounded.values))
 
 
 def fit_scales(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatch:
@@ -107,11 +113,11 @@ def _by_column(rounded: RoundedBatch, per_group: Tensor, n_cols: int) -> Tensor:
     return per_group.repeat_interleave(_group_size(rounded, n_cols), -1)[..., :n_cols]
 
 
-def _group_products(rounded: RoundedBatch, codes: Tensor, hessian: Tensor) -> list[Tensor]:
-    """v_g H for each group g, G tensors [B, N, K]."""
+def _group_products(rounded: RoundedBatch, codes: Tensor, hessian: Tensor) -> Iterator[Tensor]:
+    """v_g H for each group g, G tensors [B, N, K]; all at once would be G times the weights."""
     size = _group_size(rounded, codes.shape[-1])
     parts = zip(torch.split(codes, size, -1), torch.split(hessian, size, -2), strict=True)
-    return [part @ rows for part, rows in parts]
+    return (part @ rows for part, rows in parts)
 
 
 def _group_sums(rounded: RoundedBatch, left: Tensor, codes: Tensor) -> Tensor:
