@@ -10,11 +10,16 @@ torch nor optuna:
 
 `run_search` is not called `search`, because `alphaquant.search` is the package of search
 algorithms: importing it would replace the function.
+
+`from_pretrained` of transformers loads packed checkpoints once this package is imported, before or
+after transformers; see `alphaquant.import_hook`.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+
+from alphaquant.import_hook import after_import
 
 __all__ = ["__version__", "evaluate", "load", "quantize", "run_search"]
 
@@ -24,6 +29,8 @@ _TARGETS = {
     "load": "alphaquant.quant.checkpoint:load",
     "evaluate": "alphaquant.studies.evaluate:evaluate",
 }
+
+after_import("transformers.quantizers.auto", "alphaquant.quant.transformers_plugin:register")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,19 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_importing_the_package_again_leaves_one_hook() -> None:
+    probe = (
+        "import sys, importlib, alphaquant\n"
+        "n = len(sys.meta_path)\n"
+        "importlib.reload(alphaquant)\n"
+        "print(len(sys.meta_path) - n, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 False\n"
+
+
 @pytest.mark.parametrize(
     ("name", "module", "attribute"),
     [

@@ -11,38 +11,55 @@ Layout::
     quantize_report.json             one row per matrix, provenance
     tokenizer files, generation_config.json
 
-A directory is written under another name and renamed when it is complete.
+A directory is written under another name and renamed when it is complete. What transformers'
+`save_pretrained` writes from a loaded one is a packed checkpoint too: the same tensors in files of
+its own naming, without the report. It reads both through `alphaquant.quant.transformers_plugin`.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.engine import QuantizedMatrix
-from alphaquant.quant.models import (
-    ModelMap,
-    checkpoint_dtype,
-    kept_state,
-    map_model,
-    model_problem,
-    named_dtype,
-    stored_dtype,
-)
-from alphaquant.quant.modules import install_packed_modules
-from alphaquant.spaces.formats import parse_format
+from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
+from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
+from alphaquant.quant.modules import PackedFormats, PackedLinear, install_packed_modules
+from alphaquant.quant.quantization_config import QUANT_METHOD, make_quantization_config
+from alphaquant.quant.sites import ModelMap
+from alphaquant.spaces.formats import Format
 
-CHECKPOINT_VERSION = 1
-QUANT_METHOD = "alphaquant"
 _INDEX = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+_DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""How safetensors calls the dtypes of packed tensors."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the header of a file describes it.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype, as safetensors calls it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass
@@ -115,11 +132,9 @@ class CheckpointWriter:
         }
         self._write_json(_INDEX, index)
         config = json.loads(model_map.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "version": CHECKPOINT_VERSION,
-            "formats": self._formats,
-        }
+        # transformers would take the dtype of the first tensor for that of a model without one.
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["quantization_config"] = make_quantization_config(self._formats)
         self._write_json("config.json", config)
         self._write_json("quantize_report.json", report)
         if tokenizer is not None:
@@ -165,21 +180,57 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
             checkpoint's.
 
     Returns:
-        The transformers model, in evaluation mode.
+        The transformers model, in evaluation mode, gradients off.
 
     Raises:
         StoreError: the directory is incomplete or damaged.
         ModelError: it is no packed checkpoint.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     directory = Path(path)
     if not is_packed(directory):
         raise ModelError(
             f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
         )
-    model = _empty_model(directory)
-    _fill(model, read_tensors(directory), _compute_dtype(dtype, device, model), str(path))
-    model.requires_grad_(False)
-    return model.to(device).eval()
+    wanted: str | torch.dtype = dtype if dtype == "auto" else named_dtype(dtype)
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32
+    register_architectures()
+    tensor_files(directory)
+    try:
+        stated = AutoConfig.from_pretrained(directory).dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, device_map=None if device == "cpu" else {"": device}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model_problem(directory, error)) from error
+    # transformers overwrites this with the dtype in memory, but kept tensors are counted in the
+    # checkpoint's own.
+    model.config.dtype = stated
+    loaded: nn.Module = model
+    loaded.requires_grad_(False)
+    return loaded.eval()
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The files with the tensors of a packed checkpoint, sorted.
+
+    Raises:
+        StoreError: one is missing, or their index is missing or damaged.
+    """
+    single = directory / _SINGLE_FILE
+    if single.exists():
+        return [single]
+    try:
+        index = json.loads((directory / _INDEX).read_text())
+        files = sorted({directory / file for file in index["weight_map"].values()})
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(directory, error) from error
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise _damaged(directory, f"{', '.join(missing[:3])} missing")
+    return files
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -189,15 +240,34 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         StoreError: a file is missing or damaged.
     """
     tensors: dict[str, Tensor] = {}
-    try:
-        index = json.loads((directory / _INDEX).read_text())
-        for file in sorted(set(index["weight_map"].values())):
-            tensors |= load_file(directory / file)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StoreError(
-            f"{directory} is incomplete or damaged ({error}); quantize again"
-        ) from error
+    for file in tensor_files(directory):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(directory, error) from error
     return tensors
+
+
+def read_headers(files: Iterable[str | Path], source: str) -> dict[str, StoredTensor]:
+    """Shape and dtype of every tensor in some files; no tensor is read.
+
+    Args:
+        files: safetensors.
+        source: the checkpoint, for messages.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                    part = opened.get_slice(name)
+                    found[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise _damaged(source, error) from error
+    return found
 
 
 def quantized_bytes(directory: Path) -> int:
@@ -212,71 +282,78 @@ def quantized_bytes(directory: Path) -> int:
     return n_bytes
 
 
-def _empty_model(directory: Path) -> nn.Module:
-    """The model of a packed checkpoint, with packed modules on the meta device.
+def make_packed(model: nn.Module, formats: Mapping[str, Format], source: str) -> frozenset[str]:
+    """Replace the quantizable modules of an empty model by packed ones.
+
+    Args:
+        model: a causal language model on the meta device.
+        formats: format of every matrix, as the checkpoint says.
+        source: the checkpoint, for messages.
+
+    Returns:
+        Names of the packed tensors in the model's state.
 
     Raises:
-        StoreError: `quantization_config` is of another version or of other matrices.
-        ModelError: transformers cannot build the model.
+        StoreError: the formats are of other matrices than the model has.
+        ModelError: the layout of the model is not supported.
     """
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        quantization = config.quantization_config
-        del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(model_problem(directory, error)) from error
-    if quantization.get("version") != CHECKPOINT_VERSION:
-        raise StoreError(
-            f"{directory} has format version {quantization.get('version')}, this program reads "
-            f"{CHECKPOINT_VERSION}; update it"
-        )
     model_map = map_model(model)
-    formats = {name: parse_format(f) for name, f in quantization.get("formats", {}).items()}
     if set(formats) != set(model_map.inventory.by_name):
         raise StoreError(
-            f"{directory}: config.json names formats for {len(formats)} matrices that are not the "
-            f"{len(model_map.inventory.matrices)} of the model; the file is damaged or belongs to "
-            "another version of transformers: quantize again"
+            f"{source}: config.json names formats for {len(formats)} matrices that are not the "
+            f"{len(model_map.inventory.matrices)} of {type(model).__name__}; load it as a causal "
+            "language model; if it is one, the file is damaged or belongs to another version of "
+            "transformers: quantize again"
         )
-    install_packed_modules(model_map, formats)
-    return model
+    install_packed_modules(model_map, PackedFormats(formats))
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for name, _ in module.named_buffers(recurse=False)
+    )
 
 
-def _compute_dtype(dtype: str, device: str, model: nn.Module) -> torch.dtype:
-    if dtype != "auto":
-        return named_dtype(dtype)
-    return torch.float32 if device == "cpu" else checkpoint_dtype(model)
+def check_files(
+    model: nn.Module, packed_names: frozenset[str], files: Sequence[str] | None, source: str
+) -> None:
+    """Check that files hold exactly the tensors of a packed model; only their headers are read.
 
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:
-    """Give every parameter and buffer its tensor; tied parameters follow.
+    Args:
+        model: on the meta device, with packed modules.
+        packed_names: what `make_packed` gave; these must have their dtype too.
+        files: safetensors.
+        source: the checkpoint, for messages.
 
     Raises:
-        StoreError: a tensor has no place or another shape, or a place gets none.
+        StoreError: a file is damaged, a tensor is missing, extra or of another shape or dtype.
+        ModelError: there are no files.
     """
-    parameters = dict(model.named_parameters())
-    state = {
-        k: t.to(dtype) if k in parameters and t.is_floating_point() else t
-        for k, t in tensors.items()
-    }
-    try:
-        found = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(f"{source} is damaged ({reason}); quantize again") from error
-    model.tie_weights()  # type: ignore[operator]
-    # A buffer is not on the meta device and would keep its initial values.
-    filled = {k for k, t in model.state_dict().items() if not t.is_meta}
-    lost = [k for k in found.missing_keys if k not in filled or k not in parameters]
-    if found.unexpected_keys or lost:
-        examples = (found.unexpected_keys + lost)[:3]
-        raise StoreError(
-            f"{source}: {len(found.unexpected_keys)} tensors have no place in the model and "
-            f"{len(lost)} places stay empty, e.g. {', '.join(examples)}; the checkpoint is "
-            "damaged or belongs to another version of transformers: quantize again"
+    if not files:
+        raise ModelError(
+            f"{source}: a packed checkpoint is loaded from its files, not from a state_dict; give "
+            "its directory to from_pretrained"
         )
+    found = read_headers(files, source)
+    tied: Any = model.all_tied_weights_keys
+    places = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    extra, lost = sorted(found.keys() - places.keys()), sorted(places.keys() - found.keys())
+    if extra or lost:
+        raise StoreError(
+            f"{source}: {len(extra)} tensors have no place in the model and {len(lost)} places "
+            f"stay empty, e.g. {', '.join((extra + lost)[:3])}; the checkpoint is damaged or "
+            "belongs to another version of transformers: quantize again"
+        )
+    for name, tensor in places.items():
+        shape, dtype = found[name]
+        expected = _DTYPE_NAMES[tensor.dtype] if name in packed_names else dtype
+        if (shape, dtype) != (tuple(tensor.shape), expected):
+            raise _damaged(
+                source,
+                f"{name} is {dtype} {list(shape)}, expected {expected} {list(tensor.shape)}",
+            )
+
+
+def _damaged(source: str | Path, reason: object) -> StoreError:
+    text = " ".join(str(reason).split())
+    return StoreError(f"{source} is incomplete or damaged ({text}); quantize again")

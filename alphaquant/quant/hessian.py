@@ -123,7 +123,7 @@ class LayerHessians:
         return {name: sums.n_tokens.tolist() for name, sums in self._experts.items()}
 
     def batches(self, layer: LayerSite) -> list[HessianBatch]:
-        """The layer's Hessians, linears first."""
+        """The layer's Hessians, linears first; experts' sums are pooled in place, so ask once."""
         result = []
         for leader, matrices in self._shared.items():
             hessian = self._linear[leader].unsqueeze(0)
@@ -180,9 +180,9 @@ class _ExpertSums:
         w13, w2 = self.w13, self.w2
         if pooled_tokens and sum(counts):
             share = pooled_tokens / sum(counts)
-            w13 = w13 + share * w13.sum(0)
-            mean_diagonal = share * w2.diagonal(dim1=-2, dim2=-1).sum(0).mean()
-            w2 = w2 + mean_diagonal * torch.eye(w2.shape[-1], device=w2.device)
+            w13 += share * w13.sum(0)
+            diagonal = w2.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes w2
+            diagonal += share * diagonal.sum(0).mean()
         gate_up = tuple(zip(self.site.gate, self.site.up, strict=True))
         down = tuple((m,) for m in self.site.down)
         return [HessianBatch(gate_up, w13, counts, source), HessianBatch(down, w2, counts, source)]

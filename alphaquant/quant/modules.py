@@ -6,15 +6,17 @@ Letters: n tokens, k experts per token, H hidden size, I expert width.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.routing import tokens_by_expert
 from alphaquant.quant.sites import ExpertsSite, ListedExperts, ModelMap
-from alphaquant.spaces.formats import Format
+from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Matrix
 
 
@@ -22,7 +24,12 @@ class PackedLinear(nn.Module):
     """A linear layer whose weight is packed; its buffers are the tensors of `PackedMatrix`."""
 
     def __init__(
-        self, fmt: Format, rows: int, cols: int, bias: nn.Parameter | None = None
+        self,
+        fmt: Format,
+        rows: int,
+        cols: int,
+        bias: nn.Parameter | None = None,
+        activation: Format = BF16,
     ) -> None:
         """Make an empty one; `load_state_dict` fills it.
 
@@ -31,9 +38,10 @@ class PackedLinear(nn.Module):
             rows: outputs.
             cols: inputs.
             bias: kept as it is.
+            activation: what the inputs are rounded to, token by token; bf16 leaves them.
         """
         super().__init__()
-        self.format, self.rows, self.cols = fmt, rows, cols
+        self.format, self.rows, self.cols, self.activation = fmt, rows, cols, activation
         for name, (shape, dtype) in packed_shapes(fmt, rows, cols).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = bias
@@ -48,11 +56,30 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., cols] -> [..., rows] in the inputs' dtype."""
         weight = self.packed().dequantize().to(inputs.dtype)
-        return nn.functional.linear(inputs, weight, self.bias)
+        return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and format."""
-        return f"{self.cols} -> {self.rows}, {self.format.name}"
+        activation = f", inputs {self.activation.name}" if self.activation.is_quantized else ""
+        return f"{self.cols} -> {self.rows}, {self.format.name}{activation}"
+
+
+@dataclass(frozen=True)
+class PackedFormats:
+    """What a packed model is made of.
+
+    Attributes:
+        weights: format of every matrix, by name.
+        activations: what the inputs of a matrix are rounded to; those not named are left alone.
+    """
+
+    weights: Mapping[str, Format]
+    activations: Mapping[str, Format] = field(default_factory=dict)
+
+    def empty(self, matrix: Matrix, bias: nn.Parameter | None = None) -> PackedLinear:
+        """An empty packed linear for a matrix."""
+        activation = self.activations.get(matrix.name, BF16)
+        return PackedLinear(self.weights[matrix.name], matrix.rows, matrix.cols, bias, activation)
 
 
 class PackedExpert(nn.Module):
@@ -67,12 +94,12 @@ class PackedExpert(nn.Module):
 class PackedExperts(nn.Module):
     """An experts module with a format per matrix, called like the module that it replaces."""
 
-    def __init__(self, site: ExpertsSite, formats: Mapping[str, Format]) -> None:
+    def __init__(self, site: ExpertsSite, formats: PackedFormats) -> None:
         """Make an empty one.
 
         Args:
             site: the module it replaces; its gating function is used.
-            formats: format of each of its matrices.
+            formats: of its matrices and their inputs.
         """
         super().__init__()
         self.num_experts = site.n_experts
@@ -81,7 +108,7 @@ class PackedExperts(nn.Module):
         for name in site.bias_names:
             self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
-            parts = [_empty(m, formats) for m in (site.gate[e], site.up[e], site.down[e])]
+            parts = [formats.empty(m) for m in (site.gate[e], site.up[e], site.down[e])]
             self.add_module(str(e), PackedExpert(*parts))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,16 +138,16 @@ class PackedExperts(nn.Module):
         return y if bias is None else y + bias
 
 
-def install_packed_modules(model_map: ModelMap, formats: Mapping[str, Format]) -> None:
+def install_packed_modules(model_map: ModelMap, formats: PackedFormats) -> None:
     """Replace every quantizable module of a model by an empty packed one.
 
     Args:
         model_map: the model, on the meta device.
-        formats: format of every matrix.
+        formats: of every matrix and its inputs.
     """
     for layer in model_map.layers:
         replaced: dict[str, nn.Module] = {
-            site.matrix.name: _empty(site.matrix, formats, site.module.bias)
+            site.matrix.name: formats.empty(site.matrix, site.module.bias)
             for site in layer.linears
         }
         for experts in layer.experts:
@@ -132,17 +159,11 @@ def install_packed_modules(model_map: ModelMap, formats: Mapping[str, Format]) -
             model_map.model.set_submodule(name, module)
 
 
-def _listed(site: ListedExperts, formats: Mapping[str, Format]) -> dict[str, nn.Module]:
+def _listed(site: ListedExperts, formats: PackedFormats) -> dict[str, nn.Module]:
     """A packed linear for every linear of every expert."""
     found: dict[str, nn.Module] = {}
     for e in range(site.n_experts):
         matrices = (site.gate[e], site.up[e], site.down[e])
         for matrix, linear in zip(matrices, site.linears(e), strict=True):
-            found[matrix.name] = _empty(matrix, formats, linear.bias)
+            found[matrix.name] = formats.empty(matrix, linear.bias)
     return found
-
-
-def _empty(
-    matrix: Matrix, formats: Mapping[str, Format], bias: nn.Parameter | None = None
-) -> PackedLinear:
-    return PackedLinear(formats[matrix.name], matrix.rows, matrix.cols, bias)

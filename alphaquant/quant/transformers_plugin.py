@@ -1,0 +1,121 @@
+"""Packed checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(DIR)`.
+
+transformers picks a quantizer by the `quant_method` in config.json. Ours replaces the modules of
+the empty model by packed ones, checks the files before a weight is read, and keeps transformers
+from renaming, fusing or casting what is packed. The model saves with `save_pretrained`.
+
+`alphaquant/__init__.py` has `register` called when transformers is imported. That can be in the
+middle of an import of ours that begins with `import transformers`, so what needs torch and our
+models is imported inside the methods: at the top it could meet a half-imported module.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from alphaquant.quant.quantization_config import QUANT_METHOD, read_formats
+
+_ALIGNMENT_BYTES = 64
+"""Of torch's memory on a CPU."""
+
+
+class AlphaQuantConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint; its attributes are the entries of the file.
+
+    Nothing is checked here: the quantizer does, once it knows the name of the checkpoint.
+    """
+
+    def __init__(self, **entries: Any) -> None:
+        """Take all entries.
+
+        Args:
+            entries: those of config.json.
+        """
+        self.__dict__.update(entries)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own
+
+
+class AlphaQuantizer(HfQuantizer):
+    """Loads and saves packed checkpoints; it does not quantize, `aq-quantize` does."""
+
+    requires_calibration = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: AlphaQuantConfig, **kwargs: Any) -> None:
+        """Take the configuration.
+
+        Args:
+            quantization_config: of the checkpoint.
+            kwargs: of `HfQuantizer`.
+        """
+        super().__init__(quantization_config, **kwargs)
+        self._packed_names: frozenset[str] = frozenset()
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Make the model (on the meta device) one with packed modules, and check the files.
+
+        Raises:
+            StoreError: the checkpoint is of another version, of other matrices, incomplete or
+                damaged.
+            ModelError: no files are given, or the model's layout is not supported.
+        """
+        from alphaquant.quant.checkpoint import check_files, make_packed
+
+        config: Any = model.config
+        source = str(config.name_or_path)
+        formats = read_formats(self.quantization_config.to_dict(), source)
+        self._packed_names = make_packed(model, formats, source)
+        check_files(model, self._packed_names, checkpoint_files, source)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Move parameters that lie in a mapped file to memory of the allocator's alignment.
+
+        Matrix products on a CPU add in another order for other alignments: without it the same
+        numbers saved into files of another layout can give other last bits of the logits. Packed
+        tensors may stay in the file; they are dequantized into new memory anyway.
+        """
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT_BYTES:
+                parameter.data = parameter.data.clone()
+        return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """No conversion at all: the names in the files are those of the packed model."""
+        return []
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """None (as stored) for what is packed, else the dtype that the model asks for.
+
+        A model that keeps modules in float32 by a part of their name ("gate") would have the
+        scales of matrices of that name widened.
+        """
+        if converter.target_patterns[0] in self._packed_names:
+            return None
+        asked: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return asked
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors as they are."""
+        return True
+
+
+def register() -> None:
+    """Make `quant_method: alphaquant` known to transformers; again is nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(AlphaQuantConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(AlphaQuantizer)

@@ -1,0 +1,55 @@
+"""Packed checkpoints with many formats, for tests of what loads, serves or exports them.
+
+save_packed(tiny_model("olmoe"), folder)
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from alphaquant.quant.checkpoint import CheckpointWriter
+from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ModelMap
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.formats import MENUS
+
+_RTN = QuantSettings(method="rtn")
+
+
+def mixed_assignment(model_map: ModelMap) -> Assignment:
+    """Every format of the menus, one matrix after the other."""
+    formats = sorted(MENUS["all"])
+    matrices = model_map.inventory.matrices
+    return Assignment({m.name: formats[i % len(formats)] for i, m in enumerate(matrices)})
+
+
+def quantize_mixed(model_map: ModelMap) -> dict[int, list[QuantizedMatrix]]:
+    """The matrices of every layer, rounded to nearest in the formats of `mixed_assignment`."""
+    assignment = mixed_assignment(model_map)
+    names = sorted(set(assignment.formats.values()))
+    return {
+        layer.index: list(
+            quantize_layer(
+                model_map, layer, None, names, _RTN, lambda m, n: assignment.formats[m.name] == n
+            )
+        )
+        for layer in model_map.layers
+    }
+
+
+def save_packed(model: nn.Module, folder: Path) -> Path:
+    """Write a packed checkpoint of a model in the formats of `mixed_assignment`.
+
+    Args:
+        model: from `tiny_model`, not changed.
+        folder: directory to make.
+
+    Returns:
+        The folder.
+    """
+    model_map = map_model(model)
+    writer = CheckpointWriter(folder)
+    for index, items in quantize_mixed(model_map).items():
+        writer.add_layer(index, items)
+    return writer.finish(model_map, {"matrices": []})
