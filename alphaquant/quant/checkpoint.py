@@ -32,8 +32,12 @@ from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
-from alphaquant.quant.modules import PackedFormats, PackedLinear, install_packed_modules
-from alphaquant.quant.quantization_config import QUANT_METHOD, make_quantization_config
+from alphaquant.quant.modules import PackedLinear, install_packed_modules
+from alphaquant.quant.quantization_config import (
+    QUANT_METHOD,
+    PackedFormats,
+    make_quantization_config,
+)
 from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.formats import Format
 
@@ -69,12 +73,15 @@ class CheckpointWriter:
     Attributes:
         target: the directory to make.
         overwrite: replace an existing one.
+        activations: what the inputs of matrices are rounded to, by matrix name.
+        quantized_bytes: of the packed matrices so far.
     """
 
     target: Path
     overwrite: bool = False
+    activations: Mapping[str, Format] = field(default_factory=dict)
     _files: dict[str, str] = field(default_factory=dict)
-    _formats: dict[str, str] = field(default_factory=dict)
+    _formats: dict[str, Format] = field(default_factory=dict)
     _n_bytes: int = 0
     quantized_bytes: int = 0
 
@@ -99,7 +106,7 @@ class CheckpointWriter:
         """Write one layer's packed matrices."""
         tensors: dict[str, Tensor] = {}
         for item in items:
-            self._formats[item.matrix.name] = item.packed.format.name
+            self._formats[item.matrix.name] = item.packed.format
             self.quantized_bytes += item.packed.n_bytes
             tensors |= {
                 f"{item.matrix.name}.{k}": t.cpu().contiguous()
@@ -134,7 +141,9 @@ class CheckpointWriter:
         config = json.loads(model_map.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
         # transformers would take the dtype of the first tensor for that of a model without one.
         config["dtype"] = str(dtype).removeprefix("torch.")
-        config["quantization_config"] = make_quantization_config(self._formats)
+        config["quantization_config"] = make_quantization_config(
+            PackedFormats(self._formats, self.activations)
+        )
         self._write_json("config.json", config)
         self._write_json("quantize_report.json", report)
         if tokenizer is not None:
@@ -282,12 +291,12 @@ def quantized_bytes(directory: Path) -> int:
     return n_bytes
 
 
-def make_packed(model: nn.Module, formats: Mapping[str, Format], source: str) -> frozenset[str]:
+def make_packed(model: nn.Module, formats: PackedFormats, source: str) -> frozenset[str]:
     """Replace the quantizable modules of an empty model by packed ones.
 
     Args:
         model: a causal language model on the meta device.
-        formats: format of every matrix, as the checkpoint says.
+        formats: of every matrix and its inputs, as the checkpoint says.
         source: the checkpoint, for messages.
 
     Returns:
@@ -298,14 +307,14 @@ def make_packed(model: nn.Module, formats: Mapping[str, Format], source: str) ->
         ModelError: the layout of the model is not supported.
     """
     model_map = map_model(model)
-    if set(formats) != set(model_map.inventory.by_name):
+    if set(formats.weights) != set(model_map.inventory.by_name):
         raise StoreError(
-            f"{source}: config.json names formats for {len(formats)} matrices that are not the "
-            f"{len(model_map.inventory.matrices)} of {type(model).__name__}; load it as a causal "
-            "language model; if it is one, the file is damaged or belongs to another version of "
-            "transformers: quantize again"
+            f"{source}: config.json names formats for {len(formats.weights)} matrices that are "
+            f"not the {len(model_map.inventory.matrices)} of {type(model).__name__}; load it as a "
+            "causal language model; if it is one, the file is damaged or belongs to another "
+            "version of transformers: quantize again"
         )
-    install_packed_modules(model_map, PackedFormats(formats))
+    install_packed_modules(model_map, formats)
     return frozenset(
         f"{path}.{name}"
         for path, module in model.named_modules()

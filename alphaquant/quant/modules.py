@@ -5,8 +5,7 @@ The torch reference of the packed runtime.
 Letters: n tokens, k experts per token, H hidden size, I expert width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
+from alphaquant.quant.quantization_config import PackedFormats
 from alphaquant.quant.routing import tokens_by_expert
 from alphaquant.quant.sites import ExpertsSite, ListedExperts, ModelMap
 from alphaquant.spaces.formats import BF16, Format
@@ -58,28 +58,24 @@ class PackedLinear(nn.Module):
         weight = self.packed().dequantize().to(inputs.dtype)
         return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Packed tensors go to other devices with the model, but never to another dtype.
+
+        `model.to(torch.bfloat16)` would round the scales and so change the weights.
+        """
+        names = packed_shapes(self.format, self.rows, self.cols)
+        packed = {name: self.get_buffer(name) for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in packed.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
     def extra_repr(self) -> str:
         """Shape and format."""
         activation = f", inputs {self.activation.name}" if self.activation.is_quantized else ""
         return f"{self.cols} -> {self.rows}, {self.format.name}{activation}"
-
-
-@dataclass(frozen=True)
-class PackedFormats:
-    """What a packed model is made of.
-
-    Attributes:
-        weights: format of every matrix, by name.
-        activations: what the inputs of a matrix are rounded to; those not named are left alone.
-    """
-
-    weights: Mapping[str, Format]
-    activations: Mapping[str, Format] = field(default_factory=dict)
-
-    def empty(self, matrix: Matrix, bias: nn.Parameter | None = None) -> PackedLinear:
-        """An empty packed linear for a matrix."""
-        activation = self.activations.get(matrix.name, BF16)
-        return PackedLinear(self.weights[matrix.name], matrix.rows, matrix.cols, bias, activation)
 
 
 class PackedExpert(nn.Module):
@@ -108,7 +104,7 @@ class PackedExperts(nn.Module):
         for name in site.bias_names:
             self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
-            parts = [formats.empty(m) for m in (site.gate[e], site.up[e], site.down[e])]
+            parts = [_empty(formats, m) for m in (site.gate[e], site.up[e], site.down[e])]
             self.add_module(str(e), PackedExpert(*parts))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -147,7 +143,7 @@ def install_packed_modules(model_map: ModelMap, formats: PackedFormats) -> None:
     """
     for layer in model_map.layers:
         replaced: dict[str, nn.Module] = {
-            site.matrix.name: formats.empty(site.matrix, site.module.bias)
+            site.matrix.name: _empty(formats, site.matrix, site.module.bias)
             for site in layer.linears
         }
         for experts in layer.experts:
@@ -165,5 +161,12 @@ def _listed(site: ListedExperts, formats: PackedFormats) -> dict[str, nn.Module]
     for e in range(site.n_experts):
         matrices = (site.gate[e], site.up[e], site.down[e])
         for matrix, linear in zip(matrices, site.linears(e), strict=True):
-            found[matrix.name] = formats.empty(matrix, linear.bias)
+            found[matrix.name] = _empty(formats, matrix, linear.bias)
     return found
+
+
+def _empty(
+    formats: PackedFormats, matrix: Matrix, bias: nn.Parameter | None = None
+) -> PackedLinear:
+    activation = formats.activations.get(matrix.name, BF16)
+    return PackedLinear(formats.weights[matrix.name], matrix.rows, matrix.cols, bias, activation)

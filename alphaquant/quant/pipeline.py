@@ -20,6 +20,9 @@ from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.utilization import utilization_facts
 from alphaquant.spaces.assignment import Assignment, BitCount
+from alphaquant.spaces.formats import Format
+
+NO_ACTIVATIONS: Mapping[str, Format] = {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def quantize_to_checkpoint(
     tokens: Tensor | None,
     *,
     facts: Mapping[str, Any],
+    activations: Mapping[str, Format] = NO_ACTIVATIONS,
     tokenizer: Any = None,
     overwrite: bool = False,
     batch_size: int = 16,
@@ -64,6 +68,8 @@ def quantize_to_checkpoint(
         settings: method and options; `rtn` needs no tokens.
         tokens: calibration windows, int64 [N, T].
         facts: provenance for the report (model, data, configuration).
+        activations: what the inputs of matrices are rounded to at inference, by matrix name;
+            calibration sees them as they are.
         tokenizer: saved beside the weights.
         overwrite: replace an existing target.
         batch_size: windows per forward pass.
@@ -75,9 +81,10 @@ def quantize_to_checkpoint(
     """
     started = time.perf_counter()
     counts = assignment.count_bits(model_map.inventory)
-    writer = CheckpointWriter(target, overwrite)
+    writer = CheckpointWriter(target, overwrite, activations)
     try:
         report = _start_report(model_map, settings, facts, counts)
+        report["activations"] = {name: fmt.name for name, fmt in activations.items()}
         progress("quantize", 0, len(model_map.layers))
         for done in quantize_layers(model_map, assignment, settings, tokens, batch_size):
             writer.add_layer(done.layer.index, done.items)

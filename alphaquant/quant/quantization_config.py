@@ -1,11 +1,15 @@
 """What `quantization_config` in the config.json of a packed checkpoint says.
 
-    {"quant_method": "alphaquant", "version": 1, "formats": {"<matrix>": "<format>", ...}}
+    {"quant_method": "alphaquant", "version": 1, "formats": {"<matrix>": "<format>", ...},
+     "activations": {"<matrix>": "<format>", ...}}
+
+`activations` names what the inputs of a matrix are rounded to; it is absent where none are.
 
 Standard library only: it is read while transformers is being imported.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from alphaquant.errors import FormatError, StoreError
@@ -15,21 +19,33 @@ QUANT_METHOD = "alphaquant"
 CHECKPOINT_VERSION = 1
 
 
-def make_quantization_config(formats: Mapping[str, str]) -> dict[str, Any]:
-    """The entry for config.json.
+@dataclass(frozen=True)
+class PackedFormats:
+    """What a packed model is made of.
 
-    Args:
-        formats: matrix name -> format name.
+    Attributes:
+        weights: format of every matrix, by name.
+        activations: what the inputs of a matrix are rounded to; those not named are left alone.
     """
-    return {
+
+    weights: Mapping[str, Format]
+    activations: Mapping[str, Format] = field(default_factory=dict)
+
+
+def make_quantization_config(formats: PackedFormats) -> dict[str, Any]:
+    """The entry for config.json."""
+    entry: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
         "version": CHECKPOINT_VERSION,
-        "formats": dict(formats),
+        "formats": _names(formats.weights),
     }
+    if formats.activations:
+        entry["activations"] = _names(formats.activations)
+    return entry
 
 
-def read_formats(entry: Mapping[str, Any], source: str) -> dict[str, Format]:
-    """The format of every matrix.
+def read_formats(entry: Mapping[str, Any], source: str) -> PackedFormats:
+    """The formats of every matrix and its inputs.
 
     Args:
         entry: `quantization_config`.
@@ -43,15 +59,30 @@ def read_formats(entry: Mapping[str, Any], source: str) -> dict[str, Format]:
             f"{source} has format version {entry.get('version')}, this program reads "
             f"{CHECKPOINT_VERSION}; update it"
         )
-    formats = entry.get("formats")
-    unknown = sorted(set(entry) - {"quant_method", "version", "formats"})
-    if unknown or not isinstance(formats, Mapping):
+    parts = [entry.get("formats"), entry.get("activations", {})]
+    unknown = sorted(set(entry) - {"quant_method", "version", "formats", "activations"})
+    if unknown or not all(isinstance(part, Mapping) for part in parts):
         raise StoreError(
             f"{source}: quantization_config in config.json has {', '.join(sorted(entry))}; it "
-            "must have quant_method, version and formats (matrix -> format) and nothing else; "
-            "quantize again"
+            "must have quant_method, version and formats (matrix -> format), may have activations "
+            "(matrix -> format) and nothing else; quantize again"
         )
     try:
-        return {name: parse_format(str(format_name)) for name, format_name in formats.items()}
+        weights, activations = (_formats(part) for part in parts)
     except FormatError as error:
         raise StoreError(f"{source}: config.json is damaged ({error}); quantize again") from error
+    if not activations.keys() <= weights.keys():
+        lost = sorted(activations.keys() - weights.keys())[0]
+        raise StoreError(
+            f"{source}: config.json is damaged (activations of {lost}, which is no matrix of it); "
+            "quantize again"
+        )
+    return PackedFormats(weights, activations)
+
+
+def _formats(names: Any) -> dict[str, Format]:
+    return {name: parse_format(str(format_name)) for name, format_name in names.items()}
+
+
+def _names(formats: Mapping[str, Format]) -> dict[str, str]:
+    return {name: fmt.name for name, fmt in formats.items()}

@@ -1,7 +1,7 @@
 """Packed checkpoints: bytes, exact logits, kept tensors, and what is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError, StoreError
+from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.checkpoint import (
     CheckpointWriter,
     is_packed,
@@ -17,9 +18,12 @@ from alphaquant.quant.checkpoint import (
     quantized_bytes,
     read_tensors,
 )
+from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_model
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedLinear
+from alphaquant.quant.pipeline import quantize_to_checkpoint
+from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
 
@@ -295,3 +299,82 @@ def test_overwriting_replaces_the_old_one_only_at_the_end(packed: Path) -> None:
 def test_others_can_read_every_file(packed: Path) -> None:
     for file in packed.iterdir():
         assert file.stat().st_mode & 0o044 == 0o044, file.name
+
+
+ACTIVATIONS = {
+    "model.layers.0.self_attn.q_proj": parse_format("int8-row"),
+    "model.layers.1.mlp.experts.2.down_proj": parse_format("mxfp8"),
+    "model.layers.1.mlp.experts.0.gate_proj": parse_format("fp8-e4m3-row"),
+}
+
+
+def save_with_activations(folder: Path, activations: Mapping[str, Format]) -> Path:
+    model_map = map_model(tiny_model("olmoe"))
+    assignment = mixed_assignment(model_map)
+    settings = QuantSettings(method="rtn")
+    return quantize_to_checkpoint(
+        model_map, assignment, folder, settings, None, facts={}, activations=activations
+    ).path
+
+
+@torch.no_grad()
+def test_inputs_of_named_matrices_are_rounded_and_only_theirs(tmp_path: Path) -> None:
+    plain = load(save_with_activations(tmp_path / "plain", {}))
+    rounded = load(save_with_activations(tmp_path / "rounded", ACTIVATIONS))
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    for name, module in rounded.named_modules():
+        if isinstance(module, PackedLinear):
+            given = x[:, : module.cols]
+            before = plain.get_submodule(name)
+            fmt = ACTIVATIONS.get(name)
+            expected = before(given if fmt is None else fake_quantize(given, fmt))
+            assert torch.equal(module(given), expected), name
+            assert (fmt is None) == torch.equal(expected, before(given)), name
+    tokens = tiny_tokens(1, 9)
+    assert not torch.equal(plain(tokens).logits, rounded(tokens).logits)
+
+
+def test_activations_are_in_the_configuration_and_the_report(tmp_path: Path) -> None:
+    folder = save_with_activations(tmp_path / "rounded", ACTIVATIONS)
+    names = {name: fmt.name for name, fmt in ACTIVATIONS.items()}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["activations"] == names
+    assert json.loads((folder / "quantize_report.json").read_text())["activations"] == names
+    load(folder).save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again").get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(again, PackedLinear) and again.activation.name == "int8-row"
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        ({"lm_head": "int8-row"}, "activations of lm_head"),
+        (["int8"], "activations"),
+        ({"x": "int9"}, "int9"),
+    ],
+)
+def test_damaged_activations_are_refused(
+    activations: object, message: str, tmp_path: Path
+) -> None:
+    folder = save_with_activations(tmp_path / "packed", {})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["activations"] = activations
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreError, match=message):
+        load(folder)
+
+
+@torch.no_grad()
+def test_another_dtype_later_does_not_touch_the_scales(tmp_path: Path) -> None:
+    """PyTorch casts float16 scales with everything else, which would change the weights."""
+    model = load(save_with_activations(tmp_path / "packed", {}))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            for part, tensor in module.packed().tensors.items():
+                stored = before[f"{name}.{part}"]
+                assert tensor.dtype == stored.dtype
+                assert torch.equal(tensor.view(torch.uint8), stored.view(torch.uint8)), name
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert bool(torch.isfinite(model(tiny_tokens(1, 5)).logits).all())
