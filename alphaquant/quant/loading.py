@@ -29,7 +29,7 @@ def load_model(
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelError: the model cannot be found or read, or is quantized already.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,19 +38,49 @@ def load_model(
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32
     try:
-        stated = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code).dtype
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+        dequantizing = _dequantizing(config, name)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=wanted, trust_remote_code=trust_remote_code
+            str(name),
+            dtype=wanted,
+            trust_remote_code=trust_remote_code,
+            quantization_config=dequantizing,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model_problem(name, error)) from error
-    if stated is not None:
+    if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and
         # saved in the checkpoint's own.
-        model.config.dtype = stated
+        model.config.dtype = config.dtype
     loaded: nn.Module = model.to(device)
+    if dequantizing is not None and isinstance(wanted, torch.dtype):
+        loaded.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
     loaded.requires_grad_(False)
     return loaded.eval()
+
+
+def _dequantizing(config: Any, name: str | Path) -> Any:
+    """What makes transformers dequantize a published checkpoint; None for unquantized ones.
+
+    gpt-oss is published in mxfp4 only, DeepSeek-V3 in fp8 blocks only.
+
+    Raises:
+        ModelError: the checkpoint is quantized in another way.
+    """
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    method = str(stated.get("quant_method"))
+    if method == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    if method == "fp8":
+        return FineGrainedFP8Config(dequantize=True)
+    raise ModelError(
+        f"{name} is quantized already (quant_method {method}); quantizing starts from the "
+        "original weights, or from published mxfp4 or fp8 ones: give those"
+    )
 
 
 def named_dtype(name: str) -> torch.dtype:
