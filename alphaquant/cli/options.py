@@ -12,6 +12,17 @@ Dtype = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")]
+Blocksize = Annotated[
+    int | None,
+    typer.Option(min=1, help="GPTQ columns per lazy update, speed only; default 32."),
+]
+ScaleSearch = Annotated[
+    str | None,
+    typer.Option(
+        help="How scales are chosen: minmax (the formats' plain rule), mse (least squared error), "
+        "hessian (least GPTQ error); default hessian."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of text windows, labels and proposals.")]
 SeqLen = Annotated[
     int | None,
@@ -50,6 +61,7 @@ StaticGroups = Annotated[
     bool | None,
     typer.Option(
         "--static-groups/--no-static-groups",
+        "--static_groups",
         help="Scales from the original weights; default off.",
     ),
 ]

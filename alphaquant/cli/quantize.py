@@ -9,6 +9,7 @@ import typer
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import (
     ActOrder,
+    Blocksize,
     Debug,
     Device,
     Dtype,
@@ -16,6 +17,7 @@ from alphaquant.cli.options import (
     PooledTokens,
     RefineSweeps,
     RouteExponent,
+    ScaleSearch,
     StaticGroups,
 )
 
@@ -25,7 +27,9 @@ Model = Annotated[str, typer.Option(help="demo, a local directory, or a hub id."
 ConfigFile = Annotated[Path, typer.Option(help="Configuration, e.g. best.json of aq-search.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Directory of the packed checkpoint; needed unless --dry-run."),
+    typer.Option(
+        "--out", "--save", help="Directory of the packed checkpoint; needed unless --dry-run."
+    ),
 ]
 MethodName = Annotated[
     str | None,
@@ -33,15 +37,27 @@ MethodName = Annotated[
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="Text for the Hessians; default what the configuration says, else demo."),
+    typer.Option(
+        "--calibration",
+        "--dataset",
+        help="Text for the Hessians: demo, wikitext2, c4, or a .txt/.jsonl/.npy file; default "
+        "what the configuration says, else demo.",
+    ),
 ]
 NCalibration = Annotated[
     int | None,
-    typer.Option(min=1, help="Windows; default what the configuration says, else 128."),
+    typer.Option(
+        "--calibration-samples",
+        "--nsamples",
+        min=1,
+        help="Windows; default what the configuration says, else 128.",
+    ),
 ]
 SeqLen = Annotated[
     int | None,
     typer.Option(
+        "--seq-len",
+        "--seqlen",
         min=2,
         help="Tokens per window; default what the configuration says, else as in aq-search.",
     ),
@@ -49,6 +65,23 @@ SeqLen = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(min=0, help="Seed of the windows; default what the configuration says, else 0."),
+]
+Sequential = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="A layer's inputs come from the quantized layers before it; default off.",
+    ),
+]
+ModelType = Annotated[
+    str,
+    typer.Option(
+        "--model-type",
+        "--model_type",
+        help="What the model is called in the report: olmoe, qwen, mixtral, deepseek, "
+        "generic_moe, standard, or auto, which detects it. An error where one has routed experts "
+        "and the other none.",
+    ),
 ]
 Strict = Annotated[
     bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")
@@ -71,11 +104,15 @@ def command(
     seq_len: SeqLen = None,
     seed: Seed = None,
     percdamp: PercDamp = None,
+    blocksize: Blocksize = None,
+    scale_search: ScaleSearch = None,
     route_exponent: RouteExponent = None,
     pooled_tokens: PooledTokens = None,
     actorder: ActOrder = None,
     static_groups: StaticGroups = None,
     refine_sweeps: RefineSweeps = None,
+    sequential: Sequential = None,
+    model_type: ModelType = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     strict: Strict = False,
@@ -101,11 +138,14 @@ def command(
             quant={
                 "method": method,
                 "percdamp": percdamp,
+                "blocksize": blocksize,
+                "scale_search": scale_search,
                 "route_exponent": route_exponent,
                 "pooled_tokens": pooled_tokens,
                 "actorder": actorder,
                 "static_groups": static_groups,
                 "refine_sweeps": refine_sweeps,
+                "sequential": sequential,
             },
             calibration=calibration,
             n_calibration=calibration_samples,
@@ -113,6 +153,7 @@ def command(
             seed=seed,
             device=device,
             dtype=dtype,
+            model_type=model_type,
             strict=strict,
             overwrite=overwrite,
         )

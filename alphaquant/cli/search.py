@@ -8,6 +8,7 @@ import typer
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import (
     ActOrder,
+    Blocksize,
     Debug,
     Device,
     Dtype,
@@ -15,6 +16,7 @@ from alphaquant.cli.options import (
     PooledTokens,
     RefineSweeps,
     RouteExponent,
+    ScaleSearch,
     Seed,
     SeqLen,
     StaticGroups,
@@ -106,6 +108,8 @@ def command(
     dtype: Dtype = "auto",
     method: MethodName = "gptq",
     percdamp: PercDamp = None,
+    blocksize: Blocksize = None,
+    scale_search: ScaleSearch = None,
     route_exponent: RouteExponent = None,
     pooled_tokens: PooledTokens = None,
     actorder: ActOrder = None,
@@ -146,6 +150,8 @@ def command(
             quant=quant_settings(
                 method=method,
                 percdamp=percdamp,
+                blocksize=blocksize,
+                scale_search=scale_search,
                 route_exponent=route_exponent,
                 pooled_tokens=pooled_tokens,
                 actorder=actorder,

@@ -4,13 +4,15 @@ The bank asks for every matrix in every format, the pipeline for each matrix in 
 through `quantize_layer`, so the same settings give the same codes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from alphaquant.errors import ConfigError, ModelError
 from alphaquant.quant.codecs import ScaleSearch, check_finite
 from alphaquant.quant.gptq import (
     Factor,
@@ -29,7 +31,21 @@ from alphaquant.spaces.units import Matrix
 
 Method = Literal["gptq", "rtn"]
 
-_CHUNK_BYTES = 256 * 2**20
+# Of Hessians at once: four experts of 2048 inputs. About twenty times as much is in use while they
+# are quantized; larger chunks gain no time on a CPU.
+_CHUNK_BYTES = 64 * 2**20
+
+_WORDS = {"method": get_args(Method), "scale_search": get_args(ScaleSearch)}
+_SWITCHES = ("actorder", "static_groups", "sequential")
+_RANGES: dict[str, tuple[int, float]] = {
+    "percdamp": (0, math.inf),
+    "blocksize": (1, math.inf),
+    "route_exponent": (0, 2),
+    "pooled_tokens": (0, math.inf),
+    "refine_sweeps": (0, math.inf),
+}
+_REAL = ("percdamp",)
+"""Numbers that need not be whole."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,30 @@ class QuantSettings:
     static_groups: bool = False
     refine_sweeps: int = 3
     sequential: bool = False
+
+    def __post_init__(self) -> None:
+        """Check types and ranges, whoever gave the values: options, a file or a caller.
+
+        Raises:
+            ConfigError: naming the field, its value and what is possible.
+        """
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use {' or '.join(words)}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use true or false")
+        for name, (least, most) in _RANGES.items():
+            _check_number(name, getattr(self, name), least, most)
+
+
+def _check_number(name: str, value: Any, least: int, most: float) -> None:
+    kinds = (int, float) if name in _REAL else (int,)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= most:
+        what = "a number" if name in _REAL else "a whole number"
+        to = " or more" if math.isinf(most) else f" to {most}"
+        raise ConfigError(f"{name} is {value!r}; use {what}, {least}{to}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +168,7 @@ def quantize_layer(
         ModelError: a Hessian cannot be factorized.
     """
     for batch in _without_data(layer) if hessians is None else hessians:
+        _check_hessians(batch)
         for chunk in _chunks(batch):
             yield from _quantize_chunk(model_map, chunk, formats, settings, wanted)
 
@@ -249,6 +290,18 @@ def _keep(
                     pack_bf16(weight[b, rows]),
                     MatrixRecord(matrix.name, "bf16", 16.0, "none"),
                 )
+
+
+def _check_hessians(batch: HessianBatch) -> None:
+    """Inputs with NaN or infinity would otherwise look like no inputs at all."""
+    sums = batch.hessian.diagonal(dim1=-2, dim2=-1).sum(-1)  # [B]
+    for stack, total in zip(batch.stacks, sums.tolist(), strict=True):
+        if not math.isfinite(total):
+            raise ModelError(
+                f"the inputs of {stack[0].name} hold NaN or infinite numbers on the calibration "
+                "text; the model is broken, or its dtype too narrow: use --dtype float32 or "
+                "bfloat16"
+            )
 
 
 def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:

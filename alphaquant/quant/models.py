@@ -117,7 +117,12 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         ModelError: there is none.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"{type(model).__name__} has no configuration of transformers, so its decoder layers "
+            "cannot be found; give a transformers causal language model"
+        )
     wanted = int(config.get_text_config().num_hidden_layers)
     for name, module in model.named_modules():
         if (

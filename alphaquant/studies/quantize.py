@@ -3,22 +3,23 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.evaluators.data import TokenSet
+from alphaquant.quant.architectures import AUTO, check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed
-from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_skeleton
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
-from alphaquant.spaces.units import Inventory
+from alphaquant.spaces.formats import BF16, Format
+from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.report import bit_lines
 from alphaquant.studies.sources import (
@@ -53,6 +54,8 @@ class QuantizeSpec:
         seed: of the windows.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the computation.
+        model_type: what the model is to be called, see `alphaquant.quant.architectures`; `auto`
+            for what it is.
         strict: patterns that match nothing are errors.
         overwrite: replace an existing packed checkpoint.
     """
@@ -67,6 +70,7 @@ class QuantizeSpec:
     seed: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    model_type: str = AUTO
     strict: bool = False
     overwrite: bool = False
 
@@ -108,12 +112,14 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     config = load_config(spec.config)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
+    check_architecture(spec.model_type)
     device = find_device(spec.device)
     _check_target(spec.out, overwrite=spec.overwrite)
     progress("load", 0, 1)
     source = load_source(spec.model, device, spec.dtype)
+    architecture = choose_architecture(source.map.model, spec.model_type)
     plan = resolve(config, source.map.inventory, strict=spec.strict)
-    warnings = [*plan.warnings, *_check_plan(plan, summary, source)]
+    warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
     for warning in warnings:
         logger.warning("%s", warning)
     tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
@@ -124,7 +130,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         spec.out,
         settings,
         None if tokens is None else tokens.tokens,
-        facts=_facts(source, config, plan, tokens, warnings),
+        facts=_facts(source, config, plan, tokens, warnings) | {"architecture": architecture.name},
+        activations=_activations(plan),
         tokenizer=source.tokenizer,
         overwrite=spec.overwrite,
         progress=progress,
@@ -138,19 +145,27 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
         AlphaQuantError: a bad configuration or model.
     """
     config = load_config(spec.config)
-    inventory = map_model(load_skeleton(model_location(spec.model))).inventory
+    skeleton = load_skeleton(model_location(spec.model))
+    architecture = choose_architecture(skeleton, spec.model_type)
+    inventory = map_model(skeleton).inventory
     plan = resolve(config, inventory, strict=spec.strict)
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *architecture.warnings):
         logger.warning("%s", warning)
     return DryRun(plan, inventory, plan.assignment.count_bits(inventory))
 
 
 def plan_text(found: DryRun) -> str:
     """What a configuration would do, for people: matrices by kind and format, and the bits."""
-    formats = found.plan.assignment.formats
-    counts = Counter((m.kind, formats[m.name]) for m in found.inventory.matrices)
-    rows = [[kind, name, str(n)] for (kind, name), n in sorted(counts.items())]
-    table = aligned(("kind", "format", "matrices"), rows, left=("kind", "format"))
+    formats, activations = found.plan.assignment.formats, _activations(found.plan)
+    shown = ["kind", "format", *(["inputs"] if activations else [])]
+
+    def words(matrix: Matrix) -> tuple[str, ...]:
+        inputs = activations.get(matrix.name, BF16).name
+        return (matrix.kind, formats[matrix.name], inputs)[: len(shown)]
+
+    counts = Counter(words(m) for m in found.inventory.matrices)
+    rows = [[*key, str(n)] for key, n in sorted(counts.items())]
+    table = aligned([*shown, "matrices"], rows, left=shown)
     return "\n".join([table, *bit_lines(found.counts)])
 
 
@@ -169,25 +184,29 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     """Take from a configuration's summary what making its trial again needs.
 
     Raises:
-        ConfigError: a part has another type than `aq-search` writes.
+        ConfigError: a part has another type, or a setting another value, than is possible.
     """
-    types = {name: type(value) for name, value in asdict(QuantSettings()).items()}
-    quantization = _part(summary, "quantization", types, path)
-    unknown = sorted(quantization.keys() - types.keys())
-    if unknown:
-        raise ConfigError(
-            f"{path}: summary.quantization has {', '.join(unknown)}; known are "
-            f"{', '.join(types)}; remove it"
-        )
+    quantization = _part(summary, "quantization", {}, path)
     calibration = _part(summary, "calibration", _CALIBRATION_TYPES, path)
     digest = summary.get("model_digest")
-    settings = QuantSettings(**quantization)
-    if settings.scale_search not in get_args(ScaleSearch):
-        raise ConfigError(
-            f"{path}: summary.quantization.scale_search is {settings.scale_search!r}; known are "
-            f"{', '.join(get_args(ScaleSearch))}; remove it"
-        )
+    settings = _read_settings(quantization, path)
     return _Summary(settings, calibration, digest if isinstance(digest, str) else None)
+
+
+def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
+    nulls = [name for name, value in quantization.items() if value is None]
+    if nulls:
+        raise ConfigError(
+            f"{path}: summary.quantization.{nulls[0]} is null; leave the key out for its default"
+        )
+    # People write 1.0 as 1; reports and digests of both are to be the same.
+    percdamp = quantization.get("percdamp")
+    if type(percdamp) is int:
+        quantization = {**quantization, "percdamp": float(percdamp)}
+    try:
+        return quant_settings(**quantization)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: summary.quantization: {error}") from error
 
 
 def _part(
@@ -263,18 +282,17 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
     return tokens
 
 
-def _check_plan(plan: Plan, summary: _Summary, source: Source) -> list[str]:
-    """What the user should know before the result is trusted.
+def _activations(plan: Plan) -> dict[str, Format]:
+    """What inputs are rounded to, for the matrices whose inputs are."""
+    return {
+        name: scheme.activation
+        for name, scheme in plan.schemes.items()
+        if scheme.activation.is_quantized
+    }
 
-    Raises:
-        ConfigError: the configuration asks for what this version does not do.
-    """
-    activations = [n for n, scheme in plan.schemes.items() if scheme.activation.is_quantized]
-    if activations:
-        raise ConfigError(
-            f"activation formats are asked for {len(activations)} matrices, e.g. "
-            f"{activations[0]}, and are not applied by this version; set aq to bf16"
-        )
+
+def _check_source(summary: _Summary, source: Source) -> list[str]:
+    """What the user should know before the result is trusted."""
     if summary.model_digest not in (None, source.digest):
         return [f"the configuration was searched on other weights than those of {source.name}"]
     return []

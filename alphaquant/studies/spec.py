@@ -6,10 +6,10 @@ and where the files go may change between the runs of one study.
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from alphaquant.errors import ConfigError
-from alphaquant.quant.engine import Method, QuantSettings
+from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
 
@@ -21,9 +21,6 @@ SERVING_MENU = (
     *("mxfp4", "nvfp4", "bf16"),
 )
 """Default menu of the profiles of serving engines, narrowed to what each loads."""
-
-METHODS: tuple[Method, ...] = get_args(Method)
-"""How a matrix can be quantized."""
 
 _DEFAULT_QUANT = QuantSettings()
 
@@ -112,12 +109,11 @@ class SearchSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse counts and methods that make no sense.
+        """Refuse counts and settings that make no sense.
 
         Raises:
             ConfigError: naming the field.
         """
-        find_method(self.quant.method)
         if self.quant.sequential:
             raise ConfigError(
                 "sequential quantization needs the formats of the layers before, which a search "
@@ -133,19 +129,7 @@ class SearchSpec:
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
-def find_method(name: str) -> Method:
-    """The method of a name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for method in METHODS:
-        if method == name:
-            return method
-    raise ConfigError(f"unknown method {name!r}; known are {', '.join(METHODS)}; name one")
-
-
-def quant_settings(base: QuantSettings = _DEFAULT_QUANT, **changes: Any) -> QuantSettings:
+def quant_settings(base: QuantSettings = _DEFAULT_QUANT, /, **changes: Any) -> QuantSettings:
     """Settings with some fields changed, as options of a command line ask.
 
     Args:
@@ -153,7 +137,7 @@ def quant_settings(base: QuantSettings = _DEFAULT_QUANT, **changes: Any) -> Quan
         changes: fields of `QuantSettings`; None leaves a field as it is.
 
     Raises:
-        ConfigError: a field that does not exist, or an unknown method.
+        ConfigError: a field that does not exist, or a value out of its range.
     """
     asked = {name: value for name, value in changes.items() if value is not None}
     known = {f.name for f in fields(QuantSettings)}
@@ -163,9 +147,7 @@ def quant_settings(base: QuantSettings = _DEFAULT_QUANT, **changes: Any) -> Quan
             f"unknown quantization settings {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}; correct or remove them"
         )
-    settings = replace(base, **asked)
-    find_method(settings.method)
-    return settings
+    return replace(base, **asked)
 
 
 def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:

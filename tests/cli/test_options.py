@@ -14,6 +14,8 @@ from alphaquant.cli.console import application
 COMMANDS = ("search", "quantize", "evaluate")
 HEAVY = ("torch", "optuna", "transformers", "numpy", "scipy", "pandas", "pydantic")
 
+NEEDED = ("--model", "demo", "--config", "best.json", "--out", "out")
+
 
 def options_of(name: str) -> list[Any]:
     app = application(import_module(f"alphaquant.cli.{name}").command)
@@ -63,6 +65,11 @@ def test_every_option_has_a_help_text_and_shows_its_default(name: str) -> None:
         ("aq-search", ("--budget", "4bits", "--trials", "many")),
         ("aq-quantize", ("--model", "demo")),
         ("aq-quantize", ("--model", "demo", "--config", "best.json")),
+        ("aq-quantize", (*NEEDED, "--blocksize", "0")),
+        ("aq-quantize", (*NEEDED, "--nsamples", "0")),
+        ("aq-quantize", (*NEEDED, "--percdamp", "-1")),
+        ("aq-quantize", (*NEEDED, "--seqlen", "many")),
+        ("aq-search", ("--budget", "4bits", "--sequential")),
         ("aq-eval", ()),
         ("aq-eval", ("--model", "demo", "--samples", "1")),
     ],

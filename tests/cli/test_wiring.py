@@ -29,6 +29,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list
 QUANT = (
     *("--method", "rtn", "--percdamp", "0.5", "--route-exponent", "1", "--pooled-tokens", "9"),
     *("--actorder", "--static-groups", "--refine-sweeps", "1"),
+    *("--blocksize", "64", "--scale-search", "mse"),
 )
 SETTINGS = QuantSettings(
     method="rtn",
@@ -38,6 +39,8 @@ SETTINGS = QuantSettings(
     actorder=True,
     static_groups=True,
     refine_sweeps=1,
+    blocksize=64,
+    scale_search="mse",
 )
 
 SEARCH = (
@@ -92,9 +95,11 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         *("--model", "m", "--config", "c", "--out", "o", *QUANT),
         *("--calibration", "a", "--calibration-samples", "4", "--seq-len", "64", "--seed", "3"),
         *("--device", "cpu", "--dtype", "bfloat16", "--strict", "--overwrite"),
+        *("--sequential", "--model-type", "olmoe"),
     )
     run("aq-quantize", "--model", "m", "--config", "c", "--out", "o")
-    assert [quant_settings(**spec.quant) for spec in specs] == [SETTINGS, QuantSettings()]
+    expected = [replace(SETTINGS, sequential=True), QuantSettings()]
+    assert [quant_settings(**spec.quant) for spec in specs] == expected
     full = QuantizeSpec(
         model="m",
         config=Path("c"),
@@ -105,11 +110,35 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         seed=3,
         device="cpu",
         dtype="bfloat16",
+        model_type="olmoe",
         strict=True,
         overwrite=True,
     )
     found = [replace(spec, quant={}) for spec in specs]
     assert found == [full, QuantizeSpec("m", Path("c"), Path("o"))]
+
+
+def test_other_spellings_are_the_same_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = capture(monkeypatch, quantize, "quantize")
+    common = ("--model", "m", "--config", "c")
+    spellings = (
+        *(("--out", "--save", "o"), ("--calibration", "--dataset", "a")),
+        *(("--calibration-samples", "--nsamples", "4"), ("--seq-len", "--seqlen", "64")),
+        *(("--static-groups", "--static_groups"), ("--model-type", "--model_type", "qwen")),
+    )
+    run("aq-quantize", *common, *(o for first, _, *value in spellings for o in (first, *value)))
+    run("aq-quantize", *common, *(o for _, other, *value in spellings for o in (other, *value)))
+    assert specs[0] == specs[1]
+    assert specs[0] != QuantizeSpec("m", Path("c"), Path("o"))
+    assert (specs[0].n_calibration, specs[0].quant["static_groups"]) == (4, True)
+
+
+def test_a_switch_can_be_turned_off_again(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = capture(monkeypatch, quantize, "quantize")
+    off = ("--no-sequential", "--no-static-groups", "--no-actorder")
+    run("aq-quantize", "--model", "m", "--config", "c", "--out", "o", *off)
+    names = ("sequential", "static_groups", "actorder")
+    assert {name: specs[0].quant[name] for name in names} == dict.fromkeys(names, False)
 
 
 def test_options_of_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,12 @@ def test_gptq_without_text_is_refused() -> None:
     assignment = uniform_assignment(model_map.inventory, "int4-g32")
     with pytest.raises(ModelError, match="GPTQ needs calibration text"):
         next(quantize_layers(model_map, assignment, QuantSettings(), None))
+
+
+def test_inputs_that_are_no_numbers_are_an_error() -> None:
+    """They would look like an expert without tokens."""
+    model_map = map_model(tiny_model("llama"))
+    model_map.model.model.embed_tokens.weight[int(TOKENS[0, 3]), 0] = float("nan")
+    assignment = uniform_assignment(model_map.inventory, "int4-g32")
+    with pytest.raises(ModelError, match=r"inputs of model\.layers\.0\.\S+ hold NaN"):
+        list(quantize_layers(model_map, assignment, QuantSettings(), TOKENS))

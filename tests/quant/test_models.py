@@ -276,3 +276,8 @@ def test_unknown_three_dimensional_parameters_are_refused_by_name() -> None:
     layer.register_parameter("bank", torch.nn.Parameter(torch.zeros(4, 8, 8)))
     with pytest.raises(ModelError, match=r"layers\.1\.bank \(4, 8, 8\)"):
         map_model(model)
+
+
+def test_a_module_without_a_configuration_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear has no configuration of transformers"):
+        map_model(nn.Linear(4, 4))

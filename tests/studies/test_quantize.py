@@ -88,6 +88,37 @@ def test_settings_are_flag_over_summary_over_default(make: MakeQuantize, tmp_pat
     assert (found["percdamp"], found["route_exponent"], found["refine_sweeps"]) == (0.05, 0, 3)
 
 
+@pytest.mark.parametrize("written", [0, 1, 1.0, 0.5])
+def test_a_real_number_may_be_written_as_a_whole_one(make: MakeQuantize, written: float) -> None:
+    summary = {"quantization": {"percdamp": written}}
+    found = report_of(quantize(make({**INT4, "summary": summary})).path)["settings"]
+    assert found["percdamp"] == written and type(found["percdamp"]) is float
+
+
+def test_a_given_model_type_is_reported_and_changes_no_byte(
+    make: MakeQuantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = quantize(make(INT4))
+    renamed = make(INT4, model_type="mixtral", out=tmp_path / "b")
+    dry_run(renamed)
+    assert caplog.text.count("looks like olmoe") == 1
+    other = quantize(renamed)
+    first, second = report_of(found.path), report_of(other.path)
+    assert (first["architecture"], second["architecture"]) == ("olmoe", "mixtral")
+    assert (first["warnings"], len(second["warnings"])) == ([], 1)
+    assert first["utilization"] == second["utilization"] != {}
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in report["matrices"]]
+        for report in (first, second)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_layers_see_the_quantized_ones_before_them_when_asked(make: MakeQuantize) -> None:
+    report = report_of(quantize(make(INT4, quant={"sequential": True})).path)
+    assert report["settings"]["sequential"] is True
+
+
 def test_an_unknown_setting_is_refused(make: MakeQuantize) -> None:
     with pytest.raises(ConfigError, match="unknown quantization settings sweeps; known are"):
         quantize(make(INT4, quant={"sweeps": 3}))
@@ -151,6 +182,20 @@ def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
     assert "matches nothing" in report_of(result.path)["warnings"][0]
 
 
+def test_activations_reach_the_checkpoint_and_the_plan(make: MakeQuantize) -> None:
+    overrides = [{"pattern": "*.self_attn.*", "wq": "int4", "aq": "int8", "group_size": 64}]
+    spec = make({**INT4, "overrides": overrides}, quant={"method": "rtn"})
+    text = plan_text(dry_run(spec))
+    assert "attention" in text and "int8-row" in text and "bf16" in text
+    path = quantize(spec).path
+    names = report_of(path)["activations"]
+    assert set(names.values()) == {"int8-row"} and all(".self_attn." in n for n in names)
+    assert (
+        json.loads((path / "config.json").read_text())["quantization_config"]["activations"]
+        == names
+    )
+
+
 def test_configuration_of_other_weights_is_warned_of(
     make: MakeQuantize, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,18 +208,32 @@ def test_configuration_of_other_weights_is_warned_of(
     [
         ({"defualt": {}}, {}, ConfigError, "defualt"),
         ({"default": {"wq": "int9"}}, {}, ConfigError, "int9"),
-        ({"default": {"wq": "int4", "aq": "fp8"}}, {}, ConfigError, "activation.*set aq to bf16"),
-        (INT4, {"quant": {"method": "awq"}}, ConfigError, "awq.*gptq, rtn"),
+        (INT4, {"quant": {"method": "awq"}}, ConfigError, "awq.*gptq or rtn"),
         (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
         (INT4, {"device": "quantum"}, ModelError, "quantum"),
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
         (INT4, {"n_calibration": 100_000}, DataError, "too short"),
         (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
-        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "summary.quantization has x"),
+        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "quantization: unknown .* x;"),
         ({"summary": {"quantization": {"method": 3}}}, {}, ConfigError, "method is 3"),
-        ({"summary": {"quantization": {"method": "x"}}}, {}, ConfigError, "unknown method 'x'"),
+        (
+            {"summary": {"quantization": {"method": "x"}}},
+            {},
+            ConfigError,
+            "method is 'x'; use gptq or rtn",
+        ),
         ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "hessian"),
+        ({"summary": {"quantization": {"base": 1}}}, {}, ConfigError, "unknown .* base;"),
         ({"summary": {"quantization": "x"}}, {}, ConfigError, "is an object"),
+        ({"summary": {"quantization": {"percdamp": -1}}}, {}, ConfigError, "percdamp is -1"),
+        ({"summary": {"quantization": {"percdamp": True}}}, {}, ConfigError, "percdamp is True"),
+        ({"summary": {"quantization": {"percdamp": None}}}, {}, ConfigError, "percdamp is null"),
+        ({"summary": {"quantization": {"blocksize": 0}}}, {}, ConfigError, "blocksize is 0"),
+        ({"summary": {"quantization": {"actorder": 1}}}, {}, ConfigError, "actorder is 1"),
+        ({"summary": {"quantization": {"route_exponent": 3}}}, {}, ConfigError, "0 to 2"),
+        (INT4, {"quant": {"pooled_tokens": -1}}, ConfigError, "pooled_tokens is -1"),
+        (INT4, {"model_type": "olmo"}, ModelError, "unknown model type 'olmo'"),
+        (INT4, {"model_type": "standard"}, ModelError, "has routed experts"),
         ({"summary": {"calibration": "demo"}}, {}, ConfigError, "summary.calibration is 'demo'"),
         ({"summary": {"calibration": {"seed": "x"}}}, {}, ConfigError, "seed is 'x'"),
     ],

@@ -11,7 +11,7 @@ from alphaquant.errors import ConfigError, FormatError
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.spaces.profiles import find_profile
-from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, find_method, menu_of
+from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, menu_of
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_facts_survive_json() -> None:
         ({"timeout": -1.0}, "timeout is -1.0; use 0 or more"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"n_draws": 0}, "n_draws is 0"),
-        ({"quant": QuantSettings(method="awq")}, "unknown method 'awq'; known are gptq, rtn"),  # type: ignore[arg-type]
+        ({"quant": QuantSettings(sequential=True)}, "use it with aq-quantize"),
     ],
 )
 def test_impossible_specification_is_refused(change: dict[str, Any], words: str) -> None:
@@ -77,10 +77,6 @@ def test_too_few_windows_are_refused(field: str, least: int) -> None:
     with pytest.raises(ConfigError, match=f"{field} is {least - 1}; use {least} or more"):
         DataSpec(**{field: least - 1})
     DataSpec(**{field: least})
-
-
-def test_methods_are_found_by_name() -> None:
-    assert [find_method(name) for name in ("gptq", "rtn")] == ["gptq", "rtn"]
 
 
 def test_auto_menu_is_that_of_the_profile() -> None:

@@ -1,0 +1,59 @@
+"""Every command that the documents show is one that its program takes."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from alphaquant.cli.console import application
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.py")),
+]
+MODULES = {"aq-search": "search", "aq-quantize": "quantize", "aq-eval": "evaluate"}
+# A command with an option: in a code block, after a prompt or between backticks.
+COMMAND = re.compile(r"\b(aq-(?:search|quantize|eval)(?:[ \t]+|\\\n)-(?:\\\n|[^`\n])*)")
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands in a text, continued lines joined, without what is piped or commented."""
+    found = (match.replace("\\\n", " ") for match in COMMAND.findall(text))
+    return [re.split(r"\s[#|>&]", command)[0].strip() for command in found]
+
+
+def parse(command: str) -> None:
+    """Parse a command as its program does, without running it."""
+    name, *options = shlex.split(command)
+    app = application(import_module(f"alphaquant.cli.{MODULES[name]}").command)
+    typer.main.get_command(app).make_context(name, options)
+
+
+SHOWN = sorted({c for path in DOCUMENTS for c in commands_of(path.read_text(encoding="utf-8"))})
+
+
+def test_commands_are_found() -> None:
+    assert len(SHOWN) >= 4
+    text = "x `aq-eval --model a` y\n  aq-search --budget 4bits \\\n  --trials 3  # short\n"
+    assert commands_of(text) == ["aq-eval --model a", "aq-search --budget 4bits    --trials 3"]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_shown_command_is_taken(command: str) -> None:
+    if not command.endswith("--help"):
+        parse(command)
+
+
+@pytest.mark.parametrize(
+    "command", ["aq-search --budget 4bits --trails 3", "aq-quantize --model m --nsample 4"]
+)
+def test_a_command_with_another_option_is_not(command: str) -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(command)

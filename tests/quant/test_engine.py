@@ -1,0 +1,64 @@
+"""Settings of the engine: one check for options, files and callers."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from alphaquant.errors import ConfigError
+from alphaquant.quant.engine import QuantSettings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("method", "awq", "method is 'awq'; use gptq or rtn"),
+        ("method", 3, "method is 3; use gptq or rtn"),
+        ("scale_search", "best", "scale_search is 'best'; use minmax or mse or hessian"),
+        ("percdamp", -0.01, "percdamp is -0.01; use a number, 0 or more"),
+        ("percdamp", float("nan"), "percdamp is nan"),
+        ("percdamp", float("inf"), "percdamp is inf"),
+        ("percdamp", "0.1", "percdamp is '0.1'"),
+        ("percdamp", True, "percdamp is True"),
+        ("blocksize", 0, "blocksize is 0; use a whole number, 1 or more"),
+        ("blocksize", 1.5, "blocksize is 1.5"),
+        ("route_exponent", 3, "route_exponent is 3; use a whole number, 0 to 2"),
+        ("route_exponent", -1, "route_exponent is -1"),
+        ("route_exponent", True, "route_exponent is True"),
+        ("pooled_tokens", -1, "pooled_tokens is -1; use a whole number, 0 or more"),
+        ("refine_sweeps", -1, "refine_sweeps is -1; use a whole number, 0 or more"),
+        ("actorder", 1, "actorder is 1; use true or false"),
+        ("static_groups", "yes", "static_groups is 'yes'"),
+        ("sequential", 0, "sequential is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        QuantSettings(**{field: value})
+    with pytest.raises(ConfigError, match=words):
+        replace(QuantSettings(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("percdamp", 0),
+        ("percdamp", 1),
+        ("percdamp", 0.0),
+        ("blocksize", 1),
+        ("route_exponent", 0),
+        ("route_exponent", 2),
+        ("pooled_tokens", 0),
+        ("refine_sweeps", 0),
+        ("scale_search", "minmax"),
+        ("actorder", True),
+    ],
+)
+def test_the_ends_of_the_ranges_are_possible(field: str, value: Any) -> None:
+    assert getattr(QuantSettings(**{field: value}), field) == value
+
+
+def test_every_setting_is_checked() -> None:
+    for field in fields(QuantSettings):
+        with pytest.raises(ConfigError, match=f"{field.name} is "):
+            QuantSettings(**{field.name: object()})  # type: ignore[arg-type]
