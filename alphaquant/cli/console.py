@@ -132,8 +132,11 @@ def reported(debug: bool, interrupted: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Quiet transformers and optuna, once they are to be imported anyway."""
+    """Quiet transformers, optuna and what transformers imports, once they are needed anyway."""
     import optuna
+
+    # torchao, where it is installed, warns of kernels that this machine cannot run.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

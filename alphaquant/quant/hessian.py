@@ -160,6 +160,7 @@ class _ExpertSums:
         self.w13 = torch.zeros(n_experts, hidden, hidden, device=device)
         self.w2 = torch.zeros(n_experts, width, width, device=device)
         self.n_tokens = torch.zeros(n_experts, dtype=torch.int64)
+        self.is_pooled = False
 
     def add(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor, exponent: int) -> None:
         for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
@@ -178,6 +179,8 @@ class _ExpertSums:
             base if not pooled_tokens else f"{base}+pooled" if n else "pooled" for n in counts
         )
         w13, w2 = self.w13, self.w2
+        assert not self.is_pooled
+        self.is_pooled = True
         if pooled_tokens and sum(counts):
             share = pooled_tokens / sum(counts)
             w13 += share * w13.sum(0)
