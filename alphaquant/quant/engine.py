@@ -31,8 +31,8 @@ from alphaquant.spaces.units import Matrix
 
 Method = Literal["gptq", "rtn"]
 
-# Of Hessians at once: four experts of 2048 inputs. All that is in use while they are quantized
-# grows with it; `benchmarks/quantizer.py layer` prints the peak.
+# Of Hessians and weights at once, in float32: two experts of 2048 inputs and outputs. All that is in
+# use while they are quantized grows with it; `benchmarks/quantizer.py layer` prints the peak.
 _CHUNK_BYTES = 64 * 2**20
 
 _WORDS = {"method": get_args(Method), "scale_search": get_args(ScaleSearch)}
@@ -305,9 +305,9 @@ def _check_hessians(batch: HessianBatch) -> None:
 
 
 def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:
-    """Split a batch so that its Hessians stay within `_CHUNK_BYTES`."""
-    n_cols = batch.stacks[0][0].cols
-    size = max(1, _CHUNK_BYTES // (4 * n_cols * n_cols))
+    """Split a batch so that its Hessians and weights stay within `_CHUNK_BYTES`."""
+    n_cols, n_rows = batch.stacks[0][0].cols, sum(m.rows for m in batch.stacks[0])
+    size = max(1, _CHUNK_BYTES // (4 * n_cols * (n_cols + n_rows)))
     for start in range(0, len(batch.stacks), size):
         part = slice(start, start + size)
         hessian = batch.hessian[part]

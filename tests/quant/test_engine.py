@@ -4,9 +4,16 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from alphaquant.errors import ConfigError
+from alphaquant.quant import engine
 from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.layerwise import quantize_layers
+from alphaquant.quant.models import map_model
+from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.testing.models import tiny_model, tiny_tokens
 
 
 @pytest.mark.parametrize(
@@ -62,3 +69,18 @@ def test_every_setting_is_checked() -> None:
     for field in fields(QuantSettings):
         with pytest.raises(ConfigError, match=f"{field.name} is "):
             QuantSettings(**{field.name: object()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 60_000])
+def test_small_chunks_give_the_same_codes(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of a layer are quantized a few at a time; how many is memory only."""
+    model_map = map_model(tiny_model("olmoe"))
+    assignment = uniform_assignment(model_map.inventory, "int3-g32-asym")
+
+    def codes() -> list[Tensor]:
+        layers = quantize_layers(model_map, assignment, QuantSettings(), tiny_tokens(4, 16))
+        return [item.packed.dequantize() for done in layers for item in done.items]
+
+    whole = codes()
+    monkeypatch.setattr(engine, "_CHUNK_BYTES", n_bytes)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, codes(), strict=True))
