@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from alphaquant.demo import text_path
+from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.spec import DataSpec
 
@@ -187,3 +188,46 @@ def test_weights_outside_the_format_are_refused(peers: ModuleType) -> None:
         peers.check_weights({"a": weight.T.contiguous()}, original, fmt)
     with pytest.raises(peers.PeerError, match="missing"):
         peers.check_weights({}, original, fmt)
+
+
+@pytest.fixture(scope="module")
+def options() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module("options")
+
+
+def test_changes_are_paired_by_seed(options: ModuleType) -> None:
+    rows = [
+        options.Row(option, "int4-g128", seed, kl, 0.0)
+        for option, found in ((options.DEFAULTS, (1.0, 2.0)), ("x", (1.1, 2.4)))
+        for seed, kl in enumerate(found)
+    ]
+    mean, error = options.changes(rows)["x", "int4-g128"]
+    assert mean == pytest.approx(15.0)  # +10 % and +20 %
+    assert error == pytest.approx(5.0)  # their standard deviation, 7.07, over the square root of 2
+    assert "| x | +15.0 % +- 5.0 |" in options.table(rows)
+
+
+def test_every_option_changes_the_defaults(options: ModuleType) -> None:
+    cases = list(options.cases(None))
+    assert cases[0] == (options.DEFAULTS, QuantSettings(), False)
+    for name, settings, one_domain in cases[1:]:
+        assert (settings != QuantSettings()) != one_domain, name
+
+
+def test_passages_of_one_author_are_only_theirs(options: ModuleType) -> None:
+    text = options.passages_of(options.AUTHOR)
+    authors = {line for line in text.splitlines() if line.startswith("## Author: ")}
+    assert authors == {f"## Author: {options.AUTHOR}"} and len(text) > 200_000
+
+
+def test_measuring_an_option_leaves_the_model_as_it_was(
+    options: ModuleType, tmp_path: Path
+) -> None:
+    bench = options.Bench(tmp_path, DataSpec(n_calibration=2, n_heldout=2, seq_len=64))
+    tokens = bench.calibration(0, one_domain=True)
+    for settings in (QuantSettings(), QuantSettings(sequential=True)):
+        rows = list(bench.measure("x", settings, tokens, ["int2-g64"], 0))
+        assert [r.kl > 0.01 for r in rows] == [True]
+        assert all(torch.equal(bench.original[n], v) for n, v in bench.source.map.views.items())

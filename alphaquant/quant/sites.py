@@ -248,6 +248,8 @@ class FusedExperts(ExpertsSite):
 class ListedExperts(ExpertsSite):
     """A ModuleList of experts, each with gate, up and down linears and an activation.
 
+    One called `experts` must be of this kind; one of another name is, if its members are.
+
     Their block calls them one by one and keeps the routing to itself. It is measured: the block
     runs once with every expert's output replaced by a mark of that expert's own (a multiple of the
     e-th unit vector for expert e) and once with zeros; the difference holds the weight of expert e
@@ -263,9 +265,10 @@ class ListedExperts(ExpertsSite):
     @classmethod
     def sizes(cls, module: nn.Module, name: str) -> ExpertSizes | None:
         """Sizes from the first expert's linears; see the base class."""
-        if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] != "experts":
+        if not isinstance(module, nn.ModuleList) or not len(module):
             return None
-        if not len(module):
+        is_named = name.rpartition(".")[2] == "experts"
+        if not is_named and (len(module) == 1 or cls._find_linears(module[0]) is None):
             return None
         wanted = cls._linears(module[0], f"{name}.0")
         for e, expert in enumerate(module):
@@ -290,16 +293,22 @@ class ListedExperts(ExpertsSite):
         return next(names for names in cls._names if hasattr(expert, names[0]))
 
     @classmethod
-    def _linears(cls, expert: nn.Module, name: str) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    def _find_linears(cls, expert: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
         for names in cls._names:
-            found = [getattr(expert, n, None) for n in names]
-            gate, up, down = found
+            gate, up, down = (getattr(expert, n, None) for n in names)
             if (
                 isinstance(gate, nn.Linear)
                 and isinstance(up, nn.Linear)
                 and isinstance(down, nn.Linear)
             ):
                 return gate, up, down
+        return None
+
+    @classmethod
+    def _linears(cls, expert: nn.Module, name: str) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        found = cls._find_linears(expert)
+        if found is not None:
+            return found
         options = " or ".join(", ".join(names) for names in cls._names)
         raise ModelError(
             f"{name} ({type(expert).__name__}) is no expert of a supported layout: it has no "

@@ -140,6 +140,13 @@ def test_more_experts_than_features_cannot_be_measured() -> None:
         ListedExperts.sizes(experts, "m.experts")
 
 
+def test_a_list_of_another_name_holds_experts_if_its_members_are() -> None:
+    experts = listed_block().experts
+    assert ListedExperts.sizes(experts, "m.mlps") == (N_EXPERTS, HIDDEN, WIDTH)
+    assert ListedExperts.sizes(experts[:1], "m.mlps") is None
+    assert ListedExperts.sizes(nn.ModuleList([nn.Linear(4, 4)] * 2), "m.mlps") is None
+
+
 def test_both_names_of_a_listed_expert_are_known() -> None:
     name = "model.layers.0.mlp.block_sparse_moe.experts"
     matrix = map_model(tiny_model("listed_moe")).inventory.by_name[f"{name}.3.w1"]
