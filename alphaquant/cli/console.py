@@ -135,8 +135,8 @@ def quiet_libraries() -> None:
     """Quiet transformers, optuna and what transformers imports, once they are needed anyway."""
     import optuna
 
-    # torchao, where it is installed, warns of kernels that this machine cannot run, and torch of how
-    # torchao registers its types.
+    # torchao, where it is installed, warns of kernels that this machine cannot run, and torch of
+    # how torchao registers its types.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

@@ -31,8 +31,8 @@ from alphaquant.spaces.units import Matrix
 
 Method = Literal["gptq", "rtn"]
 
-# Of Hessians and weights at once, in float32: two experts of 2048 inputs and outputs. All that is in
-# use while they are quantized grows with it; `benchmarks/quantizer.py layer` prints the peak.
+# Of Hessians and weights at once, in float32: two experts of 2048 inputs and outputs. All that is
+# in use while they are quantized grows with it; `benchmarks/quantizer.py layer` prints the peak.
 _CHUNK_BYTES = 64 * 2**20
 
 _WORDS = {"method": get_args(Method), "scale_search": get_args(ScaleSearch)}
