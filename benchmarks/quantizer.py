@@ -86,6 +86,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "percdamp": (0.01, 0.001, 0.1),
     "sequential": (False, True),
     "refine_sweeps": (0, 1, 3),
+    "n_starts": (1, 2),
 }
 """Options and their values; plain GPTQ has the first of each, but for scale_search mse."""
 
@@ -143,8 +144,8 @@ def variants() -> dict[str, QuantSettings]:
         for value in values:
             if value != getattr(plain, name):
                 found[f"gptq, {name}={value}"] = replace(plain, **{name: value})
-    found[ONE_PASS] = QuantSettings(refine_sweeps=0)
-    found["default, refine_sweeps=1"] = QuantSettings(refine_sweeps=1)
+    found[ONE_PASS] = QuantSettings(refine_sweeps=0, n_starts=1)
+    found["default, one start"] = QuantSettings(n_starts=1)
     found["default"] = QuantSettings()
     return found
 

@@ -39,7 +39,7 @@ logger = logging.getLogger("release")
 
 METHODS = {
     "rtn": QuantSettings(method="rtn"),
-    "gptq": QuantSettings(refine_sweeps=0),
+    "gptq": QuantSettings(refine_sweeps=0, n_starts=1),
     "gptq + refinement": QuantSettings(),
 }
 

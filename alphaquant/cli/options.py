@@ -65,6 +65,15 @@ StaticGroups = Annotated[
         help="Scales from the original weights; default off.",
     ),
 ]
+NStarts = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=2,
+        help="1 quantizes in one order of columns; 2 (default) in both orders of --actorder and "
+        "keeps each row's better result.",
+    ),
+]
 RefineSweeps = Annotated[
     int | None,
     typer.Option(min=0, help="Rounds of refinement after GPTQ; default 3, 0 is plain GPTQ."),

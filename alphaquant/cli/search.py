@@ -12,6 +12,7 @@ from alphaquant.cli.options import (
     Debug,
     Device,
     Dtype,
+    NStarts,
     PercDamp,
     PooledTokens,
     RefineSweeps,
@@ -115,6 +116,7 @@ def command(
     actorder: ActOrder = None,
     static_groups: StaticGroups = None,
     refine_sweeps: RefineSweeps = None,
+    n_starts: NStarts = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -157,6 +159,7 @@ def command(
                 actorder=actorder,
                 static_groups=static_groups,
                 refine_sweeps=refine_sweeps,
+                n_starts=n_starts,
             ),
             sampler=sampler,
             storage=storage,

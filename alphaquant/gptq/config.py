@@ -67,12 +67,13 @@ class GPTQConfig:
             )
 
     def settings(self) -> QuantSettings:
-        """The engine's settings: sequential, as GPTQ describes it."""
+        """The engine's settings: sequential and in one order, as GPTQ describes it."""
         return QuantSettings(
             percdamp=self.percdamp,
             blocksize=self.blocksize,
             actorder=self.actorder,
             static_groups=self.static_groups,
+            n_starts=1,
             sequential=True,
         )
 

@@ -24,7 +24,7 @@ from alphaquant.quant.gptq import (
 )
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
-from alphaquant.quant.refine import refine
+from alphaquant.quant.refine import better_rows, refine
 from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[int, float]] = {
     "route_exponent": (0, 2),
     "pooled_tokens": (0, math.inf),
     "refine_sweeps": (0, math.inf),
+    "n_starts": (1, 2),
 }
 _REAL = ("percdamp",)
 """Numbers that need not be whole."""
@@ -63,6 +64,8 @@ class QuantSettings:
         actorder: process columns by descending diag(H); implies static groups.
         static_groups: scales from the original weights, before the loop.
         refine_sweeps: rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ.
+        n_starts: 2 quantizes once with `actorder` as given and once with the opposite, and takes
+            each row from the better result; 1 takes the first.
         sequential: a layer's inputs come from the quantized layers before it; only where every
             matrix has one format (`quantize_to_checkpoint`), not in a bank.
     """
@@ -76,6 +79,7 @@ class QuantSettings:
     actorder: bool = False
     static_groups: bool = False
     refine_sweeps: int = 3
+    n_starts: int = 2
     sequential: bool = False
 
     def __post_init__(self) -> None:
@@ -185,7 +189,7 @@ def _quantize_chunk(
     ).to(torch.float32)
     for b, stack in enumerate(batch.stacks):
         check_finite(weight[b], " + ".join(m.name for m in stack))
-    factor = None
+    factors: list[Factor] = []
     for name in formats:
         members = [
             b for b, stack in enumerate(batch.stacks) if any(wanted(m, name) for m in stack)
@@ -195,9 +199,12 @@ def _quantize_chunk(
         if not parse_format(name).is_quantized:
             yield from _keep(weight, batch, members, wanted)
             continue
-        if factor is None and settings.method == "gptq" and any(batch.has_data):
-            factor = factorize(batch.hessian, settings.percdamp, actorder=settings.actorder)
-        chosen = None if factor is None else factor.select(members)
+        if not factors and settings.method == "gptq" and any(batch.has_data):
+            orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
+            factors = [
+                factorize(batch.hessian, settings.percdamp, actorder=order) for order in orders
+            ]
+        chosen = [factor.select(members) for factor in factors]
         part = batch.select(members)
         for quantized in _round(weight[members], part, chosen, parse_format(name), settings):
             if wanted(quantized.matrix, name):
@@ -207,7 +214,7 @@ def _quantize_chunk(
 def _round(
     weight: Tensor,
     batch: HessianBatch,
-    factor: Factor | None,
+    factors: Sequence[Factor],
     fmt: Format,
     settings: QuantSettings,
 ) -> Iterator[QuantizedMatrix]:
@@ -215,27 +222,39 @@ def _round(
     row_counts = tuple(m.rows for m in batch.stacks[0])
     rtn = gptq = None
     has_data = batch.has_data
-    if factor is not None:
-        gptq = quantize_gptq(
-            weight,
-            factor,
-            fmt,
-            settings.scale_search,
-            settings.blocksize,
-            row_counts,
-            static_groups=settings.static_groups,
-        )
-        if settings.refine_sweeps:
-            hessian = dampen(batch.hessian, factor.damp)
-            gptq = refine(weight, hessian, gptq, settings.refine_sweeps, settings.blocksize)
+    for factor in factors:
+        start = _start(weight, batch, factor, fmt, settings)
+        if gptq is None:
+            gptq = start
+        else:
+            gptq = better_rows(weight, dampen(batch.hessian, factors[0].damp), gptq, start)
     if gptq is None or not all(has_data):
         rtn = quantize_rtn(weight, fmt, settings.scale_search, row_counts)
     for b in range(len(batch.stacks)):
         use_gptq = gptq is not None and has_data[b]
         rounded = gptq if use_gptq else rtn
         assert rounded is not None
-        damp = factor.damp[b] if use_gptq and factor is not None else None
+        damp = factors[0].damp[b] if use_gptq else None
         yield from _pack_stack(weight[b], batch, b, rounded, damp, settings.method)
+
+
+def _start(
+    weight: Tensor, batch: HessianBatch, factor: Factor, fmt: Format, settings: QuantSettings
+) -> RoundedBatch:
+    """GPTQ in the order of a factor, then refinement."""
+    rounded = quantize_gptq(
+        weight,
+        factor,
+        fmt,
+        settings.scale_search,
+        settings.blocksize,
+        tuple(m.rows for m in batch.stacks[0]),
+        static_groups=settings.static_groups,
+    )
+    if not settings.refine_sweeps:
+        return rounded
+    hessian = dampen(batch.hessian, factor.damp)
+    return refine(weight, hessian, rounded, settings.refine_sweeps, settings.blocksize)
 
 
 def _pack_stack(

@@ -11,8 +11,9 @@ f(Q) = tr((W - Q) H (W - Q)') can be lowered further from where it ends, row by 
             solve the G x G system  s_g' v_g H v_g'' = v_g H w'.  Rounded to float16 and kept for
             rows where f falls. Only for int and fp: mxfp and nvfp4 scales are not free numbers.
 
-Neither step ever raises f. H is the damped Hessian that GPTQ used: its diagonal keeps the extra
-freedom from fitting noise of the calibration text.
+Neither step ever raises f. Where it ends depends on where it starts, again row by row, so rows are
+taken from the better of two starts (`better_rows`). H is the damped Hessian that GPTQ used: its
+diagonal keeps the extra freedom from fitting noise of the calibration text.
 
 Letters: B matrices, N rows, K columns, G groups; W weights, Q rounded weights, H Hessian,
 R = (W - Q) H.
@@ -102,6 +103,33 @@ def fit_scales(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> Rounde
     changed = replace(rounded, scales=scales)
     helps = _objective(weight, hessian, changed) < _objective(weight, hessian, rounded)
     return replace(rounded, scales=torch.where(helps.unsqueeze(-1), scales, rounded.scales))
+
+
+def better_rows(
+    weight: Tensor, hessian: Tensor, first: RoundedBatch, second: RoundedBatch
+) -> RoundedBatch:
+    """Each row from whichever of two roundings to one format has the lower objective.
+
+    Args:
+        weight: float32 [B, N, K], the original weights.
+        hessian: float32 [B, K, K], damped.
+        first: kept where both are equal, or the second's objective is no number.
+        second: with the same scale per matrix (nvfp4).
+    """
+    is_better = _objective(weight, hessian, second) < _objective(weight, hessian, first)  # [B, N]
+
+    def choose(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(is_better.unsqueeze(-1), other, one)
+
+    zeros = first.zeros
+    if zeros is not None and second.zeros is not None:
+        zeros = choose(zeros, second.zeros)
+    return replace(
+        first,
+        values=choose(first.values, second.values),
+        scales=choose(first.scales, second.scales),
+        zeros=zeros,
+    )
 
 
 def _group_size(rounded: RoundedBatch, n_cols: int) -> int:

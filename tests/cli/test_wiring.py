@@ -28,7 +28,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list
 
 QUANT = (
     *("--method", "rtn", "--percdamp", "0.5", "--route-exponent", "1", "--pooled-tokens", "9"),
-    *("--actorder", "--static-groups", "--refine-sweeps", "1"),
+    *("--actorder", "--static-groups", "--refine-sweeps", "1", "--n-starts", "1"),
     *("--blocksize", "64", "--scale-search", "mse"),
 )
 SETTINGS = QuantSettings(
@@ -39,6 +39,7 @@ SETTINGS = QuantSettings(
     actorder=True,
     static_groups=True,
     refine_sweeps=1,
+    n_starts=1,
     blocksize=64,
     scale_search="mse",
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 from alphaquant.kernels.grids import Grid
 from alphaquant.quant.codecs import make_grid
 from alphaquant.quant.gptq import dampen, factorize, hessian_error, quantize_gptq, quantize_rtn
-from alphaquant.quant.refine import fit_scales, refine, sweep_codes
+from alphaquant.quant.refine import better_rows, fit_scales, refine, sweep_codes
 from alphaquant.spaces.formats import MENUS, parse_format
 
 FORMATS = [n for n in MENUS["all"] if n != "bf16"]
@@ -74,3 +74,17 @@ def test_no_sweeps_return_the_start() -> None:
     weight, hessian = problem()
     start = quantize_rtn(weight, parse_format("int4-g32"), "mse")
     assert refine(weight, hessian, start, 0) is start
+
+
+@pytest.mark.parametrize("name", ["int3-g32-asym", "int4-g64", "mxfp4", "nvfp4"])
+def test_rows_are_taken_from_the_better_of_two(name: str) -> None:
+    weight, hessian = problem()
+    fmt = parse_format(name)
+    first = quantize_gptq(weight, factorize(hessian, 0.0), fmt, "mse")
+    second = quantize_gptq(weight, factorize(hessian, 0.0, actorder=True), fmt, "mse")
+    errors = [hessian_error(weight, r.weights(), hessian) for r in (first, second)]
+    is_second = errors[1] < errors[0]
+    assert bool(is_second.any()) and not bool(is_second.all())
+    expected = torch.where(is_second.unsqueeze(-1), second.weights(), first.weights())
+    for pair in ((first, second), (second, first)):
+        assert torch.equal(better_rows(weight, hessian, *pair).weights(), expected)
