@@ -99,21 +99,21 @@ def measure_layer(shape: LayerShape, format_name: str, settings: QuantSettings) 
     """
     model_map = map_model(random_model(shape))
     memory = {"model": peak_memory()}
-    clock = time.perf_counter()
+    clock = time.process_time()
     observer = _observe(model_map, shape, settings)
-    seconds = {"forward and Hessians": time.perf_counter() - clock}
+    seconds = {"forward and Hessians": time.process_time() - clock}
     memory["Hessians"] = peak_memory()
-    clock = time.perf_counter()
+    clock = time.process_time()
     batches = observer.batches(model_map.layers[0])
-    seconds["pooling"] = time.perf_counter() - clock
+    seconds["pooling"] = time.process_time() - clock
     memory["pooling"] = peak_memory()
-    profile = cProfile.Profile()
-    clock, n_bytes = time.perf_counter(), 0
+    profile = cProfile.Profile(time.process_time)
+    clock, n_bytes = time.process_time(), 0
     profile.enable()
     for item in quantize_layer(model_map, model_map.layers[0], batches, [format_name], settings):
         n_bytes += sum(t.nbytes for t in item.packed.tensors.values())
     profile.disable()
-    whole, stages = time.perf_counter() - clock, _stages(profile)
+    whole, stages = time.process_time() - clock, _stages(profile)
     seconds |= {**stages, "other quantization": whole - sum(stages.values())}
     memory["quantization"] = peak_memory()
     n_tokens = shape.n_windows * shape.seq_len

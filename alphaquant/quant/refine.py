@@ -8,8 +8,9 @@ f(Q) = tr((W - Q) H (W - Q)') can be lowered further from where it ends, row by 
             columns in order (cyclic coordinate descent; QuantEase, Behdin et al. 2023,
             arXiv 2309.01885, algorithm 1, here over every format).
     scales  With codes v fixed, Q = sum_g s_g v_g is linear in a row's scales, so the best ones
-            solve the G x G system  s_g' v_g H v_g'' = v_g H w'.  Rounded to float16 and kept for
-            rows where f falls. Only for int and fp: mxfp and nvfp4 scales are not free numbers.
+            are a step d away that solves the G x G system  d_g' v_g H v_g'' = v_g R'.  Rounded to
+            float16 and kept for rows where f falls. Only for int and fp: mxfp and nvfp4 scales
+            are not free numbers.
 
 Neither step ever raises f. Where it ends depends on where it starts, again row by row, so rows are
 taken from the better of two starts (`better_rows`). H is the damped Hessian that GPTQ used: its
@@ -44,30 +45,43 @@ def refine(
     Returns:
         The refined batch; its objective is at most that of the start in every row.
     """
+    R = residual(weight, hessian, rounded)
     for _ in range(n_sweeps):
-        rounded = fit_scales(weight, hessian, rounded)
-        rounded = sweep_codes(weight, hessian, rounded, blocksize)
+        rounded, R = fit_scales(hessian, rounded, R)
+        rounded, R = sweep_codes(hessian, rounded, R, blocksize)
     return rounded
 
 
+def residual(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> Tensor:
+    """R = (W - Q) H, [B, N, K]; each step is handed it and hands on the one after it."""
+    return (weight - rounded.weights()) @ hessian
+
+
 def sweep_codes(
-    weight: Tensor, hessian: Tensor, rounded: RoundedBatch, blocksize: int = 32
-) -> RoundedBatch:
-    """One pass of coordinate descent over the columns; scales stay. Arguments as in `refine`.
+    hessian: Tensor, rounded: RoundedBatch, R: Tensor, blocksize: int = 32
+) -> tuple[RoundedBatch, Tensor]:
+    """One pass of coordinate descent over the columns; scales stay.
 
     Rows whose errors are beyond float32 (weights near the end of bfloat16's range) stay as they
     are.
+
+    Args:
+        hessian: as in `refine`.
+        rounded: where to start.
+        R: its residual.
+        blocksize: as in `refine`.
+
+    Returns:
+        The batch after the pass, and its residual.
     """
-    grid, n_cols = make_grid(rounded.format), weight.shape[-1]
+    grid, n_cols = make_grid(rounded.format), R.shape[-1]
     scales = _by_column(rounded, rounded.scales, n_cols)
     zeros = None if rounded.zeros is None else _by_column(rounded, rounded.zeros, n_cols)
-    values, H = rounded.values.clone(), hessian
-    Q = rounded.weights()
-    R = (weight - Q) @ H
-    curvature = H.diagonal(dim1=-2, dim2=-1)  # [B, K]
+    values, Q, R = rounded.values.clone(), rounded.weights(), R.clone()
+    curvature = hessian.diagonal(dim1=-2, dim2=-1)  # [B, K]
     for start in range(0, n_cols, blocksize):
         stop = min(n_cols, start + blocksize)
-        R1, H1 = R[..., start:stop].clone(), H[:, start:stop, start:stop]
+        R1, H1 = R[..., start:stop].clone(), hessian[:, start:stop, start:stop]
         steps = torch.zeros_like(R1)
         for i in range(stop - start):
             k = start + i
@@ -75,34 +89,47 @@ def sweep_codes(
             best = Q[..., k] + R1[..., i] / curvature[:, k, None]
             values[..., k] = snap(grid, best, scales[..., k], zero)
             steps[..., i] = rebuild(values[..., k], scales[..., k], zero) - Q[..., k]
-            R1.addcmul_(steps[..., i, None], H1[:, i, None, :], value=-1.0)
-        R -= steps @ H[:, start:stop, :]
+            R1[..., i + 1 :].addcmul_(steps[..., i, None], H1[:, i, None, i + 1 :], value=-1.0)
+        R -= steps @ hessian[:, start:stop, :]
     is_finite = torch.isfinite(R).all(-1, keepdim=True)  # what overflowed once stays so
-    return replace(rounded, values=torch.where(is_finite, values, rounded.values))
+    return replace(rounded, values=torch.where(is_finite, values, rounded.values)), R
 
 
-def fit_scales(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatch:
-    """The best scales for the codes, in rows where they help. Arguments as in `refine`."""
+def fit_scales(hessian: Tensor, rounded: RoundedBatch, R: Tensor) -> tuple[RoundedBatch, Tensor]:
+    """The best scales for the codes, in rows where they help after rounding to float16.
+
+    With a step d of the scales, f changes by d'A d - 2 d'r, A_gg' = v_g H v_g'', r_g = v_g R'.
+
+    Args:
+        hessian: as in `refine`.
+        rounded: where to start.
+        R: its residual.
+
+    Returns:
+        The batch with these scales, and its residual.
+    """
     if rounded.format.family not in ("int", "fp"):
-        return rounded
-    n_cols = weight.shape[-1]
+        return rounded, R
+    n_cols = R.shape[-1]
     codes = rounded.values
     if rounded.zeros is not None:
         codes = codes - _by_column(rounded, rounded.zeros, n_cols)
-    system = torch.stack(
+    A = torch.stack(
         [_group_sums(rounded, part, codes) for part in _group_products(rounded, codes, hessian)],
         -2,
     )  # [B, N, G, G]
-    target = _group_sums(rounded, weight @ hessian, codes)  # [B, N, G]
-    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    r = _group_sums(rounded, R, codes)  # [B, N, G]
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
     # A group whose codes are all zero has no say; a small ridge keeps its row solvable.
-    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny ** 0.5
-    solved = torch.linalg.solve(system, target)
+    ridge = 1e-6 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny ** 0.5
+    solved = rounded.scales + torch.linalg.solve(A + torch.diag_embed(ridge.expand_as(r)), r)
     usable = torch.isfinite(solved) & (solved != 0)
-    scales = round_scale(torch.where(usable, solved, rounded.scales))
-    changed = replace(rounded, scales=scales)
-    helps = _objective(weight, hessian, changed) < _objective(weight, hessian, rounded)
-    return replace(rounded, scales=torch.where(helps.unsqueeze(-1), scales, rounded.scales))
+    fitted = round_scale(torch.where(usable, solved, rounded.scales))
+    step = fitted - rounded.scales
+    change = (((A @ step.unsqueeze(-1)).squeeze(-1) - 2 * r) * step).sum(-1, keepdim=True)
+    scales = torch.where(change < 0, fitted, rounded.scales)
+    R = R - (codes * _by_column(rounded, scales - rounded.scales, n_cols)) @ hessian
+    return replace(rounded, scales=scales), R
 
 
 def better_rows(

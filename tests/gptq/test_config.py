@@ -46,7 +46,12 @@ def test_the_package_alone_does_not_load_it() -> None:
 def test_every_option_reaches_the_engine() -> None:
     config = GPTQConfig(7, 0.5, 64, actorder=True, static_groups=True)
     assert config.settings() == QuantSettings(
-        percdamp=0.5, blocksize=7, actorder=True, static_groups=True, sequential=True
+        percdamp=0.5,
+        blocksize=7,
+        actorder=True,
+        static_groups=True,
+        n_starts=1,
+        sequential=True,
     )
 
 

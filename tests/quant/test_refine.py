@@ -7,7 +7,7 @@ from torch import Tensor
 from alphaquant.kernels.grids import Grid
 from alphaquant.quant.codecs import make_grid
 from alphaquant.quant.gptq import dampen, factorize, hessian_error, quantize_gptq, quantize_rtn
-from alphaquant.quant.refine import better_rows, fit_scales, refine, sweep_codes
+from alphaquant.quant.refine import better_rows, fit_scales, refine, residual, sweep_codes
 from alphaquant.spaces.formats import MENUS, parse_format
 
 FORMATS = [n for n in MENUS["all"] if n != "bf16"]
@@ -28,7 +28,7 @@ def test_every_step_lowers_the_objective_in_every_row(name: str) -> None:
     rounded = quantize_gptq(weight, factorize(hessian, 0.0), parse_format(name), "mse")
     before = hessian_error(weight, rounded.weights(), hessian)
     for step in (fit_scales, sweep_codes):
-        rounded = step(weight, hessian, rounded)
+        rounded, _ = step(hessian, rounded, residual(weight, hessian, rounded))
         after = hessian_error(weight, rounded.weights(), hessian)
         # float32 sums of 72 x 72 products: the same objective differs by a few ulp
         assert bool((after <= before * (1 + 1e-4)).all())
@@ -59,7 +59,22 @@ def test_one_column_left_free_moves_to_the_best_grid_value() -> None:
     weight = torch.tensor([[[2.6]]])
     start = quantize_rtn(weight, parse_format("int4-row"), "minmax")
     wrong = type(start)(start.format, start.values + 3, start.scales)
-    assert torch.equal(sweep_codes(weight, torch.ones(1, 1, 1), wrong).values, start.values)
+    hessian = torch.ones(1, 1, 1)
+    found, _ = sweep_codes(hessian, wrong, residual(weight, hessian, wrong))
+    assert torch.equal(found.values, start.values)
+
+
+@pytest.mark.parametrize("name", ["int3-g32-asym", "int4-g64", "fp4-g32", "mxfp4", "nvfp4"])
+def test_the_residual_that_is_handed_on_is_the_true_one(name: str) -> None:
+    weight, hessian = problem()
+    rounded = quantize_rtn(weight, parse_format(name), "minmax")
+    R = residual(weight, hessian, rounded)
+    for _ in range(4):
+        rounded, R = fit_scales(hessian, rounded, R)
+        rounded, R = sweep_codes(hessian, rounded, R)
+    expected = residual(weight, hessian, rounded)
+    # float32 sums over 72 inputs, updated eight times
+    assert float((R - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
 def test_block_size_changes_nothing() -> None:
