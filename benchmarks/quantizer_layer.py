@@ -5,8 +5,9 @@ Hidden states are made window by window and the outputs dropped, so the memory i
 layer's own work; what a walk over the model holds beside it (inputs and outputs of all windows) is
 stated in the result as `hidden_bytes`.
 
-Stages are the engine's functions, timed by the interpreter's profiler. Time of the Hessians is
-proportional to the tokens, everything after does not depend on them.
+Stages are the engine's functions, timed by the interpreter's profiler in processor seconds, which
+other work on the machine does not change; with one thread they are the seconds of a quiet machine.
+Time of the Hessians is proportional to the tokens, everything after does not depend on them.
 """
 
 import cProfile
@@ -95,7 +96,7 @@ def measure_layer(shape: LayerShape, format_name: str, settings: QuantSettings) 
         settings: of the engine.
 
     Returns:
-        Seconds by stage, peak memory after each part, and what was asked.
+        Processor seconds by stage, peak memory after each part, and what was asked.
     """
     model_map = map_model(random_model(shape))
     memory = {"model": peak_memory()}
@@ -153,7 +154,7 @@ def layer_text(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{result['format']}, {result['n_tokens']} tokens",
-            markdown(["stage", "seconds"], stages),
+            markdown(["stage", "processor seconds"], stages),
             markdown(["peak memory after", "GiB"], parts),
         ]
     )
