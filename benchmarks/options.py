@@ -238,8 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("alphaquant").setLevel(logging.WARNING)
+    words = ["FILE" if word == str(args.out) else word for word in arguments or sys.argv[1:]]
     facts = {
-        "command": shlex.join(["python", "benchmarks/options.py", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "benchmarks/options.py", *words]),
         "versions": versions(),
         "commit": commit(),
         **device_facts("cpu"),
