@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaquant.errors import StoreError
+from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.engine import QuantSettings, quantize_layer
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.hessian import LayerHessians
@@ -222,8 +222,13 @@ def fill_bank(
         Number of files written; 0 when all were there.
 
     Raises:
-        ModelError: a module was never called, or a Hessian cannot be factorized.
+        ModelError: a module was never called, a Hessian cannot be factorized, or `sequential`.
     """
+    if settings.sequential:
+        raise ModelError(
+            "a bank holds every matrix in every format, so no layer has quantized layers before "
+            "it; use sequential=False, or quantize_to_checkpoint for one assignment"
+        )
     missing = {
         layer.index: [n for n in format_names if not bank.has(n, layer.index)]
         for layer in model_map.layers

@@ -120,7 +120,7 @@ class MatrixRecord:
         hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
             data.
         n_tokens: calibration tokens that reached it, None without data.
-        damp: damping fraction used, retries included.
+        damp: damping fraction used, retries included; the larger one of two starts.
         weight_error: |W - Q|^2 / |W|^2.
         output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
     """
@@ -169,7 +169,7 @@ def quantize_layer(
 
     Raises:
         FormatError: a weight is NaN or infinite.
-        ModelError: a Hessian cannot be factorized.
+        ModelError: a Hessian cannot be factorized, or holds NaN.
     """
     for batch in _without_data(layer) if hessians is None else hessians:
         _check_hessians(batch)
@@ -234,7 +234,7 @@ def _round(
         use_gptq = gptq is not None and has_data[b]
         rounded = gptq if use_gptq else rtn
         assert rounded is not None
-        damp = factors[0].damp[b] if use_gptq else None
+        damp = max(factor.damp[b] for factor in factors) if use_gptq else None
         yield from _pack_stack(weight[b], batch, b, rounded, damp, settings.method)
 
 

@@ -17,7 +17,12 @@ def register_architectures() -> None:
 
 
 def load_model(
-    name: str | Path, device: str = "cpu", dtype: str = "auto", *, trust_remote_code: bool = False
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    quantized: bool = False,
 ) -> nn.Module:
     """Load a causal language model with transformers, in evaluation mode, gradients off.
 
@@ -27,6 +32,7 @@ def load_model(
         dtype: `float32`, `bfloat16`, `float16`; `auto` is float32 on the CPU (bfloat16 is slow
             there) and the checkpoint's own elsewhere.
         trust_remote_code: run code that comes with the checkpoint.
+        quantized: load checkpoints of other quantizers too, as transformers does, to run them.
 
     Raises:
         ModelError: the model cannot be found or read, or is quantized already.
@@ -39,7 +45,7 @@ def load_model(
         wanted = torch.float32
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
-        dequantizing = _dequantizing(config, name)
+        dequantizing = _dequantizing(config, name, refuse=not quantized)
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(name),
             dtype=wanted,
@@ -59,13 +65,13 @@ def load_model(
     return loaded.eval()
 
 
-def _dequantizing(config: Any, name: str | Path) -> Any:
+def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     """What makes transformers dequantize a published checkpoint; None for unquantized ones.
 
     gpt-oss is published in mxfp4 only, DeepSeek-V3 in fp8 blocks only.
 
     Raises:
-        ModelError: the checkpoint is quantized in another way.
+        ModelError: the checkpoint is quantized in another way, and `refuse` is on.
     """
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
@@ -77,6 +83,8 @@ def _dequantizing(config: Any, name: str | Path) -> Any:
         return Mxfp4Config(dequantize=True)
     if method == "fp8":
         return FineGrainedFP8Config(dequantize=True)
+    if not refuse:
+        return None
     raise ModelError(
         f"{name} is quantized already (quant_method {method}); quantizing starts from the "
         "original weights, or from published mxfp4 or fp8 ones: give those"

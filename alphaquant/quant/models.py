@@ -1,7 +1,7 @@
 """Models: finding what can be quantized.
 
 One walk serves every architecture: linears of the decoder layers, and routed experts in any layout
-of `alphaquant.quant.sites`. Routers are recognized by structure: they are no `nn.Linear`, or an
+of `alphaquant.quant.layouts`. Routers are recognized by structure: they are no `nn.Linear`, or an
 `nn.Linear` beside the experts with 1 or E outputs. 3-D parameters that no layout knows are
 refused by name, so nothing stays unquantized silently.
 
@@ -17,19 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.quant.layouts import LAYOUTS
 from alphaquant.quant.loading import named_dtype
-from alphaquant.quant.sites import (
-    ExpertsSite,
-    FusedExperts,
-    LayerSite,
-    LinearSite,
-    ListedExperts,
-    ModelMap,
-)
+from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.spaces.units import Inventory, Kept, Matrix
-
-LAYOUTS: tuple[type[ExpertsSite], ...] = (FusedExperts, ListedExperts)
-"""Layouts of routed experts that come with the project."""
 
 LAYOUT_GROUP = "alphaquant.experts"
 """Entry points of installed packages that name further subclasses of `ExpertsSite`."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.activations import fake_quantize
+from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.quantization_config import PackedFormats
 from alphaquant.quant.routing import tokens_by_expert
-from alphaquant.quant.sites import ExpertsSite, ListedExperts, ModelMap
+from alphaquant.quant.sites import ExpertsSite, ModelMap
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Matrix
 

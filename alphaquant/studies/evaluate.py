@@ -100,7 +100,7 @@ def open_model(name: str, device: str, dtype: str) -> nn.Module:
     """A packed checkpoint or any model that transformers loads."""
     if is_packed(name):
         return load(name, device, dtype)
-    return load_model(model_location(name), device, dtype)
+    return load_model(model_location(name), device, dtype, quantized=True)
 
 
 def evaluation_text(found: Evaluation) -> str:

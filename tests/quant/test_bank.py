@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphaquant.errors import FormatError, StoreError
+from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.models import map_model
@@ -277,3 +277,10 @@ def test_swapping_writes_what_changed_and_nothing_else(bank: Bank) -> None:
     original = map_model(tiny_model("qwen2_moe"))
     for matrix in inventory.matrices:
         assert torch.equal(model_map.view(matrix.name), original.view(matrix.name))
+
+
+def test_a_bank_cannot_be_sequential(tmp_path: Path) -> None:
+    model_map = map_model(tiny_model("llama"))
+    bank = open_bank(tmp_path, "bank", model_map.inventory, {})
+    with pytest.raises(ModelError, match="use sequential=False"):
+        fill_bank(bank, model_map, tiny_tokens(2, 8), ["int4-g32"], QuantSettings(sequential=True))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.gradients import LayerTrace, _draw_labels, _label_seeds, trace_layers
+from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ListedExperts, ModelMap
+from alphaquant.quant.sites import ModelMap
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 N_DRAWS, SEED = 2, 7

@@ -106,3 +106,15 @@ def test_other_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = publish(tiny_model("llama"), tmp_path / "published", {}, entry)
     with pytest.raises(ModelError, match=r"quantized already \(quant_method gptq\)"):
         load_model(folder)
+
+
+@torch.no_grad()
+def test_to_run_it_a_checkpoint_of_another_quantizer_is_left_to_transformers(
+    tmp_path: Path,
+) -> None:
+    """transformers skips a method that it does not know, so the weights are plain ones."""
+    model = tiny_model("llama")
+    folder = publish(model, tmp_path / "published", {}, {"quant_method": "unheard-of"})
+    with pytest.raises(ModelError, match="quantized already"):
+        load_model(folder)
+    assert torch.equal(load_model(folder, quantized=True)(TOKENS).logits, model(TOKENS).logits)

@@ -12,9 +12,10 @@ from alphaquant.errors import ModelError
 from alphaquant.quant import models
 from alphaquant.quant.checkpoint import load
 from alphaquant.quant.engine import QuantSettings
-from alphaquant.quant.models import LAYOUTS, known_layouts, map_model
+from alphaquant.quant.layouts import LAYOUTS, ListedExperts
+from alphaquant.quant.models import known_layouts, map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
-from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews, ListedExperts
+from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews
 from alphaquant.quant.walk import capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.testing.listed import ListedBlock, ListedConfig, ListedExpert
