@@ -2,10 +2,10 @@
 
     python -m alphaquant.demo.train --text books.txt --out my-model --minutes 50
 
-A byte-level BPE tokenizer is trained on the text, then an OLMoE model on random windows of it:
-AdamW, a constant learning rate for the first part of the run, then a cosine to a small one, bf16
-autocast. No evaluation, no resuming, one process. The model is not meant to be good, but to be
-trained and to use its experts unevenly.
+A byte-level BPE tokenizer is trained on the text, then an OLMoE or Qwen2-MoE model on random
+windows of it: AdamW, a constant learning rate for the first part of the run, then a cosine to a
+small one, bf16 autocast. No evaluation, no resuming, one process. The model is not meant to be
+good, but to be trained and to use its experts unevenly.
 
 Nothing else in the package imports this script.
 
@@ -18,14 +18,22 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+)
 
 from alphaquant.errors import AlphaQuantError, DataError, StoreError
 
@@ -39,8 +47,14 @@ ENCODE_CHARS = 2**20
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the model; the defaults are those of the demo model."""
+    """Architecture and sizes of the model; the defaults are those of the demo model.
 
+    `qwen2_moe` differs from `olmoe` in what a search has to handle: a shared expert with a gate of
+    its own beside the routed ones, half as many key and value heads, biases in attention, and
+    routing weights that sum to 1.
+    """
+
+    architecture: str = "olmoe"
     vocab_size: int = 4096
     hidden_size: int = 256
     expert_size: int = 128
@@ -50,24 +64,47 @@ class ModelShape:
     experts_per_token: int = 4
     max_tokens: int = 2048
 
-    def config(self) -> OlmoeConfig:
-        """The transformers configuration; routing weights of the chosen experts sum below 1."""
-        return OlmoeConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.expert_size,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            num_key_value_heads=self.n_heads,
-            num_experts=self.n_experts,
-            num_experts_per_tok=self.experts_per_token,
-            max_position_embeddings=self.max_tokens,
-            norm_topk_prob=False,
-            router_aux_loss_coef=0.003,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
+    def config(self) -> PretrainedConfig:
+        """The transformers configuration; OLMoE's chosen routing weights sum below 1."""
+        common: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_experts": self.n_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "max_position_embeddings": self.max_tokens,
+            "router_aux_loss_coef": 0.003,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        return _CONFIGS[self.architecture](self, common)
+
+
+def _olmoe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
+    return OlmoeConfig(
+        intermediate_size=shape.expert_size,
+        num_key_value_heads=shape.n_heads,
+        norm_topk_prob=False,
+        **common,
+    )
+
+
+def _qwen2_moe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
+    return Qwen2MoeConfig(
+        moe_intermediate_size=shape.expert_size,
+        shared_expert_intermediate_size=2 * shape.expert_size,
+        num_key_value_heads=shape.n_heads // 2,
+        norm_topk_prob=True,
+        **common,
+    )
+
+
+_CONFIGS: dict[str, Callable[[ModelShape, dict[str, Any]], PretrainedConfig]] = {
+    "olmoe": _olmoe,
+    "qwen2_moe": _qwen2_moe,
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +180,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64)
 
 
-def train_model(tokens: Tensor, shape: ModelShape, recipe: Recipe) -> OlmoeForCausalLM:
+def train_model(tokens: Tensor, shape: ModelShape, recipe: Recipe) -> PreTrainedModel:
     """Train a model from scratch, on a GPU when there is one.
 
     Args:
@@ -164,7 +201,7 @@ def train_model(tokens: Tensor, shape: ModelShape, recipe: Recipe) -> OlmoeForCa
         )
     torch.manual_seed(recipe.seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu") as device:
-        model = OlmoeForCausalLM(shape.config())
+        model = AutoModelForCausalLM.from_config(shape.config())  # type: ignore[no-untyped-call]
     model.train()
     optimizer = _optimizer(model)
     windows = _windows(tokens, recipe)
@@ -178,11 +215,11 @@ def train_model(tokens: Tensor, shape: ModelShape, recipe: Recipe) -> OlmoeForCa
         if step % 100 == 0:
             logger.info("step %d, %.0f s, %.0f %%, loss %.3f", step, seconds, 100 * progress, loss)
     model.train(mode=False)
-    model.bfloat16().cpu()  # in place
-    return model
+    trained: PreTrainedModel = model.bfloat16().cpu()
+    return trained
 
 
-def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write model and tokenizer as one checkpoint folder."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -202,7 +239,7 @@ def _windows(tokens: Tensor, recipe: Recipe) -> Iterator[Tensor]:
         yield tokens[starts + offsets]  # [B, 1] + [T] -> [B, T]
 
 
-def _optimizer(model: OlmoeForCausalLM) -> torch.optim.AdamW:
+def _optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices (and stacked experts) but not on norms."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -214,7 +251,7 @@ def _optimizer(model: OlmoeForCausalLM) -> torch.optim.AdamW:
 
 
 def _step(
-    model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, batch: Tensor, rate: float
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, batch: Tensor, rate: float
 ) -> float:
     """One update; the loss includes the router's auxiliary loss, without which experts die."""
     for group in optimizer.param_groups:
@@ -261,9 +298,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
     parser.add_argument("--window", type=_positive_int, default=256, help="tokens per window")
     parser.add_argument("--batch", type=_positive_int, default=32, help="windows per batch")
+    parser.add_argument("--architecture", choices=list(_CONFIGS), default="olmoe", help="model")
     parser.add_argument("--layers", type=_positive_int, default=4, help="decoder layers")
     parser.add_argument("--hidden", type=_positive_int, default=256, help="hidden size")
     parser.add_argument("--experts", type=_positive_int, default=16, help="experts per layer")
+    parser.add_argument("--top-k", type=_positive_int, default=4, help="experts per token")
     parser.add_argument(
         "--vocab", type=_positive_int, default=4096, help="tokens in the vocabulary"
     )
@@ -279,10 +318,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     shape = ModelShape(
+        architecture=options.architecture,
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         n_layers=options.layers,
         n_experts=options.experts,
+        experts_per_token=options.top_k,
     )
     recipe = Recipe(
         minutes=options.minutes,

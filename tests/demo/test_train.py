@@ -127,3 +127,14 @@ def test_learning_rate_is_constant_and_then_a_cosine(progress: float, rate: floa
 def test_progress_follows_steps_when_given_and_time_otherwise() -> None:
     assert Recipe(n_steps=10).progress(5, seconds=1e6) == 0.5
     assert Recipe(minutes=2.0).progress(5, seconds=30.0) == 0.25
+
+
+def test_qwen2_moe_has_a_shared_expert_and_loads(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    chosen = ["--architecture", "qwen2_moe", "--top-k", "2"]
+    assert main([*tiny_arguments(text_file, out), *chosen]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (model.config.model_type, model.config.num_experts_per_tok) == ("qwen2_moe", 2)
+    assert any(".shared_expert." in name for name, _ in model.named_parameters())
