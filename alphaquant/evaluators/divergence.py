@@ -15,7 +15,7 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored token
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.perplexity import perplexity_score, predict, token_losses
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.files import whole_file
+from alphaquant.quant.walk import batches_of
 
 TOP_K = 4096
 
@@ -170,19 +171,49 @@ def measure_divergence(
         DataError: windows of one token.
     """
     _check_windows(teacher, tokens)
+    predictions = (predict(model, batch) for batch in batches_of(tokens, batch_size))
+    return join(list(compare_predictions(predictions, tokens, teacher, batch_size=batch_size)))
+
+
+@torch.no_grad()
+def compare_predictions(
+    predictions: Iterable[Tensor], tokens: Tensor, teacher: Teacher, *, batch_size: int
+) -> Iterator[Divergence]:
+    """Compare predictions with the stored ones as they come, batch by batch.
+
+    Args:
+        predictions: log-probabilities [B, T, V] of successive batches; the caller may stop early.
+        tokens: int64 [N, T], T >= 2, those of the teacher.
+        teacher: stored predictions.
+        batch_size: windows per batch.
+
+    Raises:
+        StoreError: the teacher belongs to another vocabulary.
+        DataError: windows of one token.
+    """
     started = time.perf_counter()
-    kl, same, nll = [], [], []
-    starts = range(0, len(tokens), batch_size)
-    for start, stored in zip(starts, teacher.batches(batch_size), strict=True):
-        batch = tokens[start : start + batch_size]
-        log_probs = predict(model, batch)
+    batches = batches_of(tokens, batch_size)
+    triples = zip(predictions, batches, teacher.batches(batch_size), strict=True)
+    for log_probs, batch, stored in triples:
         _check_vocabulary(teacher, log_probs.shape[-1])
         stored = {name: tensor.to(log_probs.device) for name, tensor in stored.items()}
-        kl.append(_kl(log_probs, stored).mean(-1).cpu())
-        same.append((log_probs.argmax(-1) == _first_token(stored)).float().mean(-1).cpu())
-        nll.append(token_losses(log_probs, batch).mean(-1).cpu())
-    seconds = time.perf_counter() - started
-    return Divergence(torch.cat(kl), torch.cat(same), torch.cat(nll), tokens.shape[1], seconds)
+        kl = _kl(log_probs, stored).mean(-1).cpu()
+        same = (log_probs.argmax(-1) == _first_token(stored)).float().mean(-1).cpu()
+        nll = token_losses(log_probs, batch).mean(-1).cpu()
+        seconds = time.perf_counter() - started
+        yield Divergence(kl, same, nll, tokens.shape[1], seconds)
+        started = time.perf_counter()
+
+
+def join(parts: Sequence[Divergence]) -> Divergence:
+    """The comparison of successive batches as one; at least one."""
+    return Divergence(
+        torch.cat([p.kl for p in parts]),
+        torch.cat([p.same_top for p in parts]),
+        torch.cat([p.nll for p in parts]),
+        parts[0].seq_len,
+        sum(p.seconds for p in parts),
+    )
 
 
 def _facts(stored: Mapping[str, Tensor], tokens: Tensor, vocabulary: int) -> dict[str, Any]:
