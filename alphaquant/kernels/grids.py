@@ -5,6 +5,7 @@ most 8 bits (`to_codes`) and codes back into values (`to_values`). Scales and ze
 outside: a weight is scale * (value - zero). All in float32, where every grid value is exact.
 
 Code layouts:
+    signs                 0 is -1, 1 is +1; there is no zero
     integers, symmetric   offset binary: value + 2^(b-1); values -2^(b-1) .. 2^(b-1) - 1, all used
     integers, asymmetric  value itself, 0 .. 2^b - 1
     floats                sign | exponent | mantissa, with subnormals, saturating; e4m3 and e5m2
@@ -12,7 +13,7 @@ Code layouts:
     powers of two (E8M0)  exponent + 127, 0 .. 254 (255 is NaN and never written)
 
 Sources: OCP Microscaling Formats (MX) v1.0, 5.3 and 6.3; OCP OFP8 v1.0. Rounding is to nearest,
-ties to even.
+ties to even, between -1 and +1 to +1.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Grid(Protocol):
         """Largest value."""
 
     def snap(self, scaled: Tensor) -> Tensor:
-        """Nearest grid values (float32), ties to even, saturating."""
+        """Nearest grid values (float32), saturating."""
 
     def to_codes(self, values: Tensor) -> Tensor:
         """Unsigned codes (uint8) of grid values."""
@@ -74,6 +75,33 @@ class IntegerGrid:
     def to_values(self, codes: Tensor) -> Tensor:
         """Code plus `low`, float32."""
         return codes.to(torch.float32) + self.low
+
+
+@dataclass(frozen=True)
+class SignGrid:
+    """The two values -1 and +1 of one bit."""
+
+    @property
+    def low(self) -> float:
+        """Smallest value."""
+        return -1.0
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+        return 1.0
+
+    def snap(self, scaled: Tensor) -> Tensor:
+        """Signs; +1 for zeros of either sign, and for 0 / 0, a zero under a zero scale."""
+        return torch.where(scaled < 0, -1.0, 1.0)
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """0 for -1, 1 for +1, uint8."""
+        return (values > 0).to(torch.uint8)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """2 * code - 1, float32."""
+        return 2.0 * codes.to(torch.float32) - 1.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ Worked example, b = 3, codes 5 2 7 (binary 101 010 111)::
     code          7 | 7 7 2 2 2 5 5 5
     value         1 | 1 1 0 1 0 1 0 1   -> bytes 0xD5 0x01
 
+Nine signs, b = 1, codes 1 0 1 1 0 0 0 0 1: bytes 0x0D 0x01.
+
 Letters: N rows, K codes per row, b bits per code.
 """
 

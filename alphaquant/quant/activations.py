@@ -6,6 +6,7 @@ a token's result does not depend on the other tokens, and there is nothing to ca
     int     symmetric, one float32 scale per token, amax / (2^(b-1) - 1). The largest magnitude
             maps to the largest code and -2^(b-1) stays unused, as in the dynamic int8 kernels of
             inference engines; so int2 is ternary here, unlike in weights.
+            int1 is refused: it has no zero.
     fp      one float32 scale per token, amax / the element's largest value.
     mxfp    2^k per 32 consecutive numbers of the token, k = floor(log2 amax) - emax (OCP MX v1.0,
             6.3); the last block may be short.
@@ -37,7 +38,7 @@ from alphaquant.quant.codecs import (
     rebuild,
     snap,
 )
-from alphaquant.spaces.formats import FIXED_BLOCK_SIZES, Format
+from alphaquant.spaces.formats import ACTIVATION_KINDS, FIXED_BLOCK_SIZES, Format
 
 # Tokens below 2^-126 * the largest code round to fewer codes, in the end to zero.
 _SCALE_MIN = torch.finfo(torch.float32).tiny
@@ -59,8 +60,13 @@ def fake_quantize(inputs: Tensor, fmt: Format) -> Tensor:
         the inputs themselves.
 
     Raises:
-        FormatError: an asymmetric format.
+        FormatError: an asymmetric format, or int1.
     """
+    if fmt.kind not in ACTIVATION_KINDS:
+        raise FormatError(
+            f"activations cannot be rounded to {fmt.name}, which has no zero; use one of "
+            f"{', '.join(ACTIVATION_KINDS)}"
+        )
     if not fmt.symmetric:
         raise FormatError(
             f"activations cannot be rounded to {fmt.name}: their integers are symmetric; use "

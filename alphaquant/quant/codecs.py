@@ -3,6 +3,7 @@
 RTN calls `fit` and `snap` on whole groups, GPTQ calls `fit` when it reaches a group and `snap` on
 each column. How scales are chosen is the only thing that differs between format families:
 
+    int1            float16, the mean magnitude: the least-squares scale of signs; 0 for zeros
     int symmetric   float16, may be negative: the element of largest magnitude maps to -2^(b-1),
                     so the full range is used and int2 has four levels
     int asymmetric  float16 and a b-bit zero point
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, power_of_two
+from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, power_of_two
 from alphaquant.spaces.formats import ELEMENTS, Format
 
 ScaleSearch = Literal["minmax", "mse", "hessian"]
@@ -63,6 +64,17 @@ class Codec(Protocol):
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """Scales to try for a group [B, N, C]; the first is the format's own rule."""
+
+
+@dataclass(frozen=True)
+class SignCodec:
+    """Signs with float16 scales; there is nothing to search."""
+
+    grid: SignGrid
+
+    def candidates(self, group: Tensor) -> Iterator[GroupScales]:
+        """The mean magnitude; zero for a group of zeros, as signs have no zero of their own."""
+        yield GroupScales(_to_float16(group.abs().sum(-1) / group.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,8 @@ class NvCodec:
 def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupScales:
     """Choose the scales of a group: the candidate of least squared error.
 
-    Integer and float16-scaled formats refine it by least squares where that helps.
+    Float16-scaled formats refine it by least squares where that helps. A single candidate is
+    taken as it is, unless columns differ in importance.
 
     Args:
         codec: the format's codec for this batch.
@@ -162,7 +175,7 @@ def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupS
     best_error: Tensor | None = None
     weight = None if importance is None else importance.unsqueeze(-2)  # [B, 1, C]
     tried = list(codec.candidates(group))
-    if len(tried) == 1:
+    if len(tried) == 1 and weight is None:
         return tried[0]
     for candidate in tried:
         error = _squared_error(codec.grid, group, candidate, weight)
@@ -173,7 +186,7 @@ def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupS
         best = _choose(better, candidate, best)
         best_error = torch.where(better, error, best_error)
     assert best is not None
-    if not isinstance(codec, IntegerCodec | FloatCodec):
+    if not isinstance(codec, SignCodec | IntegerCodec | FloatCodec):
         return best
     refined = _least_squares_scale(codec.grid, group, best, weight)
     error = _squared_error(codec.grid, group, refined, weight)
@@ -205,6 +218,8 @@ def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = N
         global_scale: float32 [B, N], nvfp4 only, from `nv_global_scale`.
     """
     grid, searched = make_grid(fmt), search != "minmax"
+    if isinstance(grid, SignGrid):
+        return SignCodec(grid)
     if isinstance(grid, IntegerGrid):
         return IntegerCodec(grid, _int_shrinks(fmt.bits) if searched else (1.0,))
     if fmt.family == "mxfp":
@@ -218,8 +233,10 @@ def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = N
     return FloatCodec(grid, (1.0, 0.7, 0.8, 0.9, 1.2, 1.5) if searched else (1.0,))
 
 
-def make_grid(fmt: Format) -> IntegerGrid | FloatGrid:
+def make_grid(fmt: Format) -> SignGrid | IntegerGrid | FloatGrid:
     """The grid of a format's codes."""
+    if fmt.kind == "int1":
+        return SignGrid()
     if fmt.family == "int":
         return IntegerGrid(fmt.bits, signed=fmt.symmetric)
     element = ELEMENTS[fmt.element]
@@ -260,10 +277,14 @@ def _int_shrinks(bits: int) -> tuple[float, ...]:
 
 def round_scale(scale: Tensor) -> Tensor:
     """Round to float16, keep the sign, avoid zero and infinity; zero (a zero group) becomes 1."""
-    rounded = scale.clamp(-_F16_MAX, _F16_MAX).to(torch.float16).to(torch.float32)
+    rounded = _to_float16(scale)
     tiny = torch.copysign(torch.full_like(rounded, _F16_TINY), scale)
     rounded = torch.where(rounded == 0, tiny, rounded)
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+
+
+def _to_float16(scale: Tensor) -> Tensor:
+    return scale.clamp(-_F16_MAX, _F16_MAX).to(torch.float16).to(torch.float32)
 
 
 def _squared_error(

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from alphaquant.errors import ConfigError, FormatError
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import (
+    ASYMMETRIC_KINDS,
     BF16,
     FIXED_BLOCK_SIZES,
     PER_ROW,
@@ -290,7 +291,7 @@ def _fold(config: Config, hits: Sequence[int], matrix_name: str) -> _Folded:
     symmetric_at, symmetric = _last(parts, "symmetric")
     extra_at, extra = _last(parts, "extra")
     element = extra.format if extra else None
-    if symmetric_at < wq_at and not kind.startswith("int"):
+    if symmetric_at < wq_at and kind not in ASYMMETRIC_KINDS:
         symmetric = True
     if extra_at < wq_at and element not in elements_of(kind):
         element = None

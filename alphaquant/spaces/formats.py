@@ -5,12 +5,14 @@ This is the only place where bits are counted. It holds no tensors: the arithmet
 
 Name grammar (`parse_format`)::
 
+    int1[-g<N>|-row]                                 int1-g128   int1-row
     int<2|3|4|5|6|8>[-g<N>|-row][-asym]              int4-g128   int3-g64-asym   int8-row
     fp<4|6|8>[-<element>][-g<N>|-row]                fp8-e4m3-g128   fp6-e2m3-g64   fp4-g32
     mxfp<4|6|8>[-<element>]   nvfp4   bf16           mxfp4   mxfp6-e2m3
 
 Absent parts: group 128 for int and fp (32 for mxfp, 16 for nvfp4), symmetric, elements e2m1 /
-e3m2 / e4m3.
+e3m2 / e4m3. int1 is a sign: codes 0 and 1 stand for -scale and +scale, so it has no zero, no zero
+point, and is for weights only.
 
 Stored layout of a matrix of R rows (outputs) and C columns (inputs), G = ceil(C / group) groups
 per row, a short last group allowed::
@@ -22,7 +24,8 @@ per row, a short last group allowed::
 
 Worked example, R = 256, C = 128: `int3-g64-asym` has 256 * 48 bytes of codes, 256 * 2 * 2 bytes of
 scales and 256 * 2 * 3 / 8 = 192 bytes of zeros, 13504 bytes = 108032 bits, 3.297 bits per weight
-= 3 + (16 + 3) / 64.
+= 3 + (16 + 3) / 64. `int1-g64` has 256 * 16 bytes of codes and 256 * 2 * 2 of scales, 5120 bytes
+= 40960 bits, 1.25 bits per weight = 1 + 16 / 64.
 
 Sources: OCP Microscaling Formats (MX) v1.0, sections 5.1-5.4 (elements, E8M0); OCP 8-bit floating
 point (OFP8) v1.0, table 1.
@@ -76,7 +79,7 @@ ELEMENTS: dict[str, Element] = {
 }
 
 _DEFAULT_ELEMENT = {4: "e2m1", 6: "e3m2", 8: "e4m3"}
-_INT_BITS = (2, 3, 4, 5, 6, 8)
+_INT_BITS = (1, 2, 3, 4, 5, 6, 8)
 _FLOAT_BITS = (4, 6, 8)
 
 FORMAT_KINDS: tuple[str, ...] = (
@@ -86,7 +89,17 @@ FORMAT_KINDS: tuple[str, ...] = (
     "nvfp4",
     "bf16",
 )
-"""Every name that a configuration's `wq` may hold: the 13 promised formats and int5."""
+"""Every name that a configuration's `wq` may hold."""
+
+ACTIVATION_KINDS: tuple[str, ...] = tuple(kind for kind in FORMAT_KINDS if kind != "int1")
+"""Every name that `aq` may hold: signs alone cannot store the zeros and sizes of a token."""
+
+ASYMMETRIC_KINDS: tuple[str, ...] = tuple(f"int{b}" for b in _INT_BITS if b > 1)
+"""Kinds that can have a zero point. One bit cannot: its two levels would be zero and one sign.
+
+Of the squares of normal weights those keep at most max phi(t)^2 / (1 - Phi(t)) = 41 %, -scale and
++scale 2 / pi = 64 %.
+"""
 
 DEFAULT_GROUP_SIZE = 128
 MX_BLOCK_SIZE = 32
@@ -224,7 +237,7 @@ def make_format(
         kind: one of `FORMAT_KINDS`.
         group_size: inputs per scale, `PER_ROW` (-1) for one scale per row, None for the default;
             ignored for mxfp, nvfp4 and bf16, whose blocks are fixed (32, 16, none).
-        symmetric: False adds a zero point per group; integers only.
+        symmetric: False adds a zero point per group; integers of 2 bits and more only.
         element: e2m1, e2m3, e3m2, e4m3 or e5m2; only for fp and mxfp of matching width.
 
     Raises:
@@ -234,10 +247,10 @@ def make_format(
     possible = elements_of(kind)
     family = kind.rstrip("0123456789")
     bits = int(kind.removeprefix(family))
-    if not symmetric and family != "int":
+    if not symmetric and kind not in ASYMMETRIC_KINDS:
         raise FormatError(
-            f"{kind} has no zero point; only int formats can be asymmetric: drop the asymmetry, "
-            "or use an int format"
+            f"{kind} has no zero point; only int formats of 2 bits and more can be asymmetric: "
+            f"drop the asymmetry, or use {', '.join(ASYMMETRIC_KINDS)}"
         )
     if element is not None and element not in possible:
         change = f"use {' or '.join(possible)}" if possible else "drop the element"
@@ -297,6 +310,7 @@ MENUS: dict[str, tuple[str, ...]] = {
     "mx": ("mxfp4", "mxfp6", "mxfp8"),
     "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
     "all": (
+        "int1-g128",
         *DEFAULT_MENU,
         "mxfp6",
         "mxfp8",

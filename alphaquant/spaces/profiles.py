@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
-from alphaquant.spaces.formats import FORMAT_KINDS, PER_ROW, Format, parse_format
+from alphaquant.spaces.formats import ASYMMETRIC_KINDS, FORMAT_KINDS, PER_ROW, Format, parse_format
 from alphaquant.spaces.units import Inventory, Matrix, Unit
 
 GATE = ("gate_proj", "w1")
@@ -162,7 +162,8 @@ _MARLIN = FormatRule(
     cols_multiple=128,
     inner_multiple=64,
 )
-_ANY_INT = FormatRule(tuple(kind for kind in FORMAT_KINDS if kind.startswith("int")))
+# compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1.
+_ANY_INT = FormatRule(ASYMMETRIC_KINDS)
 
 _MLPS = ("shared", "dense")
 _FUSED_LINEARS = (

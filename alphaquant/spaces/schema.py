@@ -17,6 +17,7 @@ from pydantic import (
 
 from alphaquant.errors import AlphaQuantError, ConfigError
 from alphaquant.spaces.formats import (
+    ACTIVATION_KINDS,
     ELEMENTS,
     FORMAT_KINDS,
     MIN_GROUP_SIZE,
@@ -28,6 +29,10 @@ from alphaquant.spaces.patterns import compile_pattern
 
 def _check_kind(value: str) -> str:
     return _check_member(value, FORMAT_KINDS)
+
+
+def _check_activation(value: str) -> str:
+    return _check_member(value, ACTIVATION_KINDS)
 
 
 def _check_element(value: str) -> str:
@@ -57,6 +62,7 @@ def _check_pattern(value: str) -> str:
 
 
 Kind = Annotated[str, AfterValidator(_check_kind)]
+ActivationKind = Annotated[str, AfterValidator(_check_activation)]
 Element = Annotated[str, AfterValidator(_check_element)]
 GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
@@ -90,7 +96,8 @@ class Scheme(_Part):
 
     Attributes:
         wq: kind of the weights, one of `FORMAT_KINDS`.
-        aq: kind of the activations; anything but bf16 is dynamic fake quantization per token.
+        aq: kind of the activations, one of `ACTIVATION_KINDS`; anything but bf16 is dynamic fake
+            quantization per token.
         group_size: inputs per scale, -1 for one scale per row.
         symmetric: False gives integers a zero point.
         skip: True leaves weights and activations as they are.
@@ -102,7 +109,7 @@ class Scheme(_Part):
     """
 
     wq: Kind | None = None
-    aq: Kind | None = None
+    aq: ActivationKind | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = None
     skip: bool | None = None

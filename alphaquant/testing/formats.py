@@ -16,10 +16,10 @@ from alphaquant.errors import FormatError
 from alphaquant.quant.codecs import ScaleSearch, check_finite, make_grid
 from alphaquant.quant.gptq import factorize, quantize_gptq, quantize_rtn
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
-from alphaquant.spaces.formats import MENUS, Format, parse_format
+from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
 
-_GROUPS = ("g32", "g64", "g128", "row")
-_INT_KINDS = ("int2", "int3", "int4", "int5", "int6", "int8")
+_GROUPS = ("g32", "g64", "g128", "g256", "row")
+_INT_KINDS = ("int1", "int2", "int3", "int4", "int5", "int6", "int8")
 _FP_KINDS = ("fp4-e2m1", "fp6-e3m2", "fp6-e2m3", "fp8-e4m3", "fp8-e5m2")
 
 FORMATS: tuple[str, ...] = tuple(
@@ -27,7 +27,7 @@ FORMATS: tuple[str, ...] = tuple(
         (
             *MENUS["all"],
             *(f"{kind}-{group}" for kind in _INT_KINDS for group in _GROUPS),
-            *(f"{kind}-{group}-asym" for kind in _INT_KINDS for group in _GROUPS),
+            *(f"{kind}-{group}-asym" for kind in ASYMMETRIC_KINDS for group in _GROUPS),
             *(f"{kind}-{group}" for kind in _FP_KINDS for group in _GROUPS),
             *("mxfp4", "mxfp6", "mxfp6-e2m3", "mxfp8", "mxfp8-e5m2", "nvfp4"),
         )
@@ -45,6 +45,7 @@ SHAPES: tuple[tuple[int, int], ...] = (
     (1, 64),  # one row, whole groups
     (4, 171),  # tail groups, as DeepSeek's 10944 = 64 * 171 has with groups of 128
     (2, 256),  # several whole groups
+    (3, 523),  # two groups of 256 and a tail of 11
 )
 
 
@@ -98,7 +99,7 @@ def check_grid(fmt: Format, search: ScaleSearch) -> None:
 
 
 def check_zeros(fmt: Format, search: ScaleSearch) -> None:
-    """Zero matrices, rows, columns and blocks stay zero, with a valid scale."""
+    """Zero matrices, rows and blocks stay zero, with a valid scale; columns if there is a zero."""
     weight = draw_weights(5, 171)
     weight[1] = 0.0
     weight[:, 7] = 0.0
@@ -108,7 +109,9 @@ def check_zeros(fmt: Format, search: ScaleSearch) -> None:
     _assert_valid_scales(rounded)
     made = rounded.weights()
     assert bool((made[1] == 0).all()) and bool((made[0, 1] == 0).all()), fmt.name
-    if search == "minmax" or fmt.symmetric:
+    if fmt.kind == "int1":  # no zero: a column has the sign and scale of its group
+        assert torch.equal(made[0, :, 7], rounded.scales[0, :, 0]), fmt.name
+    elif search == "minmax" or fmt.symmetric:
         assert bool((made[0, :, 7] == 0).all()), fmt.name
     if 0 < fmt.group_size <= 128:
         assert bool((made[0, 3, :128] == 0).all()), fmt.name
@@ -203,7 +206,9 @@ def _assert_same_bits(found: Tensor, expected: Tensor, fmt: Format) -> None:
 
 def _assert_valid_scales(rounded: RoundedBatch) -> None:
     assert bool(torch.isfinite(rounded.scales).all()), rounded.format.name
-    assert bool((rounded.scales != 0).all()), rounded.format.name
+    # Signs of zeros are stored with a scale of zero; all other formats have a zero of their own.
+    is_valid = rounded.scales >= 0 if rounded.format.kind == "int1" else rounded.scales != 0
+    assert bool(is_valid.all()), rounded.format.name
     if rounded.format.family in ("int", "fp"):
         stored = rounded.scales.to(torch.float16).to(torch.float32)
         assert torch.equal(stored, rounded.scales), rounded.format.name

@@ -10,6 +10,7 @@ from alphaquant.kernels.grids import (
     FloatGrid,
     Grid,
     IntegerGrid,
+    SignGrid,
     from_e8m0,
     power_of_two,
     to_e8m0,
@@ -23,6 +24,7 @@ GRIDS: dict[str, Grid] = {
     for bits in (2, 3, 4, 5, 6, 8)
     for signed in (True, False)
 }
+GRIDS["int1"] = SignGrid()
 BITS = {name: element.bits for name, element in ELEMENTS.items()} | {
     name: int(name[3]) for name in GRIDS if name.startswith("int")
 }
@@ -43,10 +45,13 @@ def finite_codes(name: str) -> Tensor:
 
 
 def nearest_of_all(name: str, points: Tensor) -> Tensor:
-    """The closest of all values, of two equally close ones that with the even code (float64)."""
+    """The closest of all values, of two equally close ones that with the even code (float64).
+
+    Signs have one tie, zero, and code 1 wins it.
+    """
     codes = finite_codes(name)
     values, order = GRIDS[name].to_values(codes).to(torch.float64).sort(stable=True)
-    is_odd = codes[order] % 2 == 1
+    is_odd = codes[order] % 2 == (0 if name == "int1" else 1)
     points = points.to(torch.float64)
     above = torch.searchsorted(values, points).clamp(1, len(values) - 1)
     below = above - 1
@@ -83,6 +88,7 @@ def test_a_dense_sweep_rounds_to_the_closest_of_all_values(name: str) -> None:
         ("e3m2", 28.0, 64),
         ("e4m3", 448.0, 254),  # not 240; two codes are NaN
         ("e5m2", 57344.0, 248),  # eight codes are infinity and NaN
+        ("int1", 1.0, 2),  # -1 and 1
         ("int2s", 1.0, 4),  # -2 .. 1, not ternary
         ("int4u", 15.0, 16),
         ("int8s", 127.0, 256),
@@ -133,6 +139,14 @@ def test_rounding_saturates_and_leaves_its_argument_alone(name: str) -> None:
 def test_integers_have_one_zero(signed: bool) -> None:
     snapped = IntegerGrid(4, signed).snap(torch.tensor([-0.4, -0.0, 0.4]))
     assert not bool(torch.signbit(snapped).any())
+
+
+def test_signs_have_no_zero_and_take_zeros_and_no_number_as_plus_one() -> None:
+    grid = SignGrid()
+    assert grid.to_values(torch.tensor([0, 1], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+    snapped = grid.snap(torch.tensor([-3.0, -1e-45, -0.0, 0.0, 1e-45, 3.0, math.nan]))
+    assert snapped.tolist() == [-1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert grid.to_codes(snapped).tolist() == [0, 0, 1, 1, 1, 1, 1]
 
 
 def test_powers_of_two_are_exact_over_their_whole_range() -> None:

@@ -20,6 +20,13 @@ def test_the_worked_example_gives_its_bytes() -> None:
     assert unpack_codes(packed, 3, 3).tolist() == [5, 2, 7]
 
 
+def test_nine_signs_give_the_bytes_of_the_header() -> None:
+    signs = [1, 0, 1, 1, 0, 0, 0, 0, 1]
+    packed = pack_codes(torch.tensor(signs, dtype=torch.uint8), 1)
+    assert packed.tolist() == [0x0D, 0x01]
+    assert unpack_codes(packed, 1, 9).tolist() == signs
+
+
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**16))
 def test_codes_survive_packing_and_bytes_are_those_of_the_layout(
     bits: int, rows: int, n_codes: int, seed: int

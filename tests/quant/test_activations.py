@@ -9,12 +9,12 @@ from torch import Tensor
 from alphaquant.errors import FormatError
 from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.codecs import make_grid
-from alphaquant.spaces.formats import FORMAT_KINDS, PER_ROW, Format, make_format, parse_format
+from alphaquant.spaces.formats import ACTIVATION_KINDS, PER_ROW, Format, make_format, parse_format
 
 VARIANTS = ("fp6-e2m3-row", "fp8-e5m2-row", "mxfp6-e2m3", "mxfp8-e5m2")
 FORMATS = tuple(
     # As a configuration's `aq` gives them: one scale per row.
-    [make_format(kind, PER_ROW) for kind in FORMAT_KINDS if kind != "bf16"]
+    [make_format(kind, PER_ROW) for kind in ACTIVATION_KINDS if kind != "bf16"]
     + [parse_format(name) for name in VARIANTS]
 )
 BLOCKS = {"mxfp": 32, "nvfp": 16}
@@ -82,6 +82,11 @@ def test_integers_map_the_largest_magnitude_to_the_largest_code() -> None:
     assert fake_quantize(tokens, make_format("int8", PER_ROW))[0].tolist() == [-127.0, 2.0, 100.0]
     # int2 has -1 0 1 here; -2 would need the largest magnitude to be negative.
     assert fake_quantize(tokens, make_format("int2", PER_ROW))[1].tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_signs_alone_are_refused() -> None:
+    with pytest.raises(FormatError, match="cannot be rounded to int1-row, which has no zero"):
+        fake_quantize(torch.ones(1, 4), make_format("int1", PER_ROW))
 
 
 def test_bf16_returns_the_inputs_themselves() -> None:

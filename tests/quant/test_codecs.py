@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
+from alphaquant.kernels.grids import SignGrid
 from alphaquant.quant.codecs import (
     Codec,
     GroupScales,
+    ScaleSearch,
     check_finite,
     fit,
     make_codec,
@@ -19,7 +21,7 @@ from alphaquant.quant.codecs import (
     snap,
 )
 from alphaquant.spaces.formats import ELEMENTS, parse_format
-from alphaquant.testing.formats import QUANTIZED, draw_weights
+from alphaquant.testing.formats import QUANTIZED, SEARCHES, draw_weights
 
 EMAX = {"mxfp4": 2, "mxfp6": 4, "mxfp6-e2m3": 2, "mxfp8": 8, "mxfp8-e5m2": 15}
 
@@ -96,6 +98,32 @@ def test_asymmetric_integers_span_low_to_high_and_hold_zero(bits: int, shift: fl
     assert float(rounded(codec, zero, scales)) == 0.0
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_scale_of_signs_is_the_mean_magnitude(search: ScaleSearch) -> None:
+    group = torch.tensor([[[1.0, -2.0, 0.5, -4.5], [-3.0, -3.0, -3.0, 0.0]]])
+    codec = codec_for("int1-g32", search, group)
+    scales = fit(codec, group)
+    assert scales.scale.tolist() == [[2.0, 2.25]] and scales.zero is None
+    expected = [[2.0, -2.0, 2.0, -2.0], [-2.25, -2.25, -2.25, 2.25]]
+    assert rounded(codec, group, scales)[0].tolist() == expected
+
+
+def test_the_scale_of_signs_follows_the_columns_that_matter() -> None:
+    group = torch.tensor([[[1.0, -2.0, 0.5, -4.5]]])
+    weight = torch.tensor([[1.0, 0.0, 2.0, 1.0]])
+    scales = fit(codec_for("int1-g32", "hessian", group), group, weight)
+    assert scales.scale.tolist() == [[(1.0 + 2 * 0.5 + 4.5) / 4]]
+
+
+def test_signs_of_zeros_and_of_what_float16_cannot_hold_have_a_scale_of_zero() -> None:
+    group = torch.tensor([[[0.0, 0.0], [-0.0, 0.0], [2.0**-30, -(2.0**-30)], [2.0**-20, 0.0]]])
+    codec = codec_for("int1-g32", "mse", group)
+    scales = fit(codec, group, torch.ones(1, 2))
+    assert scales.scale.tolist() == [[0.0, 0.0, 0.0, 2.0**-21]]
+    made = rounded(codec, group, scales)
+    assert bool((made[0, :3] == 0).all()) and not bool(torch.signbit(made[0, :2]).any())
+
+
 def test_float_scales_map_the_largest_magnitude_to_the_largest_value() -> None:
     group = draw_weights(4, 32)[None]
     for name in ("fp4-e2m1-g32", "fp6-e2m3-g32", "fp6-e3m2-g32", "fp8-e4m3-g32"):
@@ -134,7 +162,9 @@ def test_mse_search_is_never_worse_than_the_rule_in_its_own_criterion(
     by_rule = squared_error(rule, group, fit(rule, group), weight)
     by_search = squared_error(search, group, fit(search, group, weight), weight)
     assert bool((by_search <= by_rule * (1 + 1e-6)).all())
-    if parse_format(name).bits <= 6 and size == 1.0:
+    if parse_format(name).kind == "int1" and not weighted:
+        assert torch.equal(by_search, by_rule)  # the rule is the best scale already
+    elif parse_format(name).bits <= 6 and size == 1.0:
         assert float(by_search.sum()) < float(by_rule.sum())
 
 
@@ -164,4 +194,5 @@ def test_grids_follow_the_format() -> None:
         7.0,
     )
     assert make_grid(parse_format("int4-g32-asym")).high == 15.0
+    assert make_grid(parse_format("int1-g32")) == SignGrid()
     assert make_grid(parse_format("mxfp8-e5m2")).high == 57344.0

@@ -16,9 +16,10 @@ from alphaquant.testing.formats import (
 )
 
 FAMILIES = {
-    "int-g128": [f"int{b}-g128" for b in (2, 3, 4, 5, 6, 8)],
-    "int-g32": [f"int{b}-g32" for b in (2, 3, 4, 5, 6, 8)],
-    "int-row": [f"int{b}-row" for b in (2, 3, 4, 5, 6, 8)],
+    "int-g128": [f"int{b}-g128" for b in (1, 2, 3, 4, 5, 6, 8)],
+    "int-g32": [f"int{b}-g32" for b in (1, 2, 3, 4, 5, 6, 8)],
+    "int-g256": [f"int{b}-g256" for b in (1, 2, 3, 4, 5, 6, 8)],
+    "int-row": [f"int{b}-row" for b in (1, 2, 3, 4, 5, 6, 8)],
     "int-g64-asym": [f"int{b}-g64-asym" for b in (2, 3, 4, 5, 6, 8)],
     "fp-g128": ["fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"],
     "mxfp": ["mxfp4", "mxfp6", "mxfp8"],
@@ -33,7 +34,7 @@ def test_a_format_keeps_its_contract(name: str) -> None:
 
 def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
     assert {parse_format(n).kind for n in FORMATS} >= {
-        *("int2", "int3", "int4", "int5", "int6", "int8", "fp4", "fp6", "fp8"),
+        *("int1", "int2", "int3", "int4", "int5", "int6", "int8", "fp4", "fp6", "fp8"),
         *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
     }
     assert set(FORMATS) - set(QUANTIZED) == {"bf16"}
@@ -53,6 +54,14 @@ def test_the_error_falls_with_every_bit_of_a_family(family: str, search: str) ->
     assert len(set(errors)) == len(errors)
 
 
+def test_the_suite_has_every_integer_with_every_group() -> None:
+    groups = ("g32", "g64", "g128", "g256", "row")
+    wanted = {f"int{bits}-{g}" for bits in (1, 2, 3, 4, 5, 6, 8) for g in groups}
+    wanted |= {f"int{bits}-{g}-asym" for bits in (2, 3, 4, 5, 6, 8) for g in groups}
+    assert wanted <= set(FORMATS)
+    assert "int1-g128-asym" not in FORMATS
+
+
 def test_small_blocks_beat_one_scale_per_row() -> None:
     weight = draw_weights(64, 256, seed=5)[None]
 
@@ -62,6 +71,7 @@ def test_small_blocks_beat_one_scale_per_row() -> None:
 
     assert error("mxfp4") < error("fp4-row")
     assert error("int4-g32") < error("int4-g64") < error("int4-g128") < error("int4-row")
+    assert error("int1-g32") < error("int1-g64") < error("int1-g128") < error("int1-row")
 
 
 def test_a_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

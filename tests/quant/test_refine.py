@@ -1,5 +1,7 @@
 """Refinement lowers the GPTQ objective and changes nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +37,9 @@ def test_every_step_lowers_the_objective_in_every_row(name: str) -> None:
         before = after
 
 
-@pytest.mark.parametrize("name", ["int2-g64-asym", "int3-g32", "int4-g128", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["int1-g32", "int2-g64-asym", "int3-g32", "int4-g128", "mxfp4", "nvfp4"]
+)
 def test_refined_gptq_is_clearly_better_than_gptq(name: str) -> None:
     weight, hessian = problem()
     rounded = quantize_gptq(weight, factorize(hessian, 0.0), parse_format(name), "mse")
@@ -44,7 +48,9 @@ def test_refined_gptq_is_clearly_better_than_gptq(name: str) -> None:
     assert float(end) < 0.97 * float(start)
 
 
-@pytest.mark.parametrize("name", ["int2-g64-asym", "int4-g32", "fp6-e3m2-g128", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["int1-g64", "int2-g64-asym", "int4-g32", "fp6-e3m2-g128", "mxfp4", "nvfp4"]
+)
 def test_a_refined_batch_still_packs_bit_for_bit(name: str) -> None:
     weight, hessian = problem()
     refined = refine(weight, hessian, quantize_rtn(weight, parse_format(name), "minmax"), 2)
@@ -64,7 +70,9 @@ def test_one_column_left_free_moves_to_the_best_grid_value() -> None:
     assert torch.equal(found.values, start.values)
 
 
-@pytest.mark.parametrize("name", ["int3-g32-asym", "int4-g64", "fp4-g32", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["int1-g32", "int3-g32-asym", "int4-g64", "fp4-g32", "mxfp4", "nvfp4"]
+)
 def test_the_residual_that_is_handed_on_is_the_true_one(name: str) -> None:
     weight, hessian = problem()
     rounded = quantize_rtn(weight, parse_format(name), "minmax")
@@ -75,6 +83,17 @@ def test_the_residual_that_is_handed_on_is_the_true_one(name: str) -> None:
     expected = residual(weight, hessian, rounded)
     # float32 sums over 72 inputs, updated eight times
     assert float((R - expected).norm()) <= 1e-4 * float(expected.norm())
+
+
+def test_with_uncorrelated_inputs_the_fitted_scale_of_signs_is_the_mean_magnitude() -> None:
+    weight, _ = problem()
+    hessian = torch.eye(72).expand(2, 72, 72)
+    start = quantize_rtn(weight, parse_format("int1-g32"), "mse")
+    wrong = replace(start, scales=0.5 * start.scales)
+    found, _ = fit_scales(hessian, wrong, residual(weight, hessian, wrong))
+    means = [part.abs().mean(-1) for part in weight.split(32, -1)]
+    # float16 keeps 11 bits, and the ridge of the system is 1e-6 of its diagonal
+    assert torch.allclose(found.scales, torch.stack(means, -1), rtol=2**-10)
 
 
 def test_block_size_changes_nothing() -> None:

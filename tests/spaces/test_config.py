@@ -21,10 +21,25 @@ from alphaquant.spaces.config import (
     parse_config,
     resolve,
 )
-from alphaquant.spaces.formats import BF16, FORMAT_KINDS, MENUS, make_format, parse_format
+from alphaquant.spaces.formats import (
+    ACTIVATION_KINDS,
+    BF16,
+    FORMAT_KINDS,
+    MENUS,
+    make_format,
+    parse_format,
+)
 from alphaquant.spaces.units import Inventory, Matrix
 
-FORMATS = [*MENUS["all"], "int4-g64", "int8-row", "mxfp6-e2m3", "fp6-e2m3-g64", "fp8-e5m2-row"]
+FORMATS = [
+    *MENUS["all"],
+    "int4-g64",
+    "int8-row",
+    "mxfp6-e2m3",
+    "fp6-e2m3-g64",
+    "fp8-e5m2-row",
+    "int1-row",
+]
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"
 
 
@@ -74,7 +89,7 @@ def test_absent_fields_are_bf16_and_the_format_s_group(llama: Inventory) -> None
     assert weights(plan(llama, wq="int8", group_size=-1), name) == "int8-row"
 
 
-@pytest.mark.parametrize("aq", FORMAT_KINDS)
+@pytest.mark.parametrize("aq", ACTIVATION_KINDS)
 def test_activations_are_rounded_per_token_or_per_block(llama: Inventory, aq: str) -> None:
     found = plan(llama, wq="int4", group_size=64, symmetric=False, aq=aq)
     for scheme in found.schemes.values():
@@ -232,6 +247,7 @@ def test_an_ignored_group_size_is_one_warning_and_changes_no_bits(olmoe: Invento
         ({"wq": "mxfp4", "group_size": 64}, {"wq": "int4"}, "int4-g64", 0),  # survives
         ({"wq": "mxfp4", "group_size": 64}, {"skip": True}, "bf16", 0),
         ({"wq": "int4", "symmetric": False}, {"wq": "mxfp4"}, "mxfp4", 0),
+        ({"wq": "int4", "symmetric": False}, {"wq": "int1"}, "int1-g128", 0),
         ({"wq": "int4", "symmetric": False}, {"wq": "bf16"}, "bf16", 0),
         ({"wq": "bf16"}, {"symmetric": False}, "bf16", 0),
         ({"symmetric": False}, {"wq": "int4"}, "int4-g128-asym", 0),
@@ -341,7 +357,15 @@ def test_leaving_the_router_alone_does_not_warn(
         ),
         (
             {"default": {"wq": "mxfp4", "symmetric": False}},
-            "default: mxfp4 has no zero point; only int formats can be asymmetric",
+            "default: mxfp4 has no zero point; only int formats of 2 bits and more can be",
+        ),
+        (
+            {"default": {"wq": "int1", "symmetric": False}},
+            "default: int1 has no zero point; only int formats of 2 bits and more can be",
+        ),
+        (
+            {"default": {"aq": "int1"}},
+            f"default.aq: unknown value 'int1'; known are {', '.join(ACTIVATION_KINDS)}; use",
         ),
     ],
 )

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from alphaquant.errors import FormatError
 from alphaquant.spaces.formats import (
+    ACTIVATION_KINDS,
+    ASYMMETRIC_KINDS,
     BF16,
     DEFAULT_MENU,
     ELEMENTS,
@@ -23,7 +25,7 @@ from alphaquant.spaces.formats import (
 )
 
 KINDS = [
-    *("int2", "int3", "int4", "int5", "int6", "int8"),
+    *("int1", "int2", "int3", "int4", "int5", "int6", "int8"),
     *("fp4", "fp6", "fp8"),
     *("mxfp4", "mxfp6", "mxfp8"),
     *("nvfp4", "bf16"),
@@ -34,14 +36,16 @@ KINDS = [
 def any_format(draw: st.DrawFn) -> Format:
     """A format of any kind, group size, symmetry and element."""
     kind = draw(st.sampled_from(FORMAT_KINDS))
-    group_size = draw(st.sampled_from([None, PER_ROW, 8, 32, 48, 64, 128, 4096]))
-    symmetric = not kind.startswith("int") or draw(st.booleans())
+    group_size = draw(st.sampled_from([None, PER_ROW, 8, 32, 48, 64, 128, 256, 4096]))
+    symmetric = kind not in ASYMMETRIC_KINDS or draw(st.booleans())
     element = draw(st.sampled_from([None, *elements_of(kind)]))
     return make_format(kind, group_size, symmetric=symmetric, element=element)
 
 
-def test_the_kinds_are_the_13_promised_ones_and_int5() -> None:
+def test_the_kinds_are_the_13_promised_ones_int1_and_int5() -> None:
     assert list(FORMAT_KINDS) == KINDS
+    assert list(ACTIVATION_KINDS) == KINDS[1:]
+    assert list(ASYMMETRIC_KINDS) == KINDS[1:7]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,6 +62,8 @@ def test_a_name_reads_back_as_its_format(fmt: Format) -> None:
 @pytest.mark.parametrize(
     ("short", "name"),
     [
+        ("int1", "int1-g128"),
+        ("int1-row", "int1-row"),
         ("int4", "int4-g128"),
         ("int4-asym", "int4-g128-asym"),
         ("int8-row", "int8-row"),
@@ -83,6 +89,11 @@ def test_absent_parts_of_a_name_have_defaults(short: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "bits_per_weight"),
     [
+        ("int1-g32", 1.5),
+        ("int1-g64", 1.25),
+        ("int1-g128", 1.125),
+        ("int1-g256", 1.0625),
+        ("int2-g256-asym", 2 + 18 / 256),
         ("int4-g128", 4.125),
         ("int4-g64", 4.25),
         ("int4-g32", 4.5),
@@ -121,12 +132,18 @@ def test_the_worked_example_of_the_header_is_true() -> None:
     assert fmt.n_groups(128) == 2
     assert fmt.zero_bytes(256, 128) == 192
     assert fmt.storage_bits(256, 128) == 108032 == 8 * (256 * 48 + 256 * 2 * 2 + 192)
+    signs = parse_format("int1-g64")
+    assert (signs.row_bytes(128), signs.n_groups(128), signs.zero_bytes(256, 128)) == (16, 2, 0)
+    assert signs.storage_bits(256, 128) == 40960 == 8 * 5120
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "cols", "n_bytes", "why"),
     [
         # codes + scales + zeros + global, in bytes
+        ("int1-g128", 3, 1, 3 * 1 + 3 * 2, "one bit is padded to a byte"),
+        ("int1-g256", 2, 523, 2 * 66 + 2 * 3 * 2, "two whole groups and one of 11"),
+        ("int1-row", 7, 33, 7 * 5 + 7 * 2, "one scale per row"),
         ("int3-g128", 1, 1, 1 + 2, "3 bits are padded to a byte"),
         ("int3-g128", 5, 11, 5 * 5 + 5 * 2, "33 bits a row are padded to 5 bytes"),
         ("int4-g64", 3, 65, 3 * 33 + 3 * 2 * 2, "a tail group of one input has its own scale"),
@@ -190,10 +207,16 @@ def test_a_group_size_below_8_is_refused(group_size: int) -> None:
         make_format("int4", group_size)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith("int")])
-def test_only_integers_can_be_asymmetric(kind: str) -> None:
-    with pytest.raises(FormatError, match=f"{kind} has no zero point; only int formats"):
+@pytest.mark.parametrize("kind", ["int1", *(k for k in KINDS if not k.startswith("int"))])
+def test_only_integers_of_two_bits_and_more_can_be_asymmetric(kind: str) -> None:
+    message = f"{kind} has no zero point; only int formats of 2 bits and more .* or use int2, int3"
+    with pytest.raises(FormatError, match=message):
         make_format(kind, symmetric=False)
+
+
+def test_an_asymmetric_sign_is_refused_by_name() -> None:
+    with pytest.raises(FormatError, match="int1 has no zero point"):
+        parse_format("int1-g128-asym")
 
 
 @pytest.mark.parametrize(

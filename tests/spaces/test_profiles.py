@@ -121,6 +121,7 @@ def test_old_expert_names_couple_as_the_new_ones() -> None:
 
 LOADABLE = {
     # format: what loads it for a linear layer, what for routed experts
+    "int1-g128": ("any", "any"),
     "int4-g128": ("any vllm sglang transformers", "any vllm sglang transformers"),
     "int8-g32": ("any vllm sglang transformers", "any vllm sglang transformers"),
     "int8-row": ("any vllm sglang transformers", "any vllm sglang transformers"),
