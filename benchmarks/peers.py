@@ -1,7 +1,8 @@
 """Runs one other quantizer on one model and writes its weights, dequantized, for `quantizer.py`.
 
 The worker of the comparison: it runs in the interpreter that has the peers installed, imports
-nothing of this project, and talks through files only.
+nothing of this project, and talks through files only. Peers that choose a format per matrix are in
+`choosers.py`, which shares the functions here.
 
     python benchmarks/peers.py JOB.json FOLDER
 
@@ -23,15 +24,16 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_SEED = 42
-_BATCH_SIZE = 8
+SEED = 42
+BATCH_SIZE = 8
 _DISTRIBUTIONS = (
     *("auto-round", "llmcompressor", "compressed-tensors", "gptqmodel", "defuser"),
-    *("torch", "transformers"),
+    *("nvidia-modelopt", "torch", "transformers"),
 )
 
 
@@ -68,11 +70,11 @@ def auto_round(job: dict[str, Any]) -> tuple[Any, Clock]:
         sym=asked["symmetric"],
         data_type=data_type,
         act_bits=16,
-        dataset=torch.utils.data.DataLoader(tokens, batch_size=_BATCH_SIZE),
+        dataset=torch.utils.data.DataLoader(tokens, batch_size=BATCH_SIZE),
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
-        batch_size=_BATCH_SIZE,
-        seed=_SEED,
+        batch_size=BATCH_SIZE,
+        seed=SEED,
         amp=False,
         device_map="cpu",
         disable_model_free=True,
@@ -91,6 +93,7 @@ def llm_compressor(job: dict[str, Any]) -> tuple[Any, Clock]:
 
     asked = job["format"]
     presets = {"mxfp": "MXFP4A16", "nvfp": "NVFP4A16"}
+    scheme: dict[str, Any]
     if asked["family"] == "int":
         weights = {
             "num_bits": asked["bits"],
@@ -116,7 +119,7 @@ def llm_compressor(job: dict[str, Any]) -> tuple[Any, Clock]:
         max_seq_length=tokens.shape[1],
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,
-        batch_size=_BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         **job["options"],
     )
     return model, clock.stop()
@@ -143,12 +146,13 @@ def gptq_model(job: dict[str, Any]) -> tuple[Any, Clock]:
     wrapper = GPTQModel.load(job["model"], config, dtype=torch.float32)
     windows = [{"input_ids": w, "attention_mask": [1] * len(w)} for w in read_tokens(job).tolist()]
     clock = Clock()
-    wrapper.quantize(windows, batch_size=_BATCH_SIZE)
+    wrapper.quantize(windows, batch_size=BATCH_SIZE)
     return wrapper.model, clock.stop()
 
 
 PEERS = {"auto-round": auto_round, "llmcompressor": llm_compressor, "gptqmodel": gptq_model}
 """Distribution name -> function that quantizes a model: (job) -> (model, its time)."""
+
 
 _MODULES = {"auto-round": "auto_round"}
 
@@ -175,6 +179,15 @@ def layer_weights(model: Any) -> dict[str, Any]:
     found = {}
     for name, module in model.named_modules():
         if ".layers." not in name:
+            continue
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3:
+            for expert, (fused, down) in enumerate(
+                zip(module.gate_up_proj, module.down_proj, strict=True)
+            ):
+                found[f"{name}.{expert}.gate_proj"], found[f"{name}.{expert}.up_proj"] = (
+                    half.detach().to(torch.float32).clone() for half in fused.chunk(2)
+                )
+                found[f"{name}.{expert}.down_proj"] = down.detach().to(torch.float32).clone()
             continue
         if hasattr(module, "dequantize_weight"):
             weight = module.dequantize_weight().T  # [cols, rows] -> [rows, cols]
@@ -212,29 +225,49 @@ def installed() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Run the job, or print `installed()` as JSON when called with `versions`."""
-    if sys.argv[1:] == ["versions"]:
-        print(json.dumps(installed()))
-        return
-    job, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    peer = job["peer"]
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    importlib.import_module(_MODULES.get(peer, peer))  # a missing peer fails at once
+def times(clock: Clock) -> dict[str, float]:
+    """A stopped clock as a report holds it."""
+    return {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
+
+
+def write_result(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:
+    """Write `weights.safetensors` and, last, `report.json`: facts, memory, threads, versions."""
     import torch
     from safetensors.torch import save_file
 
-    torch.manual_seed(_SEED)
-    model, clock = PEERS[peer](job)
     report = {
-        "seconds": clock.seconds,
-        "cpu_seconds": clock.cpu_seconds,
+        **facts,
         "peak_memory_bytes": peak_memory(),
         "threads": torch.get_num_threads(),
         "versions": installed(),
     }
     save_file(layer_weights(model), folder / "weights.safetensors")
     (folder / "report.json").write_text(json.dumps(report))
+
+
+def read_job(modules: Mapping[str, str]) -> dict[str, Any]:
+    """The job named on the command line; imports its peer, so that a missing one fails at once.
+
+    Args:
+        modules: peer -> module, where they differ.
+    """
+    job = dict(json.loads(Path(sys.argv[1]).read_text()))
+    importlib.import_module(modules.get(job["peer"], job["peer"]))
+    import torch
+
+    torch.manual_seed(SEED)
+    return job
+
+
+def main() -> None:
+    """Run the job, or print `installed()` as JSON when called with `versions`."""
+    if sys.argv[1:] == ["versions"]:
+        print(json.dumps(installed()))
+        return
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    job = read_job(_MODULES)
+    model, clock = PEERS[job["peer"]](job)
+    write_result(Path(sys.argv[2]), model, times(clock))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,14 @@ from alphaquant.spaces.formats import Format
 JOB_VERSION = 1
 TIMEOUT_SECONDS = 3600
 _WORKER = Path(__file__).with_name("peers.py")
+_RUNS_ON = {
+    "llmcompressor": {"compressed-tensors"},
+    "gptqmodel": {"defuser"},
+    "auto-scheme": {"auto-round"},
+    "modelopt": {"nvidia-modelopt"},
+}
+"""Peer -> distributions beside the one of its name that its result depends on."""
+_PLACES = ("model", "tokens", "scores")
 
 
 @dataclass(frozen=True)
@@ -122,16 +130,13 @@ def job_key(
     """Digest of what a job's result depends on; paths are replaced by what they hold.
 
     Args:
-        job: from `peer_job`.
+        job: as the worker reads it.
         digests: of the model and the tokens.
         versions: from `peer_versions`.
     """
-    names = {"python", "torch", "transformers", job["peer"]}
-    names |= {"llmcompressor": {"compressed-tensors"}, "gptqmodel": {"defuser"}}.get(
-        job["peer"], set()
-    )
+    names = {"python", "torch", "transformers", job["peer"]} | _RUNS_ON.get(job["peer"], set())
     facts = {
-        **{k: v for k, v in job.items() if k not in ("model", "tokens")},
+        **{k: v for k, v in job.items() if k not in _PLACES},
         **digests,
         "versions": {k: v for k, v in sorted(versions.items()) if k in names},
         "job_version": JOB_VERSION,
@@ -139,14 +144,17 @@ def job_key(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def run_peer(python: str, job: Mapping[str, Any], cache: Path, key: str) -> PeerResult:
+def run_peer(
+    python: str, job: Mapping[str, Any], cache: Path, key: str, worker: Path = _WORKER
+) -> PeerResult:
     """Run a job in the peers' interpreter, or open its result.
 
     Args:
         python: the interpreter.
-        job: from `peer_job`.
+        job: as the worker reads it.
         cache: folder of all results.
         key: from `job_key`.
+        worker: script that runs the job.
 
     Raises:
         PeerError: the peer failed; the message ends with its last words.
@@ -160,7 +168,7 @@ def run_peer(python: str, job: Mapping[str, Any], cache: Path, key: str) -> Peer
     with tempfile.TemporaryDirectory(prefix="alphaquant-peer-") as scratch:
         place = Path(scratch)  # peers leave logs where they run
         (place / "job.json").write_text(json.dumps(job))
-        _run([python, str(_WORKER), str(place / "job.json"), scratch], place, TIMEOUT_SECONDS)
+        _run([python, str(worker), str(place / "job.json"), scratch], place, TIMEOUT_SECONDS)
         for name in ("weights.safetensors", "report.json"):
             with whole_file(folder / name) as part:
                 part.write_bytes((place / name).read_bytes())
@@ -182,21 +190,44 @@ def check_weights(weights: Mapping[str, Tensor], names: Mapping[str, Tensor], fm
     Raises:
         PeerError: a matrix is missing or of another shape, or a group has too many values.
     """
-    missing = sorted(set(names) - set(weights))
-    if missing:
-        raise PeerError(f"{len(missing)} matrices are missing, e.g. {missing[0]}")
     most = 0
     for name, original in names.items():
-        weight = weights[name]
-        if weight.shape != original.shape:
-            raise PeerError(f"{name} is {tuple(weight.shape)}, not {tuple(original.shape)}")
-        for group in torch.split(weight, fmt.group_size, -1):
-            ordered = group.sort(-1).values
-            n_values = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
-            most = max(most, int(n_values.max()))
+        most = max(most, check_matrix(weights, name, original, fmt))
+    return most
+
+
+def check_matrix(weights: Mapping[str, Tensor], name: str, original: Tensor, fmt: Format) -> int:
+    """The most values that any group of one matrix takes; as `check_weights`.
+
+    A matrix in bf16 must be the original and counts 0.
+
+    Args:
+        weights: path -> [rows, cols].
+        name: path of the matrix.
+        original: [rows, cols].
+        fmt: gives bits and group size.
+
+    Raises:
+        PeerError: it is missing, of another shape, or not in the format.
+    """
+    if name not in weights:
+        raise PeerError(f"{name} is missing among {len(weights)} matrices")
+    weight = weights[name]
+    if weight.shape != original.shape:
+        raise PeerError(f"{name} is {tuple(weight.shape)}, not {tuple(original.shape)}")
+    if not fmt.is_quantized:
+        if not torch.equal(weight, original.to(weight.dtype)):
+            raise PeerError(f"{name} is said to be unquantized and differs from the original")
+        return 0
+    most = 0
+    for group in torch.split(weight, fmt.group_size, -1):
+        ordered = group.sort(-1).values
+        n_values = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
+        most = max(most, int(n_values.max()))
     if most > 2**fmt.bits:
         raise PeerError(
-            f"a group of {fmt.group_size} has {most} values; {fmt.name} has {2**fmt.bits}"
+            f"a group of {fmt.group_size} of {name} has {most} values; "
+            f"{fmt.name} has {2**fmt.bits}"
         )
     return most
 

@@ -173,7 +173,7 @@ def solve(cost: FloatArray, bits: IntArray, allowed: BoolArray, limit_bits: int)
     if point < len(path.slopes):
         bound -= float(path.slopes[point]) * spare_bits
     _fill(options, positions, spare_bits)
-    return _make_solution(cost, bits, options.choice(positions), bound)
+    return make_solution(cost, bits, options.choice(positions), bound)
 
 
 def close_gap(
@@ -333,7 +333,8 @@ def _total(table: FloatArray, choice: IntArray) -> float:
     return float(table[np.arange(len(choice)), choice].sum())
 
 
-def _make_solution(cost: FloatArray, bits: IntArray, choice: IntArray, bound: float) -> Solution:
+def make_solution(cost: FloatArray, bits: IntArray, choice: IntArray, bound: float) -> Solution:
+    """Count a choice [U] out; `bound` is a lower bound of the cost of every choice."""
     total = _total(cost, choice)
     bound = min(bound, total)
     n_bits = int(bits[np.arange(len(choice)), choice].sum())
@@ -351,10 +352,10 @@ def _better_of(
     """The cheaper of the two choices with the tighter of the two bounds."""
     choice, share = found
     bound = max(first.lower_bound, first.lower_bound + share * (first.cost - first.lower_bound))
-    fallback = _make_solution(cost, bits, first.choice, bound)
+    fallback = make_solution(cost, bits, first.choice, bound)
     if choice is None:
         return fallback
-    second = _make_solution(cost, bits, choice, bound)
+    second = make_solution(cost, bits, choice, bound)
     # HiGHS keeps a constraint to 1e-6 only: what it found is counted again in integers.
     return second if second.bits <= limit_bits and second.cost < first.cost else fallback
 
@@ -394,7 +395,7 @@ def _search_open(
         integrality=np.ones(len(rows), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[
-            LinearConstraint(_one_per_row(rows), 1, 1),
+            LinearConstraint(one_per_row(rows), 1, 1),
             LinearConstraint((extra // factor)[None, :], -np.inf, spare // factor),
         ],
         options={"time_limit": time_limit_seconds, "mip_rel_gap": 0.0},
@@ -407,7 +408,7 @@ def _search_open(
     return choice, float(min(max(proven, 0.0), 1.0))
 
 
-def _one_per_row(rows: IntArray) -> csr_array:
+def one_per_row(rows: IntArray) -> csr_array:
     """The [rows, variables] matrix of ones that adds up the variables of each unit."""
     shape = (int(rows.max()) + 1, len(rows))
     return csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=shape)

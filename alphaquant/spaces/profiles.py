@@ -8,7 +8,7 @@ Marlin shape checks), SGLang 0.4.7 (sglang/srt/layers/quantization), compressed-
 transformers 5.23 (its compressed-tensors integration). Tensor parallelism is not known here:
 shapes are checked for one device.
 
-    any           our runtime: a format per expert and projection; gate and up are one launch (w13)
+    any           our runtime: a format per matrix of every expert
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
                   so a layer's experts are one unit; fused qkv_proj, gate_up_proj and the MLA pair
                   fused_qkv_a_proj take one scheme
@@ -177,8 +177,8 @@ PROFILES: dict[str, Profile] = {
     for profile in (
         Profile(
             "any",
-            "our own runtime: every format, free per expert and projection",
-            (Coupling("w13", ("expert", *_MLPS), (*GATE, *UP)),),
+            "our own runtime: every format, free per matrix",
+            (),
             _EVERYTHING,
             _EVERYTHING,
         ),

@@ -44,9 +44,8 @@ def test_every_matrix_is_in_exactly_one_unit_of_one_kind(
 
 SHARED = "mlp.shared_expert"
 ATTENTION = ["self_attn.q_proj 1", "self_attn.k_proj 1", "self_attn.v_proj 1"]
-FREE_EXPERTS = [
-    text for i in range(16) for text in (f"mlp.experts.{i}.w13 2", f"mlp.experts.{i}.down_proj 1")
-]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FREE_EXPERTS = [f"mlp.experts.{i}.{name} 1" for i in range(16) for name in PROJECTIONS]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ FREE_EXPERTS = [
         (
             "any",
             [*ATTENTION, "self_attn.o_proj 1", *FREE_EXPERTS]
-            + [f"{SHARED}.w13 2", f"{SHARED}.down_proj 1"],
+            + [f"{SHARED}.{name} 1" for name in PROJECTIONS],
         ),
         (
             "vllm",
@@ -112,11 +111,11 @@ def test_mla_without_a_low_rank_query_fuses_nothing() -> None:
 
 
 def test_old_expert_names_couple_as_the_new_ones() -> None:
-    prefix = "model.layers.0.block_sparse_moe.experts.0"
-    matrices = tuple(Matrix(f"{prefix}.{n}", 64, 128, "expert", 0, 0) for n in ("w1", "w2", "w3"))
-    units = units_of(Inventory("mixtral", matrices), PROFILES["any"])
+    prefix = "model.layers.0.block_sparse_moe.shared"
+    matrices = tuple(Matrix(f"{prefix}.{n}", 64, 128, "shared", 0) for n in ("w1", "w2", "w3"))
+    units = units_of(Inventory("mixtral", matrices), PROFILES["vllm"])
     assert [u.name for u in units] == [f"{prefix}.w13", f"{prefix}.w2"]
-    assert [u.family for u in units] == ["expert.w13", "expert.w2"]
+    assert [u.family for u in units] == ["shared.w13", "shared.w2"]
 
 
 LOADABLE = {
