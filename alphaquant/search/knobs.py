@@ -4,7 +4,8 @@ Theory fixes the defaults; a study moves them and lets the true divergence decid
 feasible, because knobs change costs and never bits. Order of `apply_knobs`:
 
 1. shrink rare units toward their group,       c' = a c + (1 - a) prior,   a = n / (n + n0)
-2. mix in log space, R scaled to S per group,  c = S^(1 - w) (R sum S / sum R)^w
+2. mix in log space, R scaled to S per group,  c = S^(1 - w) (R sum S / sum R)^w;
+   S itself is mixed in the same way with the Fisher cost per token
 3. clean up noise within a chain of formats    isotonic regression over bits
 4. exponent, total kept                        c^gamma sum c / sum c^gamma
 5. multipliers of family, depth, edge          relative to expert.w13 in the middle of the model
@@ -43,17 +44,22 @@ class Range:
     is_log: bool = False
 
 
+_SHARES = ("error_weight", "token_weight", "sweep_strength")
+
 UNSEEN_TOKENS = 3.0
 """95 % upper bound on the mean of a count that was seen to be zero (the rule of three)."""
 
 KNOB_RANGES: dict[str, Range] = {
     "error_weight": Range(0.0, 1.0),
+    "token_weight": Range(0.0, 1.0),
     "rare_shrinkage": Range(4.0, 1024.0, is_log=True),
     "exponent": Range(0.7, 1.3),
     "attention_multiplier": Range(0.5, 2.0, is_log=True),
     "w2_multiplier": Range(0.5, 2.0, is_log=True),
     "depth_slope": Range(-1.0, 1.0),
     "edge_multiplier": Range(0.5, 2.0, is_log=True),
+    "shared_multiplier": Range(0.5, 2.0, is_log=True),
+    "sweep_strength": Range(0.0, 1.0),
 }
 """What `suggest_knobs` searches besides `bits`."""
 
@@ -65,6 +71,7 @@ class Knobs:
     Attributes:
         bits: mean stored bits per weight that the allocation may use.
         error_weight: share of the error cost in the log-space mix, 0 to 1.
+        token_weight: share of the Fisher cost per token in the Fisher cost, log-space, 0 to 1.
         rare_shrinkage: tokens n0 at which a unit's own cost counts half; 0 trusts every unit.
         exponent: gamma > 0; above 1 sharpens the differences between costs.
         attention_multiplier: weight of attention units relative to w13.
@@ -72,16 +79,22 @@ class Knobs:
             square root. There is no multiplier for w13, since only ratios matter to the solver.
         depth_slope: log of the last layer's weight over the first's.
         edge_multiplier: weight of the first and last layer.
+        shared_multiplier: weight of shared experts and dense MLPs relative to w13.
+        sweep_strength: exponent of the weights that a sweep on the true divergence found, 0 to 1;
+            without a sweep it plays no part.
     """
 
     bits: float
     error_weight: float = 0.25
+    token_weight: float = 0.0
     rare_shrinkage: float = 64.0
     exponent: float = 1.0
     attention_multiplier: float = 1.0
     w2_multiplier: float = 1.0
     depth_slope: float = 0.0
     edge_multiplier: float = 1.0
+    shared_multiplier: float = 1.0
+    sweep_strength: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no formula above can take.
@@ -134,12 +147,21 @@ def apply_knobs(problem: Problem, knobs: Knobs) -> FloatArray:
     Returns:
         float64 [U, F], >= 0, zero where not allowed.
     """
-    fisher = shrink_rare(problem, problem.costs["fisher"], knobs.rare_shrinkage)
+    fisher = shrink_rare(problem, _fisher(problem, knobs.token_weight), knobs.rare_shrinkage)
     error = shrink_rare(problem, problem.costs["error"], knobs.rare_shrinkage)
     error = error * _error_scale(problem.groups, fisher, error)[:, None]
     cost = fisher ** (1 - knobs.error_weight) * error**knobs.error_weight
     cost = _raise_keeping_total(make_monotone(problem, cost), knobs.exponent)
     return cost * unit_multipliers(problem, knobs)[:, None] * problem.allowed
+
+
+def _fisher(problem: Problem, token_weight: float) -> FloatArray:
+    """The mix of both Fisher costs, float64 [U, F]; where no token cost was measured, the one."""
+    if token_weight == 0 or not problem.has("token_fisher"):
+        return problem.costs["fisher"]
+    whole, single = problem.costs["fisher"], problem.costs["token_fisher"]
+    single = single * _error_scale(problem.groups, whole, single)[:, None]
+    return np.asarray(whole ** (1 - token_weight) * single**token_weight, dtype=np.float64)
 
 
 def allocate(problem: Problem, knobs: Knobs, limit_bits: int) -> Solution:
@@ -222,6 +244,10 @@ def unit_multipliers(problem: Problem, knobs: Knobs) -> FloatArray:
         "all": knobs.w2_multiplier**0.5,
     }
     family = np.array([by_part[name.rsplit(".", 1)[-1]] for name in problem.families])
+    is_always_on = np.array(
+        [name.split(".")[0] in ("shared", "dense") for name in problem.families]
+    )
+    family = np.where(is_always_on, family * knobs.shared_multiplier, family)
     last = problem.n_layers - 1
     depth = problem.layers / last - 0.5 if last else np.zeros(len(problem.units))
     is_edge = (problem.layers == 0) | (problem.layers == last)
@@ -230,7 +256,7 @@ def unit_multipliers(problem: Problem, knobs: Knobs) -> FloatArray:
 
 
 def _is_possible(name: str, value: float) -> bool:
-    if name == "error_weight":
+    if name in _SHARES:
         return 0 <= value <= 1
     if name == "rare_shrinkage":
         return value >= 0
@@ -239,7 +265,7 @@ def _is_possible(name: str, value: float) -> bool:
 
 def _possible_text(name: str) -> str:
     known = {
-        "error_weight": "0 to 1",
+        **dict.fromkeys(_SHARES, "0 to 1"),
         "rare_shrinkage": "0 or more tokens",
         "depth_slope": "any finite number, searched in -1 to 1",
     }

@@ -16,14 +16,25 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from alphaquant.errors import ConfigError, ModelError
+from alphaquant.errors import BudgetError, ConfigError, ModelError
 from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
 from alphaquant.spaces.units import Unit
 
 Array = TypeVar("Array", FloatArray, IntArray, BoolArray)
 
 COSTS = ("fisher", "error")
-"""The cost tables of a problem, see `Problem.costs`."""
+"""The cost tables that every problem has, see `Problem.costs`."""
+
+OPTIONAL_COSTS = ("token_fisher", "gemq")
+"""Cost tables that some allocators need, see `Problem.costs`."""
+
+FEATURES = ("alpha", "alpha_plain", "variance", "routing_weight", "active_share")
+"""What may be known of a unit in no particular format, see `Problem.features`."""
+
+
+_CALIBRATE = "calibrate again on text that the model can run"
+_NO_SPECTRUM = "leave it out for models with matrices of one row or column"
+_REMEDIES = {"alpha": _NO_SPECTRUM, "alpha_plain": _NO_SPECTRUM}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +48,14 @@ class Problem:
         allowed: bool [U, F], what the profile lets a unit take.
         costs: float64 [U, F] by name, >= 0, zero where not allowed. `fisher`: second-order term
             S of the divergence, nats per token, noisy. `error`: route-weighted output error R,
-            arbitrary scale per layer.
+            arbitrary scale per layer. Where measured also `token_fisher` (S with a gradient per
+            token) and `gemq` (squared gradient times squared output error, GEMQ).
         n_tokens: float64 [U], calibration tokens that reached the unit.
         n_layers: decoder layers of the model, units in them or not.
+        features: float64 [U] by name, >= 0, where measured. `alpha`: exponent of the weights'
+            spectrum over blocks of equal shape (FARMS); `alpha_plain`: over the whole matrix; both
+            above 0. `variance`: of the weights. `routing_weight`: sum of the router's weights over
+            the unit's tokens, any scale. `active_share`: share of all tokens that reach it.
     """
 
     units: tuple[Unit, ...]
@@ -49,6 +65,7 @@ class Problem:
     costs: Mapping[str, FloatArray]
     n_tokens: FloatArray
     n_layers: int
+    features: Mapping[str, FloatArray]
 
     @cached_property
     def n_weights(self) -> FloatArray:
@@ -72,6 +89,45 @@ class Problem:
         keys = ((u.layer, family) for u, family in zip(self.units, self.families, strict=True))
         return _frozen(np.array([index.setdefault(k, len(index)) for k in keys], dtype=np.int64))
 
+    @cached_property
+    def least_bits(self) -> IntArray:
+        """int64 [U], what the smallest allowed format of each unit takes."""
+        no_bits = np.iinfo(np.int64).max
+        return _frozen(np.where(self.allowed, self.bits, no_bits).min(axis=1))
+
+    def has(self, name: str) -> bool:
+        """Whether a cost table or feature was measured."""
+        return name in self.costs or name in self.features
+
+    def cost(self, name: str) -> FloatArray:
+        """A cost table, float64 [U, F].
+
+        Raises:
+            ConfigError: it was not measured.
+        """
+        return self._measured(name, self.costs)
+
+    def feature(self, name: str) -> FloatArray:
+        """A feature, float64 [U].
+
+        Raises:
+            ConfigError: it was not measured.
+        """
+        return self._measured(name, self.features)
+
+    def check_limit(self, limit_bits: int) -> None:
+        """Refuse a limit that no choice keeps.
+
+        Raises:
+            BudgetError: the limit is below the sum of `least_bits`.
+        """
+        least = int(self.least_bits.sum())
+        if limit_bits < least:
+            raise BudgetError(
+                f"{limit_bits} bits were asked for, but the smallest formats take {least}; "
+                "raise the budget or add smaller formats"
+            )
+
     def limit_bits(self, bits_per_weight: float) -> int:
         """Bits that a mean of `bits_per_weight` over all weights of the units allows."""
         return floor(bits_per_weight * float(self.n_weights.sum()))
@@ -88,6 +144,15 @@ class Problem:
         picked = zip(self.units, choice.tolist(), strict=True)
         return {unit.name: self.formats[f] for unit, f in picked}
 
+    def _measured(self, name: str, known: Mapping[str, FloatArray]) -> FloatArray:
+        if name not in known:
+            measured = ", ".join([*self.costs, *self.features])
+            raise ConfigError(
+                f"{name} was not measured, only {measured}; measure it and give it to "
+                "make_problem, or take an allocator of `available`"
+            )
+        return known[name]
+
 
 def make_problem(
     units: Iterable[Unit],
@@ -97,6 +162,7 @@ def make_problem(
     costs: Mapping[str, npt.ArrayLike],
     n_tokens: npt.ArrayLike,
     n_layers: int,
+    features: Mapping[str, npt.ArrayLike] = MappingProxyType({}),
 ) -> Problem:
     """Build a checked problem over read-only copies of the arrays.
 
@@ -105,27 +171,32 @@ def make_problem(
         formats: F distinct canonical format names.
         bits: [U, F], positive where allowed.
         allowed: [U, F], at least one per unit.
-        costs: [U, F] for each name in `COSTS`, finite and >= 0 where allowed; set to zero
-            elsewhere.
+        costs: [U, F] for each name in `COSTS` and any of `OPTIONAL_COSTS`, finite and >= 0 where
+            allowed; set to zero elsewhere.
         n_tokens: [U], >= 0.
         n_layers: more than the largest layer index.
+        features: [U] for any of `FEATURES`, >= 0, exponents above 0.
 
     Raises:
         ConfigError: shapes or names disagree, or a unit has no allowed format.
-        ModelError: a cost or token count is not finite or is negative.
+        ModelError: a cost, token count or feature is not finite or is too small.
     """
     units, mask = tuple(units), np.array(allowed, dtype=np.bool_)
     shape = (len(units), len(formats))
     tables = {name: np.array(table, dtype=np.float64) for name, table in costs.items()}
     stored, tokens = np.array(bits, dtype=np.int64), np.array(n_tokens, dtype=np.float64)
-    _check_names(units, formats, tables, n_layers)
+    vectors = {name: np.array(vector, dtype=np.float64) for name, vector in features.items()}
+    _check_names(units, formats, n_layers)
+    _check_inputs(tables, vectors)
     for name, array in {"bits": stored, "allowed": mask, **tables}.items():
         _check_shape(name, array, shape)
-    _check_shape("n_tokens", tokens, shape[:1])
+    for name, vector in {"n_tokens": tokens, **vectors}.items():
+        _check_shape(name, vector, shape[:1])
     _check_allowed(units, stored, mask)
     for name, table in tables.items():
         _check_values(name, np.where(mask, table, 0.0), units)
-    _check_values("n_tokens", tokens[:, None], units)
+    for name, vector in {"n_tokens": tokens, **vectors}.items():
+        _check_values(name, vector[:, None], units)
     clean = {name: _frozen(np.where(mask, table, 0.0)) for name, table in tables.items()}
     return Problem(
         units,
@@ -135,6 +206,7 @@ def make_problem(
         MappingProxyType(clean),
         _frozen(tokens),
         n_layers,
+        MappingProxyType({name: _frozen(vector) for name, vector in vectors.items()}),
     )
 
 
@@ -143,9 +215,7 @@ def _frozen(array: Array) -> Array:
     return array
 
 
-def _check_names(
-    units: Sequence[Unit], formats: Sequence[str], tables: Mapping[str, FloatArray], n_layers: int
-) -> None:
+def _check_names(units: Sequence[Unit], formats: Sequence[str], n_layers: int) -> None:
     if not units or not formats:
         raise ConfigError(
             f"{len(units)} units and {len(formats)} formats leave nothing to allocate; "
@@ -156,13 +226,23 @@ def _check_names(
         repeated = [name for name, count in Counter(given).items() if count > 1]
         if repeated:
             raise ConfigError(f"{what} {repeated[0]!r} is given twice; names must be distinct")
-    if set(tables) != set(COSTS):
-        raise ConfigError(f"cost tables {sorted(tables)}; give exactly {', '.join(COSTS)}")
     deepest = max(u.layer for u in units)
     if deepest >= n_layers:
         raise ConfigError(
             f"a unit is in layer {deepest}, but n_layers is {n_layers}; give more than {deepest}"
         )
+
+
+def _check_inputs(tables: Mapping[str, FloatArray], vectors: Mapping[str, FloatArray]) -> None:
+    given = set(tables)
+    if not set(COSTS) <= given <= {*COSTS, *OPTIONAL_COSTS}:
+        raise ConfigError(
+            f"cost tables {sorted(given)}; give {', '.join(COSTS)} and, where measured, "
+            f"{', '.join(OPTIONAL_COSTS)}"
+        )
+    unknown = set(vectors) - set(FEATURES)
+    if unknown:
+        raise ConfigError(f"features {sorted(unknown)}; give any of {', '.join(FEATURES)}")
 
 
 def _check_shape(name: str, array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> None:
@@ -185,9 +265,12 @@ def _check_allowed(units: Sequence[Unit], bits: IntArray, allowed: BoolArray) ->
 
 
 def _check_values(name: str, table: FloatArray, units: Sequence[Unit]) -> None:
-    bad = np.flatnonzero(~(np.isfinite(table) & (table >= 0)).all(axis=1))
+    is_exponent = name in ("alpha", "alpha_plain")
+    is_possible = np.isfinite(table) & ((table > 0) if is_exponent else (table >= 0))
+    bad = np.flatnonzero(~is_possible.all(axis=1))
     if bad.size:
+        what, need = ("0, negative", "> 0") if is_exponent else ("negative", ">= 0")
         raise ModelError(
-            f"{name} is negative or not finite for {bad.size} units, e.g. {units[bad[0]].name}; "
-            "it must be >= 0, so calibrate again on text that the model can run"
+            f"{name} is {what} or not finite for {bad.size} units, e.g. {units[bad[0]].name}; "
+            f"it must be {need}, so {_REMEDIES.get(name, _CALIBRATE)}"
         )

@@ -1,16 +1,17 @@
 """Deterministic proposals: which parameters the next trial of a study gets.
 
-The proposals depend only on the seed and on the trials that are COMPLETE. A sampler is made anew
-for each trial, seeded by (seed, number of complete trials), so it has no state that a kill could
-lose; trials that a kill left RUNNING or WAITING become FAIL and are proposed again. This is for
-one process per study: two that ask at the same count of complete trials get the same proposal. A
-trial that always fails is proposed for ever; the caller decides when to stop.
+The proposals depend only on the seed and on the trials that are finished: COMPLETE or PRUNED. A
+sampler is made anew for each trial, seeded by (seed, number of finished trials), so it has no
+state that a kill could lose; trials that a kill left RUNNING or WAITING become FAIL and are
+proposed again. This is for one process per study: two that ask at the same count of finished
+trials get the same proposal. A trial that always fails is proposed for ever; the caller decides
+when to stop.
 
 Objectives run elsewhere: a caller asks with `next_trial`, suggests, scores, and tells the study.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -24,6 +25,9 @@ from alphaquant.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _POPULATION_SIZE = 20
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States of trials that count: both have numbers, and both are in the storage for good."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,13 @@ SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = MappingProxyType(
 """Every sampler by name, made from a seed; `gp` needs torch, which Optuna imports at its use."""
 
 
-def make_sampler(name: str, seed: int, n_complete: int) -> BaseSampler:
-    """A fresh sampler for the trial after `n_complete` complete ones.
+def make_sampler(name: str, seed: int, n_finished: int) -> BaseSampler:
+    """A fresh sampler for the trial after `n_finished` finished ones.
 
     Args:
         name: one of `SAMPLERS`.
         seed: of the study, >= 0.
-        n_complete: complete trials of the study.
+        n_finished: finished trials of the study.
 
     Raises:
         ConfigError: an unknown name or a negative seed.
@@ -89,27 +93,22 @@ def make_sampler(name: str, seed: int, n_complete: int) -> BaseSampler:
         raise ConfigError(f"unknown sampler {name!r}; use one of {', '.join(SAMPLERS)}")
     if seed < 0:
         raise ConfigError(f"seed {seed} is negative; use 0 or more")
-    return SAMPLERS[name](int(np.random.SeedSequence((seed, n_complete)).generate_state(1)[0]))
+    return SAMPLERS[name](int(np.random.SeedSequence((seed, n_finished)).generate_state(1)[0]))
 
 
 def next_trial(
-    study: optuna.Study,
-    planned: Sequence[PlannedTrial],
-    sampler_name: str,
-    seed: int,
-    pin: Mapping[str, float] | None = None,
+    study: optuna.Study, fixed: PlannedTrial, sampler_name: str, seed: int
 ) -> optuna.Trial:
-    """Ask for the next trial: planned ones first, then sampled ones.
+    """Ask for the next trial.
 
     Sets the study's sampler, and fails whatever waits in its queue, because `ask` would take that
     first.
 
     Args:
-        study: the study; its COMPLETE trials alone decide.
-        planned: trials to run before sampling, in order; the same at every call.
+        study: the study; its finished trials alone decide.
+        fixed: what is known of the trial; parameters that it leaves out are sampled.
         sampler_name: one of `SAMPLERS`.
         seed: of the study, >= 0.
-        pin: parameters that sampled trials do not sample, such as `bits`.
 
     Returns:
         A RUNNING trial to suggest from and to tell about.
@@ -118,9 +117,8 @@ def next_trial(
         ConfigError: an unknown sampler or a negative seed.
     """
     _fail_waiting(study)
-    n_complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    study.sampler = make_sampler(sampler_name, seed, n_complete)
-    fixed = planned[n_complete] if n_complete < len(planned) else PlannedTrial(pin or {})
+    n_finished = len(study.get_trials(deepcopy=False, states=FINISHED))
+    study.sampler = make_sampler(sampler_name, seed, n_finished)
     if fixed.params or fixed.attrs:
         study.enqueue_trial(dict(fixed.params), user_attrs=dict(fixed.attrs))
     return study.ask()

@@ -1,27 +1,38 @@
 """The contract of allocators, to run over any of them, and problems to run it on.
 
-    for problem in example_problems():
+    for problem in example_problems().values():
         check_allocator(allocator, problem)
 
 Checks raise AssertionError with what was broken. The problems are drawn, not measured.
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
 from alphaquant.errors import BudgetError
 from alphaquant.search.allocators import Allocator
-from alphaquant.search.problem import Problem, make_problem
+from alphaquant.search.arrays import FloatArray, IntArray
+from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.search.solver import Solution
-from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
+from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix, Unit
+
+EXAMPLE_MENU: tuple[str, ...] = (
+    *("int2-g128-asym", "int2-g64-asym", "int2-g32-asym"),
+    *("int3-g128-asym", "int3-g64-asym", "int3-g32-asym"),
+    *("int4-g128-asym", "int4-g64-asym", "int4-g32-asym"),
+    *("int5-g128-asym", "int6-g128", "int8-g128"),
+)
+"""Formats by nominal bits; the default menu may change, what tests compute by hand may not."""
 
 _ROWS, _COLS = 64, 256
 
 
 def example_problem(
-    seed: int, n_layers: int = 2, n_experts: int = 4, formats: tuple[str, ...] = DEFAULT_MENU[:12]
+    seed: int, n_layers: int = 2, n_experts: int = 4, formats: tuple[str, ...] = EXAMPLE_MENU
 ) -> Problem:
     """A small MoE: per layer one attention unit, and a w13 and a w2 unit per expert.
 
@@ -42,30 +53,83 @@ def example_problem(
     n_tokens[[u.name.startswith(_expert_prefix(u.layer, n_experts - 1)) for u in units]] = 0
     used = (n_tokens / n_tokens.max())[:, None]
     nominal = n_weights * 4.0 ** -(bits / n_weights) * used
-    costs = {name: nominal * rng.lognormal(0.0, 0.5, bits.shape) for name in ("fisher", "error")}
+    names = (*COSTS, *OPTIONAL_COSTS)
+    costs = {name: nominal * rng.lognormal(0.0, 0.5, bits.shape) for name in names}
     allowed = np.ones(bits.shape, dtype=np.bool_)
-    return make_problem(units, formats, bits, allowed, costs, n_tokens, n_layers)
+    features = {
+        "alpha": rng.uniform(2.5, 7.0, len(units)),
+        "alpha_plain": rng.uniform(2.5, 7.0, len(units)),
+        "variance": rng.lognormal(-7.0, 0.3, len(units)),
+        "routing_weight": n_tokens * rng.uniform(0.1, 0.9, len(units)),
+        "active_share": n_tokens / n_tokens.max(),
+    }
+    return make_problem(units, formats, bits, allowed, costs, n_tokens, n_layers, features)
 
 
-def example_problems() -> Iterator[Problem]:
-    """Problems that allocators must survive: ordinary, one unit, one format, no cost at all."""
-    yield example_problem(0)
+def example_problems() -> dict[str, Problem]:
+    """Problems that allocators must survive, by what is special about them; all inputs are there.
+
+    Formats are columns of the menu by nominal bits: 3 is int3, 6 is int4, 11 is int8.
+    """
     ordinary = example_problem(1)
-    yield _part(ordinary, np.array([0]), np.arange(len(ordinary.formats)), 1.0)
-    yield _part(ordinary, np.arange(len(ordinary.units)), np.array([3]), 1.0)
-    yield _part(ordinary, np.arange(len(ordinary.units)), np.array([3, 6]), 0.0)
+    n_units, n_formats = ordinary.bits.shape
+    rows, columns = np.arange(n_units), np.arange(n_formats)
+    experts = np.flatnonzero([unit.kind == "expert" for unit in ordinary.units])
+    one_each = np.zeros(ordinary.allowed.shape, dtype=np.bool_)
+    one_each[rows, rows % n_formats] = True
+    mixed = one_each | (rows % 3 > 0)[:, None]
+    return {
+        "ordinary": example_problem(0),
+        "one unit": take(ordinary, rows[:1], columns),
+        "one expert unit": take(ordinary, experts[:1], columns),
+        "experts alone": take(ordinary, experts, columns),
+        "no experts": take(ordinary, np.setdiff1d(rows, experts), columns),
+        "one format": take(ordinary, rows, columns[3:4]),
+        "formats of equal bits": example_problem(2, formats=("int4-g64", "int4-g32", "mxfp4")),
+        "one allowed format per unit": changed(ordinary, allowed=one_each),
+        "some units with one allowed format": changed(ordinary, allowed=mixed),
+        "no cost": changed(ordinary, costs={n: 0.0 * t for n, t in ordinary.costs.items()}),
+        "no tokens": changed(
+            ordinary,
+            n_tokens=np.zeros(n_units),
+            features=_with(ordinary, routing_weight=0.0, active_share=0.0),
+        ),
+        "constant alpha": changed(ordinary, features=_with(ordinary, alpha=4.0, alpha_plain=4.0)),
+    }
+
+
+def changed(problem: Problem, **changes: Any) -> Problem:
+    """The problem with some arguments of `make_problem` replaced."""
+    given = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    return make_problem(**given | changes)
+
+
+def take(problem: Problem, rows: IntArray, columns: IntArray) -> Problem:
+    """The problem of some units, int64 [n], and formats, int64 [m]."""
+    at = np.ix_(rows, columns)
+    return changed(
+        problem,
+        units=[problem.units[row] for row in rows],
+        formats=[problem.formats[column] for column in columns],
+        bits=problem.bits[at],
+        allowed=problem.allowed[at],
+        costs={name: table[at] for name, table in problem.costs.items()},
+        n_tokens=problem.n_tokens[rows],
+        features={name: vector[rows] for name, vector in problem.features.items()},
+    )
 
 
 def check_allocator(allocator: Allocator, problem: Problem) -> None:
-    """Feasible and total at tight, middling and ample limits; repeatable; refuses the impossible.
+    """Feasible and total from the tightest to ample limits; repeatable; refuses the impossible.
 
     Args:
         allocator: what is tested.
         problem: what it must solve.
     """
-    least = int(np.where(problem.allowed, problem.bits, problem.bits.max()).min(axis=1).sum())
+    least = int(problem.least_bits.sum())
     most = int(np.where(problem.allowed, problem.bits, 0).max(axis=1).sum())
-    for limit_bits in (least, (least + most) // 2, most, 2 * most):
+    for percent in (0, 1, 5, 10, 25, 50, 75, 100, 200):
+        limit_bits = least + (most - least) * percent // 100
         solution = allocator.allocate(problem, limit_bits, 0)
         _check_solution(allocator.name, problem, solution, limit_bits)
         again = allocator.allocate(problem, limit_bits, 0)
@@ -90,18 +154,10 @@ def _check_solution(name: str, problem: Problem, solution: Solution, limit_bits:
     assert len(problem.choice_names(solution.choice)) == len(problem.units), f"{name}: not total"
 
 
-def _part(problem: Problem, rows: np.ndarray, columns: np.ndarray, factor: float) -> Problem:
-    """The problem of some units [n] and formats [m], with its costs times a factor."""
-    at = np.ix_(rows, columns)
-    return make_problem(
-        [problem.units[row] for row in rows],
-        [problem.formats[column] for column in columns],
-        problem.bits[at],
-        problem.allowed[at],
-        {name: table[at] * factor for name, table in problem.costs.items()},
-        problem.n_tokens[rows],
-        problem.n_layers,
-    )
+def _with(problem: Problem, **constants: float) -> dict[str, FloatArray]:
+    """The features of a problem with some of them constant."""
+    n_units = len(problem.units)
+    return {**problem.features, **{n: np.full(n_units, c) for n, c in constants.items()}}
 
 
 def _expert_prefix(layer: int, expert: int) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alphaquant.errors import ConfigError, ModelError
+from alphaquant.errors import BudgetError, ConfigError, ModelError
 from alphaquant.search.problem import make_problem
 from alphaquant.testing.allocators import example_problem
 
@@ -13,7 +13,7 @@ PROBLEM = example_problem(0)
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:
-    names = ("units", "formats", "bits", "allowed", "costs", "n_tokens", "n_layers")
+    names = ("units", "formats", "bits", "allowed", "costs", "n_tokens", "n_layers", "features")
     return {name: getattr(PROBLEM, name) for name in names} | changes
 
 
@@ -45,7 +45,8 @@ def test_arrays_are_read_only_copies() -> None:
     problem = make_problem(**_arguments(bits=bits))
     bits[0, 0] = 7
     assert problem.bits[0, 0] != 7
-    for array in (problem.bits, problem.allowed, problem.n_tokens, *problem.costs.values()):
+    arrays = (problem.bits, problem.allowed, problem.n_tokens, problem.least_bits)
+    for array in (*arrays, *problem.costs.values(), *problem.features.values()):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 
@@ -65,7 +66,20 @@ def test_costs_that_are_not_allowed_may_be_missing_and_count_as_zero() -> None:
         pytest.param({"formats": ("bf16",) * 12}, "'bf16' is given twice", id="equal formats"),
         pytest.param({"bits": PROBLEM.bits[1:]}, r"bits has shape \[17, 12\]", id="short bits"),
         pytest.param({"n_tokens": np.ones(3)}, r"n_tokens has shape \[3\]", id="short tokens"),
-        pytest.param({"costs": {"fisher": PROBLEM.bits}}, "give exactly fisher", id="no error"),
+        pytest.param({"costs": {"fisher": PROBLEM.bits}}, "give fisher, error and", id="no error"),
+        pytest.param(
+            {"costs": {**PROBLEM.costs, "hessian": PROBLEM.bits}},
+            "token_fisher, gemq$",
+            id="unknown cost",
+        ),
+        pytest.param(
+            {"features": {"age": np.ones(18)}},
+            r"\['age'\]; give any of alpha,",
+            id="unknown feature",
+        ),
+        pytest.param(
+            {"features": {"variance": np.ones(3)}}, r"variance has shape \[3\]", id="short feature"
+        ),
         pytest.param({"allowed": PROBLEM.allowed & False}, "may take no format", id="no format"),
         pytest.param({"bits": PROBLEM.bits * 0}, "0 bits or fewer", id="no bits"),
         pytest.param({"n_layers": 1}, "in layer 1, but n_layers is 1", id="layer out of range"),
@@ -82,3 +96,51 @@ def test_impossible_measurements_are_refused_with_the_unit(value: float) -> None
         make_problem(**_arguments(costs=_costs(value)))
     with pytest.raises(ModelError, match="n_tokens"):
         make_problem(**_arguments(n_tokens=np.full(18, value)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "need"),
+    [
+        ("variance", -1e-9, "negative or not finite for 1 units.*>= 0"),
+        ("routing_weight", np.nan, "negative or not finite for 1 units.*calibrate again"),
+        ("alpha", 0.0, "0, negative or not finite for 1 units.*> 0.*one row or column"),
+        ("alpha_plain", np.nan, "0, negative or not finite for 1 units"),
+    ],
+)
+def test_impossible_features_are_refused(name: str, value: float, need: str) -> None:
+    vector = np.ones(18)
+    vector[7] = value
+    with pytest.raises(ModelError, match=f"^{name} is {need}"):
+        make_problem(**_arguments(features={name: vector}))
+
+
+def test_features_of_zero_are_possible_but_for_exponents() -> None:
+    problem = make_problem(**_arguments(features={"variance": np.zeros(18)}))
+    assert problem.feature("variance").tolist() == [0] * 18
+
+
+def test_optional_inputs_may_be_missing_and_are_named() -> None:
+    arguments = _arguments(costs={n: PROBLEM.costs[n] for n in ("fisher", "error")})
+    del arguments["features"]
+    problem = make_problem(*arguments.values())
+    assert (problem.has("fisher"), problem.has("gemq"), problem.has("alpha")) == (
+        True,
+        False,
+        False,
+    )
+    assert (problem.cost("error") == PROBLEM.costs["error"]).all()
+    for read, name in ((problem.cost, "gemq"), (problem.feature, "alpha")):
+        with pytest.raises(ConfigError, match=f"{name} was not measured, only fisher, error;"):
+            read(name)
+
+
+def test_the_least_bits_are_of_allowed_formats() -> None:
+    allowed = PROBLEM.allowed.copy()
+    allowed[0] = np.arange(12) >= 6
+    problem = make_problem(**_arguments(allowed=allowed))
+    assert problem.least_bits[0] == PROBLEM.bits[0, 6:].min()
+    assert (problem.least_bits[1:] == PROBLEM.bits[1:].min(axis=1)).all()
+    least = int(problem.least_bits.sum())
+    problem.check_limit(least)
+    with pytest.raises(BudgetError, match=f"{least - 1} bits were asked for.*take {least};"):
+        problem.check_limit(least - 1)

@@ -11,6 +11,7 @@ from alphaquant.errors import ConfigError
 from alphaquant.search import sampler as sampler_module
 from alphaquant.search.knobs import Knobs, knob_params, suggest_knobs
 from alphaquant.search.sampler import (
+    FINISHED,
     SAMPLERS,
     PlannedTrial,
     fail_stale_trials,
@@ -44,9 +45,16 @@ def open_study(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     return open_one
 
 
+def _next(study: optuna.Study, name: str, pin: dict[str, float]) -> optuna.Trial:
+    """The plan's next trial, then sampled ones."""
+    n_finished = len(study.get_trials(states=FINISHED))
+    fixed = PLANNED[n_finished] if n_finished < len(PLANNED) else PlannedTrial(pin)
+    return next_trial(study, fixed, name, 7)
+
+
 def _run(study: optuna.Study, name: str, n_trials: int, pin: dict[str, float]) -> None:
     for _ in range(n_trials):
-        trial = next_trial(study, PLANNED, name, 7, pin)
+        trial = _next(study, name, pin)
         knobs = suggest_knobs(trial, 2.5, 4.25)
         divergence = 4.0**-knobs.bits * (1 + (knobs.error_weight - 0.3) ** 2)
         study.tell(trial, [knobs.bits, divergence * (1 + knobs.depth_slope**2)])
@@ -70,7 +78,7 @@ def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
     open_study: Open, name: str, pin: dict[str, float]
 ) -> None:
     _run(open_study(), name, 5, pin)
-    killed = next_trial(open_study(), PLANNED, name, 7, pin)
+    killed = _next(open_study(), name, pin)
     suggest_knobs(killed, 2.5, 4.25)
     study = open_study()
     assert fail_stale_trials(study) == 1
@@ -82,7 +90,7 @@ def test_a_kill_before_gp_models_changes_nothing() -> None:
     # One storage and one modelled trial: each takes GP about two seconds of a core.
     study = optuna.create_study(directions=["minimize", "minimize"])
     _run(study, "gp", 10, {"bits": 3.25})
-    next_trial(study, PLANNED, "gp", 7, {"bits": 3.25})
+    _next(study, "gp", {"bits": 3.25})
     fail_stale_trials(study)
     _run(study, "gp", 1, {"bits": 3.25})
     assert _params(study) == _fresh_run("gp", 11, {"bits": 3.25})
@@ -94,7 +102,7 @@ def test_a_kill_after_tpe_started_to_model_changes_nothing(
     open_study: Open, is_failed: bool
 ) -> None:
     _run(open_study(), "tpe", 11, {})
-    suggest_knobs(next_trial(open_study(), PLANNED, "tpe", 7), 2.5, 4.25)
+    suggest_knobs(_next(open_study(), "tpe", {}), 2.5, 4.25)
     study = open_study()
     if is_failed:
         fail_stale_trials(study)
@@ -108,7 +116,7 @@ def test_a_kill_at_a_new_generation_changes_nothing(
     monkeypatch.setattr(sampler_module, "_POPULATION_SIZE", 4)
     for n_trials in (6, 1, 1, 1, 1, 1):
         _run(open_study(), "nsga2", n_trials, {})
-        suggest_knobs(next_trial(open_study(), PLANNED, "nsga2", 7), 2.5, 4.25)
+        suggest_knobs(_next(open_study(), "nsga2", {}), 2.5, 4.25)
         fail_stale_trials(open_study())
     assert _params(open_study()) == _fresh_run("nsga2", 11, {})
 
@@ -173,3 +181,13 @@ def test_unknown_samplers_and_negative_seeds_are_refused() -> None:
         make_sampler("cma", 0, 0)
     with pytest.raises(ConfigError, match="seed -1 is negative"):
         make_sampler("tpe", -1, 0)
+
+
+def test_pruned_trials_count_as_finished(open_study: Open) -> None:
+    study = open_study()
+    for _ in range(3):
+        trial = _next(study, "random", {})
+        suggest_knobs(trial, 2.5, 4.25)
+        study.tell(trial, state=TrialState.PRUNED)
+    assert fail_stale_trials(study) == 0
+    assert _next(study, "random", {}).user_attrs == {}, "the plan is behind it"

@@ -1,0 +1,67 @@
+"""Tiny models with a bank, for tests of what quantizing their matrices costs.
+
+case = make_cost_case(folder, "mixtral")
+case.costs(n_draws=2).products
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs
+from alphaquant.quant.bank import Bank, fill_bank, open_bank
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.models import map_model
+from alphaquant.quant.sites import ExpertsSite, ModelMap
+from alphaquant.testing.models import tiny_model, tiny_tokens
+
+COST_FORMATS = ("int3-g32-asym", "int8-g32")
+COST_TOKENS = tiny_tokens(6, 10)
+COST_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2")
+"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer."""
+
+
+@dataclass(frozen=True)
+class CostCase:
+    """A tiny model with its bank, rounded to nearest in `COST_FORMATS`."""
+
+    map: ModelMap
+    bank: Bank
+
+    def costs(
+        self, tokens: Tensor = COST_TOKENS, formats: Sequence[str] = COST_FORMATS, **settings: Any
+    ) -> CostTable:
+        """The table; settings as in `CostSettings`."""
+        return measure_costs(self.map, self.bank, tokens, formats, CostSettings(**settings))
+
+    def weight_error(self, name: str, format_name: str) -> Tensor:
+        """Q - W of a matrix, with the W that the model has now."""
+        quantized = self.bank.read(self.map.inventory.by_name[name], format_name).dequantize()
+        return quantized - self.map.view(name)
+
+    def experts(self) -> Iterator[tuple[int, ExpertsSite]]:
+        """Layer and site of every experts module."""
+        for layer in self.map.layers:
+            for site in layer.experts:
+                yield layer.index, site
+
+    def stored(self) -> list[Path]:
+        """Files of stored costs."""
+        return sorted((self.bank.path / "costs").rglob("*.safetensors"))
+
+
+def make_cost_case(root: Path, family: str, **changes: Any) -> CostCase:
+    """A model of hidden size 32; banks of equal models are shared by nobody.
+
+    Args:
+        root: folder for the bank.
+        family: one of the families of `tiny_model`.
+        changes: to the model's configuration.
+    """
+    model_map = map_model(tiny_model(family, hidden_size=32, **changes))
+    bank = open_bank(root, "bank", model_map.inventory, {})
+    fill_bank(bank, model_map, COST_TOKENS, COST_FORMATS, QuantSettings(method="rtn"))
+    return CostCase(model_map, bank)
