@@ -50,11 +50,11 @@ class Teacher:
     path: Path
     facts: Mapping[str, Any]
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The stored tensors, `batch_size` windows at a time."""
+    def batches(self, batch_size: int, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The stored tensors, `batch_size` windows at a time, from window `first` on."""
         with safe_open(self.path, "pt") as file:
             names = list(file.keys())
-            for start in range(0, int(self.facts["n_windows"]), batch_size):
+            for start in range(first, int(self.facts["n_windows"]), batch_size):
                 yield {n: file.get_slice(n)[start : start + batch_size] for n in names}
 
 
@@ -177,7 +177,12 @@ def measure_divergence(
 
 @torch.no_grad()
 def compare_predictions(
-    predictions: Iterable[Tensor], tokens: Tensor, teacher: Teacher, *, batch_size: int
+    predictions: Iterable[Tensor],
+    tokens: Tensor,
+    teacher: Teacher,
+    *,
+    batch_size: int,
+    first_batch: int = 0,
 ) -> Iterator[Divergence]:
     """Compare predictions with the stored ones as they come, batch by batch.
 
@@ -186,14 +191,16 @@ def compare_predictions(
         tokens: int64 [N, T], T >= 2, those of the teacher.
         teacher: stored predictions.
         batch_size: windows per batch.
+        first_batch: batch that the predictions begin with.
 
     Raises:
         StoreError: the teacher belongs to another vocabulary.
         DataError: windows of one token.
     """
     started = time.perf_counter()
-    batches = batches_of(tokens, batch_size)
-    triples = zip(predictions, batches, teacher.batches(batch_size), strict=True)
+    batches = batches_of(tokens, batch_size)[first_batch:]
+    stored_batches = teacher.batches(batch_size, first_batch * batch_size)
+    triples = zip(predictions, batches, stored_batches, strict=True)
     for log_probs, batch, stored in triples:
         _check_vocabulary(teacher, log_probs.shape[-1])
         stored = {name: tensor.to(log_probs.device) for name, tensor in stored.items()}

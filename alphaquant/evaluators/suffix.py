@@ -61,15 +61,17 @@ class SuffixModel:
         self._hidden = kept
 
     @torch.no_grad()
-    def predict(self, first_layer: int) -> Iterator[Tensor]:
+    def predict(self, first_layer: int, first_batch: int = 0) -> Iterator[Tensor]:
         """Log-probabilities of the current weights, float32 [B, T, V] per batch.
 
         Args:
             first_layer: first layer whose weights differ from the remembered ones; layers before
                 it are not run.
+            first_batch: batches before it are left out.
         """
         first_layer = min(first_layer, self.n_layers - 1)
-        for batch, hidden in zip(self._batches, self._hidden[first_layer], strict=True):
+        inputs = self._hidden[first_layer][first_batch:]
+        for batch, hidden in zip(self._batches[first_batch:], inputs, strict=True):
             for layer in self._map.layers[first_layer:]:
                 hidden = self._run(layer, hidden)
             with self._layers_skipped(hidden):

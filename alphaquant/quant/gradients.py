@@ -1,22 +1,69 @@
-"""Gradients of sampled log-likelihoods at the quantizable modules, from last layer to first.
+"""Gradients at the quantizable modules, from the last layer to the first.
 
 Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
-`trace_layers` yields, for each layer, what went into its modules and the gradient at their
-outputs; products with weight errors are the caller's business.
+`trace_layers` yields, for each layer, what went into its modules and the gradients at their
+outputs; products with weight errors are the caller's business. What is differentiated is an
+`Objective`: the log-likelihood of labels that the model itself draws, that of the text, or
+whatever else can be computed from the predictions.
 
-Letters: S sequences, T tokens each, K inputs and N outputs of a linear, H hidden size, D draws of
-labels.
+Letters: B sequences of a batch, S of all, T tokens each, V vocabulary, K inputs and N outputs of
+a linear, H hidden size, D totals that are differentiated.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.quant.walk import LayerInputs, capture_inputs, observe_layer, run_layer
+
+
+class Objective(Protocol):
+    """What is differentiated: scalars that are sums over the sequences of a batch."""
+
+    def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
+        """The scalars of one batch; each gives gradients of its own.
+
+        Args:
+            log_probs: predictions, float32 [B, T, V].
+            batch: token ids, int64 [B, T], on the same device.
+            first: index of the batch's first sequence among all S.
+        """
+
+
+@dataclass(frozen=True)
+class SampledLabels:
+    """Log-likelihoods of labels that are drawn from the model's own predictions.
+
+    One label for every position; squares of the gradients' products with a perturbation estimate
+    the Fisher term of the divergence. Each draw of each sequence has a generator of its own, so
+    the labels do not depend on how sequences are batched.
+
+    Attributes:
+        n_draws: labels drawn per position, each for a total of its own.
+        seed: of the draws.
+    """
+
+    n_draws: int
+    seed: int
+
+    def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
+        """One log-likelihood per draw."""
+        seeds = _label_seeds(self.seed, range(first, first + len(batch)), self.n_draws)
+        return [log_probs.gather(-1, _draw_labels(log_probs, of_draw)).sum() for of_draw in seeds]
+
+
+@dataclass(frozen=True)
+class TextLabels:
+    """The cross-entropy of the text's next tokens, summed over T - 1 positions."""
+
+    def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
+        """One cross-entropy, nats."""
+        return [-log_probs[:, :-1].gather(-1, batch[:, 1:, None]).sum()]
 
 
 @dataclass(frozen=True)
@@ -54,6 +101,8 @@ class LayerTrace:
         experts: by module name.
         hidden: inputs of the layer, batches of [B, T, H].
         arguments: its keyword arguments.
+        at_output: gradients of the other objectives at the layer's output, batches of
+            [D', B, T, H].
     """
 
     layer: LayerSite
@@ -61,6 +110,7 @@ class LayerTrace:
     experts: dict[str, ExpertsTrace]
     hidden: list[Tensor]
     arguments: dict[str, object]
+    at_output: list[Tensor]
 
 
 @dataclass
@@ -82,31 +132,29 @@ class _Tap:
 
 
 def trace_layers(
-    model_map: ModelMap, batches: list[Tensor], n_draws: int, seed: int
+    model_map: ModelMap,
+    batches: list[Tensor],
+    objectives: Sequence[Objective],
+    at_output: Sequence[Objective] = (),
 ) -> Iterator[LayerTrace]:
     """Walk the model backwards.
 
-    For every position a label is drawn from the model's own prediction; the gradient is that of
-    the summed log-likelihood of a sequence's labels, so that squares of its products with a
-    perturbation estimate the Fisher term of the divergence. Each draw of each sequence has a
-    generator of its own, so the labels do not depend on how sequences are batched.
-
     Args:
-        model_map: the original model.
+        model_map: the model, with the weights at which gradients are taken.
         batches: token ids, int64 [B, T] each.
-        n_draws: labels drawn per position; each gives gradients of its own.
-        seed: of the draws.
+        objectives: D totals in all, whose gradients are traced at every module, in this order.
+        at_output: D' totals in all, whose gradients are wanted at the layers' outputs only.
 
     Yields:
         Traces from the last layer to the first.
     """
     inputs = capture_inputs(model_map, batches)
     hidden = _forward_hidden(model_map, inputs)
-    gradients = []
-    n_before = 0
+    gradients, n_before = [], 0
     for batch, last in zip(batches, hidden[-1], strict=True):
-        seeds = _label_seeds(seed, range(n_before, n_before + len(batch)), n_draws)
-        gradients.append(_output_gradients(model_map, batch, last, seeds))
+        gradients.append(
+            _output_gradients(model_map, batch, last, (objectives, at_output), n_before)
+        )
         n_before += len(batch)
     for layer in reversed(model_map.layers):
         arguments = inputs.arguments[layer.index]
@@ -114,7 +162,13 @@ def trace_layers(
             _trace_batch(layer, h, arguments, g)
             for h, g in zip(hidden[layer.index], gradients, strict=True)
         ]
-        yield _join(layer, [tap for tap, _ in traced], hidden[layer.index], arguments)
+        yield _join(
+            layer,
+            [t for t, _ in traced],
+            hidden[layer.index],
+            arguments,
+            [g[1] for g in gradients],
+        )
         gradients = [g for _, g in traced]
         hidden.pop()
 
@@ -147,15 +201,24 @@ def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
     return torch.stack(labels)
 
 
+_Gradients = tuple[Tensor, Tensor]
+"""Gradients at one tensor of both kinds of objectives, [D, B, T, H] and [D', B, T, H]."""
+
+
 def _output_gradients(
-    model_map: ModelMap, batch: Tensor, last: Tensor, seeds: list[list[int]]
-) -> Tensor:
-    """Gradients at the last layer's output, [D, B, T, H], with labels drawn from seeds [D][B].
+    model_map: ModelMap,
+    batch: Tensor,
+    last: Tensor,
+    objectives: tuple[Sequence[Objective], Sequence[Objective]],
+    first: int,
+) -> _Gradients:
+    """Gradients at the last layer's output [B, T, H].
 
     The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it
     is: a hook hands it a leaf.
     """
     leaf = last.detach().requires_grad_(True)
+    batch = batch.to(last.device)
 
     def replace(_: nn.Module, args: object, output: object) -> object:
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
@@ -163,23 +226,26 @@ def _output_gradients(
     handle = model_map.layers[-1].module.register_forward_hook(replace)
     try:
         with torch.enable_grad():
-            logits = model_map.model(
-                batch.to(last.device), use_cache=False
-            ).logits.float()  # [B, T, V]
+            logits = model_map.model(batch, use_cache=False).logits.float()  # [B, T, V]
             log_probs = torch.log_softmax(logits, -1)
     finally:
         handle.remove()
-    drawn = []
-    for of_draw in seeds:
-        total = log_probs.gather(-1, _draw_labels(log_probs, of_draw)).sum()
-        drawn.append(torch.autograd.grad(total, leaf, retain_graph=True)[0])
-    return torch.stack(drawn)
+
+    def differentiate(wanted: Sequence[Objective]) -> Tensor:
+        found = []
+        for objective in wanted:
+            with torch.enable_grad():
+                totals = objective.totals(log_probs, batch, first)
+            found += [torch.autograd.grad(t, leaf, retain_graph=True)[0] for t in totals]
+        return torch.stack(found) if found else leaf.detach().new_zeros(0, *leaf.shape)
+
+    return differentiate(objectives[0]), differentiate(objectives[1])
 
 
 def _trace_batch(
-    layer: LayerSite, hidden: Tensor, arguments: dict[str, object], gradients: Tensor
-) -> tuple["_TracedBatch", Tensor]:
-    """One batch through one layer: traces, and the gradients at the layer's input [D, B, T, H]."""
+    layer: LayerSite, hidden: Tensor, arguments: dict[str, object], gradients: _Gradients
+) -> tuple["_TracedBatch", _Gradients]:
+    """One batch through one layer: traces, and the gradients at the layer's input."""
     tap = _Tap()
     names = [site.matrix.name for site in layer.linears] + [site.name for site in layer.experts]
     modules: list[nn.Module] = [s.module for s in layer.linears] + [
@@ -201,17 +267,20 @@ def _trace_batch(
         for handle in handles:
             handle.remove()
     targets = [leaf, *(tap.outputs[n] for n in names)]
-    drawn = [
+    found = [
         torch.autograd.grad(output, targets, g, retain_graph=True, allow_unused=True)
-        for g in gradients
+        for g in gradients[0]
     ]
+    others = [torch.autograd.grad(output, leaf, g, retain_graph=True)[0] for g in gradients[1]]
     at = {
-        n: torch.stack([_or_zeros(d[i + 1], tap.outputs[n]) for d in drawn]).detach()
+        n: torch.stack([_or_zeros(f[i + 1], tap.outputs[n]) for f in found]).detach()
         for i, n in enumerate(names)
     }
-    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), torch.stack(
-        [d[0] for d in drawn]
-    ).detach()
+    at_input = (
+        torch.stack([f[0] for f in found]),
+        torch.stack(others) if others else gradients[1],
+    )
+    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), at_input
 
 
 @dataclass(frozen=True)
@@ -227,7 +296,11 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _join(
-    layer: LayerSite, parts: list[_TracedBatch], hidden: list[Tensor], arguments: dict[str, object]
+    layer: LayerSite,
+    parts: list[_TracedBatch],
+    hidden: list[Tensor],
+    arguments: dict[str, object],
+    at_output: list[Tensor],
 ) -> LayerTrace:
     """Concatenate batches along the sequences."""
     linears = {}
@@ -247,12 +320,12 @@ def _join(
     experts = {}
     for experts_site in layer.experts:
         name = experts_site.name
-        n_draws = len(parts[0].gradients[name])
+        n_totals = len(parts[0].gradients[name])
         width = parts[0].inputs[name].shape[-1]
         experts[name] = ExpertsTrace(
             torch.cat([p.inputs[name] for p in parts]),
             torch.cat([p.routing[name][0] for p in parts]),
             torch.cat([p.routing[name][1] for p in parts]),
-            torch.cat([p.gradients[name].reshape(n_draws, -1, width) for p in parts], 1),
+            torch.cat([p.gradients[name].reshape(n_totals, -1, width) for p in parts], 1),
         )
-    return LayerTrace(layer, linears, experts, hidden, arguments)
+    return LayerTrace(layer, linears, experts, hidden, arguments, at_output)

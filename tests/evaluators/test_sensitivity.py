@@ -1,87 +1,56 @@
-"""Costs of formats against autograd, the measured KL and direct definitions; their files.
+"""Costs of formats against autograd, the measured KL and direct definitions.
 
 Letters: M matrices, F formats, D draws, S sequences, T tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from alphaquant.errors import StoreError
-from alphaquant.evaluators import sensitivity
-from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs, unit_costs
-from alphaquant.quant.bank import Bank, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
+from alphaquant.errors import ModelError
+from alphaquant.evaluators.sensitivity import (
+    CostSettings,
+    CostTable,
+    check_coverage,
+    rare_matrices,
+    unit_costs,
+)
 from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ExpertsSite, ModelMap
+from alphaquant.quant.sites import ExpertsSite
 from alphaquant.spaces.units import Unit
-from alphaquant.testing.models import tiny_model, tiny_tokens
-
-FORMATS = ("int3-g32-asym", "int8-g32")
-TOKENS = tiny_tokens(6, 10)
-FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v2"]
-"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model with its bank."""
-
-    map: ModelMap
-    bank: Bank
-
-    def costs(self, tokens: Tensor = TOKENS, **settings: Any) -> CostTable:
-        """The table; settings as in `CostSettings`."""
-        return measure_costs(self.map, self.bank, tokens, FORMATS, CostSettings(**settings))
-
-    def weight_error(self, name: str, format_name: str) -> Tensor:
-        """Q - W of a matrix."""
-        quantized = self.bank.read(self.map.inventory.by_name[name], format_name).dequantize()
-        return quantized - self.map.view(name)
-
-    def experts(self) -> Iterator[tuple[int, ExpertsSite]]:
-        """Layer and site of every experts module."""
-        for layer in self.map.layers:
-            for site in layer.experts:
-                yield layer.index, site
+from alphaquant.testing.cost_cases import (
+    COST_FAMILIES,
+    COST_FORMATS,
+    COST_TOKENS,
+    CostCase,
+    make_cost_case,
+)
+from alphaquant.testing.models import tiny_tokens
 
 
-def make_case(root: Path, family: str, **changes: Any) -> Case:
-    """A model of hidden size 32; banks of equal models are shared by nobody."""
-    model_map = map_model(tiny_model(family, hidden_size=32, **changes))
-    bank = open_bank(root, "bank", model_map.inventory, {})
-    settings = QuantSettings(method="rtn")
-    fill_bank(bank, model_map, TOKENS, FORMATS, settings)
-    return Case(model_map, bank)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module", params=COST_FAMILIES)
+def family_case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> CostCase:
+    return make_cost_case(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> CostCase:
     """Mixtral, for tests that only read its bank."""
-    return make_case(tmp_path_factory.mktemp("case"), "mixtral")
+    return make_cost_case(tmp_path_factory.mktemp("case"), "mixtral")
 
 
 @pytest.fixture
-def own_case(tmp_path: Path) -> Case:
+def own_case(tmp_path: Path) -> CostCase:
     """Mixtral, with a bank and weights that the test may break."""
-    return make_case(tmp_path, "mixtral")
-
-
-def shards(bank: Bank) -> list[Path]:
-    return sorted((bank.path / "costs").rglob("*.safetensors"))
+    return make_cost_case(tmp_path, "mixtral")
 
 
 # Products
@@ -101,7 +70,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return labels
 
 
-def whole_gradients(case: Case, window: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def whole_gradients(case: CostCase, window: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Gradients of the log-likelihood of labels [T] at every matrix, through the whole model."""
     model = case.map.model
     model.requires_grad_(True)
@@ -126,16 +95,16 @@ def whole_gradients(case: Case, window: Tensor, labels: Tensor) -> dict[str, Ten
 
 
 def test_products_equal_those_with_gradients_of_the_whole_model(
-    family_case: Case, drawn: list[Tensor]
+    family_case: CostCase, drawn: list[Tensor]
 ) -> None:
-    case, (n_sequences, seq_len) = family_case, TOKENS.shape
+    case, (n_sequences, seq_len) = family_case, COST_TOKENS.shape
     table = case.costs(seed=3, n_draws=2, batch_size=n_sequences)
     labels = torch.cat([x.flatten() for x in drawn]).view(2, n_sequences, seq_len)
     expected = np.zeros_like(table.products)
     for i, of_sequence in enumerate(labels.flatten(0, 1)):
-        gradients = whole_gradients(case, TOKENS[i % n_sequences], of_sequence)
+        gradients = whole_gradients(case, COST_TOKENS[i % n_sequences], of_sequence)
         for row, name in enumerate(table.matrices):
-            for column, fmt in enumerate(FORMATS):
+            for column, fmt in enumerate(COST_FORMATS):
                 product = (case.weight_error(name, fmt) * gradients[name]).sum()
                 expected[row, column, i] = product
     scale = np.abs(expected).max(-1, keepdims=True)
@@ -144,28 +113,87 @@ def test_products_equal_those_with_gradients_of_the_whole_model(
     assert (np.abs(table.products - expected) <= 1e-4 * scale).all()
 
 
-def test_the_first_draw_of_more_is_the_only_one_of_fewer(case: Case) -> None:
+def test_the_first_draw_of_more_is_the_only_one_of_fewer(case: CostCase) -> None:
     one, three = (case.costs(n_draws=n).products for n in (1, 3))
     assert three.shape[-1] == 3 * one.shape[-1]
-    assert np.allclose(three[..., : len(TOKENS)], one, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(three[..., len(TOKENS) : 2 * len(TOKENS)], one, rtol=0.1, atol=0.01)
+    assert np.allclose(three[..., : len(COST_TOKENS)], one, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(
+        three[..., len(COST_TOKENS) : 2 * len(COST_TOKENS)], one, rtol=0.1, atol=0.01
+    )
 
 
-def measured_kl(case: Case, unit: Unit, format_name: str, scale: float) -> float:
+def token_products(case: CostCase, name: str, format_name: str, labels: Tensor) -> Tensor:
+    """d log-likelihood of labels [S, T] / d e_t at 0, token t seeing W + e_t D, float [S, T].
+
+    For Mixtral; the experts are computed here once more.
+    """
+    matrix = case.map.inventory.by_name[name]
+    delta, layer = case.weight_error(name, format_name), case.map.layers[matrix.layer]
+    scales = torch.zeros(COST_TOKENS.numel(), 1, requires_grad=True)
+
+    def add_linear(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (scales * (args[0].flatten(0, 1) @ delta.T)).view_as(output)
+
+    def add_expert(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, ids, weights = args
+        w1, w3, w2 = site.views(matrix.expert)
+        parts = {"gate_proj": x @ w1.T, "up_proj": x @ w3.T}
+        for key in parts:
+            if matrix.projection == key:
+                parts[key] = parts[key] + scales * (x @ delta.T)
+        features = nn.functional.silu(parts["gate_proj"]) * parts["up_proj"]
+        made = features @ w2.T
+        if matrix.projection == "down_proj":
+            made = made + scales * (features @ delta.T)
+        c = (weights * (ids == matrix.expert)).sum(-1, keepdim=True)
+        return output + c * (made - made.detach())
+
+    if matrix.expert is None:
+        site = next(x for x in layer.linears if x.matrix == matrix)
+        handle = site.module.register_forward_hook(add_linear)
+    else:
+        site = layer.experts[0]
+        handle = site.module.register_forward_hook(add_expert)
+    try:
+        logits = case.map.model(COST_TOKENS, use_cache=False).logits
+    finally:
+        handle.remove()
+    total = torch.log_softmax(logits, -1).gather(-1, labels[..., None]).sum()
+    return torch.autograd.grad(total, scales)[0].view_as(COST_TOKENS)
+
+
+def test_token_fisher_is_that_of_derivatives_of_single_tokens(
+    case: CostCase, drawn: list[Tensor]
+) -> None:
+    table = case.costs(seed=5, n_draws=2, batch_size=len(COST_TOKENS))
+    labels = torch.cat([x.flatten() for x in drawn]).view(2, *COST_TOKENS.shape)
+    for row, name in enumerate(table.matrices):
+        for column, fmt in enumerate(COST_FORMATS):
+            p = torch.stack([token_products(case, name, fmt, own) for own in labels])  # [D, S, T]
+            expected = float(0.5 * p.double().square().mean())
+            assert table.token_fisher[row, column] == pytest.approx(expected, rel=1e-3), name
+            # Sums over the tokens of a sequence are its products; float32 sums that cancel.
+            sums, scale = p.sum(-1).flatten().numpy(), float(p.abs().sum(-1).max())
+            assert np.allclose(table.products[row, column], sums, rtol=1e-3, atol=1e-5 * scale)
+
+
+def measured_kl(case: CostCase, unit: Unit, format_name: str, scale: float) -> float:
     """KL per token, in float64, of the model with `scale` times a unit's error in a format."""
     model = case.map.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
     errors = {m.name: scale * case.weight_error(m.name, format_name) for m in unit.matrices}
     try:
         model.double()
-        p = torch.log_softmax(model(TOKENS, use_cache=False).logits, -1)
+        p = torch.log_softmax(model(COST_TOKENS, use_cache=False).logits, -1)
         views = map_model(model).views
         for name, error in errors.items():
             views[name] += error.double()
-        q = torch.log_softmax(model(TOKENS, use_cache=False).logits, -1)
+        q = torch.log_softmax(model(COST_TOKENS, use_cache=False).logits, -1)
     finally:
         model.float().load_state_dict(before)
-    return float(nn.functional.kl_div(q, p, reduction="sum", log_target=True) / TOKENS.numel())
+    return float(
+        nn.functional.kl_div(q, p, reduction="sum", log_target=True) / COST_TOKENS.numel()
+    )
 
 
 def fisher_error(table: CostTable, unit: Unit, column: int) -> float:
@@ -186,13 +214,13 @@ def fisher_error(table: CostTable, unit: Unit, column: int) -> float:
     ],
 )
 def test_fisher_estimates_the_kl_of_small_errors(tmp_path: Path, top_k: int, scale: float) -> None:
-    case, column = make_case(tmp_path, "mixtral", num_experts_per_tok=top_k), 1
+    case, column = make_cost_case(tmp_path, "mixtral", num_experts_per_tok=top_k), 1
     table = case.costs(n_draws=512)
     matrices = case.map.inventory.matrices
     units = [Unit(m.name, (m,)) for m in matrices] + [Unit("all", matrices)]
     fisher = scale**2 * unit_costs(table, units).fisher[:, column]
     for unit, estimate in zip(units, fisher, strict=True):
-        truth = measured_kl(case, unit, FORMATS[column], scale)
+        truth = measured_kl(case, unit, COST_FORMATS[column], scale)
         # Of 512 draws of 6 sequences of equal weight one standard error is sqrt(2 / 3072) = 2.6 %;
         # unequal weights make it up to 5 %. Four of them, and 5 % for terms of third order.
         tolerance = 4 * scale**2 * fisher_error(table, unit, column) + 0.05 * truth
@@ -203,13 +231,15 @@ def test_fisher_estimates_the_kl_of_small_errors(tmp_path: Path, top_k: int, sca
 # Errors
 
 
-def experts_output_error(case: Case, site: ExpertsSite, name: str, format_name: str) -> float:
-    """Squared change of the experts module's output per token, with one matrix in a format."""
+def experts_output_change(
+    case: CostCase, site: ExpertsSite, name: str, format_name: str
+) -> Tensor:
+    """Change of the experts module's output with one matrix in a format, [S * T, H]."""
     calls: list[tuple[Any, ...]] = []
     handle = site.module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True
     )
-    case.map.model(TOKENS, use_cache=False)
+    case.map.model(COST_TOKENS, use_cache=False)
     handle.remove()
     reference = site.module(*calls[0])
     view, delta = case.map.view(name), case.weight_error(name, format_name)
@@ -217,54 +247,90 @@ def experts_output_error(case: Case, site: ExpertsSite, name: str, format_name: 
     view += delta
     changed = site.module(*calls[0])
     view.copy_(original)
-    return float((changed - reference).square().sum(-1).mean())
+    return (changed - reference).view(-1, changed.shape[-1])
 
 
-def test_the_error_of_an_expert_is_that_of_the_block_output(family_case: Case) -> None:
-    table = family_case.costs()
-    for _, site in family_case.experts():
-        for matrix in (site.gate[0], site.up[1], site.down[2]):
-            for column, fmt in enumerate(FORMATS):
-                expected = experts_output_error(family_case, site, matrix.name, fmt)
-                found = table.error[table.matrices.index(matrix.name), column]
-                # The direct definition subtracts float32 outputs: of int8 the difference is about
-                # 1e-2 of them, so 1e-7 / 1e-2 = 1e-5 relative, twice for the square.
-                assert found == pytest.approx(expected, rel=1e-3)
-                assert found > 0
-
-
-def layer_output_error(case: Case, layer: int, name: str, format_name: str) -> float:
-    """Squared change of the decoder layer's output per token of the first two sequences."""
+def layer_output_change(case: CostCase, layer: int, name: str, format_name: str) -> Tensor:
+    """Change of the decoder layer's output on the first two sequences, [2, T, H]."""
     outputs: list[Tensor] = []
     handle = case.map.layers[layer].module.register_forward_hook(
         lambda _, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
     view, delta = case.map.view(name), case.weight_error(name, format_name)
     original = view.clone()
-    case.map.model(TOKENS[:2], use_cache=False)
+    case.map.model(COST_TOKENS[:2], use_cache=False)
     view += delta
-    case.map.model(TOKENS[:2], use_cache=False)
+    case.map.model(COST_TOKENS[:2], use_cache=False)
     view.copy_(original)
     handle.remove()
-    return float((outputs[1] - outputs[0]).square().sum(-1).mean())
+    return outputs[1] - outputs[0]
 
 
-def test_the_error_of_a_linear_is_that_of_the_layer_output(family_case: Case) -> None:
-    table = family_case.costs()
+def text_gradients(case: CostCase, layer: int) -> Tensor:
+    """Gradient of the text's cross-entropy at a decoder layer's output, [S, T, H]."""
+    outputs: list[Tensor] = []
+    handle = case.map.layers[layer].module.register_forward_hook(
+        lambda _, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    embeddings = case.map.model.get_input_embeddings().weight
+    embeddings.requires_grad_(True)  # so that there is a graph
+    logits = case.map.model(COST_TOKENS, use_cache=False).logits[:, :-1]
+    handle.remove()
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), COST_TOKENS[:, 1:].flatten(), reduction="sum"
+    )
+    found = torch.autograd.grad(loss, outputs[0])[0]
+    embeddings.requires_grad_(False)
+    return found
+
+
+def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCase) -> None:
+    table = family_case.costs(batch_size=4)
+    for layer, site in family_case.experts():
+        gradients = text_gradients(family_case, layer).flatten(0, 1)
+        for matrix in (site.gate[0], site.up[1], site.down[2]):
+            for column, fmt in enumerate(COST_FORMATS):
+                change = experts_output_change(family_case, site, matrix.name, fmt)
+                row = table.matrices.index(matrix.name)
+                # The direct definition subtracts float32 outputs: of int8 the difference is about
+                # 1e-2 of them, so 1e-7 / 1e-2 = 1e-5 relative, twice for the square.
+                error = float(change.square().sum(-1).mean())
+                assert table.error[row, column] == pytest.approx(error, rel=1e-3)
+                gemq = float((gradients * change).square().sum(-1).mean())
+                assert table.gemq[row, column] == pytest.approx(gemq, rel=1e-3)
+                assert error > 0 and gemq > 0
+
+
+def test_error_and_gemq_of_a_linear_are_of_the_layer_output(family_case: CostCase) -> None:
+    table = family_case.costs(batch_size=1)  # the two sequences are of two batches
     for layer in family_case.map.layers:
+        gradients = text_gradients(family_case, layer.index)[:2]
         for linear in layer.linears:
             name = linear.matrix.name
-            expected = layer_output_error(family_case, layer.index, name, "int3-g32-asym")
-            assert table.error[table.matrices.index(name), 0] == pytest.approx(expected, rel=1e-3)
+            change = layer_output_change(family_case, layer.index, name, "int3-g32-asym")
+            row = table.matrices.index(name)
+            error = float(change.square().sum(-1).mean())
+            assert table.error[row, 0] == pytest.approx(error, rel=1e-3)
+            gemq = float((gradients * change).square().sum(-1).mean())
+            assert table.gemq[row, 0] == pytest.approx(gemq, rel=1e-3)
 
 
-def test_errors_are_scaled_up_from_the_capped_tokens(own_case: Case) -> None:
-    # 200 equal tokens: the first 128 stand for all of them, and half of the experts are unused.
-    tokens = torch.full((200, 1), 7)
-    table, few = own_case.costs(tokens, batch_size=64), own_case.costs(tokens[:50])
+def test_the_weight_error_is_a_sum_of_squares(case: CostCase) -> None:
+    table = case.costs()
+    for row, name in enumerate(table.matrices):
+        for column, fmt in enumerate(COST_FORMATS):
+            expected = float(case.weight_error(name, fmt).double().square().sum())
+            assert table.weight_error[row, column] == pytest.approx(expected, rel=1e-5)
+
+
+def test_errors_are_scaled_up_from_the_capped_tokens(own_case: CostCase) -> None:
+    # 200 equal windows of two tokens: the first 128 tokens of an expert stand for all of them.
+    tokens = torch.tensor([[7, 7]]).expand(200, 2)
+    table, few = own_case.costs(tokens, batch_size=64), own_case.costs(tokens[:25])
     assert np.allclose(table.error, few.error, rtol=1e-4, atol=1e-12)
+    assert np.allclose(table.gemq, few.gemq, rtol=1e-4, atol=1e-12)
     expert_rows = [i for i, m in enumerate(own_case.map.inventory.matrices) if m.kind == "expert"]
-    assert sorted(set(table.n_tokens[expert_rows])) == [0.0, 200.0]
+    assert sorted(set(table.n_tokens[expert_rows])) == [0.0, 400.0]
 
 
 # Experts without tokens, and counts
@@ -281,64 +347,128 @@ def test_errors_are_scaled_up_from_the_capped_tokens(own_case: Case) -> None:
 def test_an_expert_without_tokens_costs_nothing(
     tmp_path: Path, shape: tuple[int, int], changes: dict[str, int]
 ) -> None:
-    case = make_case(tmp_path, "mixtral", **changes)
+    case = make_cost_case(tmp_path, "mixtral", **changes)
     tokens = torch.full(shape, 5) if shape[1] == 1 else tiny_tokens(*shape)
     table = case.costs(tokens, n_draws=2)
-    for array in (table.products, table.error, table.n_tokens):
+    costs = (table.products, table.token_fisher, table.error, table.gemq)
+    for array in (*costs, table.n_tokens, table.routing_weight):
         assert np.isfinite(array).all()
     unused = table.n_tokens == 0
     assert table.products.shape == (len(table.matrices), 2, 2 * shape[0])
     assert unused.sum() >= 2 * 3 * 2  # in both layers at least two experts of three matrices
-    assert not table.products[unused].any()
-    assert not table.error[unused].any()
+    assert all(not array[unused].any() for array in costs)
+    assert not table.routing_weight[unused].any() and not table.active_share[unused].any()
+    assert (table.weight_error[unused] > 0).all()
     # Attention over one token does not look at queries and keys.
     looks = [not name.endswith(("q_proj", "k_proj")) for name in table.matrices]
     assert (table.error[~unused & looks] > 0).all()
 
 
-def test_token_counts_add_up_to_the_choices_of_the_router(family_case: Case) -> None:
+def test_token_counts_add_up_to_the_choices_of_the_router(family_case: CostCase) -> None:
     table = family_case.costs()
     n_tokens = dict(zip(table.matrices, table.n_tokens, strict=True))
     for layer in family_case.map.layers:
-        assert all(n_tokens[site.matrix.name] == TOKENS.numel() for site in layer.linears)
+        assert all(n_tokens[site.matrix.name] == COST_TOKENS.numel() for site in layer.linears)
     top_k = family_case.map.model.config.num_experts_per_tok
     for _, site in family_case.experts():
         for stack in (site.gate, site.up, site.down):
-            assert sum(n_tokens[m.name] for m in stack) == top_k * TOKENS.numel()
+            assert sum(n_tokens[m.name] for m in stack) == top_k * COST_TOKENS.numel()
+
+
+def test_shares_of_an_expert_are_those_of_the_router(case: CostCase) -> None:
+    table, n_total = case.costs(), COST_TOKENS.numel()
+    rows = {name: i for i, name in enumerate(table.matrices)}
+    for layer in case.map.layers:
+        of_linears = [rows[site.matrix.name] for site in layer.linears]
+        assert (table.routing_weight[of_linears] == 1).all()
+        assert (table.active_share[of_linears] == 1).all()
+    for _, site in case.experts():
+        calls: list[tuple[Tensor, ...]] = []
+        handle = site.module.register_forward_pre_hook(lambda _, a, calls=calls: calls.append(a))
+        case.map.model(COST_TOKENS, use_cache=False)
+        handle.remove()
+        _, ids, weights = calls[0]
+        for e in range(site.n_experts):
+            for matrix in (site.gate[e], site.up[e], site.down[e]):
+                expected = float((weights * (ids == e)).sum() / n_total)
+                assert table.routing_weight[rows[matrix.name]] == pytest.approx(expected, rel=1e-5)
+                share = float((ids == e).sum()) / n_total
+                assert table.active_share[rows[matrix.name]] == share
+    assert 0 < table.routing_weight.min() < 0.5
+
+
+def test_rare_matrices_are_those_below_the_threshold(case: CostCase) -> None:
+    table = hand_table(case)
+    assert rare_matrices(table, 5) == ()
+    assert rare_matrices(table, 6) == table.matrices[1:]
+    assert rare_matrices(table, 8) == table.matrices
+
+
+# Coverage
+
+
+def test_a_reached_matrix_that_changes_nothing_is_an_error(case: CostCase) -> None:
+    table = replace(hand_table(case), seq_len=2)
+    products, error = table.products.copy(), table.error.copy()
+    products[1], error[1] = 0, 0
+    check_coverage(replace(table, products=products))
+    check_coverage(replace(table, error=error))
+    blind = replace(table, products=products, error=error)
+    with pytest.raises(ModelError, match=rf"1 matrices change no .*{table.matrices[1]},"):
+        check_coverage(blind)
+    check_coverage(replace(blind, weight_error=np.array([[1.0], [0.0]])))  # an exact format
+    check_coverage(replace(blind, n_tokens=np.array([7.0, 0.0])))  # no token reached it
+    check_coverage(replace(blind, seq_len=1))  # may be queries of a window of one token
+
+
+def test_measuring_checks_that_every_reached_matrix_has_a_cost(own_case: CostCase) -> None:
+    for name, view in own_case.map.views.items():
+        if name.endswith("1.mlp.experts.2.down_proj"):
+            view.fill_(0.0)  # features of this expert go nowhere: gate and up change nothing
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.2\.gate_proj"):
+        own_case.costs()
 
 
 # Units
 
 
-def hand_table(case: Case) -> CostTable:
+def hand_table(case: CostCase) -> CostTable:
     """Costs of two matrices in one format over two sequences of one token."""
-    names = tuple(m.name for m in case.map.inventory.matrices[:2])
     return CostTable(
-        names,
-        FORMATS[:1],
-        np.array([[[1, -1]], [[2, 4]]], dtype=np.float32),
-        np.array([[0.25], [0.5]]),
-        np.array([7.0, 5.0]),
-        1,
-        CostSettings(),
+        matrices=tuple(m.name for m in case.map.inventory.matrices[:2]),
+        formats=COST_FORMATS[:1],
+        products=np.array([[[1, -1]], [[2, 4]]], dtype=np.float32),
+        token_fisher=np.array([[0.5], [5.0]]),
+        error=np.array([[0.25], [0.5]]),
+        gemq=np.array([[0.125], [2.0]]),
+        weight_error=np.array([[1.0], [3.0]]),
+        n_tokens=np.array([7.0, 5.0]),
+        routing_weight=np.array([0.25, 0.75]),
+        active_share=np.array([1.0, 0.5]),
+        seq_len=1,
+        settings=CostSettings(),
     )
 
 
-def test_products_of_coupled_matrices_are_added_before_they_are_squared(case: Case) -> None:
+def test_products_of_coupled_matrices_are_added_before_they_are_squared(case: CostCase) -> None:
     table, (a, b) = hand_table(case), case.map.inventory.matrices[:2]
     costs = unit_costs(table, [Unit("a", (a,)), Unit("b", (b,)), Unit("both", (a, b))])
     assert costs.fisher.tolist() == [[0.5], [5.0], [4.5]]
     assert costs.error.tolist() == [[0.25], [0.5], [0.75]]
+    assert costs.token_fisher.tolist() == [[0.5], [5.0], [5.5]]
+    assert costs.gemq.tolist() == [[0.125], [2.0], [2.125]]
     assert costs.n_tokens.tolist() == [7.0, 5.0, 5.0]
+    assert costs.routing_weight.tolist() == [0.25, 0.75, 0.5]
+    assert costs.active_share.tolist() == [1.0, 0.5, 0.75]
 
 
-def test_the_fisher_cost_is_per_token(case: Case) -> None:
+def test_the_fisher_cost_is_per_token(case: CostCase) -> None:
     table, matrix = hand_table(case), case.map.inventory.matrices[1]
     longer = unit_costs(replace(table, seq_len=10), [Unit("b", (matrix,))])
     assert longer.fisher.tolist() == [[0.5]]
 
 
-def test_fewer_bits_cost_more(case: Case) -> None:
+def test_fewer_bits_cost_more(case: CostCase) -> None:
     costs = unit_costs(case.costs(), [Unit(m.name, (m,)) for m in case.map.inventory.matrices])
     used = costs.n_tokens > 0
     assert (costs.fisher[used, 0] > 10 * costs.fisher[used, 1]).all()
@@ -350,162 +480,42 @@ def test_fewer_bits_cost_more(case: Case) -> None:
 # The same request, the same table
 
 
-def equal(a: CostTable, b: CostTable) -> bool:
-    arrays = ("products", "error", "n_tokens")
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+ARRAYS = ("products", "token_fisher", "error", "gemq", "n_tokens", "routing_weight")
 
 
 def test_a_seed_gives_the_same_table_and_another_one_other_products(
-    case: Case, own_case: Case
+    case: CostCase, own_case: CostCase
 ) -> None:
     first, again, other = case.costs(seed=1), own_case.costs(seed=1), case.costs(seed=2)
-    assert equal(first, again)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(first, name), getattr(again, name)), name
     assert first.settings.seed == 1
     assert not np.allclose(first.products, other.products, rtol=0.1)
     assert np.array_equal(first.error, other.error)
+    assert np.array_equal(first.gemq, other.gemq)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4], ids=["single", "last batch short"])
-def test_errors_and_counts_do_not_depend_on_batches(case: Case, batch_size: int) -> None:
+def test_errors_and_counts_do_not_depend_on_batches(case: CostCase, batch_size: int) -> None:
     table, whole = case.costs(batch_size=batch_size), case.costs(batch_size=6)
     assert np.array_equal(table.n_tokens, whole.n_tokens)
     # Float32 sums in another order.
-    assert np.allclose(table.error, whole.error, rtol=1e-4, atol=1e-12)
+    for name in ("error", "gemq", "token_fisher", "routing_weight"):
+        found, expected = getattr(table, name), getattr(whole, name)
+        assert np.allclose(found, expected, rtol=1e-3, atol=1e-12), name
 
 
 @pytest.mark.parametrize("batch_size", [1, 4], ids=["single", "last batch short"])
-def test_labels_and_products_do_not_depend_on_batches(case: Case, batch_size: int) -> None:
+def test_labels_and_products_do_not_depend_on_batches(case: CostCase, batch_size: int) -> None:
     tables = [case.costs(n_draws=2, batch_size=n) for n in (batch_size, 6)]
     scale = np.abs(tables[1].products).max(-1, keepdims=True)
     # As against autograd above.
     assert (np.abs(tables[0].products - tables[1].products) <= 1e-4 * scale).all()
 
 
-def test_rows_are_in_inventory_order(family_case: Case) -> None:
+def test_rows_are_in_inventory_order(family_case: CostCase) -> None:
     table = family_case.costs()
     assert table.matrices == tuple(m.name for m in family_case.map.inventory.matrices)
-    assert table.formats == FORMATS
+    assert table.formats == COST_FORMATS
     assert table.products.dtype == np.float32
-    assert table.error.dtype == table.n_tokens.dtype == np.float64
-
-
-# Files
-
-
-@pytest.mark.parametrize(("layer", "n_walked"), [(1, 1), (0, 2)])
-def test_a_missing_layer_alone_is_measured_again(
-    own_case: Case, monkeypatch: pytest.MonkeyPatch, layer: int, n_walked: int
-) -> None:
-    first = own_case.costs()
-    files = shards(own_case.bank)
-    assert [f.name for f in files] == ["layer-000.safetensors", "layer-001.safetensors"]
-    files[layer].unlink()
-    measured, steps = [], []
-    layer_costs = sensitivity._layer_costs
-
-    def record(trace: Any, *args: Any) -> Any:
-        measured.append(trace.layer.index)
-        return layer_costs(trace, *args)
-
-    monkeypatch.setattr(sensitivity, "_layer_costs", record)
-    again = measure_costs(
-        own_case.map,
-        own_case.bank,
-        TOKENS,
-        FORMATS,
-        CostSettings(),
-        progress=lambda *step: steps.append(step),
-    )
-    assert measured == [layer]
-    assert steps == [*(("costs", done, 2) for done in range(n_walked)), ("costs", 2, 2)]
-    assert equal(first, again)
-
-
-def test_a_complete_table_is_read_without_running_the_model(
-    own_case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = own_case.costs()
-    monkeypatch.delattr(sensitivity, "trace_layers")
-    assert equal(first, own_case.costs())
-
-
-def test_other_requests_have_files_of_their_own(own_case: Case) -> None:
-    own_case.costs()
-    own_case.costs(seed=1)
-    own_case.costs(n_draws=2)
-    own_case.costs(TOKENS + 1 - 1 * (TOKENS.max() == TOKENS))
-    measure_costs(own_case.map, own_case.bank, TOKENS, FORMATS[:1], CostSettings())
-    assert len(shards(own_case.bank)) == 5 * 2
-    assert len(list((own_case.bank.path / "costs").iterdir())) == 5
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"garbage")
-
-
-def drop_products(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors["products"]
-    save_file(tensors, path)
-
-
-def drop_row(path: Path) -> None:
-    save_file({name: tensor[1:] for name, tensor in load_file(path).items()}, path)
-
-
-@pytest.mark.parametrize("damage", [truncate, overwrite, drop_products, drop_row])
-def test_a_damaged_shard_is_a_store_error(own_case: Case, damage: Callable[[Path], None]) -> None:
-    own_case.costs()
-    damage(shards(own_case.bank)[1])
-    with pytest.raises(StoreError, match=r"layer-001\.safetensors is damaged .*delete .* and run"):
-        own_case.costs()
-
-
-# The model's weights
-
-
-def weights_of(case: Case) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in case.map.model.state_dict().items()}
-
-
-def assert_weights(case: Case, expected: dict[str, Tensor]) -> None:
-    for name, tensor in case.map.model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    assert not any(p.requires_grad for p in case.map.model.parameters())
-
-
-def test_measuring_leaves_the_weights_as_they_were(family_case: Case) -> None:
-    before = weights_of(family_case)
-    family_case.costs(seed=11)
-    assert_weights(family_case, before)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("n_runs", [2, 3], ids=["first format", "second format"])
-def test_an_interrupted_measurement_leaves_the_weights_as_they_were(
-    own_case: Case, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], n_runs: int
-) -> None:
-    before = weights_of(own_case)
-    run_layer, calls, states = sensitivity.run_layer, [], []
-
-    def interrupted(*args: Any) -> Tensor:
-        calls.append(args)
-        if len(calls) == n_runs:
-            states.append(weights_of(own_case))
-            raise error
-        return run_layer(*args)
-
-    monkeypatch.setattr(sensitivity, "run_layer", interrupted)
-    with pytest.raises(error):
-        own_case.costs()
-    changed = [name for name in before if not torch.equal(before[name], states[0][name])]
-    assert len(changed) == 1  # it was interrupted while a weight was another one
-    assert_weights(own_case, before)
-    assert shards(own_case.bank) == []
-    monkeypatch.undo()
-    own_case.costs()
-    assert len(shards(own_case.bank)) == 2
+    assert all(getattr(table, name).dtype == np.float64 for name in ARRAYS[1:])

@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphaquant.quant.gradients import LayerTrace, _draw_labels, _label_seeds, trace_layers
+from alphaquant.quant.gradients import (
+    LayerTrace,
+    SampledLabels,
+    TextLabels,
+    _draw_labels,
+    _label_seeds,
+    trace_layers,
+)
 from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 N_DRAWS, SEED = 2, 7
+LABELS = [SampledLabels(N_DRAWS, SEED)]
 BATCHES = [tiny_tokens(2, 9, 0), tiny_tokens(1, 9, 1)]
 
 
@@ -76,7 +84,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def traces(family: str) -> list[LayerTrace]:
-    return list(trace_layers(map_model(tiny_model(family)), BATCHES, N_DRAWS, SEED))
+    return list(trace_layers(map_model(tiny_model(family)), BATCHES, LABELS))
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -135,7 +143,7 @@ def test_draws_are_seeded() -> None:
     model_map = map_model(tiny_model("olmoe"))
 
     def gradients(seed: int) -> Tensor:
-        last = next(trace_layers(model_map, BATCHES, 1, seed))
+        last = next(trace_layers(model_map, BATCHES, [SampledLabels(1, seed)]))
         return last.linears["model.layers.1.self_attn.o_proj"].gradients
 
     assert torch.equal(gradients(1), gradients(1))
@@ -147,10 +155,58 @@ def test_labels_do_not_depend_on_batches(batch_size: int) -> None:
     model_map, tokens = map_model(tiny_model("olmoe")), torch.cat(BATCHES)
 
     def gradients(batches: list[Tensor]) -> Tensor:
-        last = next(trace_layers(model_map, batches, N_DRAWS, SEED))
+        last = next(trace_layers(model_map, batches, LABELS))
         return last.linears["model.layers.1.self_attn.o_proj"].gradients
 
     assert close(gradients(list(tokens.split(batch_size))), gradients([tokens]))
+
+
+def test_gradients_of_the_text_are_those_at_the_layers_outputs(family: str) -> None:
+    model_map = map_model(tiny_model(family))
+    model, outputs = model_map.model, []
+    traces = trace_layers(model_map, BATCHES, LABELS, [TextLabels()])
+    found = [trace.at_output for trace in traces][::-1]
+    model.get_input_embeddings().weight.requires_grad_(True)  # so that there is a graph
+    for layer in model_map.layers:
+        layer.module.register_forward_hook(
+            lambda _, args, made: outputs.append(made[0] if isinstance(made, tuple) else made)
+        )
+    for i, batch in enumerate(BATCHES):
+        outputs.clear()
+        logits = model(batch).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        for layer, expected in enumerate(torch.autograd.grad(loss, outputs)):
+            assert close(found[layer][i], expected[None])
+
+
+def test_a_window_of_one_token_has_no_text_to_predict() -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    for trace in trace_layers(model_map, [tiny_tokens(2, 1)], LABELS, [TextLabels()]):
+        assert trace.at_output[0].shape == (1, 2, 1, 40)
+        assert not trace.at_output[0].any()
+
+
+def test_totals_are_stacked_in_order_and_do_not_change_each_other() -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    joined = list(trace_layers(model_map, BATCHES, [TextLabels(), *LABELS]))
+    for alone, rows in (([TextLabels()], slice(0, 1)), (LABELS, slice(1, 1 + N_DRAWS))):
+        for trace, expected in zip(joined, trace_layers(model_map, BATCHES, alone), strict=True):
+            for name, linear in expected.linears.items():
+                assert torch.equal(trace.linears[name].gradients[rows], linear.gradients), name
+            for name, experts in expected.experts.items():
+                assert torch.equal(trace.experts[name].gradients[rows], experts.gradients), name
+
+
+def test_an_objective_learns_which_sequences_it_sees() -> None:
+    seen = []
+
+    class Positions:
+        def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
+            seen.append((first, tuple(batch.shape), log_probs.shape[-1]))
+            return [log_probs.sum()]
+
+    list(trace_layers(map_model(tiny_model("olmoe")), BATCHES, [Positions()]))
+    assert seen == [(0, (2, 9), 96), (2, (1, 9), 96)]
 
 
 def test_every_draw_of_every_sequence_has_its_own_labels() -> None:
@@ -167,7 +223,7 @@ def test_every_draw_of_every_sequence_has_its_own_labels() -> None:
 
 def test_nothing_is_left_on_the_model() -> None:
     model_map = map_model(tiny_model("mixtral"))
-    list(trace_layers(model_map, BATCHES, 1, 0))
+    list(trace_layers(model_map, BATCHES, LABELS, [TextLabels()]))
     for module in model_map.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert all(p.grad is None for p in model_map.model.parameters())
