@@ -43,6 +43,43 @@ Formats = Annotated[
 ProfileName = Annotated[
     str, typer.Option(help="What the result must load in: any, vllm, sglang, transformers.")
 ]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="auto: sweep where needed, refinement, then sampled knobs of the allocator; knobs: "
+        "sampled knobs alone; groups: sampled formats of groups of units."
+    ),
+]
+Grouping = Annotated[
+    str,
+    typer.Option(help="Units that share a format in mode groups: layer (and role), utilization."),
+]
+Sweep = Annotated[
+    str,
+    typer.Option(
+        help="Sweep between blocks on the true divergence: always, never, or auto: where the "
+        "costs of random assignments rank unlike their divergence."
+    ),
+]
+AllocatorName = Annotated[
+    str | None,
+    typer.Option(
+        "--allocator",
+        help="Run one allocator alone, beside uniform formats: fisher, error, gemq, pmq, alphaq, "
+        "alpha-hill, evolution, ...; all by default.",
+    ),
+]
+MaxFormats = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most so many formats among a layer's routed experts."),
+]
+LayerMinimum = Annotated[
+    float | None, typer.Option(help="Least stored bits per weight of every layer.")
+]
+ActiveBudget = Annotated[
+    str | None,
+    typer.Option(help="Bytes of quantizable weights that a token may read on average: 600MiB."),
+]
 Trials = Annotated[
     int,
     typer.Option(
@@ -60,7 +97,13 @@ Calibration = Annotated[
     ),
 ]
 Evaluation = Annotated[str, typer.Option(help="Text for the divergence that the search sees.")]
-Heldout = Annotated[str, typer.Option(help="Text for the last comparison with uniform formats.")]
+Heldout = Annotated[
+    str,
+    typer.Option(
+        help="Text for the last comparison with uniform formats; several domains are separated by "
+        "commas, such as a=0.75,b=0.25."
+    ),
+]
 NCalibration = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
 NEvaluation = Annotated[int, typer.Option(min=2, help="Windows of evaluation text.")]
 NHeldout = Annotated[int, typer.Option(min=2, help="Windows of held-out text.")]
@@ -90,12 +133,19 @@ def command(
     model: Model = "demo",
     formats: Formats = "auto",
     profile: ProfileName = "any",
-    trials: Trials = 40,
+    mode: Mode = "auto",
+    grouping: Grouping = "layer",
+    sweep: Sweep = "auto",
+    allocator: AllocatorName = None,
+    max_formats_per_layer: MaxFormats = None,
+    layer_minimum_bits: LayerMinimum = None,
+    active_budget: ActiveBudget = None,
+    trials: Trials = 48,
     timeout: Timeout = None,
     seed: Seed = 0,
     calibration: Calibration = "demo",
     evaluation: Evaluation = "demo",
-    heldout: Heldout = "demo",
+    heldout: Heldout = "demo=0.75,demo:code=0.25",
     calibration_samples: NCalibration = 128,
     evaluation_samples: NEvaluation = 48,
     heldout_samples: NHeldout = 64,
@@ -137,6 +187,13 @@ def command(
             budget=budget,
             formats=formats,
             profile=profile,
+            mode=mode,
+            grouping=grouping,
+            sweep=sweep,
+            allocator=allocator,
+            max_formats_per_layer=max_formats_per_layer,
+            layer_minimum_bits=layer_minimum_bits,
+            active_budget=active_budget,
             trials=trials,
             timeout=timeout,
             seed=seed,

@@ -1,8 +1,9 @@
-"""The embedded demo: a small trained MoE model and three texts, so that all runs offline.
+"""The embedded demo: a small trained MoE model and four texts, so that all runs offline.
 
-The model (OLMoE, 4 layers, 16 experts, 9.5 M parameters) was made by `alphaquant.demo.train`. The
-three texts come from different books, so that no passage is in two of them. Terms and sources are
-in TERMS.md. This module only knows where the files are; it reads none of them.
+The model (OLMoE, 4 layers, 16 experts, 9.5 M parameters) was made by `alphaquant.demo.train`.
+Three texts come from different books, so that no passage is in two of them; the fourth is of
+another domain. Terms and sources are in TERMS.md. This module only knows where the files are; it
+reads none of them.
 """
 
 from importlib.resources import files
@@ -13,6 +14,9 @@ from alphaquant.errors import DataError
 TEXT_PARTS = ("calibration", "search", "heldout")
 """For Hessians and costs; for the divergence that a search sees; for the last check only."""
 
+DOMAIN_PARTS = ("code",)
+"""Python sources, for any role."""
+
 
 def model_path() -> Path:
     """Folder of the demo model: a checkpoint with its tokenizer, as `from_pretrained` takes it."""
@@ -22,16 +26,18 @@ def model_path() -> Path:
 def text_path(part: str) -> Path:
     """File of one demo text, UTF-8.
 
-    Each passage of a text starts with a heading that names its book; books alternate.
+    Each passage starts with a heading that names its book, and books alternate; of the code, each
+    module starts with a line that names it.
 
     Args:
-        part: one of `TEXT_PARTS`.
+        part: one of `TEXT_PARTS` or `DOMAIN_PARTS`.
 
     Raises:
         DataError: there is no such part.
     """
-    if part not in TEXT_PARTS:
-        raise DataError(f"the demo has no text {part!r}; use one of {', '.join(TEXT_PARTS)}")
+    known = (*TEXT_PARTS, *DOMAIN_PARTS)
+    if part not in known:
+        raise DataError(f"the demo has no text {part!r}; use one of {', '.join(known)}")
     return _folder() / "text" / f"{part}.txt"
 
 

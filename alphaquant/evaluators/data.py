@@ -5,6 +5,7 @@ into windows that do not overlap and draws some of them with a seed. Sources are
 by `texts.py`. It runs no model and keeps no cache. Sources:
 
     demo, demo:search         the embedded text of the request's role, or of a named role
+    demo:code                 embedded Python sources, whatever the role
     wikitext2, c4             from the Hugging Face hub (library `datasets`), the role's part
     path.txt, .md, .raw       any UTF-8 text, as it is
     path.jsonl, .json         one object per line; documents are joined by the tokenizer's eos
@@ -19,8 +20,9 @@ Letters: N windows, T tokens per window.
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,7 @@ class TokenSet:
         n_available: windows in what was read of the source, of which N were drawn.
         seed: of the draw.
         digest: `token_digest(tokens)`.
+        domains: the source of each window, N names: `a=0.7,b=0.3` has domains `a` and `b`.
     """
 
     name: str
@@ -91,9 +94,10 @@ class TokenSet:
     n_available: int
     seed: int
     digest: str
+    domains: tuple[str, ...]
 
-    def provenance(self) -> dict[str, str | int]:
-        """What a report keeps about the data: everything but the tokens, ready for JSON."""
+    def provenance(self) -> dict[str, str | int | dict[str, int]]:
+        """What a report keeps about the data: windows per domain, no tokens; ready for JSON."""
         n_samples, seq_len = self.tokens.shape
         return {
             "source": self.name,
@@ -103,6 +107,7 @@ class TokenSet:
             "n_available": self.n_available,
             "seed": self.seed,
             "digest": self.digest,
+            "domains": dict(Counter(self.domains)),
         }
 
 
@@ -157,7 +162,22 @@ def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
         n_available=n_available,
         seed=request.seed,
         digest=token_digest(tokens),
+        domains=tuple(name for name, count in counts.items() for _ in range(count)),
     )
+
+
+def shuffled(windows: TokenSet) -> TokenSet:
+    """The same windows in a drawn order, so that the first few are a sample of all sources."""
+    generator = torch.Generator().manual_seed(windows.seed)
+    order = torch.randperm(len(windows.tokens), generator=generator)
+    tokens, domains = windows.tokens[order], tuple(windows.domains[i] for i in order.tolist())
+    return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
+
+
+def first_windows(windows: TokenSet, n_samples: int) -> TokenSet:
+    """The first windows of a set, all if there are fewer."""
+    tokens, domains = windows.tokens[:n_samples], windows.domains[:n_samples]
+    return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
 
 
 def check_disjoint(a: TokenSet, b: TokenSet) -> None:

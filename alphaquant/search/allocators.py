@@ -119,7 +119,7 @@ def nominal_error(problem: Problem) -> FloatArray:
 
 def _fisher_cost(problem: Problem, seed: int) -> FloatArray:
     """The Fisher cost, shrunk and cleaned."""
-    return apply_knobs(problem, Knobs(bits=1.0, error_weight=0.0))
+    return apply_knobs(problem, Knobs(bits=1.0, error_weight=0.0, token_weight=0.0))
 
 
 def _blend_cost(problem: Problem, seed: int) -> FloatArray:

@@ -86,7 +86,7 @@ class Knobs:
 
     bits: float
     error_weight: float = 0.25
-    token_weight: float = 0.0
+    token_weight: float = 0.5
     rare_shrinkage: float = 64.0
     exponent: float = 1.0
     attention_multiplier: float = 1.0

@@ -5,16 +5,26 @@ Layout::
     run.json                     what was asked, of which model and texts; marks it as ours
     study.db                     Optuna's storage, see `alphaquant.studies.storage`
     assignments/<digest>.json    every evaluated assignment
+    artifacts/                   configurations of trials, as Optuna's artifacts
+    evaluations.jsonl            every measurement on the evaluation text, see `EvaluationLog`
+    heldout.jsonl                every measurement on the held-out text
+    evaluations.jsonl            what was measured on the evaluation text
+    heldout.jsonl                what was measured on the held-out text
+    artifacts/                   what steps of a search keep between runs
     front.json best.json configs/ trials.csv report.md    see `alphaquant.studies.report`
 """
 
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from alphaquant.errors import StoreError
 from alphaquant.spaces.assignment import Assignment
@@ -24,8 +34,11 @@ RUN_VERSION = 1
 _TOOL = "aq-search"
 
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
-_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", "report.md", RUN_FILE)
-_OWN_FOLDERS = ("assignments", "configs")
+_OWN_FILES = (
+    *("study.db", "evaluations.jsonl", "heldout.jsonl"),
+    *("best.json", "front.json", "trials.csv", "report.md", RUN_FILE),
+)
+_OWN_FOLDERS = ("assignments", "configs", "artifacts")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,20 @@ class RunFolder:
         if not self.has_assignment(assignment.digest):
             self.write_text(
                 _assignment_file(assignment.digest), json.dumps(dict(assignment.formats))
+            )
+
+    def attach(self, trial: optuna.Trial, config_text: str) -> None:
+        """Keep a trial's configuration as its Optuna artifact, for the dashboard."""
+        store_path = self.path / "artifacts"
+        store_path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="alphaquant-") as folder:
+            file = Path(folder) / "config.json"
+            file.write_text(config_text, encoding="utf-8")
+            upload_artifact(
+                artifact_store=FileSystemArtifactStore(store_path),
+                file_path=str(file),
+                study_or_trial=trial,
+                mimetype="application/json",
             )
 
     def has_assignment(self, digest: str) -> bool:

@@ -1,6 +1,7 @@
 """What a search found, as one object: the runner makes it, the report writes it down."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,40 @@ from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.gate import GateResult
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.trials import ALLOCATOR, UNIFORM
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How well the costs rank random assignments.
+
+    Attributes:
+        n_assignments: how many were measured, on `n_windows` windows each.
+        n_windows: windows of the evaluation text.
+        spearman: rank correlation of predicted and measured KL, by cost table; NaN where one of
+            the two is constant.
+    """
+
+    n_assignments: int
+    n_windows: int
+    spearman: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StageGain:
+    """What a stage of a search gained.
+
+    Attributes:
+        stage: its name.
+        n_trials: how many it has, pruned ones and repetitions included.
+        kl: the lowest KL within the budget after it, nats per token; None while there is none.
+        ratio: `kl` to the lowest before it; None for the first and where that was 0.
+    """
+
+    stage: str
+    n_trials: int
+    kl: float | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -22,10 +57,12 @@ class SearchResult:
     Attributes:
         spec: what was asked.
         space: units, menu, budget.
-        rows: all complete trials.
+        rows: all finished trials, pruned ones and those above the budget included.
         gate: the comparison on held-out text.
         seconds: wall time by stage, of this run.
-        n_evaluations: how often the model ran over a text in this run.
+        n_measured: assignments measured on the evaluation text, races included.
+        n_passes: that work in full passes of the model over the text.
+        probe: how well the costs rank; None where that was not measured.
         facts: provenance.
         folder: where everything is written.
     """
@@ -35,19 +72,26 @@ class SearchResult:
     rows: tuple[TrialRow, ...]
     gate: GateResult
     seconds: Mapping[str, float]
-    n_evaluations: int
+    n_measured: int
+    n_passes: float
+    probe: Probe | None
     facts: Mapping[str, Any]
     folder: RunFolder
 
     @property
+    def limit(self) -> float:
+        """The budget in bits per quantizable weight."""
+        return self.space.limit_bits / self.space.inventory.n_weights
+
+    @property
     def front(self) -> tuple[TrialRow, ...]:
-        """The non-dominated trials over (bits, KL), by bits."""
+        """The non-dominated complete trials over (bits, KL), of all sizes, by bits."""
         return front_of(self.rows)
 
     @property
     def best(self) -> TrialRow:
-        """The trial of lowest KL on the evaluation text."""
-        return best_of(self.rows)
+        """The trial of lowest KL on the evaluation text within the budget."""
+        return best_of([row for row in self.rows if row.bits_per_weight <= self.limit])
 
     @property
     def published(self) -> Assignment:
@@ -61,12 +105,48 @@ class SearchResult:
 
 
 def front_of(rows: Sequence[TrialRow]) -> tuple[TrialRow, ...]:
-    """The exact non-dominated set over (bits, KL), by bits; of equal points the first."""
-    mask = nondominated(np.array([[r.bits_per_weight, r.kl] for r in rows]))
-    kept = [row for row, keep in zip(rows, mask, strict=True) if keep]
+    """The complete rows that none beats over (bits, KL), by bits; of equal points the first."""
+    complete = [row for row in rows if not row.is_pruned]
+    mask = nondominated(np.array([[r.bits_per_weight, r.kl] for r in complete]))
+    kept = [row for row, keep in zip(complete, mask, strict=True) if keep]
     return tuple(sorted(kept, key=lambda r: r.bits_per_weight))
 
 
 def best_of(rows: Sequence[TrialRow]) -> TrialRow:
-    """The row of the lowest KL; of equal ones the smallest, then the first."""
-    return min(rows, key=lambda r: (r.kl, r.bits_per_weight, r.number))
+    """The complete row of the lowest KL; of equal ones the smallest, then the first."""
+    complete = [row for row in rows if not row.is_pruned]
+    return min(complete, key=lambda r: (r.kl, r.bits_per_weight, r.number))
+
+
+def stage_gains(rows: Sequence[TrialRow], limit: float) -> tuple[StageGain, ...]:
+    """What each stage gained, in the order in which they began.
+
+    Uniform 0.4, then default knobs 0.2, then a sweep 0.1: ratios None, 0.5, 0.5.
+
+    Args:
+        rows: trials in order.
+        limit: bits per weight; only complete trials of at most these count.
+    """
+    stages: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        stages.setdefault(_stage(row, stages), []).append(row)
+    gains, lowest = [], math.inf
+    for stage, inside in stages.items():
+        before = lowest
+        counted = [r.kl for r in inside if r.bits_per_weight <= limit and not r.is_pruned]
+        lowest = min([before, *counted])
+        kl = lowest if math.isfinite(lowest) else None
+        ratio = lowest / before if math.isfinite(before) and before > 0 else None
+        gains.append(StageGain(stage, len(inside), kl, ratio))
+    return tuple(gains)
+
+
+def _stage(row: TrialRow, earlier: Container[str]) -> str:
+    """The stage of a trial; the first trial of knobs is that of the default ones."""
+    if row.origin.startswith(UNIFORM):
+        return "uniform"
+    if row.origin.startswith(ALLOCATOR):
+        return "allocators"
+    if row.origin == "knobs":
+        return "sampled knobs" if "default knobs" in earlier else "default knobs"
+    return "sampled groups" if row.origin == "groups" else row.origin

@@ -9,56 +9,44 @@ Everything that can be refused is refused before the output directory is made: n
 first, then whose directory it is, then the model with its space, then the texts.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import optuna
 
-from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.bank import Bank, Progress
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
-from alphaquant.search.sampler import make_sampler, next_trial
+from alphaquant.search.groups import check_grouping
+from alphaquant.search.sampler import make_sampler
+from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.folder import RunFolder, check_folder, claim_folder, facts_digest
-from alphaquant.studies.gate import judge, uniform_rivals
-from alphaquant.studies.objective import EvaluationSet, Objective
+from alphaquant.studies.gate import GateResult, judge
+from alphaquant.studies.loop import OnTrial, TrialLoop
+from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.program import Run, program_of
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
-from alphaquant.studies.result import SearchResult, best_of
+from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sources import find_device, load_source
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
-    Costs,
+    Anchor,
     Inputs,
+    Prepared,
     bank_formats,
     load_inputs,
-    measure_unit_costs,
-    open_filled_bank,
-    problem_of,
-    store_teachers,
+    prepare,
 )
-from alphaquant.studies.storage import (
-    TrialRow,
-    find_duplicate,
-    finish_trial,
-    finished_rows,
-    make_row,
-    open_study,
-    sqlite_url,
-)
-from alphaquant.studies.trials import Proposal, TrialRules
-
-logger = logging.getLogger(__name__)
-
-OnTrial = Callable[[TrialRow], None]
+from alphaquant.studies.storage import open_study, sqlite_url
+from alphaquant.studies.trials import Proposer, check_allocator
+from alphaquant.studies.truth import ChoiceTruth
 
 
 @dataclass(frozen=True)
@@ -69,92 +57,6 @@ class _Request:
     profile: Profile
     menu: tuple[str, ...]
     device: str
-
-
-@dataclass(frozen=True)
-class TrialLoop:
-    """Runs the trials that a study lacks.
-
-    Attributes:
-        spec: how many, how long, which sampler and seed.
-        study: where they are kept.
-        rules: which they are.
-        costs: predict their KL.
-        objective: measures their KL.
-        evaluation: on this text.
-        folder: keeps their assignments.
-    """
-
-    spec: SearchSpec
-    study: optuna.Study
-    rules: TrialRules
-    costs: Costs
-    objective: Objective
-    evaluation: EvaluationSet
-    folder: RunFolder
-
-    def run(self, progress: Progress, on_trial: OnTrial) -> list[TrialRow]:
-        """All complete trials, those of earlier runs first.
-
-        Every trial is in the storage before the next one starts.
-
-        Raises:
-            ModelError: a KL is not finite.
-            StoreError: the study's assignments are not in the folder.
-        """
-        rows = self._earlier_rows()
-        planned = self.rules.planned()
-        total = max(self.spec.trials, len(rows))
-        started = time.monotonic()
-        progress("study", len(rows), total)
-        while len(rows) < total:
-            if rows and self._is_late(time.monotonic() - started):
-                logger.warning("timeout after %d of %d trials", len(rows), total)
-                break
-            pin = self.rules.pin(len(rows))
-            trial = next_trial(self.study, planned, self.spec.sampler, self.spec.seed, pin)
-            proposal = self.rules.propose(trial)
-            row = self._evaluate(proposal, rows)
-            self.folder.save_assignment(proposal.assignment)
-            finish_trial(self.study, trial, row)
-            rows.append(row)
-            on_trial(row)
-            progress("study", len(rows), total)
-        return rows
-
-    def _earlier_rows(self) -> list[TrialRow]:
-        rows = finished_rows(self.study)
-        missing = [row for row in rows if not self.folder.has_assignment(row.digest)]
-        if missing:
-            raise StoreError(
-                f"study {self.spec.study!r} has {len(rows)} trials, and the assignments of "
-                f"{len(missing)} are not in {self.folder.path}; give the --out that the study was "
-                "made with, or another --study"
-            )
-        return rows
-
-    def _is_late(self, seconds: float) -> bool:
-        return self.spec.timeout is not None and seconds > self.spec.timeout
-
-    def _evaluate(self, proposal: Proposal, rows: list[TrialRow]) -> TrialRow:
-        """Measure a proposal, or take over the numbers of an equal one."""
-        assignment, space, number = proposal.assignment, self.rules.space, len(rows)
-        assert space.is_feasible(assignment), f"{proposal.origin} is over the budget"
-        row = find_duplicate(rows, assignment.digest)
-        if row is not None:
-            row = replace(row, seconds=0.0, duplicate_of=row.number)
-        else:
-            found = self.objective.measure(assignment, self.evaluation)
-            counts = assignment.count_bits(space.inventory)
-            row = make_row(number, proposal.origin, assignment.digest, counts, found)
-            row = replace(row, predicted_kl=self.costs.predict_kl(space, assignment))
-        if not np.isfinite(row.kl):
-            # Proposals depend on complete trials only, so the next one would be the same again.
-            raise ModelError(
-                f"the KL of {proposal.origin} at {row.bits_per_weight:.3f} bits is {row.kl}; use "
-                "--dtype float32, or leave out the smallest formats with --formats"
-            )
-        return replace(row, number=number, origin=proposal.origin, gap=proposal.gap)
 
 
 def search(
@@ -181,21 +83,26 @@ def search(
     inputs = load_inputs(spec, source)
     with _claimed(spec, inputs) as (folder, study):
         clock("load", 1, 1)
-        evaluation, heldout = store_teachers(spec, inputs, clock)
-        bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
-        costs = measure_unit_costs(spec, inputs, space, bank, clock)
-        rules = TrialRules(space, problem_of(space, costs), spec.seed)
-        objective = Objective(Swapper(source.map, bank.read))
-        loop = TrialLoop(spec, study, rules, costs, objective, evaluation, folder)
-        rows = loop.run(clock, on_trial)
+        prepared = prepare(spec, inputs, space, clock)
+        run = _make_run(prepared, folder, study, clock, on_trial)
+        for step in program_of(spec):
+            step(run)
     clock("gate", 0, 1)
-    best = folder.load_assignment(best_of(rows).digest)
-    rivals = uniform_rivals(space, bank_formats(space), rows)
-    gate = judge(objective, heldout, space, best, rivals)
+    gate = _judge(run, prepared, folder)
     clock("gate", 1, 1)
-    facts = _provenance(spec, inputs, bank, request.device)
-    n_evaluations = objective.n_evaluations
-    result = SearchResult(spec, space, tuple(rows), gate, {}, n_evaluations, facts, folder)
+    objective = run.truth.objective
+    result = SearchResult(
+        spec=spec,
+        space=space,
+        rows=tuple(run.loop.rows),
+        gate=gate,
+        seconds={},
+        n_measured=objective.n_evaluations,
+        n_passes=objective.n_passes,
+        probe=run.probe,
+        facts=_provenance(spec, inputs, prepared.bank, request.device),
+        folder=folder,
+    )
     return _write(result, clock)
 
 
@@ -208,9 +115,53 @@ def _check(spec: SearchSpec) -> _Request:
     budget, profile = parse_budget(spec.budget), find_profile(spec.profile)
     menu = menu_of(spec.formats, profile)
     make_sampler(spec.sampler, spec.seed, 0)
+    check_grouping(spec.grouping)
+    check_allocator(spec.allocator)
+    _ = spec.constraints  # its limits are checked where they are made
     device = find_device(spec.device)
     check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
     return _Request(budget, profile, menu, device)
+
+
+def _make_run(
+    prepared: Prepared,
+    folder: RunFolder,
+    study: optuna.Study,
+    clock: StageClock,
+    on_trial: OnTrial,
+) -> Run:
+    """What the steps of a program share."""
+    spec, space = prepared.spec, prepared.space
+    source, texts = prepared.inputs.source, prepared.teachers
+    seq_len = texts.evaluation.tokens.tokens.shape[1]
+    log = EvaluationLog(folder.path / "evaluations.jsonl", seq_len)
+    swapper = Swapper(source.map, prepared.bank.read)
+    objective = SearchObjective(source.map, swapper, texts.evaluation, log)
+    proposer = Proposer(space, prepared.problem, spec.seed, spec.constraints)
+
+    def predict(assignment: Assignment) -> float:
+        return prepared.costs.predict_kl(space, assignment)
+
+    anchor = Anchor(prepared, swapper, clock)
+    return Run(
+        spec=spec,
+        proposer=proposer,
+        loop=TrialLoop(spec, study, objective, predict, folder, clock, on_trial),
+        truth=ChoiceTruth(objective, proposer.spread),
+        anchor_costs=anchor.costs,
+        clock=clock,
+    )
+
+
+def _judge(run: Run, prepared: Prepared, folder: RunFolder) -> GateResult:
+    """The comparison with uniform formats on held-out text."""
+    heldout = prepared.teachers.heldout
+    log = EvaluationLog(folder.path / "heldout.jsonl", heldout.tokens.tokens.shape[1])
+    rows = front_of(run.loop.rows)
+    points = [(row, run.loop.assignment(row)) for row in rows]
+    objective = Objective(run.truth.objective.swapper)
+    names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
+    return judge(objective, heldout, prepared.space, points, names, log)
 
 
 @contextmanager

@@ -8,13 +8,22 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import ConfigError
+from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.quant.engine import QuantSettings
+from alphaquant.search.constraints import SideConstraints
+from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
 
 REFERENCE_FORMATS = ("int4-g64", "mxfp4")
 """Uniform formats of exactly 4.25 bits that every search is compared with, whatever its menu."""
+
+MODES = ("auto", "knobs", "groups")
+"""`auto`: sweep, refinement, then sampled knobs; `knobs` and `groups`: sampled knobs of the
+allocator, or sampled formats of groups of units, without sweep and refinement."""
+
+SWEEPS = ("auto", "always", "never")
+"""`auto`: where random assignments rank unlike their costs."""
 
 SERVING_MENU = (
     *("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-row", "fp8-e4m3-row"),
@@ -37,7 +46,7 @@ class DataSpec:
     Attributes:
         calibration: feeds Hessians and costs; `demo`, a data set name or a path.
         evaluation: the divergence that the search sees.
-        heldout: the last comparison, never used before.
+        heldout: the last comparison, never used before; by default books and code, two domains.
         n_calibration: windows of calibration text.
         n_evaluation: windows of evaluation text, at least 2 for a standard error.
         n_heldout: windows of held-out text, at least 2.
@@ -46,7 +55,7 @@ class DataSpec:
 
     calibration: str = "demo"
     evaluation: str = "demo"
-    heldout: str = "demo"
+    heldout: str = "demo=0.75,demo:code=0.25"
     n_calibration: int = 128
     n_evaluation: int = 48
     n_heldout: int = 64
@@ -73,6 +82,16 @@ class SearchSpec:
         budget: `4.25bits`, `13GiB`, ...
         formats: menu and format names separated by commas; `auto` for the profile's default menu.
         profile: what the serving engine can load.
+        mode: which trials are run, see `MODES`.
+        grouping: what shares a format in mode `groups`, see `alphaquant.search.groups`.
+        sweep: whether mode `auto` sweeps between blocks on the true divergence, of `SWEEPS`.
+        allocator: run this allocator alone, beside uniform; None for the mode's trials.
+        max_formats_per_layer: at most so many formats among a layer's routed experts; None for
+            any.
+        layer_minimum_bits: every layer gets at least so many stored bits per weight; None for
+            none.
+        active_budget: bytes of quantizable weights that a token may read in the mean, such as
+            `600MiB`; None for any.
         trials: evaluated assignments, planned ones included.
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of text windows, drawn labels and proposals.
@@ -93,7 +112,14 @@ class SearchSpec:
     budget: str = "4.25bits"
     formats: str = "auto"
     profile: str = "any"
-    trials: int = 40
+    mode: str = "auto"
+    grouping: str = "layer"
+    sweep: str = "auto"
+    allocator: str | None = None
+    max_formats_per_layer: int | None = None
+    layer_minimum_bits: float | None = None
+    active_budget: str | None = None
+    trials: int = 48
     timeout: float | None = None
     seed: int = 0
     data: DataSpec = DataSpec()
@@ -119,9 +145,29 @@ class SearchSpec:
                 "sequential quantization needs the formats of the layers before, which a search "
                 "does not have when it fills its bank; use it with aq-quantize"
             )
+        for name, value, known in (("mode", self.mode, MODES), ("sweep", self.sweep, SWEEPS)):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
         _check_least("trials", self.trials, 1)
         _check_least("n_draws", self.n_draws, 1)
         _check_least("timeout", self.timeout, 0)
+
+    @property
+    def constraints(self) -> SideConstraints:
+        """What every assignment keeps besides the budget.
+
+        Raises:
+            AlphaQuantError: a limit that no assignment could keep.
+        """
+        active_bits = None
+        if self.active_budget is not None:
+            budget = parse_budget(self.active_budget)
+            if budget.kind != "bytes":
+                raise BudgetError(
+                    f"active budget {self.active_budget!r} is not in bytes; write 600MiB or 2GB"
+                )
+            active_bits = int(8 * budget.value)
+        return SideConstraints(self.max_formats_per_layer, self.layer_minimum_bits, active_bits)
 
     def facts(self) -> dict[str, Any]:
         """What decides the sequence of trials, ready for JSON."""

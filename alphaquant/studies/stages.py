@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from alphaquant.evaluators.data import TokenSet, check_disjoint
-from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.evaluators.anchor import AnchorCosts, anchor_unit_costs, measure_anchor_costs
+from alphaquant.evaluators.data import TokenSet, check_disjoint, first_windows, shuffled
+from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.sensitivity import (
     CostSettings,
     CostTable,
@@ -18,9 +19,11 @@ from alphaquant.evaluators.sensitivity import (
     measure_costs,
     unit_costs,
 )
+from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spectra
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.quant.provenance import versions
-from alphaquant.search.problem import Problem, make_problem
+from alphaquant.quant.swap import Swapper
+from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.space import SearchSpace
@@ -28,6 +31,10 @@ from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.progress import StageClock
 from alphaquant.studies.sources import Source, cache_dir, read_text
 from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec
+
+ANCHOR_WINDOWS = 64
+ANCHOR_TOP_K = 256
+"""Costs at an anchor: calibration windows, and tokens per position kept of the predictions."""
 
 
 @dataclass(frozen=True)
@@ -98,29 +105,42 @@ def load_inputs(spec: SearchSpec, source: Source) -> Inputs:
     for i, a in enumerate(texts):
         for b in texts[i + 1 :]:
             check_disjoint(a, b)
-    return Inputs(source, *texts)
+    calibration, evaluation, heldout = texts
+    return Inputs(source, calibration, shuffled(evaluation), heldout)
 
 
-def store_teachers(
-    spec: SearchSpec, inputs: Inputs, clock: StageClock
-) -> tuple[EvaluationSet, ...]:
-    """Predictions of the original on the evaluation and the held-out text, in this order.
+@dataclass(frozen=True)
+class Teachers:
+    """Predictions of the original; all come before the first swap, which overwrites it.
 
-    Both come before the first swap, which overwrites the original.
+    Attributes:
+        evaluation: what the search sees.
+        heldout: for the gate.
+        calibration: the first windows of the calibration text, for costs at an anchor.
     """
-    texts = (inputs.evaluation, inputs.heldout)
-    total, done = sum(len(t.tokens) for t in texts), 0
+
+    evaluation: EvaluationSet
+    heldout: EvaluationSet
+    calibration: EvaluationSet
+
+
+def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teachers:
+    """Compute the original's predictions, or open those of an earlier run."""
+    first = first_windows(shuffled(inputs.calibration), ANCHOR_WINDOWS)
+    texts = ((inputs.evaluation, TOP_K), (inputs.heldout, TOP_K), (first, ANCHOR_TOP_K))
+    total, done = sum(len(t.tokens) for t, _ in texts), 0
     sets = []
-    for tokens in texts:
-        parts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as)
-        path = cache_dir(spec.cache) / "teachers" / f"{'-'.join(parts)}.safetensors"
+    for tokens, top_k in texts:
+        facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(top_k))
+        path = cache_dir(spec.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock("teacher", done, total)
         progress = clock.shifted(done, total)
-        teacher = store_teacher(path, inputs.source.map.model, tokens.tokens, progress=progress)
+        model = inputs.source.map.model
+        teacher = store_teacher(path, model, tokens.tokens, top_k=top_k, progress=progress)
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
     clock("teacher", total, total)
-    return tuple(sets)
+    return Teachers(*sets)
 
 
 def bank_formats(space: SearchSpace) -> tuple[str, ...]:
@@ -171,16 +191,95 @@ def measure_unit_costs(
     return Costs(table, unit_costs(table, space.units))
 
 
-def problem_of(space: SearchSpace, costs: Costs) -> Problem:
-    """The allocation problem over the menu."""
+def problem_of(space: SearchSpace, costs: Costs, spectra: UnitSpectra | None = None) -> Problem:
+    """The allocation problem over the menu.
+
+    Args:
+        space: units and menu.
+        costs: measured costs of every unit.
+        spectra: of the weights, for the allocators that use them.
+    """
     columns = [costs.table.formats.index(name) for name in space.menu]
     formats = [parse_format(name) for name in space.menu]
+    found = costs.units
+    features = {"routing_weight": found.routing_weight, "active_share": found.active_share}
+    if spectra is not None:
+        features |= {"alpha": spectra.alpha_farms, "alpha_plain": spectra.alpha}
+        features |= {"variance": spectra.variance}
     return make_problem(
         space.units,
         space.menu,
         np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64),
         np.array([[name in space.allowed(u) for name in space.menu] for u in space.units]),
-        {"fisher": costs.units.fisher[:, columns], "error": costs.units.error[:, columns]},
-        costs.units.n_tokens,
+        {name: getattr(found, name)[:, columns] for name in (*COSTS, *OPTIONAL_COSTS)},
+        found.n_tokens,
         space.inventory.n_layers,
+        features,
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a search's trials need.
+
+    Attributes:
+        spec: what was asked.
+        inputs: the model and its texts.
+        space: units, menu, budget.
+        teachers: predictions of the original.
+        bank: every matrix in every format.
+        costs: of every unit in every format.
+        problem: the allocation problem.
+    """
+
+    spec: SearchSpec
+    inputs: Inputs
+    space: SearchSpace
+    teachers: Teachers
+    bank: Bank
+    costs: Costs
+    problem: Problem
+
+
+def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
+    """Teachers, spectra, bank, costs and problem of a search, in this order."""
+    teachers = store_teachers(spec, inputs, clock)
+    clock("spectra", 0, 1)
+    spectra = unit_spectra(measure_spectra(inputs.source.map, seed=spec.seed), space.units)
+    clock("spectra", 1, 1)
+    bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
+    costs = measure_unit_costs(spec, inputs, space, bank, clock)
+    problem = problem_of(space, costs, spectra)
+    return Prepared(spec, inputs, space, teachers, bank, costs, problem)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Costs at a quantized anchor; see `alphaquant.evaluators.anchor`.
+
+    Attributes:
+        prepared: the model, its bank and texts.
+        swapper: writes the anchor's weights.
+        clock: told the progress.
+    """
+
+    prepared: Prepared
+    swapper: Swapper
+    clock: StageClock
+
+    def costs(self, anchor: Assignment) -> AnchorCosts:
+        """Costs of changing any unit of an anchor, float64 [U, F] over the menu."""
+        spec, space = self.prepared.spec, self.prepared.space
+        on = self.prepared.teachers.calibration
+        self.swapper.apply(anchor)
+        table = measure_anchor_costs(
+            self.prepared.inputs.source.map,
+            self.prepared.bank,
+            on.tokens.tokens,
+            on.teacher,
+            anchor,
+            space.menu,
+            CostSettings(spec.seed, spec.n_draws),
+            progress=self.clock,
+        )
+        return anchor_unit_costs(table, space.units)

@@ -15,7 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from alphaquant.errors import StoreError
-from alphaquant.search.sampler import fail_stale_trials
+from alphaquant.search.sampler import FINISHED, fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
 
@@ -27,24 +27,27 @@ _BROKEN = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A complete trial.
+    """A finished trial.
 
     Attributes:
-        number: place among the complete trials, from 0. Not Optuna's number, which also counts
+        number: place among the finished trials, from 0. Not Optuna's number, which also counts
             trials that a kill cut short, so that an interrupted study numbers as one that was not.
-        origin: `uniform:int4-g64`, `allocator:error`, `knobs`.
+        origin: `uniform:int4-g64`, `allocator:error`, `level`, `sweep`, `surrogate`,
+            `relinearize`, `polish`, `knobs`, `groups`.
         digest: of its assignment.
         bits_per_weight: stored bits per quantizable weight.
         checkpoint_bytes: bytes of all tensors.
         kl: nats per token on the evaluation text.
         kl_stderr: its standard error over windows.
-        kl_per_window: KL of each window.
+        kl_per_window: KL of each measured window.
         same_top: share of positions with the same first token.
         perplexity: on the evaluation text.
         predicted_kl: sum of the Fisher costs.
         gap: the solver's certified gap, None for uniform.
         seconds: wall time.
         duplicate_of: earlier trial with the same assignment, whose numbers were taken over.
+        is_pruned: measured on its first windows only, because a trial that is no larger was
+            better there beyond doubt; its numbers are those of these windows.
     """
 
     number: int
@@ -61,6 +64,7 @@ class TrialRow:
     gap: float | None
     seconds: float
     duplicate_of: int | None = None
+    is_pruned: bool = False
 
 
 def sqlite_url(path: Path) -> str:
@@ -74,7 +78,7 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
 
     Trials that a killed process left running are failed; their parameters come again, because
-    proposals depend on complete trials only.
+    proposals depend on finished trials only.
 
     Args:
         url: of the Optuna storage.
@@ -103,22 +107,25 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> None:
-    """Store a trial's numbers, then complete it; a kill between the two leaves it unfinished.
+    """Store a trial's numbers, then finish it; a kill between the two leaves it unfinished.
 
     The numbers are one attribute, because SQLite takes 18 ms for each on a common disk.
     """
     trial.set_user_attr(_ROW, {k: v for k, v in asdict(row).items() if k != "number"})
-    study.tell(trial, [row.bits_per_weight, row.kl])
+    if row.is_pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        study.tell(trial, [row.bits_per_weight, row.kl])
 
 
 def finished_rows(study: optuna.Study) -> list[TrialRow]:
-    """Rows of all complete trials, in the order in which they started.
+    """Rows of all finished trials, in the order in which they started.
 
     Raises:
         StoreError: a trial lacks its numbers.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ordered = sorted(complete, key=lambda t: t.number)
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    ordered = sorted(finished, key=lambda t: t.number)
     return [_row(number, trial) for number, trial in enumerate(ordered)]
 
 

@@ -1,124 +1,204 @@
-"""Which trials a study runs: what is planned first, and from parameters to an assignment.
+"""From a rule to the assignment of a trial: uniform formats, allocators, knobs, groups, choices.
 
-Planned, in this order: every uniform format of the menu within the budget (so that the study never
-ends below uniform), the default knobs, the allocators, the default knobs at several budgets (so
-that there is a front early). Then the sampler proposes knobs; three of four proposals are pinned
-to the full budget, the fourth may spend less and fills the front.
+All are feasible by construction: they come from the solver with the budget as its limit and the
+side constraints kept, or they are uniform and fit.
 
-Every trial is feasible by construction: its assignment comes from the solver with the budget as
-its limit, or is uniform and fits.
+Letters: U units, F formats.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import optuna
 
+from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.search.allocators import ALLOCATORS
-from alphaquant.search.knobs import Knobs, allocate, knob_params, suggest_knobs
+from alphaquant.search.arrays import FloatArray, IntArray
+from alphaquant.search.constraints import SideConstraints, is_kept, solve_constrained
+from alphaquant.search.groups import Groups, fit_groups, suggest_groups
+from alphaquant.search.knobs import Knobs, apply_knobs, suggest_knobs
 from alphaquant.search.problem import Problem
-from alphaquant.search.sampler import PlannedTrial
+from alphaquant.search.solver import Solution, solve
 from alphaquant.spaces.assignment import Assignment, assignment_from_units, uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import is_loadable
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.studies.loop import Proposal
 
-PLANNED_ALLOCATORS = ("fisher", "error", "utilization")
-N_FRONT_LEVELS = 6
-FREE_EVERY = 4
 UNIFORM = "uniform:"
 """Start of the origin of uniform trials."""
 
-
-@dataclass(frozen=True)
-class Proposal:
-    """A trial's assignment and where it comes from.
-
-    Attributes:
-        assignment: a format for every matrix.
-        origin: `uniform:int4-g64`, `allocator:error`, `knobs`.
-        gap: the solver's certified relative gap in its own cost, None for uniform.
-    """
-
-    assignment: Assignment
-    origin: str
-    gap: float | None
+ALLOCATOR = "allocator:"
+"""Start of the origin of allocators' trials."""
 
 
 @dataclass(frozen=True)
-class TrialRules:
-    """Everything that turns trials into assignments.
+class Proposer:
+    """Everything that turns rules into assignments.
 
     Attributes:
         space: units, menu, budget.
         problem: their costs.
         seed: of random allocators.
+        constraints: what every assignment keeps besides the budget.
     """
 
     space: SearchSpace
     problem: Problem
     seed: int
+    constraints: SideConstraints = field(default_factory=SideConstraints)
+
+    @property
+    def limit_bits(self) -> int:
+        """Bits that the budget allows."""
+        return self.space.limit_bits
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there is more to keep than the budget."""
+        return self.constraints != SideConstraints()
 
     @property
     def bits_high(self) -> float:
         """Bits per weight of the budget, or of the dearest assignment where that is less."""
-        dearest = self.problem.bits.max(1, where=self.problem.allowed, initial=0).sum()
-        return self._mean_of(min(self.space.limit_bits, int(dearest)))
+        return self._mean_of(min(self.limit_bits, self._dearest))
 
     @property
     def bits_low(self) -> float:
         """Bits per weight of the cheapest assignment."""
-        masked = np.where(self.problem.allowed, self.problem.bits, np.iinfo(np.int64).max)
-        return self._mean_of(int(masked.min(1).sum()))
+        return self._mean_of(int(self.problem.least_bits.sum()))
 
-    def planned(self) -> list[PlannedTrial]:
-        """The trials that run before anything is sampled."""
-        fits = [name for name in self.space.menu if uniform_fits(self.space, name)]
-        plan = [PlannedTrial({}, {"plan": "uniform", "format": name}) for name in fits]
-        plan.append(PlannedTrial(knob_params(Knobs(self.bits_high)), {"plan": "knobs"}))
-        for name in PLANNED_ALLOCATORS:
-            plan.append(PlannedTrial({}, {"plan": "allocator", "allocator": name}))
-        levels = np.linspace(self.bits_low, self.bits_high, N_FRONT_LEVELS + 2)[1:-1]
-        for bits in levels[::-1]:
-            plan.append(PlannedTrial(knob_params(Knobs(float(bits))), {"plan": "knobs"}))
-        return plan
+    @property
+    def bits_most(self) -> float:
+        """Bits per weight of the dearest assignment, whatever the budget."""
+        return self._mean_of(self._dearest)
 
-    def pin(self, n_complete: int) -> Mapping[str, float]:
-        """Parameters fixed for a sampled trial."""
-        return {} if n_complete % FREE_EVERY == 0 else {"bits": self.bits_high}
+    @property
+    def base_cost(self) -> FloatArray:
+        """The cost of the default knobs, float64 [U, F]."""
+        return apply_knobs(self.problem, Knobs(self.bits_high))
 
-    def propose(self, trial: optuna.Trial) -> Proposal:
-        """The assignment of a trial; suggests its knobs where it has any."""
-        attrs = trial.user_attrs
-        if attrs.get("plan") == "uniform":
-            name = str(attrs["format"])
-            return Proposal(uniform_assignment(self.space.inventory, name), UNIFORM + name, None)
-        if attrs.get("plan") == "allocator":
-            name = str(attrs["allocator"])
-            solution = ALLOCATORS[name].allocate(self.problem, self.space.limit_bits, self.seed)
-            return Proposal(self._spread(solution.choice), f"allocator:{name}", solution.gap)
+    def uniform(self, format_name: str) -> Proposal | None:
+        """One format for everything; None where it does not keep the side constraints."""
+        if not self.keeps_uniform(format_name):
+            return None
+        assignment = uniform_assignment(self.space.inventory, format_name)
+        return Proposal(assignment, UNIFORM + format_name)
+
+    def keeps_uniform(self, format_name: str) -> bool:
+        """Whether one format for everything keeps the side constraints, whatever the budget."""
+        if not self.is_constrained:
+            return True
+        fmt, n_units = parse_format(format_name), len(self.problem.units)
+        bits = np.array([[unit.storage_bits(fmt)] for unit in self.problem.units])
+        alone = replace(
+            self.problem, formats=(format_name,), bits=bits, allowed=np.ones_like(bits, dtype=bool)
+        )
+        return is_kept(alone, np.zeros(n_units, dtype=np.int64), self.constraints)
+
+    def allocator(self, name: str) -> Proposal | None:
+        """An allocator's choice; None where it does not keep the side constraints."""
+        solution = ALLOCATORS[name].allocate(self.problem, self.limit_bits, self.seed)
+        if not is_kept(self.problem, solution.choice, self.constraints):
+            return None
+        return Proposal(self.spread(solution.choice), ALLOCATOR + name, solution.gap)
+
+    def knobs(self, trial: optuna.Trial, weights: FloatArray) -> Proposal:
+        """The assignment of suggested knobs.
+
+        Args:
+            trial: suggests them.
+            weights: float64 [U], what a sweep found costs to be worth, 1 without one.
+        """
         knobs = suggest_knobs(trial, self.bits_low, self.bits_high)
-        solution = allocate(self.problem, knobs, self.space.limit_bits)
-        return Proposal(self._spread(solution.choice), "knobs", solution.gap)
+        cost = apply_knobs(self.problem, knobs) * (weights**knobs.sweep_strength)[:, None]
+        limit_bits = min(self.limit_bits, self.problem.limit_bits(knobs.bits))
+        solution = self.solve(cost, limit_bits)
+        return Proposal(self.spread(solution.choice), "knobs", solution.gap, can_prune=True)
+
+    def groups(self, trial: optuna.Trial, groups: Groups) -> Proposal:
+        """The assignment of a suggested format per group."""
+        levels = suggest_groups(trial, groups)
+        choice = fit_groups(groups, self.base_cost, levels, self.limit_bits)
+        return Proposal(self.spread(choice), "groups", can_prune=True)
+
+    def at(self, cost: FloatArray, limit_bits: int, origin: str) -> Proposal:
+        """The optimum of a cost within a limit.
+
+        Raises:
+            BudgetError: nothing keeps the limit and the side constraints.
+        """
+        solution = self.solve(cost, limit_bits)
+        return Proposal(self.spread(solution.choice), origin, solution.gap)
+
+    def solve(self, cost: FloatArray, limit_bits: int) -> Solution:
+        """The optimum of a cost within a limit and the side constraints.
+
+        Raises:
+            BudgetError: nothing keeps them all.
+        """
+        if not self.is_constrained:
+            return solve(cost, self.problem.bits, self.problem.allowed, limit_bits)
+        share = self.problem.feature("active_share")
+        given = (self.problem, cost, limit_bits, self.constraints, share)
+        try:
+            # Without the integer search, which may take seconds; the gap is in the trial.
+            return solve_constrained(*given, max_nodes=0)
+        except BudgetError:
+            return solve_constrained(*given)
+
+    def spread(self, choice: npt.NDArray[np.int64]) -> Assignment:
+        """The assignment of a choice, int64 [U]."""
+        names = self.problem.choice_names(choice)
+        return assignment_from_units(self.space.inventory, self.space.units, names)
+
+    def choice(self, assignment: Assignment) -> IntArray | None:
+        """The choice of an assignment, None where it has formats outside the menu."""
+        column = {name: i for i, name in enumerate(self.problem.formats)}
+        names = [assignment.formats[unit.matrices[0].name] for unit in self.problem.units]
+        if not all(name in column for name in names):
+            return None
+        return np.array([column[name] for name in names], dtype=np.int64)
+
+    @property
+    def _dearest(self) -> int:
+        return int(self.problem.bits.max(1, where=self.problem.allowed, initial=0).sum())
 
     def _mean_of(self, n_bits: int) -> float:
         """The mean per weight that allows `n_bits`; the plain quotient may allow one bit less."""
         mean = n_bits / self.space.inventory.n_weights
         return mean if self.problem.limit_bits(mean) >= n_bits else math.nextafter(mean, math.inf)
 
-    def _spread(self, choice: npt.NDArray[np.int64]) -> Assignment:
-        names = self.problem.choice_names(choice)
-        return assignment_from_units(self.space.inventory, self.space.units, names)
+
+def check_allocator(name: str | None) -> None:
+    """Refuse an allocator that does not exist; None is no allocator.
+
+    Raises:
+        ConfigError: naming those that do.
+    """
+    if name is not None and name not in (*ALLOCATORS, EVOLUTION):
+        raise ConfigError(
+            f"unknown allocator {name!r}; use one of {', '.join([*ALLOCATORS, EVOLUTION])}"
+        )
+
+
+EVOLUTION = "evolution"
+"""The allocator that needs true evaluations; see `alphaquant.search.evolution`."""
 
 
 def uniform_fits(space: SearchSpace, format_name: str) -> bool:
     """Whether one format for everything is within the budget and loads for every unit."""
     fmt = parse_format(format_name)
     within = space.inventory.storage_bits(fmt) <= space.limit_bits
-    return within and all(is_loadable(unit, fmt, space.profile) for unit in space.units)
+    return within and is_uniform_loadable(space, format_name)
+
+
+def is_uniform_loadable(space: SearchSpace, format_name: str) -> bool:
+    """Whether one format for everything loads for every unit, whatever the budget."""
+    fmt = parse_format(format_name)
+    return all(is_loadable(unit, fmt, space.profile) for unit in space.units)
 
 
 def uniform_bits(space: SearchSpace, format_name: str) -> float:

@@ -1,0 +1,97 @@
+"""Every measurement that a search paid for, kept in a file and never repeated.
+
+One line of JSON per measured batch of windows, appended as it comes; a line that a kill cut short
+is dropped. Races, sweeps and trials all read from here first, so a search that was stopped goes
+through its steps again without running the model.
+
+Letters: N windows.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaquant.errors import StoreError
+from alphaquant.evaluators.divergence import Divergence, join
+
+_FIELDS = ("kl", "same_top", "nll")
+
+
+class EvaluationLog:
+    """Measurements by the digest of their assignment: always the first windows of the text."""
+
+    def __init__(self, path: Path, seq_len: int) -> None:
+        """Read what earlier runs measured.
+
+        Args:
+            path: the file; made at the first measurement.
+            seq_len: tokens per window.
+
+        Raises:
+            StoreError: a line other than the last is damaged.
+        """
+        self._path, self._seq_len = path, seq_len
+        self._found: dict[str, Divergence] = {}
+        for line in self._whole_lines():
+            self._remember(str(line["digest"]), self._part(line))
+
+    def get(self, digest: str) -> Divergence | None:
+        """What was measured of an assignment so far."""
+        return self._found.get(digest)
+
+    def n_windows(self, digest: str) -> int:
+        """How many windows were measured, 0 if none."""
+        found = self._found.get(digest)
+        return 0 if found is None else len(found.kl)
+
+    def add(self, digest: str, part: Divergence) -> None:
+        """Keep the measurement of the next windows."""
+        line: dict[str, Any] = {"digest": digest, "seconds": part.seconds}
+        line |= {name: getattr(part, name).tolist() for name in _FIELDS}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._remember(digest, part)
+
+    def _remember(self, digest: str, part: Divergence) -> None:
+        before = self._found.get(digest)
+        self._found[digest] = part if before is None else join([before, part])
+
+    def _part(self, line: dict[str, Any]) -> Divergence:
+        kl, same, nll = (torch.tensor(line[name], dtype=torch.float32) for name in _FIELDS)
+        return Divergence(kl, same, nll, self._seq_len, float(line["seconds"]))
+
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of the file; what a kill left of the last one is cut off."""
+        if not self._path.exists():
+            return
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, text in enumerate(whole.decode("utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                if not {"digest", "seconds", *_FIELDS} <= line.keys():
+                    raise ValueError("fields are missing")
+            except (ValueError, AttributeError) as error:
+                raise StoreError(
+                    f"{self._path}, line {number}, is damaged ({error}); delete the file and run "
+                    "the same command again: what it held is measured anew"
+                ) from error
+            yield line
+
+
+def first_windows(found: Divergence, n_windows: int) -> Divergence:
+    """The first windows of a measurement, at least one, with their share of its seconds."""
+    return Divergence(
+        found.kl[:n_windows],
+        found.same_top[:n_windows],
+        found.nll[:n_windows],
+        found.seq_len,
+        found.seconds * min(1.0, n_windows / len(found.kl)),
+    )

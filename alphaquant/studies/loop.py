@@ -1,0 +1,203 @@
+"""The loop of trials: one at a time, each stored before the next, repeated by nothing.
+
+A search is a fixed program of trials (see `alphaquant.studies.program`). When it is resumed the
+program runs again from its start, and trials that the study already has are handed back instead of
+being measured, so there is no other state to restore.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import optuna
+
+from alphaquant.errors import ModelError, StoreError
+from alphaquant.quant.bank import Progress
+from alphaquant.search.sampler import PlannedTrial, next_trial
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.config import config_from_assignment, dump_config
+from alphaquant.studies.folder import RunFolder
+from alphaquant.studies.objective import Measured, SearchObjective
+from alphaquant.studies.pruning import is_hopeless
+from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.storage import (
+    TrialRow,
+    find_duplicate,
+    finish_trial,
+    finished_rows,
+    make_row,
+)
+
+logger = logging.getLogger(__name__)
+
+OnTrial = Callable[[TrialRow], None]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial's assignment and where it comes from.
+
+    Attributes:
+        assignment: a format for every matrix.
+        origin: see `TrialRow.origin`.
+        gap: the solver's certified relative gap in its own cost, None where none was solved.
+        can_prune: whether the trial may end early.
+    """
+
+    assignment: Assignment
+    origin: str
+    gap: float | None = None
+    can_prune: bool = False
+
+
+@dataclass
+class TrialLoop:
+    """Runs trials, or hands back those of earlier runs.
+
+    Attributes:
+        spec: how many, how long, which sampler and seed.
+        study: where they are kept.
+        objective: measures them.
+        predict: predicts the KL of an assignment.
+        folder: keeps their assignments.
+        progress: called with ("study", trials done, trials).
+        on_trial: called after each new trial.
+        rows: trials so far, in order.
+    """
+
+    spec: SearchSpec
+    study: optuna.Study
+    objective: SearchObjective
+    predict: Callable[[Assignment], float]
+    folder: RunFolder
+    progress: Progress
+    on_trial: OnTrial
+    rows: list[TrialRow] = field(default_factory=list)
+    _stored: list[TrialRow] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
+    _is_stopped: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the trials of earlier runs.
+
+        Raises:
+            StoreError: the study's assignments are not in the folder.
+        """
+        self._stored = finished_rows(self.study)
+        missing = [row for row in self._stored if not self.folder.has_assignment(row.digest)]
+        if missing:
+            raise StoreError(
+                f"study {self.spec.study!r} has {len(self._stored)} trials, and the assignments "
+                f"of {len(missing)} are not in {self.folder.path}; give the --out that the study "
+                "was made with, or another --study"
+            )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further trial may run."""
+        n_done, n_stored = len(self.rows), len(self._stored)
+        if n_done < n_stored:
+            return False
+        if n_done >= self.spec.trials:
+            return True
+        late = self.spec.timeout is not None and self._seconds > self.spec.timeout
+        if late and n_done and not self._is_stopped:
+            logger.warning("timeout after %d of %d trials", n_done, self.spec.trials)
+            self._is_stopped = True
+        return late and n_done > 0
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def run(
+        self, propose: Callable[[optuna.Trial], Proposal], fixed: PlannedTrial
+    ) -> TrialRow | None:
+        """The next trial; None when the search is over.
+
+        Args:
+            propose: suggests what `fixed` leaves open and makes the assignment; not called where
+                the study has the trial.
+            fixed: parameters and attributes that are known.
+        """
+        if self.is_over:
+            return None
+        if len(self.rows) < len(self._stored):
+            row = self._stored[len(self.rows)]
+            self._check_replay(row, fixed)
+        else:
+            row = self._measure(propose, fixed)
+            self.on_trial(row)
+        self.rows.append(row)
+        self.progress("study", len(self.rows), max(self.spec.trials, len(self._stored)))
+        return row
+
+    def assignment(self, row: TrialRow) -> Assignment:
+        """The assignment of a trial."""
+        return self.folder.load_assignment(row.digest)
+
+    def _check_replay(self, row: TrialRow, fixed: PlannedTrial) -> None:
+        origin = fixed.attrs.get("origin")
+        if origin is not None and origin != row.origin:
+            raise StoreError(
+                f"trial {row.number} of study {self.spec.study!r} is {row.origin!r} where this "
+                f"version has {origin!r}; give another --study and --out"
+            )
+
+    def _measure(
+        self, propose: Callable[[optuna.Trial], Proposal], fixed: PlannedTrial
+    ) -> TrialRow:
+        trial = next_trial(self.study, fixed, self.spec.sampler, self.spec.seed)
+        proposal = propose(trial)
+        row = self._row(proposal)
+        if not np.isfinite(row.kl):
+            # Proposals depend on finished trials only, so the next one would be the same again.
+            raise ModelError(
+                f"the KL of {proposal.origin} at {row.bits_per_weight:.3f} bits is {row.kl}; use "
+                "--dtype float32, or leave out the smallest formats with --formats"
+            )
+        self.folder.save_assignment(proposal.assignment)
+        self.folder.attach(trial, self._config_text(proposal.assignment, row))
+        finish_trial(self.study, trial, row)
+        return row
+
+    def _config_text(self, assignment: Assignment, row: TrialRow) -> str:
+        inventory = self.objective.model_map.inventory
+        scores = {"kl": row.kl, "kl_stderr": row.kl_stderr, "predicted_kl": row.predicted_kl}
+        summary = {
+            **asdict(assignment.count_bits(inventory)),
+            "study": self.spec.study,
+            "origin": row.origin,
+            "assignment_digest": row.digest,
+            "evaluation": scores,
+        }
+        return dump_config(config_from_assignment(assignment, inventory, summary))
+
+    def _row(self, proposal: Proposal) -> TrialRow:
+        """Measure a proposal, or take over the numbers of an equal one."""
+        assignment, number = proposal.assignment, len(self.rows)
+        row = find_duplicate(self.rows, assignment.digest)
+        if row is not None:
+            row = replace(row, seconds=0.0, duplicate_of=row.number)
+        else:
+            counts = assignment.count_bits(self.objective.model_map.inventory)
+            found = self._race(assignment, counts.bits_per_weight, proposal.can_prune)
+            row = make_row(number, proposal.origin, assignment.digest, counts, found)
+            is_pruned = len(found.kl) < self.objective.n_windows
+            row = replace(row, predicted_kl=self.predict(assignment), is_pruned=is_pruned)
+        return replace(row, number=number, origin=proposal.origin, gap=proposal.gap)
+
+    def _race(self, assignment: Assignment, bits: float, can_prune: bool) -> Measured:
+        """Measure batch by batch, up to where a trial of no more bits is better beyond doubt."""
+        rivals = [r for r in self.rows if not r.is_pruned and r.bits_per_weight <= bits]
+        if not can_prune or not rivals:
+            return self.objective.measure(assignment)
+        best = min(rivals, key=lambda r: r.kl)
+        step, n_windows = self.objective.batch_size, self.objective.n_windows
+        for n in range(step, n_windows, step):
+            found = self.objective.measure(assignment, n)
+            if is_hopeless(found.kl.tolist(), best.kl_per_window):
+                return found
+        return self.objective.measure(assignment)

@@ -1,0 +1,37 @@
+"""The true divergence of choices, as the search folder asks for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphaquant.search.arrays import FloatArray, IntArray
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.studies.objective import SearchObjective
+
+
+@dataclass(frozen=True)
+class ChoiceTruth:
+    """Measures choices on the evaluation text; see `alphaquant.search.sweep.Truth`.
+
+    Attributes:
+        objective: measures assignments, and remembers what it measured.
+        spread: the assignment of a choice, int64 [U].
+    """
+
+    objective: SearchObjective
+    spread: Callable[[IntArray], Assignment]
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of the evaluation text."""
+        return self.objective.n_windows
+
+    def measure(self, choice: IntArray, n_windows: int) -> FloatArray:
+        """KL of the first windows, float64 [n_windows]."""
+        found = self.objective.measure(self.spread(choice), n_windows)
+        return np.asarray(found.kl.double().numpy(), dtype=np.float64)
+
+    def accept(self, choice: IntArray) -> None:
+        """The next choices differ from this one in few layers."""
+        self.objective.accept(self.spread(choice))
