@@ -1,0 +1,142 @@
+"""The spread of a search's result over seeds: other calibration windows, labels and trials.
+
+    python benchmarks/seeds.py --budget 3.0bits --seeds 10 --out benchmarks/results/seeds-demo.json
+
+Every seed is a whole `aq-search` with windows of its own, so Hessians, bank, costs and trials all
+differ; the held-out windows are those of seed 0 throughout, so that results can be compared.
+Prints a table and the spread, and writes JSON with provenance.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from release import commit
+
+from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.quant.swap import Swapper
+from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.studies.objective import EvaluationSet, Objective
+from alphaquant.studies.progress import StageClock, no_progress
+from alphaquant.studies.runner import search
+from alphaquant.studies.sources import find_device, load_source, read_text
+from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.stages import bank_formats, load_inputs, open_filled_bank
+
+logger = logging.getLogger("seeds")
+
+
+def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
+    """One search, and its winner beside uniform formats of the same bank on common text."""
+    started = time.process_time()
+    found = search(spec)
+    seconds = time.process_time() - started
+    clock = StageClock(no_progress)
+    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    inputs = load_inputs(spec, source)
+    bank = open_filled_bank(spec, inputs, bank_formats(found.space), clock)
+    objective = Objective(Swapper(source.map, bank.read))
+    best = objective.measure(found.published, heldout).score("kl")
+    names = {row.rival.name for row in found.gate.points if row.rival is not None}
+    uniform = {
+        name: objective.measure(uniform_assignment(source.map.inventory, name), heldout)
+        .score("kl")
+        .value
+        for name in sorted(names)
+        if found.gate.row(name).is_within_budget
+    }
+    return {
+        "seed": spec.seed,
+        "bits_per_weight": found.counts.bits_per_weight,
+        "kl": best.value,
+        "kl_stderr": best.stderr,
+        "own_heldout_kl": found.gate.best.kl,
+        "winner": found.gate.winner,
+        "n_published": sum(row.is_published for row in found.gate.rows),
+        "n_withheld": len(found.gate.withheld),
+        "uniform": uniform,
+        "cpu_seconds": seconds,
+    }
+
+
+def common_heldout(spec: SearchSpec, folder: Path) -> EvaluationSet:
+    """Held-out windows of seed 0 with the original's predictions."""
+    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    tokens = read_text(source, "demo", "heldout", spec.data.n_heldout, None, 0)
+    path = folder / "heldout.safetensors"
+    return EvaluationSet(tokens, store_teacher(path, source.map.model, tokens.tokens))
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean, standard deviation and range of the KL, and the worst ratio to uniform."""
+    kl = [row["kl"] for row in rows]
+    ratios = [row["kl"] / min(row["uniform"].values()) for row in rows if row["uniform"]]
+    return {
+        "mean": statistics.fmean(kl),
+        "standard_deviation": statistics.stdev(kl) if len(kl) > 1 else 0.0,
+        "least": min(kl),
+        "most": max(kl),
+        "worst_ratio_to_uniform": max(ratios, default=float("nan")),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| seed | bits/weight | KL | best uniform | its KL | withheld |", "|---" * 6 + "|"]
+    for r in rows:
+        name = min(r["uniform"], key=r["uniform"].__getitem__, default="none")
+        lines.append(
+            f"| {r['seed']} | {r['bits_per_weight']:.4f} | {r['kl']:.6f} +- {r['kl_stderr']:.6f} "
+            f"| {name} | {r['uniform'].get(name, float('nan')):.6f} | {r['n_withheld']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--budget", default="3.0bits")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("alphaquant").setLevel(logging.WARNING)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="alphaquant-seeds-") as name:
+        folder = Path(name)
+        spec = SearchSpec(model=args.model, budget=args.budget, trials=args.trials)
+        heldout = common_heldout(spec, folder)
+        for seed in range(args.seeds):
+            one = folder / str(seed)
+            rows.append(
+                run_seed(replace(spec, seed=seed, out=one / "out", cache=one / "cache"), heldout)
+            )
+            shutil.rmtree(one)
+            logger.info("%s", table(rows[-1:]).splitlines()[-1])
+            result = {
+                "rows": rows,
+                "summary": summary(rows),
+                "settings": {"budget": args.budget, "trials": args.trials, "model": args.model},
+                "heldout": heldout.tokens.provenance(),
+                "versions": versions(),
+                "commit": commit(),
+                **device_facts(find_device("auto")),
+            }
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+    print(json.dumps(summary(rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
