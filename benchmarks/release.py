@@ -112,7 +112,7 @@ class Bench:
             "budget": budget,
             "winner": found.gate.winner,
             "seconds_per_stage": found.seconds,
-            "n_evaluations": found.n_evaluations,
+            "n_measured": found.n_measured,
         }
         return row, facts
 

@@ -1,8 +1,10 @@
-"""Every measurement that a search paid for, kept in a file and never repeated.
+"""Every measurement that searches paid for, kept in a file and never repeated.
 
 One line of JSON per measured batch of windows, appended as it comes; a line that a kill cut short
 is dropped. Races, sweeps and trials all read from here first, so a search that was stopped goes
-through its steps again without running the model.
+through its steps again without running the model, and searches of other budgets start from what
+was measured before. The file lies beside the bank that the weights are from; its name carries the
+text. Where two processes measured the same windows, the first line counts.
 
 Letters: N windows.
 """
@@ -36,7 +38,7 @@ class EvaluationLog:
         self._path, self._seq_len = path, seq_len
         self._found: dict[str, Divergence] = {}
         for line in self._whole_lines():
-            self._remember(str(line["digest"]), self._part(line))
+            self._remember(str(line["digest"]), int(line["first"]), self._part(line))
 
     def get(self, digest: str) -> Divergence | None:
         """What was measured of an assignment so far."""
@@ -49,16 +51,19 @@ class EvaluationLog:
 
     def add(self, digest: str, part: Divergence) -> None:
         """Keep the measurement of the next windows."""
-        line: dict[str, Any] = {"digest": digest, "seconds": part.seconds}
+        first = self.n_windows(digest)
+        line: dict[str, Any] = {"digest": digest, "first": first, "seconds": part.seconds}
         line |= {name: getattr(part, name).tolist() for name in _FIELDS}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._remember(digest, part)
+        self._remember(digest, first, part)
 
-    def _remember(self, digest: str, part: Divergence) -> None:
-        before = self._found.get(digest)
-        self._found[digest] = part if before is None else join([before, part])
+    def _remember(self, digest: str, first: int, part: Divergence) -> None:
+        """Keep windows that follow those known; others were measured twice."""
+        if first == self.n_windows(digest):
+            before = self._found.get(digest)
+            self._found[digest] = part if before is None else join([before, part])
 
     def _part(self, line: dict[str, Any]) -> Divergence:
         kl, same, nll = (torch.tensor(line[name], dtype=torch.float32) for name in _FIELDS)
@@ -76,7 +81,7 @@ class EvaluationLog:
         for number, text in enumerate(whole.decode("utf-8").splitlines(), 1):
             try:
                 line = json.loads(text)
-                if not {"digest", "seconds", *_FIELDS} <= line.keys():
+                if not {"digest", "first", "seconds", *_FIELDS} <= line.keys():
                     raise ValueError("fields are missing")
             except (ValueError, AttributeError) as error:
                 raise StoreError(

@@ -6,8 +6,6 @@ Layout::
     study.db                     Optuna's storage, see `alphaquant.studies.storage`
     assignments/<digest>.json    every evaluated assignment
     artifacts/                   configurations of trials, as Optuna's artifacts
-    evaluations.jsonl            every measurement on the evaluation text, see `EvaluationLog`
-    heldout.jsonl                every measurement on the held-out text
     evaluations.jsonl            what was measured on the evaluation text
     heldout.jsonl                what was measured on the held-out text
     artifacts/                   what steps of a search keep between runs
@@ -35,7 +33,7 @@ _TOOL = "aq-search"
 
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
 _OWN_FILES = (
-    *("study.db", "evaluations.jsonl", "heldout.jsonl"),
+    "study.db",
     *("best.json", "front.json", "trials.csv", "report.md", RUN_FILE),
 )
 _OWN_FOLDERS = ("assignments", "configs", "artifacts")

@@ -25,7 +25,6 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
-from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.folder import RunFolder, check_folder, claim_folder, facts_digest
 from alphaquant.studies.gate import GateResult, judge
 from alphaquant.studies.loop import OnTrial, TrialLoop
@@ -88,7 +87,7 @@ def search(
         for step in program_of(spec):
             step(run)
     clock("gate", 0, 1)
-    gate = _judge(run, prepared, folder)
+    gate = _judge(run, prepared)
     clock("gate", 1, 1)
     objective = run.truth.objective
     result = SearchResult(
@@ -133,8 +132,7 @@ def _make_run(
     """What the steps of a program share."""
     spec, space = prepared.spec, prepared.space
     source, texts = prepared.inputs.source, prepared.teachers
-    seq_len = texts.evaluation.tokens.tokens.shape[1]
-    log = EvaluationLog(folder.path / "evaluations.jsonl", seq_len)
+    log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.read)
     objective = SearchObjective(source.map, swapper, texts.evaluation, log)
     proposer = Proposer(space, prepared.problem, spec.seed, spec.constraints)
@@ -153,15 +151,14 @@ def _make_run(
     )
 
 
-def _judge(run: Run, prepared: Prepared, folder: RunFolder) -> GateResult:
+def _judge(run: Run, prepared: Prepared) -> GateResult:
     """The comparison with uniform formats on held-out text."""
     heldout = prepared.teachers.heldout
-    log = EvaluationLog(folder.path / "heldout.jsonl", heldout.tokens.tokens.shape[1])
     rows = front_of(run.loop.rows)
     points = [(row, run.loop.assignment(row)) for row in rows]
     objective = Objective(run.truth.objective.swapper)
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
-    return judge(objective, heldout, prepared.space, points, names, log)
+    return judge(objective, heldout, prepared.space, points, names, prepared.log_of(heldout))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_probl
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.progress import StageClock
 from alphaquant.studies.sources import Source, cache_dir, read_text
@@ -239,6 +240,12 @@ class Prepared:
     bank: Bank
     costs: Costs
     problem: Problem
+
+    def log_of(self, on: EvaluationSet) -> EvaluationLog:
+        """What was measured of this bank's assignments on a text, by this and other searches."""
+        text, runs_as = on.tokens.digest[:16], self.inputs.source.runs_as
+        path = self.bank.path / "evaluations" / f"{text}-{runs_as}.jsonl"
+        return EvaluationLog(path, on.tokens.tokens.shape[1])
 
 
 def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
