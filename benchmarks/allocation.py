@@ -11,7 +11,7 @@ their own quantized weights. For each budget:
     peers        AutoScheme with RTN and with AutoRound's 200 iterations, ModelOpt auto_quantize;
                  AutoScheme's formats also with our bank, to tell allocation from quantizer
 
-    python benchmarks/allocation.py --peer-python PYTHON --out benchmarks/results/allocation-demo.json
+    python benchmarks/allocation.py --peer-python PYTHON --out FILE
     python benchmarks/allocation.py --model DIR --seq-len 256 --out FILE
 
 Prints tables and writes JSON with provenance.

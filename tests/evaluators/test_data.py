@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,7 +70,8 @@ def all_tokens(source: Path, n_tokens: int, **options: Any) -> list[int]:
 
 
 def token_set(tokens: torch.Tensor, role: str = "search") -> TokenSet:
-    return TokenSet("made up", role, tokens, len(tokens), 0, data.token_digest(tokens))
+    digest, domains = data.token_digest(tokens), ("made up",) * len(tokens)
+    return TokenSet("made up", role, tokens, len(tokens), 0, digest, domains)
 
 
 # Windows and their draw
@@ -130,6 +132,7 @@ def test_provenance_is_json_and_says_asked_and_available(tmp_path: Path) -> None
         "n_available": 3,
         "seed": 3,
         "digest": tokens.digest,
+        "domains": {str(path): 2},
     }
 
 
@@ -358,6 +361,26 @@ def test_windows_are_drawn_in_the_shares(
     assert tokens.digest == data.token_digest(tokens.tokens)
 
 
+def test_every_window_of_a_mixture_has_its_source_as_domain(files: list[str]) -> None:
+    tokens = load(f"{files[0]}=0.7,{files[1]}=0.3", 10)
+    assert tokens.domains == (files[0],) * 7 + (files[1],) * 3
+    assert tokens.provenance()["domains"] == {files[0]: 7, files[1]: 3}
+    assert load(files[2], 3).domains == (files[2],) * 3
+
+
+def test_domains_stay_with_their_windows(files: list[str]) -> None:
+    tokens = load(f"{files[0]}=0.7,{files[1]}=0.3", 10)
+    letters = {files[0]: "a", files[1]: "b"}
+    mixed = data.shuffled(tokens)
+    assert mixed.domains != tokens.domains
+    assert mixed.digest == data.token_digest(mixed.tokens) != tokens.digest
+    first = data.first_windows(mixed, 4)
+    assert first.domains == mixed.domains[:4]
+    for windows in (mixed, first):
+        found = [chr(window) for window in windows.tokens[:, 0]]
+        assert found == [letters[name] for name in windows.domains]
+
+
 def test_the_reading_limit_of_a_mixture_goes_by_the_windows_of_each_text(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,3 +540,31 @@ def test_whole_demo_parts_share_no_passage(demo_tokenizer: PreTrainedTokenizerBa
     sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in texts.ROLES]
     for a, b in itertools.combinations(sets, 2):
         check_disjoint(a, b)
+
+
+def test_demo_code_is_the_same_text_for_any_role(
+    demo_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    sets = [load("demo:code", 4, 32, role=r, tokenizer=demo_tokenizer) for r in texts.ROLES]
+    assert len({s.digest for s in sets}) == 1
+    assert sets[0].domains == ("demo:code",) * 4
+
+
+def test_demo_code_has_windows_enough_and_nothing_of_the_other_texts(
+    demo_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    code = load("demo:code", 128, 256, tokenizer=demo_tokenizer)
+    for part in texts.ROLES:
+        check_disjoint(code, load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer))
+
+
+def test_modules_of_demo_code_are_named_and_listed_in_the_terms() -> None:
+    code = demo.text_path("code")
+    text = code.read_text(encoding="utf-8")
+    named = re.findall(r"^# Python standard library: (.+)$", text, re.MULTILINE)
+    terms = (code.parents[1] / "TERMS.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `(.+\.py)`$", terms, re.MULTILINE)
+    assert named == listed
+    assert len(named) == 9
+    assert len(text.encode()) == pytest.approx(200_000, rel=0.02)
+    assert "Python Software Foundation; All Rights Reserved" in terms

@@ -1,105 +1,326 @@
-"""Sentences and tables of a report, for every way a search can end."""
+"""Sentences, tables and files of a report, for every way a search can end."""
 
 import csv
 import io
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from alphaquant.spaces.assignment import BitCount, uniform_assignment
+from alphaquant.spaces.config import load_config, resolve
+from alphaquant.studies.folder import RunFolder
+from alphaquant.studies.gate import Comparison, DomainScore, GateResult, HeldoutRow
+from alphaquant.studies.intervals import Difference
 from alphaquant.studies.report import (
     bit_lines,
-    config_name,
     config_text,
     front_json,
-    rank_correlation,
     report_text,
     summary_text,
     trial_line,
     trial_note,
     trials_frame,
-    winner_text,
+    write_configs,
+    write_report,
 )
-from alphaquant.studies.result import SearchResult
+from alphaquant.studies.report_sections import (
+    config_name,
+    costs_text,
+    coverage_text,
+    domain_text,
+    gains_table,
+    published_table,
+    search_text,
+    uniform_table,
+    winner_text,
+    withheld_text,
+)
+from alphaquant.studies.result import Probe, SearchResult
+
+BETTER = Difference(0.001, 0.0001, 0.0008, 0.0012)
 
 
-def with_gate(found: SearchResult, **changes: Any) -> SearchResult:
-    return replace(found, gate=replace(found.gate, **changes))
+def beside(name: str, kl: float, bits: float = 4.5, difference: Difference = BETTER) -> Comparison:
+    return Comparison(name, bits, kl, difference, {"books": difference, "code": difference})
 
 
-def named(found: SearchResult, name: str, **changes: Any) -> SearchResult:
-    """The result with some numbers of one held-out row set otherwise."""
-    rows = [replace(r, **changes) if r.name == name else r for r in found.gate.rows]
-    return with_gate(found, rows=tuple(rows))
+def held(name: str, bits: float, kl: float, digest: str, **changes: Any) -> HeldoutRow:
+    domains = {"books": DomainScore(4, 0.9 * kl, 0.1 * kl), "code": DomainScore(2, 1.2 * kl, None)}
+    row = HeldoutRow(
+        name=name,
+        trial=None,
+        digest=digest,
+        bits_per_weight=bits,
+        checkpoint_bytes=500_000,
+        kl=kl,
+        kl_stderr=0.1 * kl,
+        same_top=0.9,
+        perplexity=50.0,
+        domains=domains,
+        rival=None,
+        replaced_by=None,
+        is_within_budget=True,
+        is_published=False,
+        reason="compared with only",
+    )
+    return replace(row, **changes)
 
 
-def test_winner_is_compared_with_the_best_uniform_format_that_fits(found: SearchResult) -> None:
-    result = with_gate(found, winner="search")
-    result = named(named(result, "best", kl=0.001), "int4-g32", kl=0.002)
-    result = named(named(result, "mxfp4", kl=0.004), "int8-row", kl=0.0001)
-    text = winner_text(result)
-    assert "0.500 x uniform int4-g32 (0.002000 at 4.500 bits)" in text
-    assert "int8-row" not in text
+def trial(found: SearchResult, origin: str) -> int:
+    return next(row.number for row in found.rows if row.origin == origin)
 
 
-def test_rival_outside_the_menu_is_named_as_such(found: SearchResult) -> None:
-    result = named(with_gate(found, winner="search"), "mxfp4", kl=1e-9)
-    assert "uniform mxfp4 (0.000000 at 4.250 bits, which is not in --formats)" in winner_text(
+@pytest.fixture
+def judged(found: SearchResult) -> SearchResult:
+    """The finished search with a gate whose numbers the tests below know.
+
+    int3-g32 is a point and stays; the second point is withheld for int3-g32; the default knobs
+    are best; the last point, above the budget, gives its place to int4-g32.
+    """
+    inventory, rows = found.space.inventory, found.rows
+    int3, best = trial(found, "uniform:int3-g32"), trial(found, "knobs")
+    others = [r.number for r in found.front if r.number not in (int3, best)]
+    low, high = others[0], others[-1]
+    digests = {n: uniform_assignment(inventory, n).digest for n in ("int4-g32", "mxfp4")}
+    table = (
+        held("int3-g32", 3.5, 0.2, rows[int3].digest, trial=int3, is_published=True),
+        held("mxfp4", 4.25, 0.0045, digests["mxfp4"]),
+        held("int4-g32", 4.5, 0.004, digests["int4-g32"], is_published=True),
+        held(
+            f"trial-{low:03d}",
+            4.6,
+            0.3,
+            rows[low].digest,
+            trial=low,
+            rival=beside("int4-g32", 0.004),
+            replaced_by=beside("int3-g32", 0.2, 3.5, Difference(-0.1, 0.01, -0.12, -0.08)),
+        ),
+        held(
+            f"trial-{best:03d}",
+            5.1,
+            0.001,
+            rows[best].digest,
+            trial=best,
+            rival=beside("int4-g32", 0.004),
+            is_published=True,
+        ),
+        held(
+            f"trial-{high:03d}",
+            7.0,
+            0.0005,
+            rows[high].digest,
+            trial=high,
+            rival=beside("int4-g32", 0.004),
+            is_published=True,
+            is_within_budget=False,
+        ),
+    )
+    published = found.folder.load_assignment(rows[best].digest)
+    return replace(found, gate=GateResult(table, f"trial-{best:03d}", "search", published))
+
+
+def with_row(result: SearchResult, name: str, **changes: Any) -> SearchResult:
+    rows = [replace(r, **changes) if r.name == name else r for r in result.gate.rows]
+    return replace(result, gate=replace(result.gate, rows=tuple(rows)))
+
+
+def with_best(result: SearchResult, **changes: Any) -> SearchResult:
+    return with_row(result, result.gate.best_name, **changes)
+
+
+def cells(table: str, name: str) -> list[str]:
+    """The cells of the line of a Markdown table that starts with a name."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {name}"))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+# The winner
+
+
+def test_winner_is_compared_with_its_rival_and_has_an_interval(judged: SearchResult) -> None:
+    assert winner_text(judged) == (
+        "held-out KL 0.001000 +- 0.000100: 0.250 x uniform int4-g32 (0.004000 at 4.500 bits), "
+        "paired difference 0.001000 +- 0.000100, 95 % interval 0.000800 to 0.001200"
+    )
+
+
+def test_rival_outside_the_menu_is_named_as_such(judged: SearchResult) -> None:
+    result = with_best(judged, rival=beside("mxfp4", 0.0045, 4.25))
+    assert "uniform mxfp4 (0.004500 at 4.250 bits, which is not in --formats)" in winner_text(
         result
     )
 
 
-def test_uniform_winner_is_said_in_report_and_summary(found: SearchResult) -> None:
-    inventory = found.space.inventory
-    result = with_gate(
-        found, winner="int4-g32", published=uniform_assignment(inventory, "int4-g32")
+def test_uniform_winner_is_said_in_report_and_summary(judged: SearchResult) -> None:
+    published = uniform_assignment(judged.space.inventory, "int4-g32")
+    worse = beside("int4-g32", 0.004, difference=Difference(-0.001, 0.0002, -0.002, -0.0005))
+    result = with_best(judged, kl=0.005, replaced_by=worse, is_published=False)
+    gate = replace(result.gate, winner="int4-g32", published=published)
+    result = replace(result, gate=gate)
+    text = (
+        "best.json is uniform int4-g32: on held-out text its KL of 0.004000 +- 0.000400 is no "
+        "higher than the 0.005000 +- 0.000100 of the best trial (paired difference -0.001000 +- "
+        "0.000200, 95 % interval -0.002000 to -0.000500)"
     )
-    text = "best.json is uniform int4-g32"
     assert text in report_text(result)
-    assert text in summary_text(result)
-    assert front_json(result)["best"]["winner"] == "int4-g32"
-    assert front_json(result)["best"]["bits_per_weight"] == 4.5
+    assert text in summary_text(result).replace("\n", " ")
+    best = front_json(result)["best"]
+    assert (best["winner"], best["bits_per_weight"]) == ("int4-g32", 4.5)
 
 
-def test_budget_below_all_uniform_formats_is_said(found: SearchResult) -> None:
-    result = with_gate(found, winner="search", rows=found.gate.rows[:1])
+def test_best_trial_that_is_uniform_is_said(judged: SearchResult) -> None:
+    gate = replace(judged.gate, winner="int4-g32", best_name="int4-g32")
+    text = winner_text(replace(judged, gate=gate))
+    assert "best.json is uniform int4-g32, held-out KL 0.004000 +- 0.000400: that is the" in text
+
+
+def test_budget_below_all_uniform_formats_is_said(judged: SearchResult) -> None:
+    result = with_best(judged, rival=None)
     assert "nothing to beat" in winner_text(result)
+    assert domain_text(result).splitlines()[0] == "| domain | windows | KL |"
 
 
-def test_perfect_rival_gives_no_ratio(found: SearchResult) -> None:
-    result = named(with_gate(found, winner="search"), "int4-g32", kl=0.0)
+def test_perfect_rival_gives_no_ratio(judged: SearchResult) -> None:
+    result = with_best(judged, rival=beside("int4-g32", 0.0))
     assert "beside uniform int4-g32" in winner_text(result)
+    perfect = {"books": DomainScore(4, 0.0, 0.0), "code": DomainScore(2, 0.0, None)}
+    assert "Worst domain" not in domain_text(with_row(result, "int4-g32", domains=perfect))
 
 
-def test_configuration_of_a_uniform_format_that_was_no_trial(found: SearchResult) -> None:
-    result = with_gate(found, winner="bf16")
-    assignment = uniform_assignment(found.space.inventory, "bf16")
-    summary = json.loads(config_text(result, assignment, None))["summary"]
-    assert (summary["trial"], summary["origin"], summary["scores"]) == (None, "uniform:bf16", [])
+# Tables
 
 
-def test_configuration_of_a_held_out_assignment_carries_that_measurement(
-    found: SearchResult,
-) -> None:
-    row = next(row for row in found.rows if row.origin == "uniform:int4-g32")
-    assignment = found.folder.load_assignment(row.digest)
-    result = named(found, "int4-g32", kl=0.125)
-    summary = json.loads(config_text(result, assignment, row))["summary"]
-    assert [r["kl"] for r in summary["heldout"]] == [0.125]
-
-
-def test_rank_correlation_counts_distinct_trials(found: SearchResult) -> None:
-    rows = [
-        replace(found.rows[0], number=n, predicted_kl=p, kl=k, duplicate_of=d)
-        for n, (p, k, d) in enumerate([(1, 5, None), (2, 6, None), (3, 9, None), (0, 99, 1)])
+def test_published_points_stand_beside_uniform_of_their_size(judged: SearchResult) -> None:
+    table, name = published_table(judged), judged.gate.best_name
+    assert len(table.splitlines()) == 2 + 4
+    row = cells(table, f"{name} (best.json)")
+    assert row[1:8] == [
+        *("5.1000", "500000", "0.001000 +- 0.000100", "int4-g32", "0.004000"),
+        *("0.001000 +- 0.000100", "0.000800 to 0.001200"),
     ]
-    assert rank_correlation(replace(found, rows=tuple(rows))) == pytest.approx(1.0)
-    assert rank_correlation(replace(found, rows=tuple(rows[:2]))) is None
-    constant = tuple(replace(row, predicted_kl=1.0) for row in rows)
-    assert rank_correlation(replace(found, rows=constant)) is None
-    assert "KL: not defined" in report_text(replace(found, rows=constant))
+    assert row[10:] == ["knobs", f"configs/{name}.json"]
+    assert cells(table, "int3-g32")[4] == "none"
+    assert cells(table, "int4-g32")[10:] == ["uniform:int4-g32", "configs/uniform-int4-g32.json"]
+    high = judged.gate.rows[-1]
+    assert cells(table, high.name)[0] == f"{high.name} (above the budget)"
+
+
+def test_withheld_point_is_listed_with_what_takes_its_place(judged: SearchResult) -> None:
+    (withheld,) = judged.gate.withheld
+    assert cells(withheld_text(judged), withheld.name) == [
+        *(withheld.name, "4.6000", "0.300000 +- 0.030000", "int3-g32", "0.200000"),
+        *("-0.100000 +- 0.010000", "-0.120000 to -0.080000"),
+    ]
+    assert "withheld, because uniform is no worse: 1;" in summary_text(judged)
+    kept = with_row(judged, withheld.name, replaced_by=None, is_published=True)
+    assert withheld_text(kept).startswith("None")
+    assert "withheld" not in summary_text(kept)
+
+
+def test_uniform_formats_that_take_no_place_are_shown(judged: SearchResult) -> None:
+    table = uniform_table(judged)
+    assert len(table.splitlines()) == 3
+    assert cells(table, "mxfp4")[1:] == [
+        *("4.2500", "0.004500 +- 0.000450", "90.00 %", "50.000", "no"),
+    ]
+
+
+def test_domains_are_compared_and_the_worst_is_named(judged: SearchResult) -> None:
+    best = replace(judged.gate.best.domains["code"], kl=0.0036)
+    domains = {**judged.gate.best.domains, "code": best}
+    text = domain_text(with_best(judged, domains=domains))
+    assert cells(text, "books") == [
+        *("books", "4", "0.000900 +- 0.000100", "0.003600", "0.001000", "0.000800 to 0.001200"),
+    ]
+    assert cells(text, "code")[:4] == ["code", "2", "0.003600", "0.004800"]
+    assert "Worst domain beside uniform int4-g32: code, with 0.750 x its KL." in text
+
+
+def test_a_single_domain_is_not_called_the_worst(judged: SearchResult) -> None:
+    books = {"books": judged.gate.best.domains["books"]}
+    assert "Worst" not in domain_text(with_best(judged, domains=books))
+
+
+def test_domain_of_one_window_has_no_interval(judged: SearchResult) -> None:
+    single = Difference(0.002, None, None, None)
+    rival = judged.gate.best.rival
+    assert rival is not None
+    rival = replace(rival, domains={**rival.domains, "code": single})
+    assert cells(domain_text(with_best(judged, rival=rival)), "code")[4:] == [
+        *("0.002000", "of one window"),
+    ]
+
+
+def test_gains_count_what_is_within_the_budget(judged: SearchResult) -> None:
+    limit = judged.limit
+    first = judged.rows[0]
+    rows = (
+        replace(first, origin="uniform:int4-g32", kl=0.4, bits_per_weight=limit),
+        replace(first, origin="knobs", kl=0.1, bits_per_weight=limit),
+        replace(first, origin="level", kl=0.01, bits_per_weight=limit + 0.1),
+    )
+    table = gains_table(replace(judged, rows=rows))
+    assert cells(table, "uniform") == ["uniform", "1", "0.400000", ""]
+    assert cells(table, "default knobs") == ["default knobs", "1", "0.100000", "0.250"]
+    assert cells(table, "level") == ["level", "1", "0.100000", "1.000"]
+
+
+@pytest.mark.parametrize(
+    ("spearman", "is_trusted"),
+    [
+        pytest.param({"default": 0.61, "error": 0.2}, True, id="good"),
+        pytest.param({"default": 0.59, "error": 0.9}, False, id="bad"),
+        pytest.param({"default": math.nan}, False, id="constant"),
+    ],
+)
+def test_costs_that_do_not_rank_are_said_not_to_be_trusted(
+    spearman: Mapping[str, float], is_trusted: bool, judged: SearchResult
+) -> None:
+    text = costs_text(replace(judged, probe=Probe(30, 16, spearman)))
+    assert "over 30 random assignments within the budget, 16 windows each" in text
+    assert ("not to be trusted" in text) is not is_trusted
+    for name, value in spearman.items():
+        assert cells(text, name) == [name, "not defined" if math.isnan(value) else f"{value:.3f}"]
+
+
+def test_search_without_a_probe_says_so_and_its_json_is_valid(judged: SearchResult) -> None:
+    result = replace(judged, probe=None)
+    assert costs_text(result) == "Not measured in this search."
+    assert front_json(result)["probe"] is None
+    nothing = replace(judged, probe=Probe(3, 2, {"default": math.nan, "error": 0.5}))
+    assert front_json(nothing)["probe"]["spearman"] == {"default": None, "error": 0.5}
+
+
+def test_work_and_certificate_are_told(judged: SearchResult) -> None:
+    rows = [replace(row, gap=None, duplicate_of=None) for row in judged.rows[:4]]
+    rows[1] = replace(rows[1], gap=2e-4, is_pruned=True)
+    rows[2] = replace(rows[2], gap=1e-5, duplicate_of=0)
+    text = search_text(replace(judged, rows=tuple(rows), n_measured=77, n_passes=12.34))
+    assert "4 trials, of which 1 ended early and 1 repeat another one; 77 assignments" in text
+    assert "in 12.3 full passes over the evaluation text; 6 on held-out text" in text
+    assert text.endswith("of its own costs: 2.00e-04.")
+    assert "none was solved" in search_text(replace(judged, rows=(rows[0],)))
+
+
+def test_rare_experts_are_listed(judged: SearchResult) -> None:
+    facts = {**judged.facts, "calibration_tokens_per_expert": {"x.experts": [100, 24, 276, 0]}}
+    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in coverage_text(replace(judged, facts=facts))
+    dense = {**judged.facts, "calibration_tokens_per_expert": {}}
+    assert "No routed experts" in coverage_text(replace(judged, facts=dense))
+
+
+def test_report_has_every_section(judged: SearchResult) -> None:
+    text = report_text(judged)
+    parts = (winner_text, published_table, withheld_text, domain_text, uniform_table, gains_table)
+    for part in (*parts, costs_text, search_text, coverage_text):
+        assert part(judged) in text
+
+
+# What is printed
 
 
 def test_three_bit_counts() -> None:
@@ -112,21 +333,30 @@ def test_three_bit_counts() -> None:
     assert bit_lines(replace(counts, routed_bits_per_weight=None))[0] == "routed experts   none"
 
 
-def test_summary_fits_80_columns_and_its_names_can_be_typed(found: SearchResult) -> None:
-    lines = summary_text(found).splitlines()
-    paths = [line for line in lines if str(found.folder.path) in line or found.spec.model in line]
-    assert all(len(line) <= 80 for line in lines if line not in paths)
-    for row in found.front:
-        assert (found.folder.path / config_name(row)).exists()
+def test_summary_marks_the_best_and_what_is_above_the_budget(judged: SearchResult) -> None:
+    head, columns, *lines = summary_text(judged).splitlines()
+    assert "(held-out text; * best, ^ above the budget)" in head
+    assert columns.split() == [
+        *("trial", "bits", "MB", "KL", "+-", "stderr", "uniform", "its", "KL", "same", "top"),
+        "from",
+    ]
+    best, high = judged.gate.best.trial, judged.gate.rows[-1].trial
+    assert [line.split()[0] for line in lines[:4]] == ["0", "-", f"*{best}", f"^{high}"]
+    assert lines[2].split()[1:] == [
+        *("5.100", "0.50", "0.001000", "+-", "0.000100", "int4-g32", "0.004000", "90.00", "%"),
+        "knobs",
+    ]
+    assert lines[1].split()[-1] == "uniform:int4-g32"
+    below = with_row(judged, judged.gate.rows[-1].name, is_within_budget=True)
+    assert "(held-out text; * best)" in summary_text(below)
 
 
-def test_trials_table_keeps_whole_numbers_whole(found: SearchResult) -> None:
-    rows = (*found.rows[:2], replace(found.rows[1], number=2, duplicate_of=1))
-    text = trials_frame(replace(found, rows=rows)).to_csv(index=False)
-    table = list(csv.DictReader(io.StringIO(text)))
-    assert [row["duplicate_of"] for row in table] == ["", "", "1"]
-    assert [float(row["kl"]) for row in table] == [row.kl for row in rows]
-    assert "kl_per_window" not in table[0]
+def test_summary_fits_100_columns(judged: SearchResult) -> None:
+    lines = summary_text(judged).splitlines()
+    paths = [
+        line for line in lines if str(judged.folder.path) in line or judged.spec.model in line
+    ]
+    assert all(len(line) <= 100 for line in lines if line not in paths)
 
 
 def test_line_of_a_trial(found: SearchResult) -> None:
@@ -138,10 +368,99 @@ def test_line_of_a_trial(found: SearchResult) -> None:
     )
     assert trial_note(row) == "0.002000 at 4.25 bits"
     assert "uniform:int3-g32 = trial 2," in trial_line(replace(row, duplicate_of=2))
+    early = replace(row, is_pruned=True, kl_per_window=(0.001, 0.003))
+    assert "+- 0.000500 after 2 windows, 1.3 s" in trial_line(early)
 
 
-def test_rare_experts_are_listed(found: SearchResult) -> None:
-    facts = {**found.facts, "calibration_tokens_per_expert": {"x.experts": [100, 24, 276, 0]}}
-    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in report_text(replace(found, facts=facts))
-    dense = {**found.facts, "calibration_tokens_per_expert": {}}
-    assert "No routed experts" in report_text(replace(found, facts=dense))
+# Files
+
+
+def test_only_published_points_have_configurations(judged: SearchResult, tmp_path: Any) -> None:
+    folder = RunFolder(tmp_path)
+    for row in judged.rows:
+        folder.save_assignment(judged.folder.load_assignment(row.digest))
+    for old in ("trial-999", "uniform-int2-g64", "mine"):
+        folder.write_text(f"configs/{old}.json", "old")
+    result = replace(judged, folder=folder)
+    write_configs(result)
+    best, high = judged.gate.best_name, judged.gate.rows[-1].name
+    assert {p.stem for p in (tmp_path / "configs").iterdir()} == {
+        *("trial-000", "uniform-int4-g32", best, high, "mine")
+    }
+    for point in result.gate.points:
+        config = load_config(tmp_path / config_name(point))
+        resolved = resolve(config, result.space.inventory, strict=True)
+        assert resolved.assignment.digest == point.digest
+    published = (tmp_path / "configs" / f"{best}.json").read_bytes()
+    assert (tmp_path / "best.json").read_bytes() == published
+
+
+def test_configuration_carries_its_trial_and_its_held_out_row(judged: SearchResult) -> None:
+    row = judged.gate.best
+    summary = json.loads(config_text(judged, row))["summary"]
+    assert row.trial is not None
+    measured = judged.rows[row.trial]
+    assert (summary["trial"], summary["origin"]) == (row.trial, "knobs")
+    assert [s["value"] for s in summary["scores"]] == [
+        *(measured.kl, measured.same_top, measured.perplexity),
+    ]
+    (heldout,) = summary["heldout"]
+    assert (heldout["kl"], heldout["rival"]["name"]) == (0.001, "int4-g32")
+    assert heldout["rival"]["difference"]["high"] == 0.0012
+    assert heldout["domains"]["code"]["n_windows"] == 2
+
+
+def test_configuration_of_a_uniform_format_that_was_no_trial(judged: SearchResult) -> None:
+    row = replace(
+        judged.gate.row("int4-g32"),
+        name="int8-row",
+        digest=uniform_assignment(judged.space.inventory, "int8-row").digest,
+    )
+    summary = json.loads(config_text(judged, row))["summary"]
+    assert (summary["trial"], summary["origin"]) == (None, "uniform:int8-row")
+    assert (summary["scores"], summary["assignment_digest"]) == ([], row.digest)
+
+
+def test_configuration_never_carries_the_numbers_of_a_trial_that_ended_early(
+    judged: SearchResult,
+) -> None:
+    row = judged.gate.row("int4-g32")
+    early = [replace(r, is_pruned=r.digest == row.digest) for r in judged.rows]
+    summary = json.loads(config_text(replace(judged, rows=tuple(early)), row))["summary"]
+    assert summary["scores"] == []
+
+
+def test_front_json_has_points_withheld_and_the_work(judged: SearchResult) -> None:
+    result = replace(judged, n_measured=77, n_passes=12.3456)
+    front = json.loads(json.dumps(front_json(result), allow_nan=False))
+    assert front["version"] == 2
+    assert [p["name"] for p in front["front"]] == [r.name for r in judged.gate.points]
+    assert [p["config"] for p in front["front"]] == [config_name(r) for r in judged.gate.points]
+    by_name = {p["name"]: p for p in front["front"]}
+    best = by_name[judged.gate.best_name]
+    assert best["evaluation"]["number"] == judged.gate.best.trial
+    assert best["heldout"]["kl"] == 0.001
+    assert front["withheld"] == [r.name for r in judged.gate.withheld]
+    assert [r["name"] for r in front["heldout"]] == [r.name for r in judged.gate.rows]
+    assert (front["n_measured"], front["n_passes"]) == (77, 12.346)
+    assert front["best"]["searched"] == judged.gate.best_name
+    assert front["stages"][0]["stage"] == "uniform"
+
+
+def test_trials_table_keeps_whole_numbers_whole_and_says_what_is_published(
+    judged: SearchResult,
+) -> None:
+    rows = (*judged.rows[:2], replace(judged.rows[1], number=2, duplicate_of=1))
+    text = trials_frame(replace(judged, rows=rows)).to_csv(index=False)
+    table = list(csv.DictReader(io.StringIO(text)))
+    assert [row["duplicate_of"] for row in table] == ["", "", "1"]
+    assert [float(row["kl"]) for row in table] == [row.kl for row in rows]
+    assert "kl_per_window" not in table[0]
+    published = {row.trial for row in judged.gate.points}
+    assert [row["is_published"] == "True" for row in table] == [n in published for n in range(3)]
+
+
+def test_files_of_a_report_are_written(judged: SearchResult, tmp_path: Any) -> None:
+    write_report(replace(judged, folder=RunFolder(tmp_path)))
+    assert {p.name for p in tmp_path.iterdir()} == {"front.json", "trials.csv", "report.md"}
+    assert json.loads((tmp_path / "front.json").read_text())["n_trials"] == len(judged.rows)
