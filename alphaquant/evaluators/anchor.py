@@ -32,7 +32,12 @@ from alphaquant.evaluators.cost_store import (
     by_format,
     costs_key,
 )
-from alphaquant.evaluators.divergence import Teacher, _check_vocabulary, _check_windows, _kl
+from alphaquant.evaluators.divergence import (
+    Teacher,
+    check_vocabulary,
+    check_windows,
+    kl_per_position,
+)
 from alphaquant.evaluators.matrix_costs import (
     TokenSums,
     token_sums,
@@ -56,7 +61,7 @@ from alphaquant.spaces.units import Matrix, Unit
 
 @dataclass(frozen=True)
 class TeacherDivergence:
-    """The divergence to stored predictions as an objective, summed over positions, in nats.
+    """The divergence to stored predictions, summed over positions, in nats; differentiable.
 
     Attributes:
         teacher: predictions of the original on the same windows, in the same order.
@@ -70,10 +75,10 @@ class TeacherDivergence:
         Raises:
             StoreError: the teacher has another vocabulary.
         """
-        _check_vocabulary(self.teacher, log_probs.shape[-1])
+        check_vocabulary(self.teacher, log_probs.shape[-1])
         stored = next(self.teacher.batches(len(batch), first))
         stored = {name: tensor.to(log_probs.device) for name, tensor in stored.items()}
-        return [_kl(log_probs, stored).sum()]
+        return [kl_per_position(log_probs, stored).sum()]
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def measure_anchor_costs(
             vocabulary.
         ModelError: the windows did not reach a matrix, or a weight is not that of the anchor.
     """
-    _check_windows(teacher, tokens)
+    check_windows(teacher, tokens)
     store = CostStore(bank.path / "anchors" / _key(tokens, teacher, anchor, settings))
     shape = TableShape(
         sizes=[len(list(layer.matrices())) for layer in model_map.layers],

@@ -113,7 +113,7 @@ def store_teacher(
     """
     if path.exists():
         teacher = open_teacher(path)
-        _check_windows(teacher, tokens)
+        check_windows(teacher, tokens)
         return teacher
     parts: dict[str, list[Tensor]] = {}
     vocabulary = 0
@@ -170,7 +170,7 @@ def measure_divergence(
         StoreError: the teacher belongs to other windows or another vocabulary.
         DataError: windows of one token.
     """
-    _check_windows(teacher, tokens)
+    check_windows(teacher, tokens)
     predictions = (predict(model, batch) for batch in batches_of(tokens, batch_size))
     return join(list(compare_predictions(predictions, tokens, teacher, batch_size=batch_size)))
 
@@ -202,9 +202,9 @@ def compare_predictions(
     stored_batches = teacher.batches(batch_size, first_batch * batch_size)
     triples = zip(predictions, batches, stored_batches, strict=True)
     for log_probs, batch, stored in triples:
-        _check_vocabulary(teacher, log_probs.shape[-1])
+        check_vocabulary(teacher, log_probs.shape[-1])
         stored = {name: tensor.to(log_probs.device) for name, tensor in stored.items()}
-        kl = _kl(log_probs, stored).mean(-1).cpu()
+        kl = kl_per_position(log_probs, stored).mean(-1).cpu()
         same = (log_probs.argmax(-1) == _first_token(stored)).float().mean(-1).cpu()
         nll = token_losses(log_probs, batch).mean(-1).cpu()
         seconds = time.perf_counter() - started
@@ -234,7 +234,12 @@ def _facts(stored: Mapping[str, Tensor], tokens: Tensor, vocabulary: int) -> dic
     }
 
 
-def _check_windows(teacher: Teacher, tokens: Tensor) -> None:
+def check_windows(teacher: Teacher, tokens: Tensor) -> None:
+    """Refuse windows that the predictions are not of.
+
+    Raises:
+        StoreError: they are of other windows.
+    """
     facts = teacher.facts
     if facts["data_digest"] != token_digest(tokens):
         raise StoreError(
@@ -245,7 +250,12 @@ def _check_windows(teacher: Teacher, tokens: Tensor) -> None:
         )
 
 
-def _check_vocabulary(teacher: Teacher, vocabulary: int) -> None:
+def check_vocabulary(teacher: Teacher, vocabulary: int) -> None:
+    """Refuse a model whose vocabulary is not that of the predictions.
+
+    Raises:
+        StoreError: the sizes differ.
+    """
     if teacher.facts["vocabulary"] != vocabulary:
         raise StoreError(
             f"{teacher.path} holds predictions over {teacher.facts['vocabulary']} tokens, the "
@@ -273,7 +283,7 @@ def _log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
 
 
-def _kl(log_probs: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+def kl_per_position(log_probs: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
     """KL per position, [B, T]."""
     p = stored["log_probs"]
     if "tokens" not in stored:

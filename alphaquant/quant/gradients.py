@@ -2,8 +2,8 @@
 
 Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
 `trace_layers` yields, for each layer, what went into its modules and the gradients at their
-outputs; products with weight errors are the caller's business. What is differentiated is an
-`Objective`: the log-likelihood of labels that the model itself draws, that of the text, or
+outputs; products with weight errors are the caller's business. What is differentiated is a
+`Quantity`: the log-likelihood of labels that the model itself draws, that of the text, or
 whatever else can be computed from the predictions.
 
 Letters: B sequences of a batch, S of all, T tokens each, V vocabulary, K inputs and N outputs of
@@ -22,7 +22,7 @@ from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.quant.walk import LayerInputs, capture_inputs, observe_layer, run_layer
 
 
-class Objective(Protocol):
+class Quantity(Protocol):
     """What is differentiated: scalars that are sums over the sequences of a batch."""
 
     def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
@@ -101,7 +101,7 @@ class LayerTrace:
         experts: by module name.
         hidden: inputs of the layer, batches of [B, T, H].
         arguments: its keyword arguments.
-        at_output: gradients of the other objectives at the layer's output, batches of
+        at_output: gradients of the other quantities at the layer's output, batches of
             [D', B, T, H].
     """
 
@@ -134,15 +134,15 @@ class _Tap:
 def trace_layers(
     model_map: ModelMap,
     batches: list[Tensor],
-    objectives: Sequence[Objective],
-    at_output: Sequence[Objective] = (),
+    quantities: Sequence[Quantity],
+    at_output: Sequence[Quantity] = (),
 ) -> Iterator[LayerTrace]:
     """Walk the model backwards.
 
     Args:
         model_map: the model, with the weights at which gradients are taken.
         batches: token ids, int64 [B, T] each.
-        objectives: D totals in all, whose gradients are traced at every module, in this order.
+        quantities: D totals in all, whose gradients are traced at every module, in this order.
         at_output: D' totals in all, whose gradients are wanted at the layers' outputs only.
 
     Yields:
@@ -153,7 +153,7 @@ def trace_layers(
     gradients, n_before = [], 0
     for batch, last in zip(batches, hidden[-1], strict=True):
         gradients.append(
-            _output_gradients(model_map, batch, last, (objectives, at_output), n_before)
+            _output_gradients(model_map, batch, last, (quantities, at_output), n_before)
         )
         n_before += len(batch)
     for layer in reversed(model_map.layers):
@@ -202,14 +202,14 @@ def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
 
 
 _Gradients = tuple[Tensor, Tensor]
-"""Gradients at one tensor of both kinds of objectives, [D, B, T, H] and [D', B, T, H]."""
+"""Gradients at one tensor of both kinds of quantities, [D, B, T, H] and [D', B, T, H]."""
 
 
 def _output_gradients(
     model_map: ModelMap,
     batch: Tensor,
     last: Tensor,
-    objectives: tuple[Sequence[Objective], Sequence[Objective]],
+    quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
     first: int,
 ) -> _Gradients:
     """Gradients at the last layer's output [B, T, H].
@@ -231,15 +231,15 @@ def _output_gradients(
     finally:
         handle.remove()
 
-    def differentiate(wanted: Sequence[Objective]) -> Tensor:
+    def differentiate(wanted: Sequence[Quantity]) -> Tensor:
         found = []
-        for objective in wanted:
+        for quantity in wanted:
             with torch.enable_grad():
-                totals = objective.totals(log_probs, batch, first)
+                totals = quantity.totals(log_probs, batch, first)
             found += [torch.autograd.grad(t, leaf, retain_graph=True)[0] for t in totals]
         return torch.stack(found) if found else leaf.detach().new_zeros(0, *leaf.shape)
 
-    return differentiate(objectives[0]), differentiate(objectives[1])
+    return differentiate(quantities[0]), differentiate(quantities[1])
 
 
 def _trace_batch(

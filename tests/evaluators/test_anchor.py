@@ -212,6 +212,6 @@ def test_a_teacher_of_other_windows_is_an_error(anchored: Anchored) -> None:
 
 def test_a_teacher_of_another_vocabulary_is_an_error(anchored: Anchored) -> None:
     facts = {**anchored.teacher.facts, "vocabulary": 97}
-    objective = TeacherDivergence(Teacher(anchored.teacher.path, facts))
+    quantity = TeacherDivergence(Teacher(anchored.teacher.path, facts))
     with pytest.raises(StoreError, match="over 97 tokens"):
-        objective.totals(torch.zeros(1, 10, 96), COST_TOKENS[:1], 0)
+        quantity.totals(torch.zeros(1, 10, 96), COST_TOKENS[:1], 0)

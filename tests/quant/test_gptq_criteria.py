@@ -65,8 +65,8 @@ def test_the_same_tokens_in_1_4_or_16_batches_give_the_same_weights(name: str) -
         for part in tokens.chunk(n_batches):
             accumulate(total, part.reshape(2, -1, COLS))
         made.append(run(draw_weights(ROWS, COLS)[None], total[None], name, 0).weights())
-    # Sums in another order differ by 1e-7, on some processors: a rounding that was as near to a tie
-    # flips, and moves what follows in its row.
+    # Sums in another order differ by 1e-7 on some processors: a rounding that was as near to a
+    # tie flips, and moves what follows in its row.
     for other in made[1:]:
         assert float((made[0] != other).float().mean()) < 0.02
         assert float((made[0] - other).abs().max()) < 0.05 * float(made[0].abs().max())

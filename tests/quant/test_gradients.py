@@ -197,7 +197,7 @@ def test_totals_are_stacked_in_order_and_do_not_change_each_other() -> None:
                 assert torch.equal(trace.experts[name].gradients[rows], experts.gradients), name
 
 
-def test_an_objective_learns_which_sequences_it_sees() -> None:
+def test_a_quantity_learns_which_sequences_it_sees() -> None:
     seen = []
 
     class Positions:
