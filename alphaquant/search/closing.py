@@ -12,11 +12,12 @@ Letters: U units, F formats, L layers, K limits, N variables x, S searched units
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
 from scipy.sparse import csr_array, hstack
 
 from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
 from alphaquant.search.cohorts import choose
+from alphaquant.search.highs import quiet_milp
 from alphaquant.search.prices import Case
 from alphaquant.search.solver import one_per_row
 
@@ -90,7 +91,7 @@ def close(case: Case, is_open: BoolArray, unit_cost: float, max_nodes: int) -> C
     objective = gains[search.units[search.rows], search.columns]
     formats, needed = _format_rows(case, search)
     n_formats = len(needed)
-    result: OptimizeResult = milp(
+    result: OptimizeResult = quiet_milp(
         np.concatenate([objective, np.zeros(n_formats)]),
         integrality=np.ones(len(objective) + n_formats, dtype=np.int64),
         bounds=Bounds(np.concatenate([np.zeros(len(objective)), needed]), 1),

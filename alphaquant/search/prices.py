@@ -13,10 +13,11 @@ Letters: U units, F formats, L layers, K limits, R limits that a unit counts in.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import LinearConstraint, OptimizeResult, linprog, milp
+from scipy.optimize import LinearConstraint, OptimizeResult
 
 from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
 from alphaquant.search.cohorts import Cohorts, Priced, choose
+from alphaquant.search.highs import quiet_linprog, quiet_milp
 
 _MAX_ROUNDS = 40
 _MAX_NODES = 100
@@ -192,8 +193,8 @@ def _mix(
         [np.tile(np.eye(n_layers), len(columns)), np.zeros((n_layers, n_limits))], axis=1
     )
     if not is_whole:
-        return linprog(objective, above, limits, one, np.ones(n_layers), method="highs")
-    return milp(
+        return quiet_linprog(objective, above, limits, one, np.ones(n_layers), method="highs")
+    return quiet_milp(
         objective,
         integrality=np.repeat([1, 0], [len(cost), n_limits]),
         constraints=[LinearConstraint(above, -np.inf, limits), LinearConstraint(one, 1, 1)],

@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
 from scipy.sparse import csr_array
 
 from alphaquant.errors import BudgetError
 from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
+from alphaquant.search.highs import quiet_milp
 
 _NO_BITS = np.iinfo(np.int64).max // 4
 _GAP_UNITS = 1000.0
@@ -390,7 +391,7 @@ def _search_open(
     spare += int((bits[searched, choice[searched]] - least[searched]).sum())
     # Common factors out: HiGHS keeps constraints to 1e-6, so small integers stay exact.
     factor = max(1, int(np.gcd.reduce(extra)))
-    result: OptimizeResult = milp(
+    result: OptimizeResult = quiet_milp(
         _GAP_UNITS * (reduced[searched[rows], columns] - price * extra),
         integrality=np.ones(len(rows), dtype=np.int64),
         bounds=Bounds(0, 1),
