@@ -38,7 +38,7 @@ from allocation_peers import (
     choose,
     modelopt_options,
 )
-from release import commit
+from release import commit, parse_with_out
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
@@ -402,11 +402,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="interpreter that has the peers")
     parser.add_argument("--peer-cache", type=Path, help="results of peers that are kept")
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("alphaquant").setLevel(logging.WARNING)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parse_with_out(parser)
     with tempfile.TemporaryDirectory(prefix="alphaquant-allocation-") as name:
         folder = Path(name)
         spec = make_spec(args, folder)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from allocation import BUDGETS, Bench, table
-from release import commit
+from release import commit, parse_with_out
 
 from alphaquant.errors import BudgetError
 from alphaquant.quant.provenance import device_facts, versions
@@ -88,11 +88,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("alphaquant").setLevel(logging.WARNING)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parse_with_out(parser)
     with tempfile.TemporaryDirectory(prefix="alphaquant-menu-") as name:
         folder = Path(name)
         spec = SearchSpec(

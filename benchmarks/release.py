@@ -169,6 +169,16 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
+def parse_with_out(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line with `--out`, make its folder, and log progress to stderr."""
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("alphaquant").setLevel(logging.WARNING)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     head = "| | method | bits/weight | bytes in files / claimed | KL | same top | perplexity |"
@@ -191,11 +201,7 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("alphaquant").setLevel(logging.WARNING)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parse_with_out(parser)
     bench = Bench(args.model, args.cache)
     rows, searches = [], []
     for budget in args.budgets:

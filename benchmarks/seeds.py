@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from release import commit
+from release import commit, parse_with_out
 
 from alphaquant.evaluators.divergence import store_teacher
 from alphaquant.quant.provenance import device_facts, versions
@@ -107,11 +107,7 @@ def main() -> None:
     parser.add_argument("--budget", default="3.0bits")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=48)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("alphaquant").setLevel(logging.WARNING)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parse_with_out(parser)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="alphaquant-seeds-") as name:
         folder = Path(name)

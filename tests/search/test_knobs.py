@@ -23,7 +23,7 @@ from alphaquant.search.knobs import (
 from alphaquant.search.problem import Problem, make_problem
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix, Unit
-from alphaquant.testing.allocators import example_problem
+from alphaquant.testing.allocators import changed, example_problem
 
 PLAIN = Knobs(bits=4.0, error_weight=0.0, rare_shrinkage=0.0)
 
@@ -93,6 +93,42 @@ def test_no_error_at_all_costs_nothing_once_error_has_weight() -> None:
     assert apply_knobs(problem, Knobs(4.0))[0, 0] == 0
 
 
+def _with_token_costs(problem: Problem, token_fisher: list[list[float]]) -> Problem:
+    return changed(problem, costs={**problem.costs, "token_fisher": token_fisher})
+
+
+def test_the_cost_per_token_is_scaled_to_fisher_per_group_and_mixed_in_logs() -> None:
+    # One group: fisher sums to 10, the cost per token to 1000, so that counts 1/100.
+    problem = _with_token_costs(_problem([[8.0], [2.0]]), [[200.0], [800.0]])
+    mixed = apply_knobs(problem, replace(PLAIN, token_weight=0.25))
+    assert mixed[:, 0] == pytest.approx([8**0.75 * 2**0.25, 2**0.75 * 8**0.25])
+    assert apply_knobs(problem, replace(PLAIN, token_weight=1.0))[:, 0] == pytest.approx([2, 8])
+    assert apply_knobs(problem, replace(PLAIN, token_weight=0.0))[:, 0].tolist() == [8, 2]
+    units = [_expert(layer, 0, "down_proj") for layer in range(2)]
+    apart = _with_token_costs(_problem([[8.0], [2.0]], units=units, n_layers=2), [[1.0], [9.0]])
+    alone = apply_knobs(apart, replace(PLAIN, token_weight=1.0))
+    assert alone[:, 0] == pytest.approx([8, 2])
+
+
+def test_the_error_is_scaled_to_the_mix_of_both_fisher_costs() -> None:
+    problem = _problem([[8.0], [2.0]], [[100.0], [300.0]])
+    problem = _with_token_costs(problem, [[2.0], [8.0]])
+    # Halves of both are 4 and 4, in sum 8; the error's shares are 1/4 and 3/4.
+    cost = apply_knobs(problem, replace(PLAIN, token_weight=0.5, error_weight=1.0))
+    assert cost[:, 0] == pytest.approx([2, 6])
+
+
+def test_without_a_cost_per_token_its_weight_plays_no_part() -> None:
+    problem = _problem([[8.0], [2.0]])
+    assert apply_knobs(problem, replace(PLAIN, token_weight=1.0))[:, 0].tolist() == [8, 2]
+
+
+def test_the_strength_of_a_sweep_leaves_the_measured_costs_alone() -> None:
+    problem = example_problem(0)
+    swept = apply_knobs(problem, Knobs(4.0, sweep_strength=1.0))
+    assert swept.tolist() == apply_knobs(problem, Knobs(4.0)).tolist()
+
+
 def test_the_exponent_sharpens_and_keeps_the_total() -> None:
     problem = _problem([[8.0], [2.0]])
     cost = apply_knobs(problem, replace(PLAIN, exponent=1.3))[:, 0]
@@ -155,6 +191,28 @@ def test_multipliers_of_family_depth_and_edge() -> None:
     assert (unit_multipliers(problem, PLAIN) == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "projection", "expected"),
+    [
+        ("shared", "up_proj", 1.5),
+        ("shared", "down_proj", 1.5 * 1.44),
+        ("dense", "gate_proj", 1.5),
+        ("expert", "up_proj", 1.0),
+        ("expert", "down_proj", 1.44),
+        ("attention", "o_proj", 1.0),
+    ],
+)
+def test_what_is_always_on_has_its_own_multiplier_besides_that_of_its_projection(
+    kind: str, projection: str, expected: float
+) -> None:
+    name = f"model.layers.0.{kind}.{projection}"
+    expert = 0 if kind == "expert" else None
+    unit = Unit(name, (Matrix(name, 10, 10, kind, 0, expert),))
+    problem = _problem([[1.0]], units=[unit])
+    knobs = Knobs(4.0, shared_multiplier=1.5, w2_multiplier=1.44)
+    assert unit_multipliers(problem, knobs) == pytest.approx([expected])
+
+
 def test_a_model_of_one_layer_has_no_depth() -> None:
     knobs = Knobs(4.0, depth_slope=1.0, edge_multiplier=2.0)
     assert unit_multipliers(_problem([[1.0]]), knobs).tolist() == [2.0]
@@ -171,7 +229,7 @@ def test_the_smaller_of_two_limits_holds() -> None:
 
 
 def test_planned_parameters_give_the_same_knobs_back() -> None:
-    knobs = Knobs(3.3, error_weight=0.4, depth_slope=-0.5, w2_multiplier=1.7)
+    knobs = Knobs(3.3, 0.4, 0.9, depth_slope=-0.5, shared_multiplier=1.7, sweep_strength=0.3)
     study = optuna.create_study()
     study.enqueue_trial(dict(knob_params(knobs)))
     trial = study.ask()
@@ -194,6 +252,9 @@ def test_the_whole_range_of_every_knob_gives_usable_costs(low_or_high: str) -> N
     [
         ({"bits": 0.0}, "bits = 0.0; use a finite number above 0"),
         ({"error_weight": 1.1}, "error_weight = 1.1; use 0 to 1"),
+        ({"token_weight": -0.1}, "token_weight = -0.1; use 0 to 1"),
+        ({"sweep_strength": 1.5}, "sweep_strength = 1.5; use 0 to 1"),
+        ({"shared_multiplier": 0.0}, "shared_multiplier = 0.0; use a finite number above 0"),
         ({"rare_shrinkage": -1.0}, "use 0 or more tokens"),
         ({"exponent": float("nan")}, "exponent = nan"),
         ({"w2_multiplier": 0.0}, "w2_multiplier = 0.0"),

@@ -22,6 +22,35 @@ def both_ways(case: TinyTruth) -> list[SweepPoint]:
     return [p for direction in (1, -1) for p in sweep(grid, case.truth, direction, EXACT)]
 
 
+def test_the_truth_is_the_additive_cost_where_moves_do_not_meet() -> None:
+    case = tiny_truth(0)
+    apart = np.zeros((6, 4, 32))
+    for unit in range(6):
+        apart[unit, :, 4 * unit : 4 * unit + 4] = case.truth.moves[unit, :, :4]
+    additive_cost = 0.5 * np.square(apart).mean(axis=2)
+    case.truth.moves = apart
+    found = case.truth.every(case.choices).mean(axis=1)
+    assert found == pytest.approx(additive_cost[np.arange(6), case.choices].sum(axis=1))
+    assert case.problem.costs["fisher"] == pytest.approx(
+        0.5 * np.square(tiny_truth(0).truth.moves).mean(axis=2)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_optimum_is_the_least_of_all_that_fit(seed: int) -> None:
+    case = tiny_truth(seed, n_units=4, n_formats=3)
+    assert len({tuple(choice) for choice in case.choices.tolist()}) == 3**4
+    bits = [_bits(case, choice) for choice in case.choices]
+    assert min(bits) < case.limit_bits < max(bits)
+    kl = [
+        float(case.truth.measure(choice, 8).mean())
+        for choice, n_bits in zip(case.choices, bits, strict=True)
+        if n_bits <= case.limit_bits
+    ]
+    assert case.optimum() == pytest.approx(min(kl), rel=1e-12)
+    assert case.truth.n_measured == 8 * len(kl)
+
+
 @pytest.mark.parametrize("direction", [1, -1])
 def test_a_sweep_goes_from_one_end_to_the_other_in_steps_of_one_block(direction: int) -> None:
     case = tiny_truth(0)
