@@ -13,7 +13,6 @@ Prints the order of removal and the measured table, and writes JSON with provena
 
 import argparse
 import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace

@@ -204,7 +204,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cases for all seeds; prints the table and returns the result."""
-    data = DataSpec(n_calibration=8, n_heldout=4) if args.quick else DataSpec()
+    data = (
+        DataSpec(n_calibration=8, heldout="demo", n_heldout=4)
+        if args.quick
+        else DataSpec(heldout="demo")
+    )
     seeds = range(2 if args.quick else args.seeds)
     formats = args.formats or (("int4-g128",) if args.quick else FORMATS)
     rows: list[Row] = []

@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(self, model: str, cache: Path | None) -> None:
         """Load the model and its texts, and store the original's predictions."""
-        data = DataSpec()
+        data = DataSpec(heldout="demo")
         self.model, self.cache = model, cache
         self.source = load_source(model, find_device("auto"), "auto")
         self.calibration = read_text(

@@ -225,7 +225,7 @@ def test_passages_of_one_author_are_only_theirs(options: ModuleType) -> None:
 def test_measuring_an_option_leaves_the_model_as_it_was(
     options: ModuleType, tmp_path: Path
 ) -> None:
-    bench = options.Bench(tmp_path, DataSpec(n_calibration=2, n_heldout=2, seq_len=64))
+    bench = options.Bench(tmp_path, DataSpec(n_calibration=2, n_heldout=4, seq_len=64))
     tokens = bench.calibration(0, one_domain=True)
     for settings in (QuantSettings(), QuantSettings(sequential=True)):
         rows = list(bench.measure("x", settings, tokens, ["int2-g64"], 0))

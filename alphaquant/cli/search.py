@@ -71,14 +71,20 @@ AllocatorName = Annotated[
 ]
 MaxFormats = Annotated[
     int | None,
-    typer.Option(min=1, help="At most so many formats among a layer's routed experts."),
+    typer.Option(
+        min=1, help="At most so many formats among a layer's routed experts; none by default."
+    ),
 ]
 LayerMinimum = Annotated[
-    float | None, typer.Option(help="Least stored bits per weight of every layer.")
+    float | None,
+    typer.Option(help="Least stored bits per weight of every layer; none by default."),
 ]
 ActiveBudget = Annotated[
     str | None,
-    typer.Option(help="Bytes of quantizable weights that a token may read on average: 600MiB."),
+    typer.Option(
+        help="Bytes of quantizable weights that a token may read on average: 600MiB; none by "
+        "default."
+    ),
 ]
 Trials = Annotated[
     int,

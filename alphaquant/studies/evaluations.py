@@ -10,7 +10,6 @@ Letters: N windows.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ class EvaluationLog:
         """
         self._path, self._seq_len = path, seq_len
         self._found: dict[str, Divergence] = {}
-        for line in self._whole_lines():
-            self._remember(str(line["digest"]), int(line["first"]), self._part(line))
+        for number, line in enumerate(self._whole_lines(), 1):
+            self._read(number, line)
 
     def get(self, digest: str) -> Divergence | None:
         """What was measured of an assignment so far."""
@@ -65,30 +64,30 @@ class EvaluationLog:
             before = self._found.get(digest)
             self._found[digest] = part if before is None else join([before, part])
 
-    def _part(self, line: dict[str, Any]) -> Divergence:
-        kl, same, nll = (torch.tensor(line[name], dtype=torch.float32) for name in _FIELDS)
-        return Divergence(kl, same, nll, self._seq_len, float(line["seconds"]))
+    def _read(self, number: int, text: bytes) -> None:
+        """Take over one line of the file."""
+        try:
+            line: Any = json.loads(text)
+            kl, same, nll = (torch.tensor(line[name], dtype=torch.float32) for name in _FIELDS)
+            part = Divergence(kl, same, nll, self._seq_len, float(line["seconds"]))
+            digest, first = str(line["digest"]), int(line["first"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                f"{self._path}, line {number}, is damaged ({error}); delete the file and run "
+                "the same command again: what it held is measured anew"
+            ) from error
+        self._remember(digest, first, part)
 
-    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+    def _whole_lines(self) -> list[bytes]:
         """The lines of the file; what a kill left of the last one is cut off."""
         if not self._path.exists():
-            return
+            return []
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        for number, text in enumerate(whole.decode("utf-8").splitlines(), 1):
-            try:
-                line = json.loads(text)
-                if not {"digest", "first", "seconds", *_FIELDS} <= line.keys():
-                    raise ValueError("fields are missing")
-            except (ValueError, AttributeError) as error:
-                raise StoreError(
-                    f"{self._path}, line {number}, is damaged ({error}); delete the file and run "
-                    "the same command again: what it held is measured anew"
-                ) from error
-            yield line
+        return whole.splitlines()
 
 
 def first_windows(found: Divergence, n_windows: int) -> Divergence:

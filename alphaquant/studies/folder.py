@@ -6,9 +6,6 @@ Layout::
     study.db                     Optuna's storage, see `alphaquant.studies.storage`
     assignments/<digest>.json    every evaluated assignment
     artifacts/                   configurations of trials, as Optuna's artifacts
-    evaluations.jsonl            what was measured on the evaluation text
-    heldout.jsonl                what was measured on the held-out text
-    artifacts/                   what steps of a search keep between runs
     front.json best.json configs/ trials.csv report.md    see `alphaquant.studies.report`
 """
 
@@ -32,10 +29,7 @@ RUN_VERSION = 1
 _TOOL = "aq-search"
 
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
-_OWN_FILES = (
-    "study.db",
-    *("best.json", "front.json", "trials.csv", "report.md", RUN_FILE),
-)
+_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", "report.md", RUN_FILE)
 _OWN_FOLDERS = ("assignments", "configs", "artifacts")
 
 

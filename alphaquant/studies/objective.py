@@ -148,19 +148,25 @@ class SearchObjective:
 
     def _ready(self, assignment: Assignment) -> tuple[SuffixModel, int]:
         """Hidden states to start from, and the first layer that has to run on them."""
-        incumbent = self._incumbent or assignment
-        if self._suffix is None:
-            self.swapper.apply(incumbent)
+        if self._suffix is None or self._remembered is None:
+            self._remembered = self._incumbent or assignment
+            self.swapper.apply(self._remembered)
             self._suffix = SuffixModel(self.model_map, self.on.tokens.tokens, self.batch_size)
-            self._remembered = incumbent
-        assert self._remembered is not None, "set with the hidden states"
+            self._count_remembering(0)
         # Remembering costs as much as a measurement; it pays where lower layers are then spared.
-        first = self._first_change(incumbent, assignment)
-        if incumbent != self._remembered and first > 0:
+        incumbent = self._incumbent or self._remembered
+        if incumbent != self._remembered and self._first_change(incumbent, assignment) > 0:
+            first = self._first_change(self._remembered, incumbent)
             self.swapper.apply(incumbent)
-            self._suffix.remember(self._first_change(self._remembered, incumbent))
+            self._suffix.remember(first)
+            self._count_remembering(first)
             self._remembered = incumbent
         return self._suffix, self._first_change(self._remembered, assignment)
+
+    def _count_remembering(self, first_layer: int) -> None:
+        """Hidden states behind the last layer are not kept, so that one does not run."""
+        n_layers = len(self.model_map.layers)
+        self.n_passes += (n_layers - 1 - first_layer) / n_layers
 
     def _first_change(self, old: Assignment, new: Assignment) -> int:
         """The first layer in which two assignments differ, the last one if in none."""

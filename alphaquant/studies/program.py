@@ -17,7 +17,8 @@ A mode is a list of these. Each one is deterministic given the trials before it 
 measured, so running the program again repeats a search without running the model.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -178,10 +179,17 @@ def run_probe(run: Run) -> None:
         N_PROBES,
         n_windows,
         {
-            name: float(spearmanr([t[rows, c].sum() for c in choices], measured).statistic)
+            name: rank_correlation([float(t[rows, c].sum()) for c in choices], measured)
             for name, t in tables.items()
         },
     )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation of as many numbers, NaN where one of the two is constant."""
+    if min(len(set(first)), len(set(second))) < 2:
+        return math.nan
+    return float(spearmanr(first, second).statistic)
 
 
 def run_sweep(run: Run) -> None:
@@ -235,7 +243,7 @@ def _wants_sweep(run: Run) -> bool:
     """Whether to sweep: as asked, or where random assignments rank unlike their costs."""
     if run.spec.sweep != "auto":
         return run.spec.sweep == "always"
-    return run.probe is not None and not run.probe.spearman["default"] >= SWEEP_BELOW
+    return run.probe is not None and run.probe.spearman["default"] < SWEEP_BELOW
 
 
 def sweep_weights(

@@ -44,7 +44,7 @@ from alphaquant.studies.stages import (
     prepare,
 )
 from alphaquant.studies.storage import open_study, sqlite_url
-from alphaquant.studies.trials import Proposer, check_allocator
+from alphaquant.studies.trials import Proposer, check_allocator, check_constrained
 from alphaquant.studies.truth import ChoiceTruth
 
 
@@ -116,7 +116,7 @@ def _check(spec: SearchSpec) -> _Request:
     make_sampler(spec.sampler, spec.seed, 0)
     check_grouping(spec.grouping)
     check_allocator(spec.allocator)
-    _ = spec.constraints  # its limits are checked where they are made
+    check_constrained(spec)
     device = find_device(spec.device)
     check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
     return _Request(budget, profile, menu, device)

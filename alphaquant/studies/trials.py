@@ -26,6 +26,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import is_loadable
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.loop import Proposal
+from alphaquant.studies.spec import SearchSpec
 
 UNIFORM = "uniform:"
 """Start of the origin of uniform trials."""
@@ -182,6 +183,25 @@ def check_allocator(name: str | None) -> None:
         raise ConfigError(
             f"unknown allocator {name!r}; use one of {', '.join([*ALLOCATORS, EVOLUTION])}"
         )
+
+
+def check_constrained(spec: SearchSpec) -> None:
+    """Refuse side constraints where what proposes knows the budget only.
+
+    Raises:
+        AlphaQuantError: saying which can keep them, or a limit that no assignment could keep.
+    """
+    if spec.constraints == SideConstraints():
+        return
+    for what, asked, known in (
+        ("mode groups", spec.allocator is None and spec.mode == "groups", "mode auto or knobs"),
+        ("allocator evolution", spec.allocator == EVOLUTION, "another allocator"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{what} keeps the budget but not {spec.constraints.text}; use {known}, or leave "
+                "the side constraints out"
+            )
 
 
 EVOLUTION = "evolution"

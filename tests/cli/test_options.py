@@ -63,6 +63,7 @@ def test_every_option_has_a_help_text_and_shows_its_default(name: str) -> None:
         ("aq-search", ("--budget", "4bits", "--seed", "-1")),
         ("aq-search", ("--budget", "4bits", "--timeout", "-1")),
         ("aq-search", ("--budget", "4bits", "--trials", "many")),
+        ("aq-search", ("--budget", "4bits", "--max-formats-per-layer", "0")),
         ("aq-quantize", ("--model", "demo")),
         ("aq-quantize", ("--model", "demo", "--config", "best.json")),
         ("aq-quantize", (*NEEDED, "--blocksize", "0")),

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from alphaquant.studies import runner
+from alphaquant.studies import loop
 from alphaquant.testing.checkpoints import save_tiny
 
 ROW_COLUMNS = ["number", "origin", "digest", "bits_per_weight", "checkpoint_bytes", "kl"]
@@ -38,14 +38,19 @@ def test_result_is_on_stdout_and_progress_on_stderr(
     assert done.code == 0
     lines = done.out.splitlines()
     assert lines[0].startswith("front of ")
-    assert lines[1].split() == ["trial", "bits", "MB", "KL", "+-", "stderr", "same", "top", "from"]
-    table = lines[1 : lines.index(f"configurations: {out / 'configs'}/trial-NNN.json")]
-    assert all(len(line) <= 80 for line in table)
+    words = "trial bits MB KL +- stderr uniform its KL same top from"
+    assert lines[1].split() == words.split()
+    front = json.loads((out / "front.json").read_text())["front"]
+    table = lines[1 : 2 + len(front)]
     assert sum(line.lstrip().startswith("*") for line in table) == 1
-    numbers = [int(line.split()[0].lstrip("*")) for line in table[1:]]
-    assert {f"trial-{n:03d}.json" for n in numbers} == {
-        p.name for p in (out / "configs").iterdir()
+    assert {point["config"] for point in front} == {
+        str(p.relative_to(out)) for p in (out / "configs").iterdir()
     }
+    for line, point in zip(table[1:], front, strict=True):
+        trial = point["heldout"]["trial"]
+        assert line.split()[0].lstrip("*^") == ("-" if trial is None else str(trial))
+        assert f"{point['heldout']['kl']:.6f}" in line
+    assert f"configurations: {out / 'configs'}/" in lines
     assert "Bits per weight are all bits stored" in done.out
     assert f"aq-quantize --model {small[1]} --config {out / 'best.json'} --out DIR" in done.out
     assert "trial 0: uniform:int3-g32" in done.err
@@ -57,7 +62,7 @@ def test_result_is_on_stdout_and_progress_on_stderr(
 def test_interrupt_ends_with_130_and_the_same_command_resumes(
     run: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell, n_told = runner.finish_trial, 0
+    tell, n_told = loop.finish_trial, 0
 
     def interrupt(*args: Any) -> None:
         nonlocal n_told
@@ -66,7 +71,7 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
             raise KeyboardInterrupt
         tell(*args)
 
-    monkeypatch.setattr(runner, "finish_trial", interrupt)
+    monkeypatch.setattr(loop, "finish_trial", interrupt)
     stopped = run("aq-search", *small, "--out", str(tmp_path / "a"))
     assert stopped.code == 130
     assert stopped.err.endswith("stopped; run the same command again to resume\n")
@@ -87,6 +92,13 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
         (("--model", "/nowhere/model"), ("/nowhere/model",)),
         (("--profile", "tgi"), ("tgi", "vllm")),
         (("--sampler", "cma"), ("cma", "tpe")),
+        (("--mode", "manual"), ("'manual'", "auto, knobs, groups")),
+        (("--sweep", "often"), ("'often'", "auto, always, never")),
+        (("--grouping", "name"), ("'name'", "layer, utilization")),
+        (("--allocator", "magic"), ("'magic'", "fisher", "evolution")),
+        (("--active-budget", "3bits"), ("'3bits'", "600MiB")),
+        (("--layer-minimum-bits", "-1"), ("layer_minimum_bits", "more than 0")),
+        (("--mode", "groups", "--max-formats-per-layer", "2"), ("mode groups", "mode auto")),
         (("--device", "quantum"), ("quantum", "cpu")),
         (("--dtype", "int8"), ("int8", "float32")),
         (("--method", "awq"), ("awq", "gptq")),
@@ -204,5 +216,8 @@ def test_demo_model_is_searched_quantized_and_measured(run: Any, tmp_path: Path)
         *("--data", "demo:search", "--samples", "8"),
     )
     trials = pd.read_csv(out / "trials.csv")
+    digest = json.loads(Path(best).read_text())["summary"]["assignment_digest"]
+    expected = trials.loc[trials["digest"] == digest, "kl"].iloc[0]
     measured = json.loads(done.out)["scores"][0]["value"]
-    assert measured == pytest.approx(trials["kl"].min(), abs=1e-6)
+    assert measured == pytest.approx(expected, abs=1e-6)
+    assert expected == trials.loc[trials["bits_per_weight"] <= 4.25, "kl"].min()

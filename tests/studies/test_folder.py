@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.artifacts import get_all_artifact_meta
 
 from alphaquant.errors import StoreError
 from alphaquant.spaces.assignment import Assignment
@@ -79,7 +81,9 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_overwrite_removes_what_a_search_wrote_and_nothing_else(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, FACTS, overwrite=False)
-    for name in ("study.db", "best.json", "configs/trial-000.json", "assignments/x.json"):
+    names = ("study.db", "best.json", "front.json", "trials.csv", "report.md")
+    inside = ("configs/trial-000.json", "assignments/x.json", "artifacts/y")
+    for name in (*names, *inside):
         folder.write_text(name, "old")
     folder.write_text("my-model/weights", "mine")
     claim_folder(tmp_path, {**FACTS, "seed": 1}, overwrite=True)
@@ -93,6 +97,17 @@ def test_assignment_comes_back_by_its_digest(tmp_path: Path) -> None:
     folder.save_assignment(assignment)
     assert folder.has_assignment(assignment.digest)
     assert folder.load_assignment(assignment.digest) == assignment
+
+
+def test_configuration_of_a_trial_is_its_artifact(tmp_path: Path) -> None:
+    folder, study = RunFolder(tmp_path / "out"), optuna.create_study()
+    trials = [study.ask() for _ in range(2)]
+    for trial, text in zip(trials, ("{}", "[]"), strict=True):
+        folder.attach(trial, text)
+    for trial, text in zip(trials, ("{}", "[]"), strict=True):
+        (meta,) = get_all_artifact_meta(trial, storage=study._storage)
+        assert (tmp_path / "out" / "artifacts" / meta.artifact_id).read_text() == text
+        assert (meta.filename, meta.mimetype) == ("config.json", "application/json")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": "int4-g64"}', "\udc80"])

@@ -1,16 +1,26 @@
 """Evaluations of assignments: the original has no divergence, and every run counts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from alphaquant.evaluators.divergence import store_teacher
-from alphaquant.quant.bank import fill_bank, open_bank
+from alphaquant.quant.bank import Bank, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.swap import Swapper
-from alphaquant.spaces.assignment import uniform_assignment
-from alphaquant.studies.objective import EvaluationSet, Objective
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.studies.evaluations import EvaluationLog
+from alphaquant.studies.objective import EvaluationSet, Objective, SearchObjective
 from alphaquant.studies.sources import Source, load_source, read_text
+
+NAMES = ("int2-g32", "bf16")
+N_WINDOWS = 7
+"""In batches of 2, with one left over."""
+
+MakeObjective = Callable[..., SearchObjective]
 
 
 @pytest.fixture
@@ -20,20 +30,48 @@ def source(tiny: Path) -> Source:
 
 @pytest.fixture
 def evaluation(source: Source, texts: dict[str, Path], tmp_path: Path) -> EvaluationSet:
-    tokens = read_text(source, str(texts["search"]), "search", 4, 32, 0)
+    tokens = read_text(source, str(texts["search"]), "search", N_WINDOWS, 32, 0)
     return EvaluationSet(
         tokens, store_teacher(tmp_path / "t.safetensors", source.map.model, tokens.tokens)
     )
 
 
-def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
-    source: Source, evaluation: EvaluationSet, tmp_path: Path
-) -> None:
+@pytest.fixture
+def bank(source: Source, evaluation: EvaluationSet, tmp_path: Path) -> Bank:
     bank = open_bank(tmp_path, "key", source.map.inventory, {})
-    names = ("int2-g32", "bf16")
-    fill_bank(bank, source.map, evaluation.tokens.tokens, names, QuantSettings(method="rtn"))
+    fill_bank(bank, source.map, evaluation.tokens.tokens, NAMES, QuantSettings(method="rtn"))
+    return bank
+
+
+@pytest.fixture
+def make_objective(
+    source: Source, evaluation: EvaluationSet, bank: Bank, tmp_path: Path
+) -> MakeObjective:
+    """An objective with a log of a name: `make_objective("b")`; equal names share a file."""
+
+    def make(name: str = "a") -> SearchObjective:
+        log = EvaluationLog(tmp_path / f"{name}.jsonl", 32)
+        swapper = Swapper(source.map, bank.read)
+        return SearchObjective(source.map, swapper, evaluation, log, batch_size=2)
+
+    return make
+
+
+def coarse_from(source: Source, first: int, kind: str = "") -> Assignment:
+    """2 bits for the matrices of a kind (default: all) from a layer on, the original before it."""
+    return Assignment(
+        {
+            m.name: "int2-g32" if m.layer >= first and kind in m.kind else "bf16"
+            for m in source.map.inventory.matrices
+        }
+    )
+
+
+def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
+    source: Source, evaluation: EvaluationSet, bank: Bank
+) -> None:
     objective = Objective(Swapper(source.map, bank.read))
-    coarse, exact = (uniform_assignment(source.map.inventory, name) for name in names)
+    coarse, exact = (uniform_assignment(source.map.inventory, name) for name in NAMES)
     first = objective.measure(coarse, evaluation)
     original = objective.measure(exact, evaluation)
     again = objective.measure(coarse, evaluation)
@@ -44,3 +82,107 @@ def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
     assert first.kl.tolist() == again.kl.tolist()
     assert first.score("kl").value == pytest.approx(float(first.kl.mean()), rel=1e-6)
     assert objective.n_evaluations == 3
+
+
+def test_numbers_are_those_of_whole_passes_whatever_the_incumbent(
+    source: Source, evaluation: EvaluationSet, bank: Bank, make_objective: MakeObjective
+) -> None:
+    assignments = [
+        *(coarse_from(source, 0), coarse_from(source, 1), coarse_from(source, 2)),
+        *(coarse_from(source, 0, "expert"), coarse_from(source, 1, "attention")),
+    ]
+    plain = Objective(Swapper(source.map, bank.read), batch_size=2)
+    expected = [plain.measure(assignment, evaluation) for assignment in assignments]
+    for number, incumbent in enumerate([None, *assignments]):
+        objective = make_objective(str(number))
+        if incumbent is not None:
+            objective.accept(incumbent)
+        found = [objective.measure(assignment) for assignment in reversed(assignments)]
+        for mine, theirs in zip(reversed(found), expected, strict=True):
+            assert mine.kl.tolist() == theirs.kl.tolist()
+            assert [s.value for s in mine.scores] == [s.value for s in theirs.scores]
+
+
+def test_changing_incumbents_change_no_number(
+    source: Source, make_objective: MakeObjective
+) -> None:
+    assignments = [
+        coarse_from(source, 1),
+        coarse_from(source, 0),
+        coarse_from(source, 1, "expert"),
+    ]
+    wandering = make_objective("wandering")
+    for assignment in assignments:
+        wandering.accept(assignment)
+        for other in assignments:
+            alone = make_objective(f"alone-{assignment.digest}-{other.digest}")
+            assert wandering.measure(other).kl.tolist() == alone.measure(other).kl.tolist()
+
+
+def test_numbers_do_not_depend_on_measuring_in_parts(
+    source: Source, make_objective: MakeObjective
+) -> None:
+    assignment = coarse_from(source, 0)
+    whole = make_objective("whole").measure(assignment).kl
+    objective = make_objective("parts")
+    parts: list[Tensor] = []
+    for n in (1, 2, 3, N_WINDOWS):
+        objective.accept(coarse_from(source, n % 2))
+        parts.append(objective.measure(assignment, n).kl)
+    assert [len(part) for part in parts] == [1, 2, 3, N_WINDOWS]
+    for part in parts:
+        assert torch.equal(part, whole[: len(part)])
+    assert torch.equal(objective.measure(assignment, 5).kl, whole[:5])
+    assert torch.equal(objective.measure(assignment, 99).kl, whole)
+
+
+def test_passes_count_the_layers_and_windows_that_ran(
+    source: Source, make_objective: MakeObjective
+) -> None:
+    objective = make_objective()
+    whole, upper = coarse_from(source, 0), coarse_from(source, 1)
+    objective.measure(coarse_from(source, 2))
+    assert objective.n_passes == pytest.approx(1.0)  # its hidden states, then the last layer
+    objective.measure(upper)
+    assert objective.n_passes == pytest.approx(1.5)  # differs in the last of two layers
+    objective.measure(whole, 3)
+    assert objective.n_passes == pytest.approx(1.5 + 4 / 7)  # two batches of two
+    objective.measure(whole)
+    assert objective.n_passes == pytest.approx(2.5)
+    objective.accept(whole)
+    objective.measure(coarse_from(source, 0, "expert"))
+    assert objective.n_passes == pytest.approx(3.5)  # differs in the first layer, as from before
+    assert objective.n_evaluations == 5
+
+
+def test_hidden_states_of_a_new_incumbent_are_made_once_they_spare_layers(
+    source: Source, make_objective: MakeObjective
+) -> None:
+    objective = make_objective()
+    whole = coarse_from(source, 0)
+    objective.measure(coarse_from(source, 2))
+    objective.accept(whole)
+    formats = {m.name: "bf16" if m.layer else "int2-g32" for m in source.map.inventory.matrices}
+    objective.measure(Assignment(formats))
+    assert objective.n_passes == pytest.approx(2.0)  # half for the states, half for the last layer
+    objective.measure(whole)
+    assert objective.n_passes == pytest.approx(2.5)
+
+
+def test_what_the_log_has_is_never_run_again(
+    source: Source, make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment = coarse_from(source, 0)
+    first = make_objective("shared").measure(assignment)
+    second = make_objective("shared")
+
+    def no_work(*args: object) -> None:
+        raise AssertionError("the model is touched")
+
+    monkeypatch.setattr(Swapper, "apply", no_work)
+    second.accept(coarse_from(source, 1))
+    found = second.measure(assignment)
+    assert found.kl.tolist() == first.kl.tolist()
+    assert [s.value for s in found.scores] == [s.value for s in first.scores]
+    assert second.measure(assignment, 3).kl.tolist() == first.kl[:3].tolist()
+    assert (second.n_evaluations, second.n_passes) == (0, 0.0)

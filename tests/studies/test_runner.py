@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from alphaquant.errors import (
     ModelError,
     StoreError,
 )
+from alphaquant.search.polish import polish
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.units import Inventory
-from alphaquant.studies import runner
+from alphaquant.studies import gate, loop, program, runner
 from alphaquant.studies.evaluate import EvaluateSpec, evaluate
-from alphaquant.studies.objective import EvaluationSet, Measured, Objective
+from alphaquant.studies.objective import Measured, SearchObjective
 from alphaquant.studies.quantize import QuantizeSpec, quantize
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search
@@ -60,27 +62,57 @@ def test_another_seed_gives_other_trials(
     assert other.rows[0].kl != found.rows[0].kl
 
 
-def test_every_trial_is_within_the_budget_and_says_its_bits(found: SearchResult) -> None:
-    inventory = found.space.inventory
-    for row in found.rows:
-        assignment = found.folder.load_assignment(row.digest)
-        assert assignment.storage_bits(inventory) <= found.space.limit_bits
+ABOVE = ("level", "sweep")
+"""Origins of trials that may be above the budget."""
+
+
+@pytest.mark.parametrize("name", ["found", "swept"])
+def test_trials_but_those_of_the_front_are_within_the_budget_and_all_say_their_bits(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    result: SearchResult = request.getfixturevalue(name)
+    inventory, limit = result.space.inventory, result.space.limit_bits
+    for row in result.rows:
+        assignment = result.folder.load_assignment(row.digest)
+        assert assignment.storage_bits(inventory) <= limit or row.origin in ABOVE
         assert row.bits_per_weight == assignment.storage_bits(inventory) / inventory.n_weights
-        assert set(assignment.formats.values()) <= set(found.space.menu)
+        assert set(assignment.formats.values()) <= set(result.space.menu)
+    assert any(row.bits_per_weight > result.limit for row in result.rows)
+    best = resolve(load_config(result.folder.path / "best.json"), inventory, strict=True)
+    assert best.assignment.storage_bits(inventory) <= limit
+    assert best.assignment == result.published
 
 
-def test_front_is_exactly_the_non_dominated_set(found: SearchResult) -> None:
+def test_all_steps_of_a_search_ran_and_races_ended_early(swept: SearchResult) -> None:
+    kinds = [kind for kind, _ in groupby(row.origin.split(":")[0] for row in swept.rows)]
+    assert kinds == [
+        *("uniform", "knobs", "allocator", "level", "sweep", "surrogate", "relinearize"),
+        *("polish", "knobs"),
+    ]
+    pruned = [row for row in swept.rows if row.is_pruned]
+    assert pruned
+    assert {row.origin for row in pruned} == {"knobs"}
+    assert all(len(row.kl_per_window) in (8, 16) for row in pruned)
+    assert not {row.number for row in pruned} & {row.number for row in swept.front}
+    assert swept.probe is not None
+    assert swept.n_measured > len({row.digest for row in swept.rows})
+    assert 0 < swept.n_passes < swept.n_measured
+
+
+def test_front_is_exactly_the_non_dominated_set_of_complete_trials(swept: SearchResult) -> None:
     def is_dominated(row: TrialRow) -> bool:
         return any(
             (o.bits_per_weight <= row.bits_per_weight and o.kl <= row.kl)
             and (
                 (o.bits_per_weight, o.kl) != (row.bits_per_weight, row.kl) or o.number < row.number
             )
-            for o in found.rows
+            for o in swept.rows
+            if not o.is_pruned
         )
 
-    assert {r.number for r in found.front} == {r.number for r in found.rows if not is_dominated(r)}
-    assert len(found.front) > 2
+    complete = [row for row in swept.rows if not row.is_pruned]
+    assert {r.number for r in swept.front} == {r.number for r in complete if not is_dominated(r)}
+    assert len(swept.front) > 2
 
 
 def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
@@ -89,16 +121,16 @@ def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure, n_calls = Objective.measure, 0
+    measure, n_calls = SearchObjective.measure, 0
 
-    def measure_and_die(self: Objective, *args: Any) -> Measured:
+    def measure_and_die(self: SearchObjective, *args: Any) -> Measured:
         nonlocal n_calls
         n_calls += 1
         if n_calls in (4, 9):
             raise Killed
         return measure(self, *args)
 
-    monkeypatch.setattr(Objective, "measure", measure_and_die)
+    monkeypatch.setattr(SearchObjective, "measure", measure_and_die)
     spec = make_spec(tmp_path / "out")
     for _ in range(2):
         with pytest.raises(Killed):
@@ -106,19 +138,70 @@ def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
     assert comparable(search(spec).rows) == comparable(found.rows)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "bank", "costs", "study", "gate"])
-def test_search_stopped_in_any_stage_resumes(
-    stage: str, found: SearchResult, make_spec: MakeSpec, tmp_path: Path
-) -> None:
+def stop_in(stage: str, step: int = 1) -> Callable[[str, int, int], None]:
+    """Progress that dies in a stage once so many steps of it are done."""
+
     def stop(name: str, done: int, total: int) -> None:
-        if name == stage and done > 0:
+        if name == stage and done >= step:
             raise Killed
 
+    return stop
+
+
+def test_search_stopped_in_one_stage_after_the_other_resumes(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
     spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
-    with pytest.raises(Killed):
-        search(spec, progress=stop)
-    assert not (spec.out / "best.json").exists()
+    for stage in ("teacher", "spectra", "bank", "costs", "study", "gate", "report"):
+        with pytest.raises(Killed):
+            search(spec, progress=stop_in(stage))
+        assert not (spec.out / "front.json").exists()
     assert comparable(search(spec).rows) == comparable(found.rows)
+
+
+def measurements(cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of every log of measurements, without their seconds."""
+    return {
+        path.name: [{**json.loads(line), "seconds": 0.0} for line in path.read_text().splitlines()]
+        for path in cache.glob("banks/*/evaluations/*.jsonl")
+    }
+
+
+def test_search_killed_in_its_steps_is_one_that_was_not_and_measures_nothing_twice(
+    swept: SearchResult, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(swept.spec, out=tmp_path / "out", cache=tmp_path / "cache")
+    assert swept.spec.cache is not None
+    ignore = shutil.ignore_patterns("evaluations")
+    shutil.copytree(swept.spec.cache, tmp_path / "cache", ignore=ignore)
+
+    def die_in_a_race(*args: Any) -> bool:
+        raise Killed
+
+    def die_in_polish(*args: Any) -> Any:
+        polish(*args)
+        raise Killed
+
+    for stage, step in (("probe", 7), ("sweep", 5), ("sweep", 40)):
+        with pytest.raises(Killed):
+            search(spec, progress=stop_in(stage, step))
+    for module, name, die in (
+        (program, "polish", die_in_polish),
+        (loop, "is_hopeless", die_in_a_race),
+        (gate, "uniform_assignment", die_in_a_race),
+        (runner, "write_configs", die_in_a_race),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(module, name, die)
+            search(spec)
+        assert not (spec.out / "best.json").exists()
+    last = search(spec)
+    assert comparable(last.rows) == comparable(swept.rows)
+    assert last.published == swept.published
+    assert last.gate == swept.gate
+    assert last.probe == swept.probe
+    assert measurements(tmp_path / "cache") == measurements(swept.spec.cache)
+    assert (last.n_measured, last.n_passes) == (0, 0.0)
 
 
 def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it(
@@ -134,7 +217,7 @@ def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it
     longer = search(replace(spec, trials=14), on_trial=lambda row: ran.append(row.number))
     assert ran == list(range(14))
     assert comparable(longer.rows) == comparable(found.rows)
-    assert_configs_are_those_of_the_front(longer)
+    assert_configs_are_those_of_the_gate(longer)
 
 
 def test_timeout_stops_after_a_trial_and_says_so(
@@ -166,56 +249,82 @@ def test_packed_checkpoint_of_best_measures_as_its_trial(
     )
 
 
-def test_files_of_a_search_agree(found: SearchResult) -> None:
-    folder = found.folder.path
+@pytest.mark.parametrize("name", ["found", "swept"])
+def test_files_of_a_search_agree(name: str, request: pytest.FixtureRequest) -> None:
+    result: SearchResult = request.getfixturevalue(name)
+    folder = result.folder.path
     front = json.loads((folder / "front.json").read_text())
+    assert front["version"] == 2
     with (folder / "trials.csv").open() as file:
         trials = {int(row["number"]): row for row in csv.DictReader(file)}
-    assert front["n_trials"] == len(trials) == len(found.rows)
-    assert {p["number"] for p in front["front"]} == {
-        n for n, row in trials.items() if row["on_front"] == "True"
-    }
+    assert front["n_trials"] == len(trials) == len(result.rows)
+    on_front = {n for n, row in trials.items() if row["on_front"] == "True"}
+    assert on_front == {row.number for row in result.front}
+    published = {n for n, row in trials.items() if row["is_published"] == "True"}
+    points = [point for point in front["front"] if point["heldout"]["trial"] is not None]
+    assert {point["evaluation"]["number"] for point in points} == published <= on_front
     report = (folder / "report.md").read_text()
-    for point in front["front"]:
-        row = trials[point["number"]]
-        assert float(row["kl"]) == point["kl"]
-        assert float(row["bits_per_weight"]) == point["bits_per_weight"]
-        assert row["digest"] == point["digest"]
-        assert f"{point['kl']:.6f}" in report
-        assert point["config"] in report
-    assert_configs_are_those_of_the_front(found)
+    for point in points:
+        row, evaluation = trials[point["evaluation"]["number"]], point["evaluation"]
+        assert float(row["kl"]) == evaluation["kl"]
+        assert float(row["bits_per_weight"]) == evaluation["bits_per_weight"]
+        assert row["digest"] == evaluation["digest"] == point["heldout"]["digest"]
+        assert f"{point['heldout']['kl']:.6f}" in report
+    assert all(point["config"] in report for point in front["front"])
+    assert_configs_are_those_of_the_gate(result)
     assert not list(folder.rglob("*.part"))
 
 
-def test_every_configuration_resolves_to_its_trial(found: SearchResult) -> None:
-    inventory: Inventory = found.space.inventory
-    paths = [*(found.folder.path / "configs").iterdir(), found.folder.path / "best.json"]
+@pytest.mark.parametrize("name", ["found", "swept"])
+def test_every_configuration_resolves_to_its_assignment(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    result: SearchResult = request.getfixturevalue(name)
+    inventory: Inventory = result.space.inventory
+    held = {row.digest: row for row in result.gate.points}
+    paths = [*(result.folder.path / "configs").iterdir(), result.folder.path / "best.json"]
     for path in paths:
         config = load_config(path)
         summary: Any = config.summary
         assignment = resolve(config, inventory, strict=True).assignment
-        row = found.rows[summary["trial"]]
-        assert assignment.digest == summary["assignment_digest"] == row.digest
-        assert summary["bits_per_weight"] == row.bits_per_weight
-        assert summary["scores"][0]["value"] == row.kl
+        assert assignment.digest == summary["assignment_digest"]
+        assert summary["heldout"][0]["kl"] == held[assignment.digest].kl
+        if summary["trial"] is not None:
+            row = result.rows[summary["trial"]]
+            assert (assignment.digest, summary["bits_per_weight"]) == (
+                row.digest,
+                row.bits_per_weight,
+            )
+            assert summary["scores"][0]["value"] == row.kl
         counts = asdict(assignment.count_bits(inventory))
         assert {k: summary[k] for k in counts} == counts
 
 
-def test_front_json_carries_provenance(found: SearchResult) -> None:
-    front = json.loads((found.folder.path / "front.json").read_text())
+def test_front_json_carries_provenance(swept: SearchResult) -> None:
+    front = json.loads((swept.folder.path / "front.json").read_text())
     facts = front["provenance"]
     assert {"model_digest", "data", "versions", "device", "seed"} <= facts.keys()
     assert {t["digest"] for t in facts["data"].values()}.__len__() == 3
     assert front["seconds"].keys() == {
-        *("load", "teacher", "bank", "hessians", "costs", "study", "gate", "report")
+        *("load", "teacher", "spectra", "bank", "hessians", "costs", "study", "probe", "sweep"),
+        *("relinearize", "anchor", "polish", "gate", "report"),
     }
-    assert front["heldout"][0]["name"] == "best"
+    assert front["n_measured"] == swept.n_measured
+    assert swept.probe is not None
+    assert front["probe"]["spearman"] == swept.probe.spearman
+    stages = [stage["stage"] for stage in front["stages"]]
+    assert stages[0] == "uniform"
+    assert {"sweep", "polish", "sampled knobs"} <= set(stages)
+    names = {row["name"] for row in front["heldout"]}
+    assert {front["best"]["searched"], "int4-g64", "mxfp4"} <= names
 
 
-def assert_configs_are_those_of_the_front(result: SearchResult) -> None:
+def assert_configs_are_those_of_the_gate(result: SearchResult) -> None:
     names = {p.name for p in (result.folder.path / "configs").iterdir()}
-    assert names == {f"trial-{row.number:03d}.json" for row in result.front}
+    assert names == {
+        f"uniform-{row.name}.json" if row.trial is None else f"trial-{row.trial:03d}.json"
+        for row in result.gate.points
+    }
 
 
 @pytest.mark.parametrize(
@@ -232,9 +341,14 @@ def test_profile_couples_units_and_the_result_obeys(
     result = search(spec)
     n_units = len(result.space.units)
     assert n_units < len(result.space.inventory.matrices)
+    allowed = {unit.name: result.space.allowed(unit) for unit in result.space.units}
     for row in result.rows:
         assignment = result.folder.load_assignment(row.digest)
-        assert result.space.is_feasible(assignment)
+        assert row.origin in ABOVE or result.space.is_feasible(assignment)
+        for unit in result.space.units:
+            names = {assignment.formats[m.name] for m in unit.matrices}
+            assert len(names) == 1
+            assert names <= set(allowed[unit.name])
         experts: dict[int, set[str]] = {}
         for matrix in result.space.inventory.matrices:
             if matrix.kind == "expert":
@@ -242,6 +356,67 @@ def test_profile_couples_units_and_the_result_obeys(
                 experts.setdefault(layer, set()).add(assignment.formats[matrix.name])
         assert all(len(names) == 1 for names in experts.values())
     assert len({r.digest for r in result.rows}) > 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "outside"),
+    [
+        ({"max_formats_per_layer": 1}, set()),
+        ({"layer_minimum_bits": 4.4, "budget": "4.6bits"}, {"mxfp4"}),
+    ],
+)
+def test_side_constraints_hold_in_every_configuration(
+    limits: dict[str, Any], outside: set[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    result = search(make_spec(tmp_path / "out", trials=9, **limits))
+    inventory = result.space.inventory
+    paths = [*(result.folder.path / "configs").iterdir(), result.folder.path / "best.json"]
+    found = [resolve(load_config(path), inventory, strict=True).assignment for path in paths]
+    rows = [result.folder.load_assignment(row.digest) for row in result.rows]
+    for assignment in (*found, *rows):
+        for layer in range(inventory.n_layers):
+            inside = [m for m in inventory.matrices if m.layer == layer]
+            experts = {assignment.formats[m.name] for m in inside if m.kind == "expert"}
+            assert len(experts) <= limits.get("max_formats_per_layer", len(inside))
+            n_bits = sum(m.storage_bits(assignment.format_of(m.name)) for m in inside)
+            n_weights = sum(m.n_weights for m in inside)
+            assert n_bits / n_weights >= limits.get("layer_minimum_bits", 0.0)
+    assert len({row.digest for row in result.rows}) > 2
+    compared = {row.name for row in result.gate.rows if row.trial is None}
+    assert compared == ({"int4-g64", "mxfp4", "int8-row"} - outside)
+
+
+@pytest.mark.parametrize(
+    ("changes", "origins"),
+    [
+        ({"mode": "groups", "trials": 22}, {"uniform", "knobs", "allocator", "level", "groups"}),
+        ({"allocator": "evolution", "trials": 8}, {"uniform", "allocator"}),
+        ({"allocator": "gemq"}, {"uniform", "allocator"}),
+    ],
+)
+def test_other_programs_end_in_the_same_files(
+    changes: dict[str, Any], origins: set[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    result = search(make_spec(tmp_path / "out", **changes))
+    assert {row.origin.split(":")[0] for row in result.rows} == origins
+    if "allocator" in changes:
+        assert [r.origin for r in result.rows][2:] == [f"allocator:{changes['allocator']}"]
+    names = {"front.json", "best.json", "trials.csv", "report.md", "run.json", "study.db"}
+    assert names <= {path.name for path in result.folder.path.iterdir()}
+    again = search(result.spec)
+    assert again.rows == result.rows
+    assert again.n_measured == 0
+
+
+def test_searches_of_other_budgets_share_what_was_measured(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first = search(make_spec(tmp_path / "a", trials=5, cache=cache))
+    other = search(make_spec(tmp_path / "b", trials=5, cache=cache, budget="5bits"))
+    shared = {row.digest for row in first.rows} & {row.digest for row in other.rows}
+    assert {row.digest for row in first.rows[:2]} <= shared
+    assert other.n_measured == len({row.digest for row in other.rows} - shared)
 
 
 def test_menu_of_one_format_gives_that_format_and_says_so(
@@ -263,22 +438,22 @@ def test_menu_of_one_format_gives_that_format_and_says_so(
 def test_model_whose_kl_is_not_finite_is_refused_and_no_trial_is_kept(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Objective.measure
+    measure = SearchObjective.measure
 
-    def measure_nan(self: Objective, *args: Any) -> Measured:
+    def measure_nan(self: SearchObjective, *args: Any) -> Measured:
         found = measure(self, *args)
         scores = (replace(found.scores[0], value=float("nan")), *found.scores[1:])
         return Measured(scores, found.kl)
 
     spec = make_spec(tmp_path / "out", trials=3)
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "measure", measure_nan)
-        with pytest.raises(ModelError, match="not finite|is nan.*--dtype float32"):
+        patch.setattr(SearchObjective, "measure", measure_nan)
+        with pytest.raises(ModelError, match="is nan.*--dtype float32"):
             search(spec)
     assert [row.number for row in search(spec).rows] == [0, 1, 2]
 
 
-def no_work(self: Objective, *args: EvaluationSet) -> Measured:
+def no_work(self: SearchObjective, *args: Any) -> Measured:
     raise AssertionError("a wrong input must be refused before any trial")
 
 
@@ -291,6 +466,10 @@ def no_work(self: Objective, *args: EvaluationSet) -> Measured:
         ({"budget": "1KB"}, BudgetError, "stays unquantized"),
         ({"profile": "tgi"}, ConfigError, "tgi.*vllm"),
         ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
+        ({"grouping": "name"}, ConfigError, "name.*layer, utilization"),
+        ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
+        ({"active_budget": "3bits"}, BudgetError, "'3bits' is not in bytes"),
+        ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
         ({"device": "quantum"}, ModelError, "quantum.*cpu"),
         ({"device": "meta"}, ModelError, "meta.*cpu"),
         ({"dtype": "int8"}, ModelError, "int8.*float32"),
@@ -305,7 +484,7 @@ def test_wrong_names_are_refused_and_leave_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Objective, "measure", no_work)
+    monkeypatch.setattr(SearchObjective, "measure", no_work)
     spec = make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes)
     with pytest.raises(error, match=words):
         search(spec)

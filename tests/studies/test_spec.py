@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from alphaquant.errors import ConfigError, FormatError
+from alphaquant.errors import BudgetError, ConfigError, FormatError
 from alphaquant.quant.engine import QuantSettings
+from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, menu_of
@@ -37,6 +38,13 @@ def test_how_long_and_where_are_no_facts(field: str, value: Any) -> None:
         ("budget", "3bits"),
         ("formats", "int"),
         ("profile", "vllm"),
+        ("mode", "groups"),
+        ("grouping", "utilization"),
+        ("sweep", "never"),
+        ("allocator", "fisher"),
+        ("max_formats_per_layer", 2),
+        ("layer_minimum_bits", 3.0),
+        ("active_budget", "1MiB"),
         ("seed", 1),
         ("data", DataSpec(n_heldout=9)),
         ("quant", QuantSettings(method="rtn")),
@@ -61,12 +69,25 @@ def test_facts_survive_json() -> None:
         ({"timeout": -1.0}, "timeout is -1.0; use 0 or more"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"n_draws": 0}, "n_draws is 0"),
+        ({"mode": "manual"}, "mode 'manual' is not known; use one of auto, knobs, groups"),
+        ({"sweep": "often"}, "sweep 'often' is not known; use one of auto, always, never"),
         ({"quant": QuantSettings(sequential=True)}, "use it with aq-quantize"),
     ],
 )
 def test_impossible_specification_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SearchSpec(**change)
+
+
+def test_side_constraints_are_those_asked_for_with_the_active_budget_in_bits() -> None:
+    assert SearchSpec().constraints == SideConstraints()
+    spec = SearchSpec(max_formats_per_layer=2, layer_minimum_bits=3.5, active_budget="1KiB")
+    assert spec.constraints == SideConstraints(2, 3.5, 8192)
+    assert SearchSpec(active_budget="1KB").constraints == SideConstraints(active_bits=8000)
+    with pytest.raises(BudgetError, match="'4.25bits' is not in bytes; write 600MiB or 2GB"):
+        _ = SearchSpec(active_budget="4.25bits").constraints
+    with pytest.raises(ConfigError, match="layer_minimum_bits = -1.0"):
+        _ = SearchSpec(layer_minimum_bits=-1.0).constraints
 
 
 @pytest.mark.parametrize(

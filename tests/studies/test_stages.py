@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from alphaquant.evaluators.divergence import Divergence
+from alphaquant.quant.swap import Swapper
+from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import parse_format
@@ -16,11 +20,15 @@ from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.sources import load_source
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
+    ANCHOR_TOP_K,
+    Anchor,
     Inputs,
+    Prepared,
     bank_formats,
     load_inputs,
     measure_unit_costs,
     open_filled_bank,
+    prepare,
     problem_of,
     store_teachers,
 )
@@ -61,18 +69,24 @@ def test_bank_holds_menu_and_reference_formats_by_bits(space: SearchSpace) -> No
     assert bank_formats(space) == ("int3-g32", "int4-g64", "mxfp4", "int4-g32", "int8-row")
 
 
-def test_teachers_of_both_texts_count_up_together(
+def test_teachers_of_all_texts_count_up_together(
     inputs: Inputs, spec: SearchSpec, tmp_path: Path
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     clock = StageClock(lambda *call: calls.append(call))
     spec = replace(spec, cache=tmp_path / "cache")
-    evaluation, heldout = store_teachers(spec, inputs, clock)
-    assert evaluation.tokens is inputs.evaluation
-    assert heldout.tokens is inputs.heldout
+    teachers = store_teachers(spec, inputs, clock)
+    assert teachers.evaluation.tokens is inputs.evaluation
+    assert teachers.heldout.tokens is inputs.heldout
+    assert sorted(teachers.calibration.tokens.tokens.tolist()) == sorted(
+        inputs.calibration.tokens.tolist()
+    )
+    sets = (teachers.evaluation, teachers.heldout, teachers.calibration)
+    assert [int(one.teacher.facts["n_windows"]) for one in sets] == [6, 6, 12]
+    assert [one.teacher.facts["k"] for one in sets] == [4096, 4096, ANCHOR_TOP_K]
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
-    assert {call[2] for call in calls} == {12}
-    assert calls[-1] == ("teacher", 12, 12)
+    assert {call[2] for call in calls} == {24}
+    assert calls[-1] == ("teacher", 24, 24)
     names = {p.name for p in (tmp_path / "cache" / "teachers").iterdir()}
     store_teachers(spec, inputs, StageClock(no_progress))
     assert {p.name for p in (tmp_path / "cache" / "teachers").iterdir()} == names
@@ -96,3 +110,36 @@ def test_costs_of_the_menu_become_the_problem(
     assert problem.bits[3].tolist() == expected
     predicted = costs.predict_kl(space, uniform_assignment(space.inventory, "int4-g32"))
     assert predicted == pytest.approx(costs.units.fisher[:, column].sum())
+
+
+@pytest.fixture
+def prepared(inputs: Inputs, spec: SearchSpec, space: SearchSpace) -> Prepared:
+    return prepare(spec, inputs, space, StageClock(no_progress))
+
+
+def test_logs_lie_beside_the_bank_one_per_text(prepared: Prepared) -> None:
+    part = Divergence(torch.ones(2), torch.ones(2), torch.ones(2), 48, 0.1)
+    names = {p.name for p in prepared.bank.path.glob("evaluations/*")}
+    digest = "test_logs_lie_beside_the_bank"
+    prepared.log_of(prepared.teachers.evaluation).add(digest, part)
+    assert prepared.log_of(prepared.teachers.evaluation).n_windows(digest) == 2
+    assert prepared.log_of(prepared.teachers.heldout).n_windows(digest) == 0
+    text = prepared.inputs.evaluation.digest[:16]
+    found = {p.name for p in prepared.bank.path.glob("evaluations/*")}
+    assert found - names <= {f"{text}-float32-cpu.jsonl"}
+    assert f"{text}-float32-cpu.jsonl" in found
+
+
+def test_problem_has_the_inputs_of_every_published_allocator(prepared: Prepared) -> None:
+    assert set(available(prepared.problem)) == set(ALLOCATORS)
+
+
+def test_costs_at_an_anchor_are_those_of_leaving_it(prepared: Prepared) -> None:
+    space = prepared.space
+    swapper = Swapper(prepared.inputs.source.map, prepared.bank.read)
+    anchor = uniform_assignment(space.inventory, "int3-g32")
+    found = Anchor(prepared, swapper, StageClock(no_progress)).costs(anchor)
+    assert found.change.shape == (len(space.units), len(space.menu))
+    own = space.menu.index("int3-g32")
+    np.testing.assert_array_equal(found.change[:, own], 0.0)
+    assert (np.delete(found.change, own, axis=1) != 0.0).all()

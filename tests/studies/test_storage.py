@@ -49,13 +49,26 @@ def add_row(study: optuna.Study, row: TrialRow) -> None:
 
 
 def test_rows_come_back_exactly_after_reopening(url: str) -> None:
-    rows = [ROW, replace(ROW, number=1, digest="d1", gap=0.25, duplicate_of=0)]
+    rows = [
+        ROW,
+        replace(ROW, number=1, digest="d1", gap=0.25, duplicate_of=0),
+        replace(ROW, number=2, digest="d2", is_pruned=True),
+        replace(ROW, number=3, digest="d3"),
+    ]
     with open_study(url, "s", "f") as study:
         for row in rows:
             add_row(study, row)
     with open_study(url, "s", "f") as study:
         assert finished_rows(study) == rows
         assert study.metric_names == ["bits_per_weight", "kl"]
+
+
+def test_trial_that_ended_early_is_pruned_and_has_no_values(url: str) -> None:
+    with open_study(url, "s", "f") as study:
+        add_row(study, ROW)
+        add_row(study, replace(ROW, number=1, is_pruned=True))
+        assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+        assert [t.values for t in study.trials] == [[ROW.bits_per_weight, ROW.kl], None]
 
 
 def test_trial_that_a_kill_left_running_fails_and_is_not_numbered(url: str) -> None:

@@ -1,121 +1,193 @@
-"""Planned trials and proposals: in order, feasible, one format per unit."""
+"""Proposals: feasible, one format per unit, and only what keeps the side constraints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import optuna
 import pytest
 
-from alphaquant.search.problem import Problem, make_problem
-from alphaquant.search.sampler import next_trial
-from alphaquant.spaces.budget import parse_budget
+from alphaquant.errors import AlphaQuantError, BudgetError, ConfigError
+from alphaquant.search.allocators import available
+from alphaquant.search.groups import make_groups
+from alphaquant.search.knobs import Knobs, knob_params
+from alphaquant.search.sampler import PlannedTrial, next_trial
+from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
-from alphaquant.spaces.profiles import find_profile
-from alphaquant.spaces.space import SearchSpace, make_space
-from alphaquant.spaces.units import Inventory, Matrix
-from alphaquant.studies.trials import TrialRules, uniform_bits, uniform_fits
+from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.trials import (
+    Proposer,
+    check_allocator,
+    check_constrained,
+    is_uniform_loadable,
+    uniform_bits,
+    uniform_fits,
+)
 
 MENU = ("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
+MakeProposer = Callable[..., Proposer]
 
 
-def matrices() -> Iterator[Matrix]:
-    """Two layers: odd widths, three experts."""
-    for layer in range(2):
-        name = f"model.layers.{layer}"
-        yield Matrix(f"{name}.self_attn.o_proj", 40, 72, "attention", layer)
-        for e in range(3):
-            for part, shape in (("gate_proj", (24, 40)), ("up_proj", (24, 40))):
-                yield Matrix(f"{name}.mlp.experts.{e}.{part}", *shape, "expert", layer, e)
-            yield Matrix(f"{name}.mlp.experts.{e}.down_proj", 40, 24, "expert", layer, e)
+def sampled(proposer: Proposer, n_trials: int) -> list[tuple[str, bool]]:
+    """Origin and feasibility of sampled knobs and groups, full size and any."""
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    ones = np.ones(len(proposer.problem.units))
+    groups = make_groups(proposer.problem, "layer")
+    found = []
+    for n in range(n_trials):
+        fixed = PlannedTrial({"bits": proposer.bits_high} if n % 2 else {})
+        trial = next_trial(study, fixed, "random", 0)
+        for proposal in (proposer.knobs(trial, ones), proposer.groups(trial, groups)):
+            is_feasible = proposer.space.is_feasible(proposal.assignment)
+            found.append((proposal.origin, is_feasible and proposal.can_prune))
+        study.tell(trial, [float(n), float(-n)])
+    return found
 
 
-INVENTORY = Inventory("tiny", tuple(matrices()))
+def test_uniform_formats_are_those_of_the_menu_that_fit(make_proposer: MakeProposer) -> None:
+    space = make_proposer("3.9bits", ("int2-g32", "int3-g32-asym", "int8-row")).space
+    assert [n for n in space.menu if uniform_fits(space, n)] == ["int2-g32", "int3-g32-asym"]
+    assert uniform_bits(space, "int3-g32-asym") <= 3.9 < uniform_bits(space, "mxfp4")
 
 
-def rules_of(budget: str, menu: tuple[str, ...] = MENU, profile: str = "any") -> TrialRules:
-    space = make_space(INVENTORY, find_profile(profile), menu, parse_budget(budget))
-    return TrialRules(space, problem_of(space), seed=0)
-
-
-def problem_of(space: SearchSpace) -> Problem:
-    formats = [parse_format(n) for n in space.menu]
-    bits = np.array([[u.storage_bits(f) for f in formats] for u in space.units])
-    cost = np.random.default_rng(0).uniform(0.5, 1.0, bits.shape) * 4.0 ** -(bits / 1000)
-    return make_problem(
-        space.units,
-        space.menu,
-        bits,
-        np.array([[n in space.allowed(u) for n in space.menu] for u in space.units]),
-        {"fisher": cost, "error": cost**1.1},
-        np.linspace(0, 90, len(space.units)),
-        INVENTORY.n_layers,
-    )
-
-
-def test_plan_is_uniform_knobs_allocators_then_smaller_budgets() -> None:
-    rules = rules_of("4.5bits")
-    plan = rules.planned()
-    assert [p.attrs.get("format") for p in plan[:4]] == [
-        *("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4")
-    ]
-    assert plan[4].params["bits"] == rules.bits_high
-    assert [p.attrs["allocator"] for p in plan[5:8]] == ["fisher", "error", "utilization"]
-    levels = [p.params["bits"] for p in plan[8:]]
-    assert len(levels) == 6
-    assert levels == sorted(levels, reverse=True)
-    assert rules.bits_low < levels[-1] < levels[0] < rules.bits_high
-
-
-def test_uniform_formats_are_those_of_the_menu_that_fit() -> None:
-    rules = rules_of("3.9bits", ("int2-g32", "int3-g32-asym", "int8-row"))
-    names = [p.attrs["format"] for p in rules.planned() if p.attrs["plan"] == "uniform"]
-    assert names == ["int2-g32", "int3-g32-asym"]
-    assert uniform_bits(rules.space, "int3-g32-asym") <= 3.9 < uniform_bits(rules.space, "mxfp4")
-
-
-def test_uniform_format_that_a_unit_cannot_load_does_not_fit() -> None:
-    space = make_space(
-        INVENTORY, find_profile("transformers"), ("mxfp4", "int8-row"), parse_budget("9bits")
-    )
+def test_uniform_format_that_a_unit_cannot_load_does_not_fit(make_proposer: MakeProposer) -> None:
+    space = make_proposer("9bits", ("mxfp4", "int8-row"), "transformers").space
     # 40 inputs are no whole number of mxfp4's blocks of 32.
     assert not uniform_fits(space, "mxfp4")
+    assert not is_uniform_loadable(space, "mxfp4")
     assert uniform_fits(space, "int8-row")
 
 
-def test_high_end_is_the_dearest_assignment_where_the_budget_is_above_it() -> None:
-    rules = rules_of("16bits")
-    dearest = sum(max(u.storage_bits(parse_format(n)) for n in MENU) for u in rules.space.units)
-    assert rules.bits_high == dearest / INVENTORY.n_weights
-
-
-def test_three_of_four_sampled_trials_use_the_full_budget() -> None:
-    rules = rules_of("4bits")
-    pins = [dict(rules.pin(n)) for n in range(20, 28)]
-    assert [bool(pin) for pin in pins] == [False, True, True, True] * 2
-    assert pins[1] == {"bits": rules.bits_high}
+def test_high_end_is_the_dearest_assignment_where_the_budget_is_above_it(
+    make_proposer: MakeProposer,
+) -> None:
+    proposer = make_proposer("16bits")
+    inventory, units = proposer.space.inventory, proposer.space.units
+    dearest = sum(max(u.storage_bits(parse_format(n)) for n in MENU) for u in units)
+    assert proposer.bits_high == proposer.bits_most == dearest / inventory.n_weights
+    smaller = make_proposer("4bits")
+    assert smaller.bits_high < smaller.bits_most == proposer.bits_most
 
 
 @pytest.mark.parametrize("budget", ["4bits", "4.7bits", "13bits", "30KB", "20bits"])
 @pytest.mark.parametrize("profile", ["any", "transformers"])
-def test_every_proposal_is_feasible(budget: str, profile: str) -> None:
-    rules = rules_of(budget, ("int2-g8", "int4-g8", "int8-row", "bf16"), profile)
-    study = optuna.create_study(directions=["minimize", "minimize"])
-    planned = rules.planned()
-    for n in range(len(planned) + 8):
-        trial = next_trial(study, planned, "random", 0, rules.pin(n))
-        proposal = rules.propose(trial)
-        assert rules.space.is_feasible(proposal.assignment), proposal.origin
-        study.tell(trial, [float(n), float(-n)])
+def test_every_proposal_is_feasible(
+    budget: str, profile: str, make_proposer: MakeProposer
+) -> None:
+    proposer = make_proposer(budget, ("int2-g8", "int4-g8", "int8-row", "bf16"), profile)
+    assert sampled(proposer, 8) == [("knobs", True), ("groups", True)] * 8
+    names = [name for name in available(proposer.problem) if name != "uniform"]
+    assert len(names) > 3
+    for name in names:
+        proposal = proposer.allocator(name)
+        assert proposal is not None
+        assert proposal.origin == f"allocator:{name}"
+        assert not proposal.can_prune
+        assert proposer.space.is_feasible(proposal.assignment)
 
 
 @pytest.mark.parametrize("name", [*MENU, "bf16"])
-def test_menu_of_one_format_at_exactly_its_size_can_only_propose_it(name: str) -> None:
-    n_bytes = INVENTORY.storage_bits(parse_format(name)) // 8
-    rules = rules_of(f"{n_bytes}bytes", (name,))
-    assert rules.bits_low == rules.bits_high
-    assert rules.problem.limit_bits(rules.bits_low) == INVENTORY.storage_bits(parse_format(name))
+def test_menu_of_one_format_at_exactly_its_size_can_only_propose_it(
+    name: str, make_proposer: MakeProposer
+) -> None:
+    space = make_proposer("20bits", (name,)).space
+    n_bits = space.inventory.storage_bits(parse_format(name))
+    proposer = make_proposer(f"{n_bits // 8}bytes", (name,))
+    assert proposer.bits_low == proposer.bits_high
+    assert proposer.problem.limit_bits(proposer.bits_low) == n_bits
+    assert sampled(proposer, 3) == [("knobs", True), ("groups", True)] * 3
+
+
+def test_choice_is_the_inverse_of_spread(make_proposer: MakeProposer) -> None:
+    proposer = make_proposer("9bits")
+    choice = np.arange(len(proposer.problem.units)) % len(MENU)
+    found = proposer.choice(proposer.spread(choice))
+    assert found is not None
+    np.testing.assert_array_equal(found, choice)
+    outside = uniform_assignment(proposer.space.inventory, "bf16")
+    assert proposer.choice(outside) is None
+
+
+def test_optimum_within_a_limit_may_be_above_the_budget(make_proposer: MakeProposer) -> None:
+    proposer = make_proposer("3bits")
+    limit = proposer.problem.limit_bits(6.0)
+    proposal = proposer.at(proposer.base_cost, limit, "level")
+    n_bits = proposal.assignment.storage_bits(proposer.space.inventory)
+    assert proposer.limit_bits < n_bits <= limit
+    assert (proposal.origin, proposal.can_prune) == ("level", False)
+    assert proposal.gap is not None
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_knobs_follow_the_sweep_by_their_strength(
+    strength: float, make_proposer: MakeProposer
+) -> None:
+    proposer = make_proposer("4bits")
+    weights = np.ones(len(proposer.problem.units))
+    weights[1] = 1e9
     study = optuna.create_study(directions=["minimize", "minimize"])
-    for n in range(len(rules.planned()) + 2):
-        trial = next_trial(study, rules.planned(), "random", 0, rules.pin(n))
-        assert set(rules.propose(trial).assignment.formats.values()) == {name}
-        study.tell(trial, [0.0, 0.0])
+    knobs = knob_params(Knobs(proposer.bits_high, sweep_strength=strength))
+    trial = next_trial(study, PlannedTrial(knobs), "random", 0)
+    choice = proposer.choice(proposer.knobs(trial, weights).assignment)
+    plain = proposer.solve(proposer.base_cost, proposer.limit_bits).choice
+    assert choice is not None
+    assert (choice.tolist() == plain.tolist()) is (strength == 0.0)
+    dearest = int(proposer.problem.bits[1].argmax())
+    assert bool(choice[1] == dearest) is (strength == 1.0)
+
+
+def test_uniform_and_allocators_that_break_a_side_constraint_are_left_out(
+    make_proposer: MakeProposer,
+) -> None:
+    proposer = make_proposer("4.6bits", layer_minimum_bits=3.9)
+    assert proposer.uniform("int2-g32") is None
+    assert not proposer.keeps_uniform("int2-g32")
+    assert proposer.keeps_uniform("bf16")  # not in the menu
+    assert proposer.uniform("int4-g64") is not None
+    one = make_proposer("4bits", max_formats_per_layer=1)
+    assert one.uniform("int2-g32") is not None
+    assert one.allocator("fisher") is None
+    assert make_proposer("4bits").allocator("fisher") is not None
+
+
+def test_limit_that_side_constraints_cannot_meet_is_an_error(make_proposer: MakeProposer) -> None:
+    proposer = make_proposer("4.6bits", layer_minimum_bits=4.0)
+    with pytest.raises(BudgetError, match="layer_minimum_bits"):
+        proposer.at(proposer.base_cost, proposer.problem.limit_bits(3.0), "level")
+
+
+def test_unknown_allocator_is_refused_by_name() -> None:
+    for name in (None, "fisher", "evolution"):
+        check_allocator(name)
+    with pytest.raises(ConfigError, match="unknown allocator 'fishy'; use one of .*evolution"):
+        check_allocator("fishy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mode": "groups"}, "mode groups keeps the budget but not max_formats_per_layer = 2"),
+        ({"allocator": "evolution"}, "allocator evolution .*use another allocator"),
+        ({"active_budget": "4bits"}, "'4bits' is not in bytes"),
+        ({"max_formats_per_layer": 0}, "max_formats_per_layer = 0; give 1 or more"),
+    ],
+)
+def test_side_constraints_that_nothing_would_keep_are_refused(
+    changes: dict[str, str], words: str
+) -> None:
+    spec = SearchSpec(**{"max_formats_per_layer": 2, **changes})  # type: ignore[arg-type]
+    with pytest.raises(AlphaQuantError, match=words):
+        check_constrained(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SearchSpec(mode="groups"),
+        SearchSpec(allocator="evolution"),
+        SearchSpec(max_formats_per_layer=2),
+        SearchSpec(mode="knobs", layer_minimum_bits=3.0, active_budget="1MiB"),
+        SearchSpec(mode="groups", allocator="fisher", layer_minimum_bits=3.0),
+    ],
+)
+def test_side_constraints_that_are_kept_are_taken(spec: SearchSpec) -> None:
+    check_constrained(spec)

@@ -1,0 +1,31 @@
+"""Choices measured as the search folder asks for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alphaquant.studies.program import Run
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.mark.parametrize("n_windows", [1, 8, 24])
+def test_a_choice_has_the_kl_of_its_assignment(n_windows: int, make_run: MakeRun) -> None:
+    run = make_run()
+    choice = np.arange(len(run.problem.units)) % 3
+    found = run.truth.measure(choice, n_windows)
+    expected = run.truth.objective.measure(run.proposer.spread(choice), n_windows)
+    assert found.dtype == np.float64
+    assert found.tolist() == expected.kl.tolist()
+    assert len(found) == n_windows
+    assert run.truth.n_windows == 24
+
+
+def test_accepting_a_choice_tells_the_objective(make_run: MakeRun) -> None:
+    run = make_run()
+    choice = np.zeros(len(run.problem.units), dtype=np.int64)
+    run.truth.accept(choice)
+    objective: Any = run.truth.objective
+    assert objective.accepted == [run.proposer.spread(choice).digest]
