@@ -13,7 +13,7 @@ holds anyway, which takes back the bits that earlier mutations left over.
 
 Where it generalizes: levels are the stored bits of a unit's formats, see
 `alphaquant.search.levels`; the start is the highest common level that fits (there a uniform
-width); rounds use the first windows instead of drawn ones, so that scores of different generations
+width) and drawn units a level higher, up to the budget; rounds use the first windows instead of drawn ones, so that scores of different generations
 compare and none is measured twice.
 
 Source: Sieberling et al., EvoPress, arXiv 2410.14649, algorithms 1 and 2; its
@@ -157,6 +157,7 @@ def evolve(
     levels = make_levels(problem, np.arange(len(problem.units)))
     meter, all_windows = _Meter(evaluate, levels), settings.windows[-1]
     parent = levels.fill(np.zeros(len(problem.units)), limit_bits)
+    parent = top_up(levels, parent, limit_bits, rng)
     losses = [meter.loss(parent, all_windows)]
     for _ in range(int((n_evaluations - 1) / settings.generation_cost)):
         population = _offspring(levels, parent, limit_bits, settings, rng)
@@ -174,6 +175,31 @@ def evolve(
         meter.n_windows / all_windows,
         np.array(losses),
     )
+
+
+def top_up(
+    levels: Levels, positions: IntArray, limit_bits: int, rng: np.random.Generator
+) -> IntArray:
+    """Lift drawn units by a level as long as one fits: budgets lie between uniform formats.
+
+    Args:
+        levels: of all units.
+        positions: int64 [U], within the limit.
+        limit_bits: total that the result may take.
+        rng: of the units that are drawn.
+
+    Returns:
+        int64 [U], from which no unit can rise within the limit.
+    """
+    filled, rows = positions.copy(), np.arange(len(positions))
+    while True:
+        spare = limit_bits - levels.total_bits(filled)
+        above = np.minimum(filled + 1, levels.n_levels - 1)
+        extra = levels.bits[rows, above] - levels.bits[rows, filled]
+        can_rise = np.flatnonzero((filled + 1 < levels.n_levels) & (extra <= spare))
+        if not can_rise.size:
+            return filled
+        filled[rng.choice(can_rise)] += 1
 
 
 def switch_levels(

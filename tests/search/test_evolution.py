@@ -7,7 +7,7 @@ import pytest
 
 from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.search.arrays import IntArray
-from alphaquant.search.evolution import EvolutionSettings, evolve, switch_levels
+from alphaquant.search.evolution import EvolutionSettings, evolve, switch_levels, top_up
 from alphaquant.search.levels import make_levels
 from alphaquant.search.problem import Problem
 from alphaquant.testing.allocators import changed, example_problem, example_problems, take
@@ -108,6 +108,20 @@ def test_it_starts_at_the_highest_common_level() -> None:
     truth = Truth(problem)
     evolve(problem, int(problem.bits[:, int4].sum()), 0, truth, 1, SMALL)
     assert truth.calls == [((int4,) * 3, 8)]
+
+
+@pytest.mark.parametrize("percent", [30, 55, 80])
+def test_the_start_leaves_no_bits_that_a_unit_could_take(percent: int) -> None:
+    levels = make_levels(PROBLEM, np.arange(len(PROBLEM.units)))
+    least = int(PROBLEM.least_bits.sum())
+    limit_bits = least + (int(PROBLEM.bits.max(axis=1).sum()) - least) * percent // 100
+    start = levels.fill(np.zeros(len(PROBLEM.units)), limit_bits)
+    filled = top_up(levels, start, limit_bits, np.random.default_rng(0))
+    assert (filled >= start).all() and (filled > start).any()
+    for unit in np.flatnonzero(filled + 1 < levels.n_levels):
+        higher = filled.copy()
+        higher[unit] += 1
+        assert levels.total_bits(filled) <= limit_bits < levels.total_bits(higher)
 
 
 @pytest.mark.parametrize("problem", example_problems().values(), ids=example_problems())
