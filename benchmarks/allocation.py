@@ -67,6 +67,7 @@ from alphaquant.studies.truth import ChoiceTruth
 
 logger = logging.getLogger("allocation")
 
+PARTS = ("allocators", "search", "evolution", "peers")
 BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.25)
 PEERS = {
     "AutoScheme + RTN": (AUTO_SCHEME, 0),
@@ -398,7 +399,8 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--sweep", default="always")
-    parser.add_argument("--evolution", type=int, default=60, help="its evaluations; 0 for none")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to run")
+    parser.add_argument("--evaluations", type=int, default=60, help="of evolution")
     parser.add_argument("--peer-python", help="interpreter that has the peers")
     parser.add_argument("--peer-cache", type=Path, help="results of peers that are kept")
     parser.add_argument("--cache", type=Path)
@@ -409,14 +411,17 @@ def main() -> None:
         seconds = forward_backward_seconds(spec)
         bench = Bench(spec, args.out)
         bench.facts["forward_backward_cpu_seconds"] = seconds
-        run_uniform(bench)
+        if "allocators" in args.only:
+            run_uniform(bench)
         for budget in args.budgets:
-            run_allocators(bench, budget)
-            run_costs(bench, budget)
-            run_search(bench, budget, folder)
-            if args.evolution:
-                run_evolution(bench, budget, args.evolution)
-            if args.peer_python:
+            if "allocators" in args.only:
+                run_allocators(bench, budget)
+                run_costs(bench, budget)
+            if "search" in args.only:
+                run_search(bench, budget, folder)
+            if "evolution" in args.only:
+                run_evolution(bench, budget, args.evaluations)
+            if "peers" in args.only and args.peer_python:
                 kept = args.peer_cache or folder / "peers"
                 run_peers(bench, budget, args.peer_python, folder, kept)
         bench.write()

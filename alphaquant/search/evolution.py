@@ -13,8 +13,8 @@ holds anyway, which takes back the bits that earlier mutations left over.
 
 Where it generalizes: levels are the stored bits of a unit's formats, see
 `alphaquant.search.levels`; the start is the highest common level that fits (there a uniform
-width) and drawn units a level higher, up to the budget; rounds use the first windows instead of drawn ones, so that scores of different generations
-compare and none is measured twice.
+width) and drawn units a level higher, up to the budget; rounds use the first windows instead of
+drawn ones, so that scores of different generations compare and none is measured twice.
 
 Source: Sieberling et al., EvoPress, arXiv 2410.14649, algorithms 1 and 2; its
 evo_quant_search.py, group rule "none".
