@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--budget", default="3.0bits")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--trials", type=int, default=48)
     args = parse_with_out(parser)
     rows: list[dict[str, Any]] = []
@@ -113,7 +114,7 @@ def main() -> None:
         folder = Path(name)
         spec = SearchSpec(model=args.model, budget=args.budget, trials=args.trials)
         heldout = common_heldout(spec, folder)
-        for seed in range(args.seeds):
+        for seed in range(args.first, args.first + args.seeds):
             one = folder / str(seed)
             rows.append(
                 run_seed(replace(spec, seed=seed, out=one / "out", cache=one / "cache"), heldout)
