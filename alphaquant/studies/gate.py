@@ -24,6 +24,7 @@ from alphaquant.studies.intervals import Difference, compare_kl
 from alphaquant.studies.objective import EvaluationSet, Objective
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import is_uniform_loadable
+from alphaquant.studies.winner import best_of
 
 SEARCH = "search"
 
@@ -260,9 +261,9 @@ class _Decisions:
         )
 
     def _best(self) -> _Candidate:
-        """The point of lowest KL on the evaluation text within the budget."""
-        within = [(c.point, c) for c in self.candidates if c.point and self._fits(c)]
-        return min(within, key=lambda pair: (pair[0].kl, pair[0].bits_per_weight))[1]
+        """The best point on the evaluation text within the budget."""
+        within = {c.point.number: c for c in self.candidates if c.point and self._fits(c)}
+        return within[best_of([c.point for c in within.values() if c.point]).number]
 
     def _winner(self) -> _Candidate | None:
         """The uniform format within the budget that is as good as the best or better."""

@@ -41,11 +41,12 @@ from alphaquant.search.sweep import SweepPoint, SweepSettings, sweep
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.loop import Proposal, TrialLoop
 from alphaquant.studies.progress import StageClock
-from alphaquant.studies.result import Probe, best_of
+from alphaquant.studies.result import Probe
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import EVOLUTION, Proposer, uniform_fits
 from alphaquant.studies.truth import ChoiceTruth
+from alphaquant.studies.winner import best_of
 
 N_FRONT_LEVELS = 8
 N_PROBES = 30
@@ -100,7 +101,7 @@ class Run:
             self.loop.run(lambda trial: proposal, plan)
 
     def best(self) -> TrialRow:
-        """The trial of least KL within the budget."""
+        """The best trial within the budget, see `best_of`."""
         limit = self.proposer.limit_bits / self.proposer.space.inventory.n_weights
         return best_of([r for r in self.loop.rows if r.bits_per_weight <= limit])
 

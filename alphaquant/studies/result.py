@@ -15,6 +15,7 @@ from alphaquant.studies.gate import GateResult
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import ALLOCATOR, UNIFORM
+from alphaquant.studies.winner import best_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SearchResult:
 
     @property
     def best(self) -> TrialRow:
-        """The trial of lowest KL on the evaluation text within the budget."""
+        """The best trial on the evaluation text within the budget."""
         return best_of([row for row in self.rows if row.bits_per_weight <= self.limit])
 
     @property
@@ -110,12 +111,6 @@ def front_of(rows: Sequence[TrialRow]) -> tuple[TrialRow, ...]:
     mask = nondominated(np.array([[r.bits_per_weight, r.kl] for r in complete]))
     kept = [row for row, keep in zip(complete, mask, strict=True) if keep]
     return tuple(sorted(kept, key=lambda r: r.bits_per_weight))
-
-
-def best_of(rows: Sequence[TrialRow]) -> TrialRow:
-    """The complete row of the lowest KL; of equal ones the smallest, then the first."""
-    complete = [row for row in rows if not row.is_pruned]
-    return min(complete, key=lambda r: (r.kl, r.bits_per_weight, r.number))
 
 
 def stage_gains(rows: Sequence[TrialRow], limit: float) -> tuple[StageGain, ...]:

@@ -154,8 +154,8 @@ def _make_run(
 def _judge(run: Run, prepared: Prepared) -> GateResult:
     """The comparison with uniform formats on held-out text."""
     heldout = prepared.teachers.heldout
-    rows = front_of(run.loop.rows)
-    points = [(row, run.loop.assignment(row)) for row in rows]
+    rows = {row.digest: row for row in (*front_of(run.loop.rows), run.best())}
+    points = [(row, run.loop.assignment(row)) for row in rows.values()]
     objective = Objective(run.truth.objective.swapper)
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
     return judge(objective, heldout, prepared.space, points, names, prepared.log_of(heldout))

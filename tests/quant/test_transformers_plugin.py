@@ -94,7 +94,7 @@ def test_the_mix_of_the_tests_has_every_kind_of_packed_tensor(packed: Path) -> N
     formats = set(
         json.loads((packed / "config.json").read_text())["quantization_config"]["formats"].values()
     )
-    assert {"int3-g64-asym", "mxfp4", "nvfp4", "fp8-e4m3-g128", "bf16"} <= formats
+    assert {"int1-g64", "int3-g256-asym", "mxfp4", "nvfp4", "fp8-e4m3-g128", "bf16"} <= formats
     dtypes = {t.dtype for t in packed_state(from_pretrained(packed)).values()}
     assert dtypes == {
         torch.uint8,

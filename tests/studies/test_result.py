@@ -2,8 +2,9 @@
 
 import pytest
 
-from alphaquant.studies.result import StageGain, best_of, front_of, stage_gains
+from alphaquant.studies.result import StageGain, front_of, stage_gains
 from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.winner import best_of
 
 
 def row(
