@@ -262,7 +262,9 @@ def test_files_of_a_search_agree(name: str, request: pytest.FixtureRequest) -> N
     assert on_front == {row.number for row in result.front}
     published = {n for n, row in trials.items() if row["is_published"] == "True"}
     points = [point for point in front["front"] if point["heldout"]["trial"] is not None]
-    assert {point["evaluation"]["number"] for point in points} == published <= on_front
+    # The best may be off the front: what is lower there is lower by noise.
+    assert {point["evaluation"]["number"] for point in points} == published
+    assert published <= on_front | {result.best.number}
     report = (folder / "report.md").read_text()
     for point in points:
         row, evaluation = trials[point["evaluation"]["number"]], point["evaluation"]
