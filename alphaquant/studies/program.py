@@ -17,6 +17,7 @@ A mode is a list of these. Each one is deterministic given the trials before it 
 measured, so running the program again repeats a search without running the model.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from types import MappingProxyType
 import numpy as np
 from scipy.stats import spearmanr
 
-from alphaquant.errors import BudgetError
+from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.evaluators.anchor import AnchorCosts
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.arrays import FloatArray, IntArray
@@ -47,6 +48,8 @@ from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import EVOLUTION, Proposer, uniform_fits
 from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.studies.winner import best_of
+
+logger = logging.getLogger(__name__)
 
 N_FRONT_LEVELS = 8
 N_PROBES = 30
@@ -140,18 +143,30 @@ def run_default(run: Run) -> None:
 def run_allocators(run: Run) -> None:
     """Every allocator whose inputs were measured, but for those that other steps cover."""
     for name in available(run.problem):
-        if name not in ("uniform", "random", "blend"):
-            run.fixed(run.proposer.allocator(name))
+        if name in ("uniform", "random", "blend"):
+            continue
+        proposal = run.proposer.allocator(name)
+        if proposal is None:
+            kept = run.spec.constraints.text
+            logger.warning("allocator %s is left out: its choice does not keep %s", name, kept)
+        run.fixed(proposal)
 
 
 def run_named_allocator(run: Run) -> None:
-    """The one allocator that was asked for."""
+    """The one allocator that was asked for.
+
+    Raises:
+        ConfigError: its choice does not keep the side constraints.
+    """
     name = run.spec.allocator
     assert name is not None, "this program is that of --allocator"
-    if name == EVOLUTION:
-        run.fixed(_evolve(run))
-    else:
-        run.fixed(run.proposer.allocator(name))
+    proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
+    if proposal is None:
+        raise ConfigError(
+            f"allocator {name} knows the budget only, and its choice does not keep "
+            f"{run.spec.constraints.text}; leave --allocator or the side constraints out"
+        )
+    run.fixed(proposal)
 
 
 def run_levels(run: Run) -> None:

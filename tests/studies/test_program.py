@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alphaquant.errors import ConfigError
+from alphaquant.search.allocators import available
 from alphaquant.search.blocks import Block, BlockGrid
 from alphaquant.search.groups import make_groups
 from alphaquant.search.sweep import SweepPoint
@@ -21,6 +23,7 @@ from alphaquant.studies.program import (
     Run,
     program_of,
     rank_correlation,
+    run_allocators,
     run_default,
     run_groups,
     run_knobs,
@@ -362,3 +365,16 @@ def test_every_trial_keeps_the_side_constraints(
     assert found[-1] == "knobs"
     assert "polish" not in found
     assert len({row.digest for row in run.loop.rows}) > 5
+
+
+def test_an_allocator_that_breaks_a_side_constraint_is_an_error_alone_and_left_out_among_others(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    constrained = make_run(allocator="random", max_formats_per_layer=1, layer_minimum_bits=2.6)
+    with pytest.raises(ConfigError, match="random knows the budget only.*max_formats_per_layer"):
+        carry_out(constrained)
+    among = make_run(max_formats_per_layer=1, layer_minimum_bits=2.6)
+    run_allocators(among)
+    left_out = [r.message for r in caplog.records if "is left out" in r.message]
+    n_run = sum(row.origin.startswith("allocator:") for row in among.loop.rows)
+    assert left_out and n_run + len(left_out) == len(available(among.problem)) - 3
