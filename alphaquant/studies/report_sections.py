@@ -1,6 +1,7 @@
 """The sentences and tables of `report.md`, each from one `SearchResult`."""
 
 import math
+from collections.abc import Sequence
 
 from alphaquant.studies.gate import SEARCH, Comparison, HeldoutRow
 from alphaquant.studies.intervals import Difference
@@ -11,7 +12,11 @@ from alphaquant.studies.trials import UNIFORM
 LEAST_SPEARMAN = 0.6
 """Below this the costs are said not to be trusted."""
 
+RARE_TOKENS = 64
+"""Calibration tokens below which a matrix's own costs count less than its group's by default."""
+
 _RARE_SHARE = 0.25
+_N_NAMED = 8
 
 
 def config_name(row: HeldoutRow) -> str:
@@ -186,7 +191,20 @@ def coverage_text(result: SearchResult) -> str:
         numbers = (sum(tokens), min(tokens), max(tokens))
         rows.append([name, *map(str, numbers), ", ".join(rare) or "none"])
     rare_head = f"under {_RARE_SHARE:.0%} of the uniform share"
-    return markdown(["experts", "routed tokens", "fewest", "most", rare_head], rows)
+    table = markdown(["experts", "routed tokens", "fewest", "most", rare_head], rows)
+    return f"{table}\n\n{_rare_text(result.facts['rare_matrices'])}"
+
+
+def _rare_text(names: Sequence[str]) -> str:
+    """Which matrices have costs that rest on few tokens."""
+    if not names:
+        return f"Every matrix was reached by {RARE_TOKENS} tokens or more."
+    named = ", ".join(names[:_N_NAMED]) + (", ..." if len(names) > _N_NAMED else "")
+    return (
+        f"{len(names)} matrices were reached by fewer than {RARE_TOKENS} tokens, so their costs "
+        f"are mostly their group's: {named}. More calibration windows, or text of another domain, "
+        "reach them."
+    )
 
 
 def _mark(result: SearchResult, row: HeldoutRow) -> str:

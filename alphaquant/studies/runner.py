@@ -16,7 +16,8 @@ from typing import Any
 
 import optuna
 
-from alphaquant.quant.bank import Bank, Progress
+from alphaquant.evaluators.sensitivity import rare_matrices
+from alphaquant.quant.bank import Progress
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.search.groups import check_grouping
@@ -32,6 +33,7 @@ from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.program import Run, program_of
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
+from alphaquant.studies.report_sections import RARE_TOKENS
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sources import find_device, load_source
 from alphaquant.studies.spec import SearchSpec, menu_of
@@ -99,7 +101,7 @@ def search(
         n_measured=objective.n_evaluations,
         n_passes=objective.n_passes,
         probe=run.probe,
-        facts=_provenance(spec, inputs, prepared.bank, request.device),
+        facts=_provenance(prepared, request.device),
         folder=folder,
     )
     return _write(result, clock)
@@ -179,7 +181,8 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
             yield claim_folder(spec.out, facts, overwrite=spec.overwrite), study
 
 
-def _provenance(spec: SearchSpec, inputs: Inputs, bank: Bank, device: str) -> dict[str, Any]:
+def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
+    spec, inputs, bank = prepared.spec, prepared.inputs, prepared.bank
     tokens_per_expert: dict[str, list[int]] = {}
     for layer in range(inputs.source.map.inventory.n_layers):
         tokens_per_expert |= bank.utilization(layer)
@@ -191,6 +194,7 @@ def _provenance(spec: SearchSpec, inputs: Inputs, bank: Bank, device: str) -> di
         "bank": bank.path.name,
         "bank_bytes": bank.n_bytes(),
         "calibration_tokens_per_expert": tokens_per_expert,
+        "rare_matrices": list(rare_matrices(prepared.costs.table, RARE_TOKENS)),
     }
 
 

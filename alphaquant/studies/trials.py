@@ -219,8 +219,3 @@ def is_uniform_loadable(space: SearchSpace, format_name: str) -> bool:
     """Whether one format for everything loads for every unit, whatever the budget."""
     fmt = parse_format(format_name)
     return all(is_loadable(unit, fmt, space.profile) for unit in space.units)
-
-
-def uniform_bits(space: SearchSpace, format_name: str) -> float:
-    """Stored bits per quantizable weight of one format for everything."""
-    return space.inventory.storage_bits(parse_format(format_name)) / space.inventory.n_weights
