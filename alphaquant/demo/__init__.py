@@ -1,9 +1,9 @@
-"""The embedded demo: a small trained MoE model and four texts, so that all runs offline.
+"""The embedded demo: a small trained MoE model and its texts, so that all runs offline.
 
 The model (OLMoE, 4 layers, 16 experts, 9.5 M parameters) was made by `alphaquant.demo.train`.
-Three texts come from different books, so that no passage is in two of them; the fourth is of
-another domain. Terms and sources are in TERMS.md. This module only knows where the files are; it
-reads none of them.
+Three texts come from different books, so that no passage is in two of them; three more of Python
+modules are another domain, with no module in two of them. Terms and sources are in TERMS.md. This
+module only knows where the files are; it reads none of them.
 """
 
 from importlib.resources import files
@@ -14,8 +14,8 @@ from alphaquant.errors import DataError
 TEXT_PARTS = ("calibration", "search", "heldout")
 """For Hessians and costs; for the divergence that a search sees; for the last check only."""
 
-DOMAIN_PARTS = ("code",)
-"""Python sources, for any role."""
+CODE_PARTS = tuple(f"code-{part}" for part in TEXT_PARTS)
+"""Python sources for the same three ends."""
 
 
 def model_path() -> Path:
@@ -30,12 +30,12 @@ def text_path(part: str) -> Path:
     module starts with a line that names it.
 
     Args:
-        part: one of `TEXT_PARTS` or `DOMAIN_PARTS`.
+        part: one of `TEXT_PARTS` or `CODE_PARTS`.
 
     Raises:
         DataError: there is no such part.
     """
-    known = (*TEXT_PARTS, *DOMAIN_PARTS)
+    known = (*TEXT_PARTS, *CODE_PARTS)
     if part not in known:
         raise DataError(f"the demo has no text {part!r}; use one of {', '.join(known)}")
     return _folder() / "text" / f"{part}.txt"

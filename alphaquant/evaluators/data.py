@@ -5,7 +5,7 @@ into windows that do not overlap and draws some of them with a seed. Sources are
 by `texts.py`. It runs no model and keeps no cache. Sources:
 
     demo, demo:search         the embedded text of the request's role, or of a named role
-    demo:code                 embedded Python sources, whatever the role
+    demo:code                 embedded Python sources of the request's role
     wikitext2, c4             from the Hugging Face hub (library `datasets`), the role's part
     path.txt, .md, .raw       any UTF-8 text, as it is
     path.jsonl, .json         one object per line; documents are joined by the tokenizer's eos

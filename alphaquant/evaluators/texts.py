@@ -75,8 +75,8 @@ def open_source(name: str, role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
         DataError: here if the name is unknown; while reading if the source is unreadable, not to
             be had offline or of another form than its suffix says.
     """
-    parts = (*demo.TEXT_PARTS, *demo.DOMAIN_PARTS)
-    known = {"demo": role, **{f"demo:{part}": part for part in parts}}
+    known = {"demo": role, "demo:code": f"code-{role}"}
+    known |= {f"demo:{part}": part for part in (*demo.TEXT_PARTS, *demo.CODE_PARTS)}
     if name in known:
         return _read_path(Path(demo.text_path(known[name])), tokenizer)
     if name == "wikitext2":

@@ -542,29 +542,34 @@ def test_whole_demo_parts_share_no_passage(demo_tokenizer: PreTrainedTokenizerBa
         check_disjoint(a, b)
 
 
-def test_demo_code_is_the_same_text_for_any_role(
+def test_demo_code_is_that_of_the_role(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    for role in texts.ROLES:
+        code = load("demo:code", 4, 32, role=role, tokenizer=demo_tokenizer)
+        named = load(f"demo:code-{role}", 4, 32, tokenizer=demo_tokenizer)
+        assert code.digest == named.digest
+        assert code.domains == ("demo:code",) * 4
+
+
+def test_demo_code_has_windows_enough_and_shares_no_passage(
     demo_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    sets = [load("demo:code", 4, 32, role=r, tokenizer=demo_tokenizer) for r in texts.ROLES]
-    assert len({s.digest for s in sets}) == 1
-    assert sets[0].domains == ("demo:code",) * 4
+    parts = [f"demo:code-{role}" for role in texts.ROLES]
+    code = [load(part, 120, 256, tokenizer=demo_tokenizer) for part in parts]
+    books = [load(f"demo:{role}", 800, 256, tokenizer=demo_tokenizer) for role in texts.ROLES]
+    for a, b in itertools.combinations(code, 2):
+        check_disjoint(a, b)
+    for a, b in itertools.product(code, books):
+        check_disjoint(a, b)
 
 
-def test_demo_code_has_windows_enough_and_nothing_of_the_other_texts(
-    demo_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    code = load("demo:code", 128, 256, tokenizer=demo_tokenizer)
-    for part in texts.ROLES:
-        check_disjoint(code, load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer))
-
-
-def test_modules_of_demo_code_are_named_and_listed_in_the_terms() -> None:
-    code = demo.text_path("code")
-    text = code.read_text(encoding="utf-8")
-    named = re.findall(r"^# Python standard library: (.+)$", text, re.MULTILINE)
-    terms = (code.parents[1] / "TERMS.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^- `(.+\.py)`$", terms, re.MULTILINE)
-    assert named == listed
-    assert len(named) == 9
-    assert len(text.encode()) == pytest.approx(200_000, rel=0.02)
+def test_modules_of_demo_code_are_named_once_and_listed_in_the_terms() -> None:
+    terms = (demo.text_path("code-heldout").parents[1] / "TERMS.md").read_text(encoding="utf-8")
+    seen: list[str] = []
+    for role in texts.ROLES:
+        text = demo.text_path(f"code-{role}").read_text(encoding="utf-8")
+        named = re.findall(r"^# Python standard library: (.+)$", text, re.MULTILINE)
+        line = re.search(rf"^Modules of `code-{role}.txt`.*$", terms, re.MULTILINE)
+        assert line and re.findall(r"`(\S+\.py)`", line[0]) == named
+        seen += named
+    assert len(set(seen)) == len(seen) == 25
     assert "Python Software Foundation; All Rights Reserved" in terms
