@@ -31,7 +31,6 @@ from scipy.optimize import isotonic_regression
 from alphaquant.errors import ConfigError
 from alphaquant.search.arrays import FloatArray, IntArray
 from alphaquant.search.problem import Problem
-from alphaquant.search.solver import Solution, solve
 from alphaquant.spaces.formats import parse_format
 
 
@@ -162,21 +161,6 @@ def _fisher(problem: Problem, token_weight: float) -> FloatArray:
     whole, single = problem.costs["fisher"], problem.costs["token_fisher"]
     single = single * _error_scale(problem.groups, whole, single)[:, None]
     return np.asarray(whole ** (1 - token_weight) * single**token_weight, dtype=np.float64)
-
-
-def allocate(problem: Problem, knobs: Knobs, limit_bits: int) -> Solution:
-    """The assignment that a setting of the knobs stands for.
-
-    Args:
-        problem: the measured costs.
-        knobs: the setting; its `bits` limits the allocation besides `limit_bits`.
-        limit_bits: total bits that the study's budget allows.
-
-    Raises:
-        BudgetError: the smaller of the two limits is below the cheapest choice.
-    """
-    limit_bits = min(limit_bits, problem.limit_bits(knobs.bits))
-    return solve(apply_knobs(problem, knobs), problem.bits, problem.allowed, limit_bits)
 
 
 def shrink_rare(problem: Problem, cost: FloatArray, rare_shrinkage: float) -> FloatArray:

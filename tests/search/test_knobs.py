@@ -7,12 +7,11 @@ import numpy as np
 import optuna
 import pytest
 
-from alphaquant.errors import BudgetError, ConfigError
+from alphaquant.errors import ConfigError
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.knobs import (
     KNOB_RANGES,
     Knobs,
-    allocate,
     apply_knobs,
     knob_params,
     make_monotone,
@@ -216,16 +215,6 @@ def test_what_is_always_on_has_its_own_multiplier_besides_that_of_its_projection
 def test_a_model_of_one_layer_has_no_depth() -> None:
     knobs = Knobs(4.0, depth_slope=1.0, edge_multiplier=2.0)
     assert unit_multipliers(_problem([[1.0]]), knobs).tolist() == [2.0]
-
-
-def test_the_smaller_of_two_limits_holds() -> None:
-    problem = example_problem(0)
-    wide = problem.limit_bits(6.0)
-    assert allocate(problem, Knobs(3.0), wide).bits <= problem.limit_bits(3.0)
-    assert allocate(problem, Knobs(6.0), problem.limit_bits(3.0)).bits <= problem.limit_bits(3.0)
-    assert allocate(problem, Knobs(6.0), wide).bits > problem.limit_bits(3.0)
-    with pytest.raises(BudgetError, match="raise the budget"):
-        allocate(problem, Knobs(1.0), wide)
 
 
 def test_planned_parameters_give_the_same_knobs_back() -> None:
