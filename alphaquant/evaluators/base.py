@@ -1,18 +1,38 @@
-"""Scores: measured numbers of a model, with everything needed to trust them.
+"""Scores: measured numbers of a model, with everything needed to trust them; and what gives them.
 
-Also the mean over windows that every score is, and the paired comparison of two models. Runs no
-model.
+An `Evaluator` turns a model whose weights are in place into scores. Every evaluator keeps the
+contract suite of `alphaquant.testing.evaluators`. Also here: the mean over windows that most scores
+are, and the paired comparison of two models. Runs no model.
 
 Letters: N windows (the sequences of a text, which are the independent samples).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.units import Inventory
 
 Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a score is a measurement of.
+
+    Attributes:
+        name: `kl`, `same_top`, `perplexity`, ...
+        unit: e.g. `nats/token`.
+        direction: whether less or more is better.
+    """
+
+    name: str
+    unit: str
+    direction: Direction
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,57 @@ class Score:
     n_tokens: int
     seconds: float
     data_digest: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluator measures.
+
+    Attributes:
+        model: a causal language model with its weights in place, packed or not.
+        inventory: its quantizable matrices; None where they are not known.
+        assignment: the formats of these; None where they are not known.
+    """
+
+    model: nn.Module
+    inventory: Inventory | None = None
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluator found.
+
+    Attributes:
+        scores: one of each of its metrics, in their order.
+        details: tables behind the scores, ready for JSON; empty where there are none.
+    """
+
+    scores: tuple[Score, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Measures a model; keeps what it needs of texts and of the original model.
+
+    Equal subjects give equal scores, seconds apart. The model is left as it was found: weights,
+    training mode, hooks.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is asked for by: `kl`, `drift`, ..."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it measures."""
+
+    def evaluate(self, subject: Subject) -> Evaluated:
+        """Measure.
+
+        Raises:
+            AlphaQuantError: the subject lacks what is measured, such as routed experts.
+        """
 
 
 def mean_and_stderr(per_sequence: Tensor) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def trials_frame(result: SearchResult) -> pd.DataFrame:
     """One row per trial."""
     frame = pd.DataFrame([_public(row) for row in result.rows])
     frame["duplicate_of"] = frame["duplicate_of"].astype("Int64")
-    on_front = {row.number for row in result.front}
+    on_front = {row.number for row in result.front_trials}
     frame["on_front"] = [n in on_front for n in frame["number"]]
     published = {row.trial for row in result.gate.points}
     frame["is_published"] = [n in published for n in frame["number"]]

@@ -85,7 +85,7 @@ class SearchResult:
         return self.space.limit_bits / self.space.inventory.n_weights
 
     @property
-    def front(self) -> tuple[TrialRow, ...]:
+    def front_trials(self) -> tuple[TrialRow, ...]:
         """The non-dominated complete trials over (bits, KL), of all sizes, by bits."""
         return front_of(self.rows)
 

@@ -83,7 +83,7 @@ def judged(found: SearchResult) -> SearchResult:
     """
     inventory, rows = found.space.inventory, found.rows
     int3, best = trial(found, "uniform:int3-g32"), trial(found, "knobs")
-    others = [r.number for r in found.front if r.number not in (int3, best)]
+    others = [r.number for r in found.front_trials if r.number not in (int3, best)]
     low, high = others[0], others[-1]
     digests = {n: uniform_assignment(inventory, n).digest for n in ("int4-g32", "mxfp4")}
     table = (

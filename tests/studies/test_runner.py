@@ -93,7 +93,7 @@ def test_all_steps_of_a_search_ran_and_races_ended_early(swept: SearchResult) ->
     assert pruned
     assert {row.origin for row in pruned} == {"knobs"}
     assert all(len(row.kl_per_window) in (8, 16) for row in pruned)
-    assert not {row.number for row in pruned} & {row.number for row in swept.front}
+    assert not {row.number for row in pruned} & {row.number for row in swept.front_trials}
     assert swept.probe is not None
     assert swept.n_measured > len({row.digest for row in swept.rows})
     assert 0 < swept.n_passes < swept.n_measured
@@ -111,8 +111,8 @@ def test_front_is_exactly_the_non_dominated_set_of_complete_trials(swept: Search
         )
 
     complete = [row for row in swept.rows if not row.is_pruned]
-    assert {r.number for r in swept.front} == {r.number for r in complete if not is_dominated(r)}
-    assert len(swept.front) > 2
+    assert {r.number for r in swept.front_trials} == {r.number for r in complete if not is_dominated(r)}
+    assert len(swept.front_trials) > 2
 
 
 def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
@@ -259,7 +259,7 @@ def test_files_of_a_search_agree(name: str, request: pytest.FixtureRequest) -> N
         trials = {int(row["number"]): row for row in csv.DictReader(file)}
     assert front["n_trials"] == len(trials) == len(result.rows)
     on_front = {n for n, row in trials.items() if row["on_front"] == "True"}
-    assert on_front == {row.number for row in result.front}
+    assert on_front == {row.number for row in result.front_trials}
     published = {n for n, row in trials.items() if row["is_published"] == "True"}
     points = [point for point in front["front"] if point["heldout"]["trial"] is not None]
     # The best may be off the front: what is lower there is lower by noise.
