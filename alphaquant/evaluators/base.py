@@ -1,8 +1,8 @@
 """Scores: measured numbers of a model, with everything needed to trust them; and what gives them.
 
-An `Evaluator` turns a model whose weights are in place into scores. Every evaluator keeps the
-contract suite of `alphaquant.testing.evaluators`. Also here: the mean over windows that most scores
-are, and the paired comparison of two models. Runs no model.
+An `Evaluator` turns a model whose weights are in place into scores; each keeps the contract suite
+of `alphaquant.testing.evaluators`. Also here: the mean over windows that most scores are, and the
+paired comparison of two models. Runs no model.
 
 Letters: N windows (the sequences of a text, which are the independent samples).
 """
