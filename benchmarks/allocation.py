@@ -38,7 +38,7 @@ from allocation_peers import (
     choose,
     modelopt_options,
 )
-from release import commit, parse_with_out
+from release import BOOKS, commit, parse_with_out
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
@@ -60,7 +60,7 @@ from alphaquant.studies.quantize import QuantizeSpec, quantize
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.runner import search
 from alphaquant.studies.sources import find_device, load_source
-from alphaquant.studies.spec import DataSpec, SearchSpec, menu_of
+from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import Prepared, load_inputs, open_filled_bank, prepare
 from alphaquant.studies.trials import Proposer
 from alphaquant.studies.truth import ChoiceTruth
@@ -384,7 +384,7 @@ def make_spec(args: argparse.Namespace, folder: Path) -> SearchSpec:
         budget=f"{args.budgets[0]}bits",
         trials=args.trials,
         sweep=args.sweep,
-        data=DataSpec(heldout=args.heldout, seq_len=args.seq_len),
+        data=replace(BOOKS, heldout=args.heldout, seq_len=args.seq_len),
         out=folder / "search",
         cache=args.cache or folder / "cache",
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from allocation import BUDGETS, Bench, table
-from release import commit, parse_with_out
+from release import BOOKS, commit, parse_with_out
 
 from alphaquant.errors import BudgetError
 from alphaquant.quant.provenance import device_facts, versions
@@ -29,7 +29,7 @@ from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.studies.sources import find_device
-from alphaquant.studies.spec import DataSpec, SearchSpec
+from alphaquant.studies.spec import SearchSpec
 
 WIDE = (
     *("int1-g256", "int1-g128", "int1-g64", "int1-g32"),
@@ -94,7 +94,7 @@ def main() -> None:
             model=args.model,
             budget=f"{BUDGETS[0]}bits",
             formats=",".join(WIDE),
-            data=DataSpec(heldout="demo", seq_len=args.seq_len),
+            data=replace(BOOKS, seq_len=args.seq_len),
             out=folder / "out",
             cache=args.cache or folder / "cache",
         )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from release import commit
+from release import BOOKS, commit
 from torch import Tensor
 
 from alphaquant import demo
@@ -204,11 +204,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cases for all seeds; prints the table and returns the result."""
-    data = (
-        DataSpec(n_calibration=8, heldout="demo", n_heldout=4)
-        if args.quick
-        else DataSpec(heldout="demo")
-    )
+    data = replace(BOOKS, n_calibration=8, n_heldout=4) if args.quick else BOOKS
     seeds = range(2 if args.quick else args.seeds)
     formats = args.formats or (("int4-g128",) if args.quick else FORMATS)
     rows: list[Row] = []

@@ -43,7 +43,7 @@ from quantizer_peers import (
     read_weights,
     run_peer,
 )
-from release import commit
+from release import BOOKS, commit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -347,11 +347,7 @@ def measure_peers(
 
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     """All methods on one model; prints the tables and returns the result."""
-    data = (
-        DataSpec(n_calibration=8, heldout="demo", n_heldout=4)
-        if args.quick
-        else DataSpec(heldout="demo")
-    )
+    data = replace(BOOKS, n_calibration=8, n_heldout=4) if args.quick else BOOKS
     wanted = args.variants or (QUICK_VARIANTS if args.quick else tuple(variants()))
     asked = args.formats or (("int4-g128",) if args.quick else FORMATS)
     formats = [parse_format(name).name for name in asked]

@@ -60,12 +60,16 @@ class Row:
     seconds: float
 
 
+BOOKS = DataSpec(calibration="demo", evaluation="demo", heldout="demo")
+"""The texts of all benchmarks: one domain, so that figures of different releases compare."""
+
+
 class Bench:
     """One model, one held-out text, many checkpoints."""
 
     def __init__(self, model: str, cache: Path | None) -> None:
         """Load the model and its texts, and store the original's predictions."""
-        data = DataSpec(heldout="demo")
+        data = BOOKS
         self.model, self.cache = model, cache
         self.source = load_source(model, find_device("auto"), "auto")
         self.calibration = read_text(
@@ -96,7 +100,7 @@ class Bench:
         """Search, quantize `best.json`, measure the checkpoint."""
         out = self.scratch / f"search-{budget}"
         spec = SearchSpec(
-            model=self.model, budget=budget, trials=trials, out=out, cache=self.cache
+            model=self.model, budget=budget, trials=trials, data=BOOKS, out=out, cache=self.cache
         )
         started = time.perf_counter()
         found = search(spec)

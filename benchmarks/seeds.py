@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from release import commit, parse_with_out
+from release import BOOKS, commit, parse_with_out
 
 from alphaquant.evaluators.divergence import store_teacher
 from alphaquant.quant.provenance import device_facts, versions
@@ -70,7 +70,7 @@ def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
 def common_heldout(spec: SearchSpec, folder: Path) -> EvaluationSet:
     """Held-out windows of seed 0 with the original's predictions."""
     source = load_source(spec.model, find_device(spec.device), spec.dtype)
-    tokens = read_text(source, "demo", "heldout", spec.data.n_heldout, None, 0)
+    tokens = read_text(source, spec.data.heldout, "heldout", spec.data.n_heldout, None, 0)
     path = folder / "heldout.safetensors"
     return EvaluationSet(tokens, store_teacher(path, source.map.model, tokens.tokens))
 
@@ -112,7 +112,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="alphaquant-seeds-") as name:
         folder = Path(name)
-        spec = SearchSpec(model=args.model, budget=args.budget, trials=args.trials)
+        spec = SearchSpec(model=args.model, budget=args.budget, trials=args.trials, data=BOOKS)
         heldout = common_heldout(spec, folder)
         for seed in range(args.first, args.first + args.seeds):
             one = folder / str(seed)

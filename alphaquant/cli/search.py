@@ -25,6 +25,8 @@ from alphaquant.cli.options import (
 
 _RESUME = "stopped; run the same command again to resume"
 
+_DEMO_TEXT = "demo=0.75,demo:code=0.25"  # that of studies.spec, which loads torch; a test compares
+
 Budget = Annotated[
     str,
     typer.Option(
@@ -99,16 +101,14 @@ Timeout = Annotated[
 Calibration = Annotated[
     str,
     typer.Option(
-        help="Text for Hessians and costs: demo, wikitext2, c4, or a .txt/.jsonl/.npy file."
+        help="Text for Hessians and costs: demo, demo:code, wikitext2, c4, or a .txt/.jsonl/.npy "
+        "file; several domains are separated by commas, such as a=0.75,b=0.25."
     ),
 ]
 Evaluation = Annotated[str, typer.Option(help="Text for the divergence that the search sees.")]
 Heldout = Annotated[
     str,
-    typer.Option(
-        help="Text for the last comparison with uniform formats; several domains are separated by "
-        "commas, such as a=0.75,b=0.25."
-    ),
+    typer.Option(help="Text for the last comparison with uniform formats, domain by domain."),
 ]
 NCalibration = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
 NEvaluation = Annotated[int, typer.Option(min=2, help="Windows of evaluation text.")]
@@ -149,9 +149,9 @@ def command(
     trials: Trials = 48,
     timeout: Timeout = None,
     seed: Seed = 0,
-    calibration: Calibration = "demo",
-    evaluation: Evaluation = "demo",
-    heldout: Heldout = "demo=0.75,demo:code=0.25",
+    calibration: Calibration = _DEMO_TEXT,
+    evaluation: Evaluation = _DEMO_TEXT,
+    heldout: Heldout = _DEMO_TEXT,
     calibration_samples: NCalibration = 128,
     evaluation_samples: NEvaluation = 48,
     heldout_samples: NHeldout = 64,

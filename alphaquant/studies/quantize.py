@@ -29,7 +29,7 @@ from alphaquant.studies.sources import (
     model_location,
     read_text,
 )
-from alphaquant.studies.spec import quant_settings
+from alphaquant.studies.spec import DEMO_TEXT, quant_settings
 from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
     found = summary.calibration
     tokens = read_text(
         source,
-        spec.calibration or found.get("source", "demo"),
+        spec.calibration or found.get("source", DEMO_TEXT),
         "calibration",
         spec.n_calibration or found.get("n_samples", 128),
         spec.seq_len or found.get("seq_len"),
