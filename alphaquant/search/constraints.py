@@ -125,6 +125,27 @@ def is_kept(problem: Problem, choice: IntArray, constraints: SideConstraints) ->
     return _keeps(_make_case(problem, no_cost, n_bits, constraints, share), choice)
 
 
+def check_reachable(problem: Problem, limit_bits: int, constraints: SideConstraints) -> None:
+    """Refuse side constraints that one look at sizes shows to be out of reach; costs play no part.
+
+    A search asks this before it measures anything. Without `active_share` routed experts count as
+    never read, so a budget of active bytes can still turn out to be too small later.
+
+    Raises:
+        BudgetError: saying what is in reach.
+        ConfigError: a layer whose experts need more formats.
+    """
+    if constraints == SideConstraints():
+        return
+    if problem.has("active_share"):
+        share = problem.feature("active_share")
+    else:
+        share = np.array([float(unit.kind != "expert") for unit in problem.units])
+    no_cost = np.zeros(problem.bits.shape)
+    case = _make_case(problem, no_cost, limit_bits, constraints, share)
+    _check_reachable(case, problem, constraints)
+
+
 def _make_case(
     problem: Problem,
     cost: FloatArray,

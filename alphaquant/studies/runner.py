@@ -42,6 +42,7 @@ from alphaquant.studies.stages import (
     Inputs,
     Prepared,
     bank_formats,
+    check_constraints,
     load_inputs,
     prepare,
 )
@@ -81,6 +82,7 @@ def search(
     clock("load", 0, 1)
     source = load_source(spec.model, request.device, spec.dtype)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
+    check_constraints(space, spec.constraints)
     inputs = load_inputs(spec, source)
     with _claimed(spec, inputs) as (folder, study):
         clock("load", 1, 1)

@@ -4,6 +4,7 @@ Each returns plain data for the next. What is expensive is kept in the cache and
 digest, so a stage that ran before costs a read.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spe
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.swap import Swapper
+from alphaquant.search.arrays import FloatArray
+from alphaquant.search.constraints import SideConstraints, check_reachable
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
@@ -201,22 +204,45 @@ def problem_of(space: SearchSpace, costs: Costs, spectra: UnitSpectra | None = N
         spectra: of the weights, for the allocators that use them.
     """
     columns = [costs.table.formats.index(name) for name in space.menu]
-    formats = [parse_format(name) for name in space.menu]
     found = costs.units
     features = {"routing_weight": found.routing_weight, "active_share": found.active_share}
     if spectra is not None:
         features |= {"alpha": spectra.alpha_farms, "alpha_plain": spectra.alpha}
         features |= {"variance": spectra.variance}
+    measured = {name: getattr(found, name)[:, columns] for name in (*COSTS, *OPTIONAL_COSTS)}
+    return _problem(space, measured, found.n_tokens, features)
+
+
+def _problem(
+    space: SearchSpace,
+    costs: Mapping[str, FloatArray],
+    n_tokens: FloatArray,
+    features: Mapping[str, FloatArray],
+) -> Problem:
+    """The allocation problem of a space with any costs, float64 [U, F]."""
+    formats = [parse_format(name) for name in space.menu]
     return make_problem(
         space.units,
         space.menu,
         np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64),
         np.array([[name in space.allowed(u) for name in space.menu] for u in space.units]),
-        {name: getattr(found, name)[:, columns] for name in (*COSTS, *OPTIONAL_COSTS)},
-        found.n_tokens,
+        costs,
+        n_tokens,
         space.inventory.n_layers,
         features,
     )
+
+
+def check_constraints(space: SearchSpace, constraints: SideConstraints) -> None:
+    """Refuse side constraints that are out of reach, before anything is measured.
+
+    Raises:
+        AlphaQuantError: see `alphaquant.search.constraints.check_reachable`.
+    """
+    n_units, n_formats = len(space.units), len(space.menu)
+    no_costs = {name: np.zeros((n_units, n_formats)) for name in COSTS}
+    problem = _problem(space, no_costs, np.ones(n_units), {})
+    check_reachable(problem, space.limit_bits, constraints)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.search import cohorts
-from alphaquant.search.constraints import SideConstraints, is_kept, solve_constrained
+from alphaquant.search.constraints import (
+    SideConstraints,
+    check_reachable,
+    is_kept,
+    solve_constrained,
+)
 from alphaquant.search.problem import Problem, make_problem
 from alphaquant.search.solver import Solution, close_gap, solve
 from alphaquant.spaces.units import Matrix, Unit
@@ -304,3 +309,31 @@ def test_a_choice_is_kept_exactly_when_a_count_says_so() -> None:
         kept.append(is_kept(problem, choice, case.constraints))
         assert kept[-1] == case.keeps(choice)
     assert {True, False} == set(kept)
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit_bits", "constraints", "message"),
+    [
+        (TWO_LAYERS, 383, {"layer_minimum_bits": 3.0}, "takes 384 bits, and the budget is 383"),
+        (TWO_LAYERS, 999, {"layer_minimum_bits": 4.01}, "layer 0 reaches 4.0000 bits"),
+        ([*TWO_LAYERS, ("expert", 0, [(64, 1)] * 3)], 999, {"active_bits": 255}, "reads 256 bits"),
+    ],
+)
+def test_sizes_alone_show_what_is_out_of_reach(
+    rows: list[tuple[str, int, list[tuple[int, float]]]],
+    limit_bits: int,
+    constraints: dict[str, Any],
+    message: str,
+) -> None:
+    case = _case(rows, limit_bits, **constraints)
+    with pytest.raises(BudgetError, match=message):
+        check_reachable(case.problem, limit_bits, case.constraints)
+
+
+def test_what_sizes_alone_allow_passes_where_experts_may_be_read_by_none() -> None:
+    case = _case([*TWO_LAYERS, ("expert", 0, [(64, 1)] * 3)], 999, active_bits=256)
+    check_reachable(case.problem, 999, case.constraints)
+    check_reachable(case.problem, 999, SideConstraints())
+    shares = replace(case.problem, features={"active_share": np.array([1.0, 1.0, 0.5])})
+    with pytest.raises(BudgetError, match="reads 288 bits"):
+        check_reachable(shares, 999, case.constraints)

@@ -473,6 +473,8 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
         ({"active_budget": "3bits"}, BudgetError, "'3bits' is not in bytes"),
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
+        ({"layer_minimum_bits": 6.0}, BudgetError, "layer_minimum_bits = 6.0 takes"),
+        ({"active_budget": "1KB"}, BudgetError, "a token reads .* bits in the smallest"),
         ({"device": "quantum"}, ModelError, "quantum.*cpu"),
         ({"device": "meta"}, ModelError, "meta.*cpu"),
         ({"dtype": "int8"}, ModelError, "int8.*float32"),
