@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import StoreError
-from alphaquant.evaluators.base import Score, mean_and_stderr
+from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
 from alphaquant.evaluators.data import token_digest
-from alphaquant.evaluators.perplexity import perplexity_score, predict, token_losses
+from alphaquant.evaluators.perplexity import (
+    PERPLEXITY,
+    perplexity_score,
+    predict,
+    token_losses,
+)
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.walk import batches_of
@@ -87,6 +92,40 @@ class Divergence:
             Score("same_top", top, "share of positions", "maximize", top_error, *common),
             perplexity_score(self.nll, self.seq_len, seconds, data_digest),
         ]
+
+
+@dataclass(frozen=True)
+class DivergenceEvaluator:
+    """Compares a model's predictions with those stored of the original.
+
+    Attributes:
+        tokens: int64 [N, T], T >= 2, those of the teacher.
+        teacher: stored predictions.
+        batch_size: windows per forward pass.
+    """
+
+    tokens: Tensor
+    teacher: Teacher
+    batch_size: int = 8
+
+    name: ClassVar[str] = "divergence"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("kl", "nats/token", "minimize"),
+        Metric("same_top", "share of positions", "maximize"),
+        PERPLEXITY,
+    )
+
+    def evaluate(self, subject: Subject) -> Evaluated:
+        """Measure; no details.
+
+        Raises:
+            StoreError: the teacher belongs to other windows or another vocabulary.
+            DataError: windows of one token.
+        """
+        found = measure_divergence(
+            subject.model, self.tokens, self.teacher, batch_size=self.batch_size
+        )
+        return Evaluated(tuple(found.scores(self.teacher.facts["data_digest"])))
 
 
 def store_teacher(

@@ -8,16 +8,21 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary.
 
 import math
 import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import DataError
-from alphaquant.evaluators.base import Score, mean_and_stderr
+from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
+from alphaquant.evaluators.data import token_digest
 from alphaquant.quant.walk import batches_of
 
 _MAX_EXPONENT = 709.0
 """exp of more is beyond float64 (1.8e308)."""
+
+PERPLEXITY = Metric("perplexity", "per token", "minimize")
 
 
 @torch.no_grad()
@@ -105,3 +110,29 @@ def measure_perplexity(
     ]
     seconds = time.perf_counter() - started
     return perplexity_score(torch.cat(nll), tokens.shape[1], seconds, data_digest)
+
+
+@dataclass(frozen=True)
+class PerplexityEvaluator:
+    """Measures the perplexity of a model.
+
+    Attributes:
+        tokens: int64 [N, T], T >= 2.
+        batch_size: windows per forward pass.
+    """
+
+    tokens: Tensor
+    batch_size: int = 8
+
+    name: ClassVar[str] = "perplexity"
+    metrics: ClassVar[tuple[Metric, ...]] = (PERPLEXITY,)
+
+    def evaluate(self, subject: Subject) -> Evaluated:
+        """Measure; no details.
+
+        Raises:
+            DataError: windows of one token.
+        """
+        digest = token_digest(self.tokens)
+        score = measure_perplexity(subject.model, self.tokens, digest, batch_size=self.batch_size)
+        return Evaluated((score,))

@@ -101,7 +101,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.num_experts = site.n_experts
         # A site is no module: the replaced module's (meta) weights stay out of the state.
-        self._site = site
+        self.site = site
         for name in site.bias_names:
             self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
@@ -116,7 +116,7 @@ class PackedExperts(nn.Module):
                 ids int64 [n, k], weights [n, k].
             kwargs: likewise.
         """
-        inputs, expert_ids, weights = self._site.route(args, kwargs)
+        inputs, expert_ids, weights = self.site.route(args, kwargs)
         output = torch.zeros_like(inputs)
         for tokens in tokens_by_expert(expert_ids, weights, self.num_experts):
             y = self._run_expert(tokens.expert, inputs[tokens.rows])
@@ -127,11 +127,11 @@ class PackedExperts(nn.Module):
         """One expert on its tokens, [m, H] -> [m, H]."""
         expert = self.get_submodule(str(index))
         gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)  # type: ignore[operator]
-        bias = self._site.gate_up_bias(self, index)
+        bias = self.site.gate_up_bias(self, index)
         if bias is not None:
             gate_up = gate_up + bias
-        y: Tensor = expert.down_proj(self._site.apply_gate(gate_up))  # type: ignore[operator]
-        bias = self._site.down_bias(self, index)
+        y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))  # type: ignore[operator]
+        bias = self.site.down_bias(self, index)
         return y if bias is None else y + bias
 
 
