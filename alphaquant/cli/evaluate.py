@@ -6,14 +6,28 @@ from typing import Annotated
 import typer
 
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
-from alphaquant.cli.options import Debug, Device, Dtype, SeqLen
+from alphaquant.cli.options import Debug, Device, Dtype, Shots, TaskData
 
 Model = Annotated[str, typer.Option(help="Packed checkpoint, local directory, hub id, or demo.")]
-Reference = Annotated[str | None, typer.Option(help="The original model; needed for kl.")]
+Reference = Annotated[
+    str | None, typer.Option(help="The original model, measured too; needed for kl and drift.")
+]
 Tasks = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated: kl (with same-top), ppl; default both, or ppl without a reference."
+        help="Comma-separated: kl (with same-top), ppl, utilization, drift; mmlu, mmlu_anatomy or "
+        "any task, .yaml task file or folder of these of lm-eval; default kl,ppl, or ppl without "
+        "a reference."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="First documents of each task or subject (lm-eval); default all."),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Tokens per window; default 256 for demo, else 2048 or the model's limit."
     ),
 ]
 Data = Annotated[
@@ -24,7 +38,7 @@ Data = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=2, help="Windows.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the windows.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows or prompts per forward pass.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON with provenance instead of a table.")
 ]
@@ -39,12 +53,15 @@ def command(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    shots: Shots = None,
+    limit: Limit = None,
+    task_data: TaskData = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: KL and same-top against its reference, perplexity, with standard errors."""
+    """Measure a model: divergence, perplexity, routing, tasks of lm-eval, with standard errors."""
     set_up(debug)
     with reported(debug, "stopped"):
         from alphaquant.studies import evaluate as studies
@@ -62,6 +79,9 @@ def command(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            n_shots=shots,
+            limit=limit,
+            task_data=task_data,
         )
         with Bars() as bars:
             found = studies.evaluate(spec, progress=bars)

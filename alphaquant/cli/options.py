@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,4 +78,15 @@ NStarts = Annotated[
 RefineSweeps = Annotated[
     int | None,
     typer.Option(min=0, help="Rounds of refinement after GPTQ; default 3, 0 is plain GPTQ."),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(min=0, help="Examples before each question (lm-eval); default: the task's own."),
+]
+TaskData = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of MMLU's files dev/SUBJECT_dev.csv and test/SUBJECT_test.csv; default: the "
+        "Hugging Face hub."
+    ),
 ]

@@ -1,6 +1,8 @@
 """`aq-eval`: a table or JSON on stdout; wrong input is one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,46 @@ def test_without_a_reference_it_is_perplexity(run: Any, options: tuple[str, ...]
     assert "kl" not in done.out.splitlines()[1]
 
 
+def test_mmlu_of_local_files(run: Any, options: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install .[tasks]")
+    for part in ("test", "dev"):
+        (tmp_path / part).mkdir()
+        rows = [f"Question {i}?,w,x,y,z,{'ABCD'[i]}\n" for i in range(3)]
+        (tmp_path / part / f"anatomy_{part}.csv").write_text("".join(rows))
+    local = ("--task-data", str(tmp_path), "--shots", "1", "--limit", "2")
+    tasks = ("--tasks", "ppl,utilization,mmlu_anatomy")
+    done = run("aq-eval", *options, *tasks, *local)
+    assert done.code == 0
+    content = json.loads(run("aq-eval", *options, *tasks, *local, "--json").out)
+    assert [s["metric"] for s in content["scores"]] == [
+        *("perplexity", "load_imbalance", "load_entropy", "starved_experts", "mmlu_anatomy.acc")
+    ]
+    assert all(f"{s['value']:.6f}" in done.out for s in content["scores"])
+    (row,) = content["details"]["mmlu_anatomy"]["tasks"]
+    assert (row["n_shots"], row["n_samples"], row["n_available"]) == (1, 2, 3)
+    assert "it/s" not in done.err
+
+
+def test_help_needs_neither_torch_nor_lm_eval() -> None:
+    probe = (
+        "import sys\n"
+        "from alphaquant.cli import evaluate\n"
+        "try:\n evaluate.main()\nexcept SystemExit:\n pass\n"
+        "print(sorted({'torch', 'lm_eval', 'datasets'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", probe, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--task-data" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
         (("--tasks", "kl"), ("--reference",)),
-        (("--tasks", "mmlu"), ("mmlu", "kl, ppl")),
+        (("--tasks", "drfit"), ("drfit", "kl, ppl", "drift")),
+        (("--limit", "3"), ("--limit", "lm-eval")),
+        (("--tasks", "mmlu_anatomy", "--task-data", "/nowhere"), ("anatomy_test.csv",)),
         (("--tasks", ""), ("none", "kl, ppl")),
         (("--model", "/nowhere"), ("/nowhere",)),
         (("--reference", "/nowhere"), ("/nowhere",)),
