@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import entry_points
 
 DISTRIBUTION = "aq-search"
-N_COMMANDS = 3
+N_COMMANDS = 7
 HEAVY = ("torch", "optuna", "transformers", "datasets", "scipy", "pandas")
 
 # Runs in a process of its own: argv is the entry point, or empty for the bare package.

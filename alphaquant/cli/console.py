@@ -3,9 +3,10 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import typer
 from rich.console import Console
@@ -13,39 +14,61 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
+from rich.text import Text
 
 from alphaquant.errors import AlphaQuantError
 
-_STAGES = {
-    "load": "load model and texts",
-    "teacher": "predictions of the original",
-    "hessians": "Hessians",
-    "bank": "bank: every format",
-    "costs": "costs",
-    "study": "study",
-    "gate": "held-out comparison",
-    "report": "report",
-    "quantize": "quantize",
-    "evaluate": "evaluate",
-}
+STAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "load": "load model and texts",
+        "teacher": "original's outputs",
+        "spectra": "spectra of weights",
+        "hessians": "Hessians",
+        "bank": "bank: every format",
+        "costs": "costs of formats",
+        "study": "study",
+        "probe": "random assignments",
+        "sweep": "sweep of blocks",
+        "relinearize": "costs measured anew",
+        "anchor": "costs at the best",
+        "polish": "measured exchanges",
+        "gate": "held-out comparison",
+        "report": "report",
+        "quantize": "quantize",
+        "evaluate": "evaluate",
+    }
+)
+"""What people read for each stage that reports progress, at most 20 characters."""
+
+_MADE_OF_OTHERS = ("relinearize",)
+"""Stages whose steps are other stages and trials: those have the seconds."""
 
 
 class Bars:
-    """One progress bar per stage on a terminal; elsewhere one line when a stage ends."""
+    """One progress bar per stage on a terminal; elsewhere one line when a stage ends.
+
+    A bar has the seconds that its stage took and an estimate of those that are left, see
+    `alphaquant.studies.progress`.
+    """
 
     def __init__(self) -> None:
         """Make the display; nothing is shown before the first call."""
+        from alphaquant.studies.progress import StageTimes
+
+        self._times = StageTimes()
         self._console = Console(stderr=True)
-        # 27 + 14 + 7 + 7 + 21 characters and four spaces are 80.
+        # 20 + 8 + 7 + 7 + 12 + 21 characters and five spaces are 80.
         self._progress = Progress(
-            TextColumn("{task.description:<27}"),
-            BarColumn(bar_width=14),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _TimeColumn(self._elapsed_text),
+            _TimeColumn(self._remaining_text),
             TextColumn("{task.fields[note]}"),
             console=self._console,
         )
@@ -71,14 +94,18 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is; see `alphaquant.quant.bank.Progress`."""
-        label = _STAGES.get(stage, stage)
+        self._times.record(stage, done, total, time.monotonic())
+        label = STAGES.get(stage, stage)
         if not self._console.is_terminal:
             if done == total and stage not in self._ended:
                 self._ended.add(stage)
-                print(f"{label}: {done} of {total}", file=sys.stderr)
+                seconds = f", {self._times.seconds[stage]:.1f} s"
+                took = "" if stage in _MADE_OF_OTHERS else seconds
+                print(f"{label}: {done} of {total}{took}", file=sys.stderr)
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(label, total=total, note="")
+            added = self._progress.add_task(label, total=total, note="", stage=stage)
+            self._tasks[stage] = added
         note = self._note if stage == "study" else ""
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
 
@@ -93,6 +120,50 @@ class Bars:
         if not self._console.is_terminal:
             print(line, file=sys.stderr)
 
+    def _elapsed_text(self, stage: str) -> str:
+        if stage in _MADE_OF_OTHERS:
+            return ""
+        return duration_text(self._times.elapsed(stage, time.monotonic()))
+
+    def _remaining_text(self, stage: str) -> str:
+        seconds = self._times.remaining(stage, time.monotonic())
+        if seconds is None or stage in _MADE_OF_OTHERS:
+            return ""
+        return f"{duration_text(seconds)} left"
+
+
+class _TimeColumn(ProgressColumn):
+    """A duration of the task's stage, read anew at every refresh."""
+
+    def __init__(self, text_of: Callable[[str], str]) -> None:
+        super().__init__()
+        self._text_of = text_of
+
+    def render(self, task: Task) -> Text:
+        """The duration, to the right."""
+        return Text(self._text_of(task.fields["stage"]), justify="right", style="cyan")
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people, at most 7 characters: `0:07`, `12:34`, `1:02:03`, `12 h`.
+
+    Args:
+        seconds: 0 or more; rounded down.
+    """
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 10:
+        return f"{hours} h"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class _CurrentStderr(logging.Handler):
+    """Writes where `sys.stderr` points now: above the bars while they are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(self.format(record), file=sys.stderr)
+
 
 def set_up(debug: bool) -> None:
     """Quiet libraries, our warnings to stderr; each command calls it before heavy imports."""
@@ -102,7 +173,9 @@ def set_up(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[_CurrentStderr()]
+    )
     logging.getLogger("alphaquant").setLevel(logging.DEBUG if debug else logging.WARNING)
 
 

@@ -1,9 +1,21 @@
-"""Seconds per stage, measured from the progress calls themselves."""
+"""Seconds per stage and how many are left, found from the progress calls themselves.
+
+What a stage has taken is exact. What is left is an estimate: the mean of the last `N_RECENT` steps
+for every step that is missing.
+"""
 
 import time
 from dataclasses import dataclass, field
 
 from alphaquant.quant.bank import Progress
+
+N_RECENT = 16
+"""Steps that an estimate looks back on. In three studies of 28 to 48 trials, whose steps are as
+uneven as any, the estimate was off by a factor of 1.19 in the mean with 16, of 1.20 with all
+steps and 1.22 with 4."""
+
+MIN_STEP_SECONDS = 0.001
+"""Faster steps were found, in a cache or a study, and say nothing about those to come."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -11,27 +23,114 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 @dataclass
-class StageClock:
-    """Forwards progress calls and books the time between them to the stage of the earlier call.
-
-    Worked example: calls load at 0 s, load at 2 s, bank at 3 s, `stop` at 7 s make load 3 s, bank
-    4 s.
+class _Pace:
+    """How fast one stage goes.
 
     Attributes:
-        forward: where the calls go.
+        done: steps done.
+        total: steps.
+        seconds_at_done: what the stage had taken when it got there.
+        recent: (steps, seconds) of the last advances. Replaced and never changed, because a
+            display reads it from a thread of its own.
+    """
+
+    done: int = 0
+    total: int = 0
+    seconds_at_done: float = 0.0
+    recent: tuple[tuple[int, float], ...] = ()
+
+    def reach(self, done: int, total: int, seconds: float) -> None:
+        """Note how far the stage is after so many seconds of its own."""
+        n_steps, taken = done - self.done, seconds - self.seconds_at_done
+        if n_steps > 0 and taken >= MIN_STEP_SECONDS * n_steps:
+            self.recent = (*self.recent, (n_steps, taken))[-N_RECENT:]
+        if n_steps != 0 or done == 0:
+            self.seconds_at_done = seconds
+        self.done, self.total = done, total
+
+    def remaining(self, seconds: float) -> float | None:
+        """Seconds that the stage will still take, None without a basis or with nothing left."""
+        left = self.total - self.done
+        if left <= 0 or not self.recent:
+            return None
+        each = sum(s for _, s in self.recent) / sum(n for n, _ in self.recent)
+        return max(left * each - (seconds - self.seconds_at_done), (left - 1) * each)
+
+
+@dataclass
+class StageTimes:
+    """Books the time between progress calls to stages, and estimates what is left.
+
+    Time counts for the stage of the earlier call, or, where that was its last step, for the stage
+    of the later one.
+
+    Worked example: load 0 of 1 at 0 s, load 1 of 1 at 2 s, bank 0 of 4 at 3 s, bank 1 of 4 at 8 s
+    make load 2 s and bank 6 s. The step took 5 s, so the bank has 15 s left; at 10 s, 13 s.
+
+    Attributes:
         seconds: wall time by stage, in order of first appearance.
     """
 
-    forward: Progress
     seconds: dict[str, float] = field(default_factory=dict)
-    _stage: str = ""
+    _paces: dict[str, _Pace] = field(default_factory=dict)
+    _stage: str | None = None
+    _is_over: bool = False
     _since: float = 0.0
+
+    def record(self, stage: str, done: int, total: int, now: float) -> None:
+        """Note a progress call.
+
+        Args:
+            stage: that runs from now on.
+            done: steps.
+            total: steps.
+            now: seconds of any clock.
+        """
+        self.seconds.setdefault(stage, 0.0)
+        self._book(stage if self._is_over else self._stage, now)
+        self._stage, self._is_over = stage, done >= total
+        self._paces.setdefault(stage, _Pace()).reach(done, total, self.seconds[stage])
+
+    def stop(self, now: float) -> None:
+        """Book the time of the last stage, also where it had ended."""
+        self._book(self._stage, now)
+        self._stage = None
+
+    def elapsed(self, stage: str, now: float) -> float:
+        """Seconds that a stage has taken until now."""
+        runs = stage == self._stage and not self._is_over
+        return self.seconds[stage] + (now - self._since if runs else 0.0)
+
+    def remaining(self, stage: str, now: float) -> float | None:
+        """Seconds that a stage will still take, None where nothing can be said or is left."""
+        return self._paces[stage].remaining(self.elapsed(stage, now))
+
+    def _book(self, stage: str | None, now: float) -> None:
+        if self._stage is not None and stage is not None:
+            self.seconds[stage] += now - self._since
+        self._since = now
+
+
+@dataclass
+class StageClock:
+    """Forwards progress calls and books the seconds of each stage, see `StageTimes`.
+
+    Attributes:
+        forward: where the calls go.
+        times: of the stages so far.
+    """
+
+    forward: Progress
+    times: StageTimes = field(default_factory=StageTimes)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage, in order of first appearance."""
+        return self.times.seconds
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """See `Progress`: the stage that runs from now on, and how far it is."""
-        self._book()
-        self._stage = stage
-        self.seconds.setdefault(stage, 0.0)
+        self.times.record(stage, done, total, time.perf_counter())
         self.forward(stage, done, total)
 
     def shifted(self, offset: int, total: int) -> Progress:
@@ -40,11 +139,4 @@ class StageClock:
 
     def stop(self) -> None:
         """Book the time of the last stage."""
-        self._book()
-        self._stage = ""
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        if self._stage:
-            self.seconds[self._stage] += now - self._since
-        self._since = now
+        self.times.stop(time.perf_counter())

@@ -21,7 +21,7 @@ from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.report import bit_lines
+from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.sources import (
     Source,
     find_device,

@@ -12,7 +12,15 @@ import pytest
 
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
-COMMANDS = {"aq-search": "search", "aq-quantize": "quantize", "aq-eval": "evaluate"}
+COMMANDS = {
+    "aq-search": "search",
+    "aq-quantize": "quantize",
+    "aq-eval": "evaluate",
+    "aq-dashboard": "dashboard",
+    "aq-inspect": "inspect_config",
+    "aq-compare": "compare",
+    "aq-sensitivity": "sensitivity",
+}
 ROOT = Path(__file__).parents[2]
 
 

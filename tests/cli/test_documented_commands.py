@@ -18,9 +18,20 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.py")),
 ]
-MODULES = {"aq-search": "search", "aq-quantize": "quantize", "aq-eval": "evaluate"}
+MODULES = {
+    "aq-search": "search",
+    "aq-quantize": "quantize",
+    "aq-eval": "evaluate",
+    "aq-dashboard": "dashboard",
+    "aq-inspect": "inspect_config",
+    "aq-compare": "compare",
+    "aq-sensitivity": "sensitivity",
+}
 # A command with an option: in a code block, after a prompt or between backticks.
-COMMAND = re.compile(r"\b(aq-(?:search|quantize|eval)(?:[ \t]+|\\\n)-(?:\\\n|[^`\n])*)")
+COMMAND = re.compile(
+    r"\b(aq-(?:search|quantize|eval|dashboard|inspect|compare|sensitivity)"
+    r"(?:[ \t]+|\\\n)-(?:\\\n|[^`\n])*)"
+)
 
 
 def commands_of(text: str) -> list[str]:

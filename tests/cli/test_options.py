@@ -11,7 +11,10 @@ import typer
 
 from alphaquant.cli.console import application
 
-COMMANDS = ("search", "quantize", "evaluate")
+COMMANDS = (
+    *("search", "quantize", "evaluate", "dashboard"),
+    *("inspect_config", "compare", "sensitivity"),
+)
 HEAVY = ("torch", "optuna", "transformers", "numpy", "scipy", "pandas", "pydantic")
 
 NEEDED = ("--model", "demo", "--config", "best.json", "--out", "out")

@@ -1,0 +1,47 @@
+"""`aq-inspect`: what a configuration means on a model, without loading weights."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alphaquant.cli.console import application, quiet_libraries, reported, set_up
+from alphaquant.cli.options import Debug
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="Configuration, packed checkpoint, or --out of aq-search, whose best.json is read.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="demo, a local directory, or a hub id; default the model that CONFIG names."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def command(
+    config: ConfigPath, model: Model = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Show bits, bytes, formats by role and layer, and which engines load them.
+
+    No weights are loaded: a model's config.json is enough, whatever its size.
+    """
+    set_up(debug)
+    with reported(debug, "stopped"):
+        from alphaquant.studies.inspect_config import inspect_config
+        from alphaquant.studies.inspect_text import inspection_json, inspection_text
+
+        quiet_libraries()
+        found = inspect_config(config, model)
+        print(json.dumps(inspection_json(found), indent=1) if as_json else inspection_text(found))
+
+
+def main() -> None:
+    """Entry point."""
+    application(command)()

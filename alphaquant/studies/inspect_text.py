@@ -1,0 +1,190 @@
+"""How an inspection looks: tables of 80 columns for people, JSON for programs."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from alphaquant.spaces.formats import parse_format
+from alphaquant.studies.inspect_config import Inspection, Loadable, Part
+from alphaquant.studies.sizes import bit_lines
+from alphaquant.studies.tables import aligned, with_error
+
+MAX_WARNINGS = 8
+"""Warnings that the text lists; more are counted, and JSON has all."""
+
+_WIDTH = 80
+
+
+def inspection_text(found: Inspection) -> str:
+    """Everything for people, in paragraphs."""
+    parts = [
+        _wrapped(f"{found.statement.path} on {found.model.name}"),
+        summary_text(found.statement.summary),
+        "\n".join([*bit_lines(found.counts), *_size_lines(found)]),
+        _parts_table("role", found.roles),
+        _formats_table(found.roles),
+        _parts_table("layer", found.layers),
+        _unnamed_text(found),
+        "\n".join(_engine_text(engine) for engine in found.engines),
+        warnings_text(found.warnings),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def inspection_json(found: Inspection) -> dict[str, Any]:
+    """Everything for programs."""
+    kept = found.model.inventory.kept
+    return {
+        "path": str(found.statement.path),
+        "model": found.model.name,
+        "model_type": found.model.inventory.model_type,
+        "assignment_digest": found.plan.assignment.digest,
+        "bits": asdict(found.counts),
+        "kept": {"n_tensors": len(kept), "n_bytes": sum(k.n_bytes for k in kept)},
+        "active": None if found.active is None else asdict(found.active),
+        "roles": [part_json(part) for part in found.roles],
+        "layers": [part_json(part) for part in found.layers],
+        "unnamed": [
+            {"role": role, "format": label, "n_matrices": n}
+            for (role, label), n in found.unnamed.items()
+        ],
+        "unmatched_patterns": list(found.plan.unmatched_patterns),
+        "engines": [
+            {"engine": e.engine, "is_loadable": not e.reasons, "reasons": list(e.reasons)}
+            for e in found.engines
+        ],
+        "summary": dict(found.statement.summary),
+        "warnings": list(found.warnings),
+    }
+
+
+def part_json(part: Part) -> dict[str, Any]:
+    """A part with what follows from it."""
+    return {
+        **asdict(part),
+        "bits_per_weight": part.bits_per_weight,
+        "n_bytes": part.n_bytes,
+    }
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """What a search or a quantization wrote into its result; "" where nothing is known of it."""
+    lines = []
+    for name in ("model", "model_digest", "budget", "profile", "origin", "trial"):
+        if summary.get(name) is not None:
+            lines.append(f"{name.replace('_', ' '):<12} {summary[name]}")
+    evaluation = summary.get("evaluation")
+    if scores_of(summary) and isinstance(evaluation, Mapping) and "source" in evaluation:
+        lines.append(f"{'evaluated on':<12} {source_text(evaluation)}")
+    for score in scores_of(summary).values():
+        value, stderr = score["value"], score.get("stderr")
+        shown = f"{value:.6f}" if stderr is None else with_error(value, stderr)
+        lines.append(f"{score['metric']:<12} {shown} {score.get('unit', '')}")
+    return "\n".join(lines)
+
+
+def scores_of(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Scores on the evaluation text by metric; what is not of their form is left out."""
+    scores = summary.get("scores")
+    return {
+        str(score["metric"]): score
+        for score in (scores if isinstance(scores, list) else [])
+        if isinstance(score, Mapping)
+        and isinstance(score.get("value"), int | float)
+        and isinstance(score.get("stderr"), int | float | None)
+        and "metric" in score
+    }
+
+
+def source_text(provenance: Mapping[str, Any]) -> str:
+    """`demo, 48 x 256 tokens` of the provenance of a text."""
+    name, n, length = (provenance.get(key) for key in ("source", "n_samples", "seq_len"))
+    return f"{name}, {n} x {length} tokens"
+
+
+def _size_lines(found: Inspection) -> list[str]:
+    """What a token reads, and what stays as it is."""
+    active, kept = found.active, found.model.inventory.kept
+    if active is None:
+        reads = "unknown: the model does not state its experts per token"
+    else:
+        k = active.experts_per_token
+        uniform = f" ({k} experts, all used alike)" if k else ""
+        reads = f"{active.n_bytes} bytes of {active.n_weights} weights{uniform}"
+    n_bytes = sum(k.n_bytes for k in kept)
+    return [
+        f"read per token   {reads}",
+        f"not quantizable  {n_bytes} bytes in {len(kept)} tensors",
+    ]
+
+
+def _parts_table(title: str, parts: Sequence[Part]) -> str:
+    head = (title, "matrices", "weights", "bits", "bytes", "formats")
+    rows = [
+        [
+            *(part.name, str(part.n_matrices), str(part.n_weights)),
+            *(f"{part.bits_per_weight:.4f}", str(part.n_bytes), str(len(part.weights_by_format))),
+        ]
+        for part in parts
+    ]
+    return aligned(head, rows, left=("role",))
+
+
+def _formats_table(roles: Sequence[Part]) -> str:
+    """Shares of each role's weights in every format, the smallest format first."""
+    labels = {label for role in roles for label in role.weights_by_format}
+    rows = [
+        [
+            label,
+            *(
+                f"{100 * role.weights_by_format[label] / role.n_weights:.1f} %"
+                if label in role.weights_by_format
+                else ""
+                for role in roles
+            ),
+        ]
+        for label in sorted(labels, key=label_order)
+    ]
+    return aligned(["format", *(role.name for role in roles)], rows, left=("format",))
+
+
+def label_order(label: str) -> tuple[float, str]:
+    """Sorts labels by nominal bits of the weights."""
+    return parse_format(label.split(" ", 1)[0]).nominal_bits, label
+
+
+def _unnamed_text(found: Inspection) -> str:
+    if not found.unnamed:
+        return ""
+    rows = [[role, label, str(n)] for (role, label), n in sorted(found.unnamed.items())]
+    table = aligned(("role", "format", "matrices"), rows, left=("role", "format"))
+    return f"no pattern names these, so they take the default\n{table}"
+
+
+def _engine_text(engine: Loadable) -> str:
+    """Whether an engine loads it; more than one reason makes more than one paragraph."""
+    if not engine.reasons:
+        return f"{engine.engine:<13}loads these formats and shapes"
+    lines = [f"{engine.engine:<13}does not: {engine.reasons[0]}"]
+    lines += [f"{'':<13}and: {reason}" for reason in engine.reasons[1:]]
+    return "\n".join(_wrapped(line, 13) for line in lines)
+
+
+def warnings_text(warnings: Sequence[str]) -> str:
+    """The first warnings, and how many more there are."""
+    lines = [_wrapped(f"warning: {text}", 9) for text in warnings[:MAX_WARNINGS]]
+    if len(warnings) > MAX_WARNINGS:
+        lines.append(f"and {len(warnings) - MAX_WARNINGS} more warnings; --json has all")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    """Lines of 80 columns; names longer than that are not broken."""
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,79 @@
+"""`aq-compare`: 0 whether or not the two are equal; wrong input is one line."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.cli import compare
+
+
+@pytest.fixture
+def run_compare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aq-compare", *options])
+        with pytest.raises(SystemExit) as ended:
+            compare.main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def sides(tmp_path: Path, tiny: Path) -> tuple[str, ...]:
+    """Two configurations that differ in one matrix, and their model."""
+    name = "model.layers.1.self_attn.q_proj"
+    for file, overrides in (("a", []), ("b", [{"pattern": name, "wq": "int8"}])):
+        default = {"wq": "int4", "group_size": 32}
+        content = {"default": default, "overrides": overrides}
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    return (str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--model", str(tiny))
+
+
+def test_differences_are_tables_and_exit_0(run_compare: Any, sides: tuple[str, ...]) -> None:
+    code, out, err = run_compare(*sides)
+    assert (code, err) == (0, "")
+    assert "1 of 8" in out
+    assert "q_proj" not in out
+    assert "model.layers.1.self_attn.q_proj  int4-g32  int8-g32" in run_compare(*sides, "--all")[1]
+
+
+def test_json_is_for_programs(run_compare: Any, sides: tuple[str, ...]) -> None:
+    code, out, err = run_compare(*sides, "--json")
+    assert (code, err) == (0, "")
+    assert list(json.loads(out)["matrices"]) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_equal_ones_are_one_line_and_exit_0(run_compare: Any, sides: tuple[str, ...]) -> None:
+    code, out, err = run_compare(sides[0], sides[0], *sides[2:])
+    assert (code, err) == (0, "")
+    assert out.startswith("equal: 32 matrices")
+    assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({1: "/nowhere.json"}, "/nowhere.json"),
+        ({3: "/nowhere"}, "'/nowhere'"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    changes: dict[int, str], words: str, run_compare: Any, sides: tuple[str, ...]
+) -> None:
+    options = [changes.get(i, option) for i, option in enumerate(sides)]
+    code, out, err = run_compare(*options)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_one_configuration_is_a_usage_error(run_compare: Any, sides: tuple[str, ...]) -> None:
+    code, out, err = run_compare(sides[0], *sides[2:])
+    assert (code, out) == (2, "")
+    assert "--help" in err

@@ -1,0 +1,166 @@
+"""`aq-dashboard` on a finished search: in a browser, until Ctrl-C, with clear errors."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from alphaquant.studies.runner import search
+from alphaquant.studies.spec import DataSpec, SearchSpec
+
+pytest_plugins = ("tests.browser",)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def out(
+    tiny: Path, texts: dict[str, Path], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Directory of a finished search; read it only."""
+    files = (str(texts["calibration"]), str(texts["search"]), str(texts["heldout"]))
+    out = tmp_path_factory.mktemp("dashboard") / "out"
+    search(
+        SearchSpec(
+            model=str(tiny),
+            budget="5.2bits",
+            formats="int3-g32,int4-g32,int8-row",
+            trials=4,
+            data=DataSpec(*files, n_calibration=8, n_evaluation=4, n_heldout=4, seq_len=32),
+            out=out,
+            cache=cache,
+        )
+    )
+    return out
+
+
+@dataclass
+class Served:
+    """A dashboard that answers."""
+
+    process: "subprocess.Popen[str]"
+    address: str
+
+
+@pytest.fixture(scope="module")
+def served(out: Path) -> Iterator[Served]:
+    """`aq-dashboard` in a process of its own."""
+    code = "from alphaquant.cli.dashboard import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        select.select([process.stdout], [], [], 120)
+        yield Served(process, process.stdout.readline().strip())
+        process.kill()
+
+
+def test_list_of_studies_leads_to_the_study(served: Served, open_page: Any) -> None:
+    opened = open_page(served.address)
+    opened.page.get_by_text("aq-search").first.click()
+    opened.page.wait_for_url("**/studies/1")
+    assert opened.errors == []
+
+
+def test_page_of_the_study_shows_its_front_and_our_figures_without_the_network(
+    served: Served, open_page: Any
+) -> None:
+    opened = open_page(f"{served.address}dashboard/studies/1")
+    opened.page.get_by_text("Pareto Front").wait_for()
+    for title in ("Front: size and divergence", "Predicted and measured divergence"):
+        opened.page.locator(".gtitle", has_text=title).wait_for()
+    title = opened.page.locator(".gtitle", has_text="Front: size and divergence")
+    front = opened.page.locator(".js-plotly-plot").filter(has=title)
+    assert front.locator(".scatterlayer path.point").count() >= 4
+    assert opened.errors == []
+    assert opened.overflow == 0
+    assert all(r.startswith((served.address, "data:", "blob:")) for r in opened.requests)
+
+
+def test_page_of_the_note_shows_the_front_as_a_table(served: Served, open_page: Any) -> None:
+    opened = open_page(f"{served.address}dashboard/studies/1/note")
+    opened.page.get_by_role("cell", name="configs/").first.wait_for()
+    assert opened.page.get_by_role("heading", name="Found").count() == 1
+    assert opened.errors == []
+
+
+def test_page_of_a_trial_shows_its_note_its_attributes_and_its_configuration(
+    served: Served, open_page: Any
+) -> None:
+    opened = open_page(f"{served.address}dashboard/studies/1/trials?numbers=1")
+    page = opened.page
+    page.get_by_role("heading", name="Trial 1 of the search").wait_for()
+    assert page.get_by_role("cell", name="predicted KL").count() == 1
+    page.get_by_text("config.json", exact=True).last.wait_for()
+    assert page.get_by_text("checkpoint_bytes").count() == 1
+    assert opened.overflow == 0, "no attribute is wider than the page"
+    assert opened.errors == []
+
+
+def test_ctrl_c_is_the_way_it_ends(served: Served, open_page: Any) -> None:
+    with urllib.request.urlopen(f"{served.address}api/studies") as answer:
+        assert answer.status == 200
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(30) == 0
+    assert served.process.stderr is not None
+    assert served.process.stderr.read() == "Ctrl-C stops it\n\nstopped\n"
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *options: str) -> str:
+    """What the command says where it ends with exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["aq-dashboard", *options])
+    with pytest.raises(SystemExit) as ended:
+        import_module("alphaquant.cli.dashboard").main()
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_directory_without_a_search_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "aq-out does not exist" in refused(capsys, monkeypatch)
+    assert "holds no search of ours" in refused(capsys, monkeypatch, str(tmp_path))
+    for url in ("sqlite:///none.db", "journal:none"):
+        assert "run aq-search first" in refused(capsys, monkeypatch, url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_study_of_somebody_else_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    study = optuna.create_study(storage=url, study_name="other")
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+    assert "no study of aq-search" in refused(capsys, monkeypatch, "--storage", url)
+
+
+def test_taken_port_is_refused(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        message = refused(capsys, monkeypatch, str(out), "--port", port)
+    assert f"port {port} (" in message
+    assert "--port (0 is any free one)" in message

@@ -1,0 +1,79 @@
+"""`aq-inspect`: tables or JSON on stdout; wrong input is one line."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.cli import inspect_config
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aq-inspect", *options])
+        with pytest.raises(SystemExit) as ended:
+            inspect_config.main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "c.json"
+    path.write_text('{"default": {"wq": "int4", "group_size": 32}}')
+    return str(path)
+
+
+def test_table_and_json_say_the_same(inspect: Any, config: str, tiny: Path) -> None:
+    code, text, err = inspect(config, "--model", str(tiny))
+    assert (code, err) == (0, "")
+    code, out, err = inspect(config, "--model", str(tiny), "--json")
+    assert (code, err) == (0, "")
+    content = json.loads(out)
+    assert f"{content['bits']['bits_per_weight']:.4f} bits per weight" in text
+    assert all(f"{part['name']} " in text for part in content["roles"])
+
+
+def test_weights_are_not_needed(inspect: Any, config: str, tiny: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((tiny / "config.json").read_text())
+    whole = inspect(config, "--model", str(tiny))[1]
+    assert inspect(config, "--model", str(bare))[1].replace(str(bare), str(tiny)) == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "model", "words"),
+    [
+        (None, "demo", "cannot read the configuration"),
+        ("{]", "demo", "line 1, column 2: not JSON"),
+        ("[1]", "demo", "top level"),
+        ('{"defaults": {}}', "demo", "did you mean default?"),
+        ("{}", "/nowhere", "'/nowhere'"),
+        ("{}", None, "give --model"),
+        ('{"overrides": [{"pattern": "h.*", "wq": "int4"}]}', "demo", "of another model than"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    content: str | None, model: str | None, words: str, inspect: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = inspect(str(path), *(() if model is None else ("--model", model)))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_no_configuration_is_a_usage_error(inspect: Any) -> None:
+    code, out, err = inspect("--model", "demo")
+    assert (code, out) == (2, "")
+    assert "CONFIG" in err
