@@ -3,39 +3,73 @@
 The public names are loaded on first use, so that `import alphaquant` and `--help` need neither
 torch nor optuna:
 
-    run_search   search formats for a model under a budget
-    quantize     write the packed checkpoint of a configuration
+    search       search formats for a model under a budget: `alphaquant.search("4.25bits")`
+    run_search   the same, of a `SearchSpec`
+    quantize     write the packed checkpoint of a configuration, of a `QuantizeSpec`
     load         load a packed checkpoint
-    evaluate     measure a model, usually against its unquantized reference
+    evaluate     measure a model, usually against its unquantized reference, of an `EvaluateSpec`
 
-`run_search` is not called `search`, because `alphaquant.search` is the package of search
-algorithms: importing it would replace the function.
+`alphaquant.search` is also the package of search algorithms. So that neither hides the other, the
+package is made callable when it is imported; type checkers do not see that and know
+`alphaquant.studies.api.search`, which is what it calls.
 
 `from_pretrained` of transformers loads packed checkpoints once this package is imported, before or
 after transformers; see `alphaquant.import_hook`.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from alphaquant.import_hook import after_import
 
-__all__ = ["__version__", "evaluate", "load", "quantize", "run_search"]
+__all__ = [
+    "EvaluateSpec",
+    "QuantizeSpec",
+    "SearchSpec",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+    "run_search",
+    "search",
+]
 
 _TARGETS = {
     "run_search": "alphaquant.studies.runner:search",
+    "SearchSpec": "alphaquant.studies.spec:SearchSpec",
     "quantize": "alphaquant.studies.quantize:quantize",
+    "QuantizeSpec": "alphaquant.studies.quantize:QuantizeSpec",
     "load": "alphaquant.quant.checkpoint:load",
     "evaluate": "alphaquant.studies.evaluate:evaluate",
+    "EvaluateSpec": "alphaquant.studies.evaluate:EvaluateSpec",
 }
 
+
+class _SearchPackage(ModuleType):
+    """The package of search algorithms, which can also be called."""
+
+    def __call__(self, budget: str, **settings: Any) -> Any:
+        """Search; see `alphaquant.studies.api.search`."""
+        return import_module("alphaquant.studies.api").search(budget, **settings)
+
+
+def make_search_callable() -> None:
+    """Let the package `alphaquant.search` be called."""
+    sys.modules["alphaquant.search"].__class__ = _SearchPackage
+
+
+after_import("alphaquant.search", "alphaquant:make_search_callable")
 after_import("transformers.quantizers.auto", "alphaquant.quant.transformers_plugin:register")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("aq-search")
+    if name == "search":
+        return import_module("alphaquant.search")
     if name not in _TARGETS:
         raise AttributeError(f"module 'alphaquant' has no attribute {name!r}")
     module, _, attribute = _TARGETS[name].partition(":")

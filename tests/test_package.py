@@ -40,6 +40,9 @@ def test_importing_the_package_again_leaves_one_hook() -> None:
         ("quantize", "alphaquant.studies.quantize", "quantize"),
         ("load", "alphaquant.quant.checkpoint", "load"),
         ("evaluate", "alphaquant.studies.evaluate", "evaluate"),
+        ("SearchSpec", "alphaquant.studies.spec", "SearchSpec"),
+        ("QuantizeSpec", "alphaquant.studies.quantize", "QuantizeSpec"),
+        ("EvaluateSpec", "alphaquant.studies.evaluate", "EvaluateSpec"),
     ],
 )
 def test_public_name_is_loaded_from_its_module(
@@ -51,9 +54,39 @@ def test_public_name_is_loaded_from_its_module(
     assert name in dir(alphaquant)
 
 
-def test_no_public_name_is_the_name_of_a_folder() -> None:
+def test_only_search_is_both_a_public_name_and_a_folder() -> None:
     folders = {path.name for path in Path(alphaquant.__path__[0]).iterdir()}
-    assert folders.isdisjoint(alphaquant.__all__)
+    assert folders & set(alphaquant.__all__) == {"search"}
+
+
+@pytest.mark.parametrize(
+    "first", ["alphaquant.search", "alphaquant.search.solver", "alphaquant.studies.runner"]
+)
+def test_search_is_a_package_that_can_be_called_whatever_is_imported_first(first: str) -> None:
+    probe = (
+        f"import sys, alphaquant, {first}\n"
+        "try:\n"
+        "    alphaquant.search('3bits', trails=4)\n"
+        "except alphaquant.errors.ConfigError as error:\n"
+        "    print(error)\n"
+        "from alphaquant.search.solver import solve\n"
+        "print(alphaquant.search.solver.solve is solve)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("search has no setting 'trails'; perhaps trials")
+    assert done.stdout.endswith("True\n")
+
+
+def test_the_package_of_search_algorithms_loads_no_torch() -> None:
+    probe = (
+        "import sys, alphaquant.search; print(callable(alphaquant.search), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True False\n"
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -20,7 +20,9 @@ from alphaquant.cli.options import (
     ScaleSearch,
     Seed,
     SeqLen,
+    Shots,
     StaticGroups,
+    TaskData,
 )
 
 _RESUME = "stopped; run the same command again to resume"
@@ -110,6 +112,24 @@ Heldout = Annotated[
     str,
     typer.Option(help="Text for the last comparison with uniform formats, domain by domain."),
 ]
+Objectives = Annotated[
+    str,
+    typer.Option(
+        help="What the study optimizes: bits,kl, then any of perplexity, same_top, drift, "
+        "expert_overlap, utilization, load_entropy, starved_experts, active_bytes, latency, or "
+        "tasks of lm-eval."
+    ),
+]
+Also = Annotated[
+    str,
+    typer.Option(help="Scores of the same names that every trial measures and only reports."),
+]
+LatencyTable = Annotated[
+    Path | None, typer.Option(help="Measured times, CSV or JSON lines, for latency.")
+]
+TaskLimit = Annotated[
+    int, typer.Option(min=1, help="Only the first so many documents of each task of lm-eval.")
+]
 NCalibration = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
 NEvaluation = Annotated[int, typer.Option(min=2, help="Windows of evaluation text.")]
 NHeldout = Annotated[int, typer.Option(min=2, help="Windows of held-out text.")]
@@ -152,6 +172,12 @@ def command(
     calibration: Calibration = _DEMO_TEXT,
     evaluation: Evaluation = _DEMO_TEXT,
     heldout: Heldout = _DEMO_TEXT,
+    objectives: Objectives = "bits,kl",
+    also: Also = "",
+    latency_table: LatencyTable = None,
+    task_data: TaskData = None,
+    shots: Shots = None,
+    task_limit: TaskLimit = 20,
     calibration_samples: NCalibration = 128,
     evaluation_samples: NEvaluation = 48,
     heldout_samples: NHeldout = 64,
@@ -185,7 +211,7 @@ def command(
     with reported(debug, _RESUME):
         from alphaquant.studies.report import summary_text, trial_line, trial_note
         from alphaquant.studies.runner import search
-        from alphaquant.studies.spec import DataSpec, SearchSpec, quant_settings
+        from alphaquant.studies.spec import DataSpec, ScoreSpec, SearchSpec, quant_settings
 
         quiet_libraries()
         spec = SearchSpec(
@@ -211,6 +237,14 @@ def command(
                 n_evaluation=evaluation_samples,
                 n_heldout=heldout_samples,
                 seq_len=seq_len,
+            ),
+            scores=ScoreSpec(
+                objectives=objectives,
+                reported=also,
+                latency_table=None if latency_table is None else str(latency_table),
+                task_data=None if task_data is None else str(task_data),
+                n_shots=shots,
+                task_limit=task_limit,
             ),
             quant=quant_settings(
                 method=method,

@@ -5,8 +5,10 @@ Layout::
     run.json                     what was asked, of which model and texts; marks it as ours
     study.db                     Optuna's storage, see `alphaquant.studies.storage`
     assignments/<digest>.json    every evaluated assignment
-    artifacts/                   configurations of trials, as Optuna's artifacts
-    front.json best.json configs/ trials.csv report.md    see `alphaquant.studies.report`
+    artifacts/                   configurations of trials, as Optuna's artifacts; needed to see
+                                 them in the dashboard
+    front.json best.json configs/ trials.csv report.md report.html
+                                 see `alphaquant.studies.report`
 """
 
 import hashlib
@@ -23,13 +25,17 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from alphaquant.errors import StoreError
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.studies.storages import kept_url, sqlite_url
 
 RUN_FILE = "run.json"
-RUN_VERSION = 1
+CONFIG_FILE = "config.json"
+"""Name of a trial's artifact."""
+RUN_VERSION = 2
 _TOOL = "aq-search"
 
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
-_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", "report.md", RUN_FILE)
+_REPORTS = ("report.md", "report.html")
+_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", *_REPORTS, RUN_FILE)
 _OWN_FOLDERS = ("assignments", "configs", "artifacts")
 
 
@@ -61,17 +67,21 @@ class RunFolder:
 
     def attach(self, trial: optuna.Trial, config_text: str) -> None:
         """Keep a trial's configuration as its Optuna artifact, for the dashboard."""
-        store_path = self.path / "artifacts"
-        store_path.mkdir(parents=True, exist_ok=True)
+        self.artifacts.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="alphaquant-") as folder:
-            file = Path(folder) / "config.json"
+            file = Path(folder) / CONFIG_FILE
             file.write_text(config_text, encoding="utf-8")
             upload_artifact(
-                artifact_store=FileSystemArtifactStore(store_path),
+                artifact_store=FileSystemArtifactStore(self.artifacts),
                 file_path=str(file),
                 study_or_trial=trial,
                 mimetype="application/json",
             )
+
+    @property
+    def artifacts(self) -> Path:
+        """Where trials' configurations are, for an Optuna artifact store."""
+        return self.path / "artifacts"
 
     def has_assignment(self, digest: str) -> bool:
         """Whether an assignment was kept."""
@@ -133,13 +143,37 @@ def check_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> No
             )
 
 
-def claim_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
+def default_storage(path: Path) -> str:
+    """The URL of the study of a directory where no storage was asked for."""
+    return sqlite_url(path / "study.db")
+
+
+def storage_of(path: Path) -> str:
+    """The URL of the storage where the search of a directory keeps its study.
+
+    Raises:
+        StoreError: the directory is not that of a search.
+    """
+    found = _read_run(path)
+    if found is None:
+        what = "holds no search of ours" if path.exists() else "does not exist"
+        raise StoreError(
+            f"{path} {what}; give the --out of aq-search, or the study itself with --storage"
+        )
+    return str(found.get("storage") or default_storage(path))
+
+
+def claim_folder(
+    path: Path, facts: Mapping[str, Any], *, overwrite: bool, storage: str | None = None
+) -> RunFolder:
     """Create the directory of a search, or take it up again if its facts are the same.
 
     Args:
         path: the directory.
         facts: everything that decides the trials, ready for JSON; kept in `run.json`.
         overwrite: replace what another search left there.
+        storage: URL of the study where that is not in the directory; kept in `run.json` without
+            its password.
 
     Raises:
         StoreError: see `check_folder`.
@@ -147,12 +181,15 @@ def claim_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Ru
     check_folder(path, facts, overwrite=overwrite)
     found = _read_run(path)
     folder = RunFolder(path)
-    if found is not None and not _changed(found, facts):
-        return folder
-    if found is not None:
+    content: dict[str, Any] = {"tool": _TOOL, "version": RUN_VERSION, "facts": dict(facts)}
+    if storage is not None:
+        content["storage"] = kept_url(storage)
+    is_same = found is not None and not _changed(found, facts)
+    if found is not None and not is_same:
         _remove_own(path)
-    path.mkdir(parents=True, exist_ok=True)
-    folder.write_json(RUN_FILE, {"tool": _TOOL, "version": RUN_VERSION, "facts": dict(facts)})
+    if found is None or not is_same or found.get("storage") != content.get("storage"):
+        path.mkdir(parents=True, exist_ok=True)
+        folder.write_json(RUN_FILE, content)
     return folder
 
 

@@ -19,6 +19,7 @@ from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.config import config_from_assignment, dump_config
 from alphaquant.studies.folder import RunFolder
+from alphaquant.studies.notes import save_trial_note, trial_note
 from alphaquant.studies.objective import Measured, SearchObjective
 from alphaquant.studies.pruning import is_hopeless
 from alphaquant.studies.spec import SearchSpec
@@ -159,9 +160,15 @@ class TrialLoop:
                 "--dtype float32, or leave out the smallest formats with --formats"
             )
         self.folder.save_assignment(proposal.assignment)
-        self.folder.attach(trial, self._config_text(proposal.assignment, row))
+        self._show(trial, proposal.assignment, row)
         finish_trial(self.study, trial, row)
         return row
+
+    def _show(self, trial: optuna.Trial, assignment: Assignment, row: TrialRow) -> None:
+        """What the dashboard shows of a trial besides its numbers."""
+        inventory = self.objective.model_map.inventory
+        self.folder.attach(trial, self._config_text(assignment, row))
+        save_trial_note(trial, trial_note(row, assignment, inventory, self.spec))
 
     def _config_text(self, assignment: Assignment, row: TrialRow) -> str:
         inventory = self.objective.model_map.inventory

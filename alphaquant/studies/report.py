@@ -1,4 +1,4 @@
-"""What a search leaves behind: front.json, configs/*.json, best.json, trials.csv, report.md.
+"""What a search leaves behind: front.json, best.json and configs, trials.csv, report.md and .html.
 
 All are written from one `SearchResult`, so their numbers agree. Only what passed the held-out gate
 has a configuration.
@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from alphaquant.spaces.assignment import Assignment, BitCount, uniform_assignment
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
 from alphaquant.studies.gate import HeldoutRow
+from alphaquant.studies.report_html import report_html
 from alphaquant.studies.report_sections import (
     config_name,
     costs_text,
@@ -29,6 +30,7 @@ from alphaquant.studies.report_sections import (
     withheld_text,
 )
 from alphaquant.studies.result import SearchResult, stage_gains
+from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.storage import TrialRow, find_duplicate
 from alphaquant.studies.tables import aligned, markdown, with_error
 
@@ -49,10 +51,11 @@ def write_configs(result: SearchResult) -> None:
 
 
 def write_report(result: SearchResult) -> None:
-    """Write front.json, trials.csv and report.md."""
+    """Write front.json, trials.csv, report.md and report.html."""
     result.folder.write_json("front.json", front_json(result))
     result.folder.write_text("trials.csv", trials_frame(result).to_csv(index=False))
     result.folder.write_text("report.md", report_text(result))
+    result.folder.write_text("report.html", report_html(result))
 
 
 def config_text(result: SearchResult, row: HeldoutRow) -> str:
@@ -115,18 +118,6 @@ def trials_frame(result: SearchResult) -> pd.DataFrame:
     published = {row.trial for row in result.gate.points}
     frame["is_published"] = [n in published for n in frame["number"]]
     return frame
-
-
-def bit_lines(counts: BitCount) -> list[str]:
-    """The three bit counts, one per line."""
-    routed = counts.routed_bits_per_weight
-    return [
-        f"routed experts   {'none' if routed is None else f'{routed:.4f} bits per weight'}",
-        f"all quantizable  {counts.bits_per_weight:.4f} bits per weight, "
-        f"{counts.quantized_bytes} bytes",
-        f"whole checkpoint {counts.checkpoint_bits_per_weight:.4f} bits per weight, "
-        f"{counts.checkpoint_bytes} bytes",
-    ]
 
 
 def summary_text(result: SearchResult) -> str:

@@ -9,8 +9,9 @@ Everything that can be refused is refused before the output directory is made: n
 first, then whose directory it is, then the model with its space, then the texts.
 """
 
+import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +27,17 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
-from alphaquant.studies.folder import RunFolder, check_folder, claim_folder, facts_digest
+from alphaquant.studies.decoration import decorate
+from alphaquant.studies.folder import (
+    RunFolder,
+    check_folder,
+    claim_folder,
+    default_storage,
+    facts_digest,
+)
 from alphaquant.studies.gate import GateResult, judge
 from alphaquant.studies.loop import OnTrial, TrialLoop
+from alphaquant.studies.notes import begin_study_note, study_note
 from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.program import Run, program_of
 from alphaquant.studies.progress import StageClock, no_progress
@@ -46,9 +55,12 @@ from alphaquant.studies.stages import (
     load_inputs,
     prepare,
 )
-from alphaquant.studies.storage import open_study, sqlite_url
+from alphaquant.studies.storage import open_study
+from alphaquant.studies.storages import check_storage
 from alphaquant.studies.trials import Proposer, check_allocator, check_constrained
 from alphaquant.studies.truth import ChoiceTruth
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ def search(
     check_constraints(space, spec.constraints)
     inputs = load_inputs(spec, source)
     with _claimed(spec, inputs) as (folder, study):
+        begin_study_note(study, study_note(spec, space.menu))
         clock("load", 1, 1)
         prepared = prepare(spec, inputs, space, clock)
         run = _make_run(prepared, folder, study, clock, on_trial)
@@ -106,7 +119,7 @@ def search(
         facts=_provenance(prepared, request.device),
         folder=folder,
     )
-    return _write(result, clock)
+    return _decorated(_write(result, clock), inputs)
 
 
 def _check(spec: SearchSpec) -> _Request:
@@ -122,6 +135,8 @@ def _check(spec: SearchSpec) -> _Request:
     check_allocator(spec.allocator)
     check_constrained(spec)
     device = find_device(spec.device)
+    if spec.storage is not None:
+        check_storage(spec.storage)
     check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
     return _Request(budget, profile, menu, device)
 
@@ -171,16 +186,28 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
 
     A study outside the directory comes first, so that a wrong one leaves no directory.
     """
-    facts = {**spec.facts(), **inputs.digests()}
+    facts = _facts(spec, inputs)
     with ExitStack() as stack:
-        url = spec.storage or sqlite_url(spec.out / "study.db")
-        open_it = open_study(url, spec.study, facts_digest(facts))
+        open_it = _study(spec, inputs)
         if spec.storage is None:
             folder = claim_folder(spec.out, facts, overwrite=spec.overwrite)
             yield folder, stack.enter_context(open_it)
         else:
             study = stack.enter_context(open_it)
-            yield claim_folder(spec.out, facts, overwrite=spec.overwrite), study
+            yield (
+                claim_folder(spec.out, facts, overwrite=spec.overwrite, storage=spec.storage),
+                study,
+            )
+
+
+def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
+    """Everything that decides the trials."""
+    return {**spec.facts(), **inputs.digests()}
+
+
+def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:
+    url = spec.storage or default_storage(spec.out)
+    return open_study(url, spec.study, facts_digest(_facts(spec, inputs)))
 
 
 def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
@@ -208,4 +235,25 @@ def _write(result: SearchResult, clock: StageClock) -> SearchResult:
     clock.stop()
     result = replace(result, seconds=dict(clock.seconds))
     write_report(result)
+    return result
+
+
+def _decorated(result: SearchResult, inputs: Inputs) -> SearchResult:
+    """Show the result in the study too; its files are written, and nothing here may lose them.
+
+    A failure is told on the terminal and kept in front.json.
+    """
+    try:
+        with _study(result.spec, inputs) as study:
+            decorate(study, result)
+    except Exception as error:  # of any kind: hours of search end here
+        problem = " ".join(str(error).split()) or type(error).__name__
+        logger.warning(
+            "all results are in %s, but the study lacks its note and figures for the dashboard "
+            "(%s); run the same command again to add them",
+            result.folder.path,
+            problem,
+        )
+        result = replace(result, facts={**result.facts, "dashboard_problem": problem})
+        write_report(result)
     return result

@@ -80,6 +80,36 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
+class ScoreSpec:
+    """What is measured of every trial; see `alphaquant.studies.objectives`.
+
+    Attributes:
+        objectives: what the study optimizes: `bits,kl`, and other scores behind them.
+        reported: scores that are measured and written down.
+        latency_table: file of measured times, needed for `latency`.
+        task_data: folder of MMLU's CSV files, for tasks of lm-eval; None is the hub.
+        n_shots: examples before each question of these; None is each task's own number.
+        task_limit: only the first so many documents of each task.
+    """
+
+    objectives: str = "bits,kl"
+    reported: str = ""
+    latency_table: str | None = None
+    task_data: str | None = None
+    n_shots: int | None = None
+    task_limit: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse counts that make no sense.
+
+        Raises:
+            ConfigError: naming the count.
+        """
+        _check_least("n_shots", self.n_shots, 0)
+        _check_least("task_limit", self.task_limit, 1)
+
+
+@dataclass(frozen=True)
 class SearchSpec:
     """A search.
 
@@ -102,6 +132,7 @@ class SearchSpec:
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of text windows, drawn labels and proposals.
         data: the texts.
+        scores: what is measured of every trial.
         quant: how matrices are quantized.
         n_draws: labels drawn per position for the Fisher costs.
         sampler: `tpe`, `gp`, `nsga2` or `random`.
@@ -129,6 +160,7 @@ class SearchSpec:
     timeout: float | None = None
     seed: int = 0
     data: DataSpec = DataSpec()
+    scores: ScoreSpec = ScoreSpec()
     quant: QuantSettings = QuantSettings()
     n_draws: int = 1
     sampler: str = "tpe"

@@ -4,25 +4,26 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
-import sqlalchemy.exc
-from optuna.exceptions import ExperimentalWarning, OptunaError
-from optuna.storages import RDBStorage
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from alphaquant.errors import StoreError
 from alphaquant.search.sampler import FINISHED, fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
+from alphaquant.studies.storages import explained, open_storage, shown_url
 
 OBJECTIVES = ("bits_per_weight", "kl")
 _DIGEST = "facts_digest"
-_ROW = "row"
-_BROKEN = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
+_ROW = "alphaquant:row"
+_ATTRIBUTES = (
+    *("origin", "digest", "bits_per_weight", "checkpoint_bytes"),
+    *("kl", "kl_stderr", "predicted_kl"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,6 @@ class TrialRow:
     is_pruned: bool = False
 
 
-def sqlite_url(path: Path) -> str:
-    """The storage URL of a file, whatever characters its name has."""
-    url = sqlalchemy.URL.create("sqlite", database=str(path))
-    return url.render_as_string(hide_password=False)
-
-
 @contextmanager
 def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
@@ -89,29 +84,30 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
         StoreError: the storage is damaged or unreachable, also later while the study is open, or
             the study belongs to another search.
     """
-    storage = None
-    try:
-        try:
-            storage = RDBStorage(url.replace("{", "{{").replace("}", "}}"))  # it fills templates
+    with open_storage(url) as storage:
+        with explained(url):
             study = _take_up(storage, url, name, digest)
-        except (*_BROKEN, ValueError, KeyError, OSError, ImportError) as error:
-            raise _unusable(url, error) from error
-        try:
-            yield study
-        except _BROKEN as error:
-            raise _unusable(url, error) from error
-    finally:
-        if storage is not None:
-            storage.remove_session()
-            storage.engine.dispose()
+        yield study
+
+
+def our_studies(storage: BaseStorage) -> list[str]:
+    """Names of the studies in a storage that searches made."""
+    return [s.study_name for s in storage.get_all_studies() if _DIGEST in s.user_attrs]
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> None:
     """Store a trial's numbers, then finish it; a kill between the two leaves it unfinished.
 
-    The numbers are one attribute, because SQLite takes 18 ms for each on a common disk.
+    The row is one system attribute, which is read back; a dashboard does not show those, and a
+    row is wider than any page. Some of it is there a second time, one by one, for whoever sorts
+    and filters trials; not all, because SQLite takes 20 to 40 ms for each on a common disk.
     """
-    trial.set_user_attr(_ROW, {k: v for k, v in asdict(row).items() if k != "number"})
+    stored = {k: v for k, v in asdict(row).items() if k != "number"}
+    known = trial.user_attrs
+    for key in _ATTRIBUTES:
+        if known.get(key) != stored[key]:  # the origin is known since the trial was planned
+            trial.set_user_attr(key, stored[key])
+    trial.storage.set_trial_system_attr(trial._trial_id, _ROW, stored)
     if row.is_pruned:
         study.tell(trial, state=TrialState.PRUNED)
     else:
@@ -154,7 +150,7 @@ def find_duplicate(rows: Sequence[TrialRow], digest: str) -> TrialRow | None:
     return next((row for row in rows if row.digest == digest), None)
 
 
-def _take_up(storage: RDBStorage, url: str, name: str, digest: str) -> optuna.Study:
+def _take_up(storage: BaseStorage, url: str, name: str, digest: str) -> optuna.Study:
     study = optuna.create_study(
         storage=storage,
         study_name=name,
@@ -170,24 +166,14 @@ def _take_up(storage: RDBStorage, url: str, name: str, digest: str) -> optuna.St
         study.set_user_attr(_DIGEST, digest)
     elif found != digest:
         raise StoreError(
-            f"study {name!r} in {url} belongs to another search; give another --study"
+            f"study {name!r} in {shown_url(url)} belongs to another search; give another --study"
         )
     fail_stale_trials(study)
     return study
 
 
-def _unusable(url: str, error: BaseException) -> StoreError:
-    while error.__cause__ is not None:  # Optuna wraps what the database says
-        error = error.__cause__
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return StoreError(
-        f"the study storage {url} cannot be used ({first_line}); if it is damaged, delete it and "
-        "run the same command again: trials are run anew, banks and costs are in the cache"
-    )
-
-
 def _row(number: int, trial: FrozenTrial) -> TrialRow:
-    stored = trial.user_attrs.get(_ROW)
+    stored = trial.system_attrs.get(_ROW)
     wanted = {f.name for f in fields(TrialRow)} - {"number"}
     if not isinstance(stored, dict) or stored.keys() != wanted:
         raise StoreError(

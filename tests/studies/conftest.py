@@ -4,6 +4,7 @@ A tiny random model with short texts and two searches of it, made once per sessi
 whose model is a table, for what depends on numbers that only a test can choose.
 """
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,8 @@ def unsynced() -> Iterator[None]:
     """
 
     def stop_waiting(connection: Any, record: Any) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
 
     event.listen(Engine, "connect", stop_waiting)
     yield

@@ -10,7 +10,13 @@ from optuna.artifacts import get_all_artifact_meta
 
 from alphaquant.errors import StoreError
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.studies.folder import RunFolder, check_folder, claim_folder, facts_digest
+from alphaquant.studies.folder import (
+    RunFolder,
+    check_folder,
+    claim_folder,
+    facts_digest,
+    storage_of,
+)
 
 FACTS: dict[str, Any] = {"budget": "4bits", "seed": 0, "model_digest": "ab"}
 
@@ -81,7 +87,7 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_overwrite_removes_what_a_search_wrote_and_nothing_else(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, FACTS, overwrite=False)
-    names = ("study.db", "best.json", "front.json", "trials.csv", "report.md")
+    names = ("study.db", "best.json", "front.json", "trials.csv", "report.md", "report.html")
     inside = ("configs/trial-000.json", "assignments/x.json", "artifacts/y")
     for name in (*names, *inside):
         folder.write_text(name, "old")
@@ -138,3 +144,16 @@ def test_interrupted_write_leaves_the_old_file(
 def test_digest_of_facts_ignores_their_order() -> None:
     assert facts_digest(FACTS) == facts_digest(dict(reversed(FACTS.items())))
     assert facts_digest(FACTS) != facts_digest({**FACTS, "seed": 1})
+
+
+def test_study_elsewhere_is_found_again_and_its_password_is_not_kept(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "a", FACTS, overwrite=False)
+    assert storage_of(tmp_path / "a") == f"sqlite:///{tmp_path / 'a' / 'study.db'}"
+    for url in ("postgresql://u:secret@h/one", "postgresql://u:secret@h/two"):
+        claim_folder(tmp_path / "a", FACTS, overwrite=False, storage=url)
+        kept = url.replace(":secret", "").replace("postgresql:", "postgresql+psycopg:")
+        assert storage_of(tmp_path / "a") == kept
+        assert "secret" not in (tmp_path / "a" / "run.json").read_text()
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(StoreError, match="give the --out of aq-search"):
+            storage_of(path)

@@ -468,5 +468,6 @@ def test_trials_table_keeps_whole_numbers_whole_and_says_what_is_published(
 
 def test_files_of_a_report_are_written(judged: SearchResult, tmp_path: Any) -> None:
     write_report(replace(judged, folder=RunFolder(tmp_path)))
-    assert {p.name for p in tmp_path.iterdir()} == {"front.json", "trials.csv", "report.md"}
+    names = {"front.json", "trials.csv", "report.md", "report.html"}
+    assert {p.name for p in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "front.json").read_text())["n_trials"] == len(judged.rows)

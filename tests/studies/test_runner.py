@@ -404,8 +404,8 @@ def test_other_programs_end_in_the_same_files(
     assert {row.origin.split(":")[0] for row in result.rows} == origins
     if "allocator" in changes:
         assert [r.origin for r in result.rows][2:] == [f"allocator:{changes['allocator']}"]
-    names = {"front.json", "best.json", "trials.csv", "report.md", "run.json", "study.db"}
-    assert names <= {path.name for path in result.folder.path.iterdir()}
+    names = {"front.json", "best.json", "trials.csv", "report.md", "report.html", "study.db"}
+    assert {*names, "run.json"} <= {path.name for path in result.folder.path.iterdir()}
     again = search(result.spec)
     assert again.rows == result.rows
     assert again.n_measured == 0

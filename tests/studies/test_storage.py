@@ -19,8 +19,8 @@ from alphaquant.studies.storage import (
     finished_rows,
     make_row,
     open_study,
-    sqlite_url,
 )
+from alphaquant.studies.storages import sqlite_url
 
 ROW = TrialRow(
     number=0,

@@ -1,0 +1,153 @@
+"""`alphaquant.search(...)`: a search from Python, with results that a notebook shows.
+
+Settings are named as the fields of `SearchSpec`, `DataSpec` and `QuantSettings`, in one flat list;
+the command line has other names for some of them (`--calibration-samples`).
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alphaquant.errors import ConfigError
+from alphaquant.quant.bank import Progress
+from alphaquant.quant.engine import QuantSettings
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.studies.gate import HeldoutRow
+from alphaquant.studies.loop import OnTrial
+from alphaquant.studies.progress import no_progress
+from alphaquant.studies.report import summary_text, trials_frame
+from alphaquant.studies.report_sections import config_name, origin_of, winner_text
+from alphaquant.studies.result import SearchResult
+from alphaquant.studies.runner import search as run_search
+from alphaquant.studies.spec import DataSpec, SearchSpec, quant_settings
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished search; as the last line of a notebook's cell it shows its front.
+
+    Attributes:
+        result: everything that was found, as the reports see it.
+    """
+
+    result: SearchResult
+
+    @property
+    def front(self) -> pd.DataFrame:
+        """The published points by size: what `front.json` and `report.md` say of them.
+
+        One row per point, indexed by its name: `bits_per_weight`, `checkpoint_bytes`, `kl` and
+        `kl_stderr` (nats per token, held-out text), `uniform` (the best uniform format of at most
+        its bits) and `uniform_kl`, `difference` (that KL minus the point's) with its 95 % interval
+        `low` to `high`, `same_top`, `perplexity`, `origin`, `is_within_budget`, `is_best`,
+        `config` (path).
+        """
+        rows = [self._front_row(row) for row in self.result.gate.points]
+        return pd.DataFrame(rows).set_index("name")
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """Every trial, as in `trials.csv`; numbers are of the evaluation text."""
+        return trials_frame(self.result).set_index("number")
+
+    @property
+    def best(self) -> Path:
+        """`best.json`: the configuration for the budget, input of `alphaquant.quantize`."""
+        return self.result.folder.path / "best.json"
+
+    @property
+    def assignment(self) -> Assignment:
+        """The formats of `best.json`, matrix by matrix."""
+        return self.result.published
+
+    def __str__(self) -> str:
+        """What the command prints."""
+        return summary_text(self.result)
+
+    def _repr_html_(self) -> str:
+        front = self.front.drop(columns=["config", "checkpoint_bytes"])
+        return (
+            f"<p>{escape(winner_text(self.result))}</p>"
+            f"{front.to_html(float_format='{:.6g}'.format, border=0)}"
+            f"<p>best: <code>{escape(str(self.best))}</code></p>"
+        )
+
+    def _front_row(self, row: HeldoutRow) -> dict[str, Any]:
+        rival = row.rival
+        difference = None if rival is None else rival.difference
+        return {
+            "name": row.name,
+            "bits_per_weight": row.bits_per_weight,
+            "checkpoint_bytes": row.checkpoint_bytes,
+            "kl": row.kl,
+            "kl_stderr": row.kl_stderr,
+            "uniform": None if rival is None else rival.name,
+            "uniform_kl": None if rival is None else rival.kl,
+            "difference": None if difference is None else difference.mean,
+            "low": None if difference is None else difference.low,
+            "high": None if difference is None else difference.high,
+            "same_top": row.same_top,
+            "perplexity": row.perplexity,
+            "origin": origin_of(self.result, row),
+            "is_within_budget": row.is_within_budget,
+            "is_best": row.digest == self.result.published.digest,
+            "config": self.result.folder.path / config_name(row),
+        }
+
+
+def search(
+    budget: str,
+    *,
+    progress: Progress = no_progress,
+    on_trial: OnTrial = lambda row: None,
+    **settings: Any,
+) -> Study:
+    """Search formats for a model under a budget: `alphaquant.search("4.25bits", model=DIR)`.
+
+    The same call resumes a search that was stopped, from its `out`.
+
+    Args:
+        budget: `4.25bits`, `13GiB`, ...
+        progress: called with a stage's name, steps done, steps.
+        on_trial: called after each trial.
+        **settings: fields of `SearchSpec` (`model`, `out`, `trials`, ...), of its `DataSpec`
+            (`calibration`, `n_calibration`, ...) and of its `QuantSettings` (`method`, ...).
+
+    Raises:
+        AlphaQuantError: a setting that does not exist, or bad input.
+    """
+    return Study(run_search(make_spec(budget, settings), progress=progress, on_trial=on_trial))
+
+
+def make_spec(budget: str, settings: Mapping[str, Any]) -> SearchSpec:
+    """The specification of flat settings.
+
+    Raises:
+        ConfigError: an unknown name, or a value that makes no sense.
+    """
+    own, data, quant = (_field_names(kind) for kind in (SearchSpec, DataSpec, QuantSettings))
+    known = sorted(own | data | quant)
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.5) or known
+            raise ConfigError(f"search has no setting {name!r}; perhaps {', '.join(near)}")
+    paths = {n: Path(settings[n]) for n in ("out", "cache") if settings.get(n) is not None}
+    return SearchSpec(
+        budget=budget,
+        data=DataSpec(**_part(settings, data)),
+        quant=quant_settings(**_part(settings, quant)),
+        **{**_part(settings, own), **paths},
+    )
+
+
+def _field_names(kind: type[SearchSpec] | type[DataSpec] | type[QuantSettings]) -> set[str]:
+    return {field.name for field in fields(kind)} - {"budget", "data", "quant"}
+
+
+def _part(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in names}

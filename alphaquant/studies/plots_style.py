@@ -1,0 +1,104 @@
+"""What all figures share: fonts, colours, room, and how a logarithmic axis shows zero."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+INK = "#1f2933"
+GRID = "#e4e7eb"
+
+# Okabe and Ito, Color Universal Design, 2008: told apart with any kind of colour vision.
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+PURPLE, GREY = "#cc79a7", "#7b8794"
+
+_BELOW = 3.0
+_NO_POSITIVE = 1e-3
+_DENSE_BELOW = 200.0
+_BELOW_AXIS_PIXELS = 62
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """Numbers on a logarithmic axis, which has no place for 0.
+
+    Attributes:
+        floor: where 0 is drawn: below the lowest positive number by a factor of 3.
+        top: the highest number.
+    """
+
+    floor: float
+    top: float
+
+    def place(self, value: float) -> float | None:
+        """Where a number is drawn; None where it is not finite, so nowhere."""
+        return max(value, self.floor) if math.isfinite(value) else None
+
+    def below(self, value: float, length: float) -> float:
+        """How long an error bar may be downwards."""
+        return max(0.0, min(length, value - self.floor))
+
+    def axis(self, title: str) -> dict[str, object]:
+        """A logarithmic axis with plain numbers, few enough for a phone.
+
+        Worked example: from 0.001 to 0.02 at 0.001, 0.002, 0.005, 0.01, ...; from 0.001 to 1 at
+        the powers of ten alone.
+        """
+        first, last = math.floor(math.log10(self.floor)), math.ceil(math.log10(self.top))
+        steps = (1, 2, 5) if self.top / self.floor < _DENSE_BELOW else (1,)
+        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        return {
+            "type": "log",
+            "title": {"text": title},
+            "tickvals": ticks,
+            "ticktext": [_plain(tick) for tick in ticks],
+        }
+
+
+def log_scale(values: Sequence[float]) -> LogScale:
+    """The scale of these numbers.
+
+    Worked example: of (0, 0.3, 0.6) the floor is 0.1, where the 0 is drawn.
+    """
+    positive = [v for v in values if v > 0 and math.isfinite(v)]
+    if not positive:
+        return LogScale(_NO_POSITIVE, 1.0)
+    return LogScale(min(positive) / _BELOW, max(positive))
+
+
+def styled(figure: go.Figure, height: int) -> go.Figure:
+    """Give a figure the house style: light, as wide as its place, legend below.
+
+    Args:
+        figure: changed and returned.
+        height: pixels.
+    """
+    below = -_BELOW_AXIS_PIXELS / (height - 2 * _BELOW_AXIS_PIXELS)
+    figure.update_layout(
+        template="none",
+        height=height,
+        autosize=True,
+        margin={"l": 62, "r": 14, "t": 34, "b": 50},
+        font={"family": FONT, "size": 13, "color": INK},
+        paper_bgcolor="#ffffff",
+        plot_bgcolor="#ffffff",
+        hovermode="closest",
+        hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left"},
+        legend={"orientation": "h", "yanchor": "top", "y": below, "x": 0, "xanchor": "left"},
+        dragmode=False,
+    )
+    axis = {"gridcolor": GRID, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
+    figure.update_xaxes(**axis, zeroline=False, automargin=True, title={"standoff": 6})
+    figure.update_yaxes(**axis, zeroline=False, automargin=True)
+    return figure
+
+
+def _plain(tick: float) -> str:
+    """A tick's number: `0.002`, below 0.0001 `2e-5`."""
+    return (
+        f"{tick:.4f}".rstrip("0").rstrip(".")
+        if tick > 9e-5
+        else f"{tick:.0e}".replace("e-0", "e-")
+    )
