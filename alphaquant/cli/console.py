@@ -36,6 +36,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "sweep": "sweep of blocks",
         "relinearize": "costs measured anew",
         "anchor": "costs at the best",
+        "scores": "original's scores",
         "polish": "measured exchanges",
         "gate": "held-out comparison",
         "report": "report",

@@ -13,14 +13,14 @@ from alphaquant.cli.options import Debug
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="[DIR|STORAGE]", help="The --out of a search, or the storage of its study."
+        metavar="DIR|STORAGE", help="The --out of a search, or the storage of its study."
     ),
 ]
 Storage = Annotated[
     str | None,
     typer.Option(
         help="Storage of the study where it is not that of the directory: sqlite:///FILE, "
-        "postgresql://USER@HOST/DATABASE, journal:FILE."
+        "postgresql://USER@HOST/DATABASE, journal:FILE; default what the search used."
     ),
 ]
 Artifacts = Annotated[

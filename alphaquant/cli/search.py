@@ -125,7 +125,7 @@ Also = Annotated[
     typer.Option(help="Scores of the same names that every trial measures and only reports."),
 ]
 LatencyTable = Annotated[
-    Path | None, typer.Option(help="Measured times, CSV or JSON lines, for latency.")
+    Path | None, typer.Option(help="Measured times, CSV or JSON lines; needed for latency.")
 ]
 TaskLimit = Annotated[
     int, typer.Option(min=1, help="Only the first so many documents of each task of lm-eval.")
@@ -136,7 +136,10 @@ NHeldout = Annotated[int, typer.Option(min=2, help="Windows of held-out text.")]
 Sampler = Annotated[str, typer.Option(help="Optuna sampler: tpe, gp, nsga2, random.")]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Optuna storage, e.g. sqlite:///study.db; default study.db in --out."),
+    typer.Option(
+        help="Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:FILE; "
+        "default study.db in --out."
+    ),
 ]
 Study = Annotated[str, typer.Option(help="Name of the Optuna study.")]
 Out = Annotated[Path, typer.Option(help="Directory of results; the same command resumes in it.")]

@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 
 from alphaquant.errors import ModelError, StoreError
+from alphaquant.evaluators.base import Subject
 from alphaquant.quant.bank import Progress
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import Assignment
@@ -21,6 +22,7 @@ from alphaquant.spaces.config import config_from_assignment, dump_config
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.notes import save_trial_note, trial_note
 from alphaquant.studies.objective import Measured, SearchObjective
+from alphaquant.studies.objectives import Scorer
 from alphaquant.studies.pruning import is_hopeless
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import (
@@ -65,6 +67,7 @@ class TrialLoop:
         folder: keeps their assignments.
         progress: called with ("study", trials done, trials).
         on_trial: called after each new trial.
+        scorer: measures what is asked for besides bits and KL.
         rows: trials so far, in order.
     """
 
@@ -75,6 +78,7 @@ class TrialLoop:
     folder: RunFolder
     progress: Progress
     on_trial: OnTrial
+    scorer: Scorer = field(default_factory=Scorer)
     rows: list[TrialRow] = field(default_factory=list)
     _stored: list[TrialRow] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
@@ -161,7 +165,7 @@ class TrialLoop:
             )
         self.folder.save_assignment(proposal.assignment)
         self._show(trial, proposal.assignment, row)
-        finish_trial(self.study, trial, row)
+        finish_trial(self.study, trial, row, self.scorer.plan.objectives)
         return row
 
     def _show(self, trial: optuna.Trial, assignment: Assignment, row: TrialRow) -> None:
@@ -194,12 +198,30 @@ class TrialLoop:
             row = make_row(number, proposal.origin, assignment.digest, counts, found)
             is_pruned = len(found.kl) < self.objective.n_windows
             row = replace(row, predicted_kl=self.predict(assignment), is_pruned=is_pruned)
+            row = row if is_pruned else self._with_scores(row, assignment)
         return replace(row, number=number, origin=proposal.origin, gap=proposal.gap)
 
+    def _with_scores(self, row: TrialRow, assignment: Assignment) -> TrialRow:
+        """A complete trial with everything else that is asked for."""
+        if not self.scorer.evaluators:
+            return row
+        started, model_map = time.perf_counter(), self.objective.model_map
+        self.objective.swapper.apply(assignment)
+        found = self.scorer.measure(Subject(model_map.model, model_map.inventory, assignment))
+        return replace(
+            row,
+            extra={s.metric: s.value for s in found},
+            extra_stderr={s.metric: s.stderr for s in found if s.stderr is not None},
+            seconds=row.seconds + time.perf_counter() - started,
+        )
+
     def _race(self, assignment: Assignment, bits: float, can_prune: bool) -> Measured:
-        """Measure batch by batch, up to where a trial of no more bits is better beyond doubt."""
+        """Measure batch by batch, up to where a trial of no more bits is better beyond doubt.
+
+        With further objectives all is measured: what is worse in KL may be better in these.
+        """
         rivals = [r for r in self.rows if not r.is_pruned and r.bits_per_weight <= bits]
-        if not can_prune or not rivals:
+        if not can_prune or not rivals or self.scorer.plan.objectives:
             return self.objective.measure(assignment)
         best = min(rivals, key=lambda r: r.kl)
         step, n_windows = self.objective.batch_size, self.objective.n_windows

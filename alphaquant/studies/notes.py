@@ -69,13 +69,20 @@ def study_note(
             markdown(["", ""], asked),
             "## Values",
             "`bits_per_weight` is the size, `kl` the divergence from the original model on the "
-            "evaluation text in nats per token; both are minimized. Trials that Optuna calls "
+            "evaluation text in nats per token; both are minimized"
+            f"{_objectives_text(spec)}. Trials that Optuna calls "
             "pruned were measured on their first windows only, because a trial that is no larger "
             f"was better there beyond doubt. {counting_rule()}",
             "## Origins",
             markdown(["origin", "what the trial is"], origins),
         ]
     )
+
+
+def _objectives_text(spec: SearchSpec) -> str:
+    others = [name.strip() for name in spec.scores.objectives.split(",")][2:]
+    named = ", ".join(f"`{name}`" for name in others)
+    return f"; so is what {named} stands for, each in its direction" if others else ""
 
 
 def begin_study_note(study: optuna.Study, text: str) -> None:
@@ -124,6 +131,7 @@ def trial_note(
         ["perplexity", f"{row.perplexity:.3f}"],
         ["bits per weight", f"{row.bits_per_weight:.4f}"],
         ["checkpoint", f"{row.checkpoint_bytes} bytes ({row.checkpoint_bytes / 1e6:.2f} MB)"],
+        *([name, f"{value:.6g}"] for name, value in row.extra.items()),
         ["solver's gap", gap],
         ["digest", f"`{row.digest}`"],
     ]

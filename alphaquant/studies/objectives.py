@@ -7,7 +7,7 @@ its evaluator, which stands for that evaluator's first metric (`drift` for `rout
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -136,12 +136,12 @@ def check_scores(spec: ScoreSpec) -> None:
         )
 
 
-def plan_scores(spec: ScoreSpec, tokenizer: Callable[[], Any]) -> ScorePlan:
+def plan_scores(spec: ScoreSpec, tokenizer: Any) -> ScorePlan:
     """Find every name.
 
     Args:
         spec: what was asked for, see `check_scores`.
-        tokenizer: loads the model's tokenizer; called where tasks of lm-eval are asked for.
+        tokenizer: of transformers, the model's.
 
     Raises:
         ConfigError, DataError: a name that does not exist, lm-eval's tasks without lm-eval or
@@ -228,9 +228,7 @@ def _metric(name: str, harness: HarnessEvaluator | None) -> Metric:
     return found
 
 
-def _harness(
-    spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Callable[[], Any]
-) -> HarnessEvaluator:
+def _harness(spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Any) -> HarnessEvaluator:
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         local = None
         if spec.task_data is not None:
@@ -238,4 +236,4 @@ def _harness(
             local.mkdir()
             write_mmlu_tasks(Path(spec.task_data), [*filter(is_mmlu, tasks)], local)
         request = HarnessRequest(tasks, local, spec.n_shots, spec.task_limit)
-        return HarnessEvaluator(request, tokenizer())
+        return HarnessEvaluator(request, tokenizer)

@@ -24,6 +24,7 @@ from alphaquant.studies.report_sections import (
     gains_table,
     origin_of,
     published_table,
+    scores_text,
     search_text,
     uniform_table,
     winner_text,
@@ -31,7 +32,7 @@ from alphaquant.studies.report_sections import (
 )
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.sizes import bit_lines
-from alphaquant.studies.storage import TrialRow, find_duplicate
+from alphaquant.studies.storage import OBJECTIVES, TrialRow, find_duplicate
 from alphaquant.studies.tables import aligned, markdown, with_error
 
 FRONT_VERSION = 2
@@ -100,6 +101,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
         "heldout": [asdict(row) for row in gate.rows],
         "stages": [asdict(gain) for gain in stage_gains(result.rows, result.limit)],
         "probe": _probe_json(result),
+        "objectives": [*OBJECTIVES, *(m.name for m in result.scores.objectives)],
         "n_trials": len(result.rows),
         "n_measured": result.n_measured,
         "n_passes": round(result.n_passes, 3),
@@ -111,7 +113,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
 
 def trials_frame(result: SearchResult) -> pd.DataFrame:
     """One row per trial."""
-    frame = pd.DataFrame([_public(row) for row in result.rows])
+    frame = pd.DataFrame([_flat(row) for row in result.rows])
     frame["duplicate_of"] = frame["duplicate_of"].astype("Int64")
     on_front = {row.number for row in result.front_trials}
     frame["on_front"] = [n in on_front for n in frame["number"]]
@@ -180,6 +182,7 @@ def report_text(result: SearchResult) -> str:
         withheld_text(result),
         "## The best trial by domain",
         domain_text(result),
+        *_scores_section(result),
         "## Other uniform formats",
         uniform_table(result),
         "## What each stage gained (evaluation text, within the budget)",
@@ -197,6 +200,11 @@ def report_text(result: SearchResult) -> str:
         f"    aq-eval --model DIR --reference {result.spec.model}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _scores_section(result: SearchResult) -> list[str]:
+    text = scores_text(result)
+    return ["## Other scores of published trials (evaluation text)", text] if text else []
 
 
 def _assignment(result: SearchResult, row: HeldoutRow) -> Assignment:
@@ -257,6 +265,13 @@ def _scores(row: TrialRow) -> list[dict[str, Any]]:
         {"metric": "same_top", "value": row.same_top, "unit": "share of positions"},
         {"metric": "perplexity", "value": row.perplexity, "unit": "per token"},
     ]
+
+
+def _flat(row: TrialRow) -> dict[str, Any]:
+    """A trial as columns; other scores are columns of their own."""
+    own = {k: v for k, v in _public(row).items() if k not in ("extra", "extra_stderr")}
+    errors = {f"{name}_stderr": value for name, value in row.extra_stderr.items()}
+    return {**own, **row.extra, **errors}
 
 
 def _public(row: TrialRow) -> dict[str, Any]:

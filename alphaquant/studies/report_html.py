@@ -25,6 +25,7 @@ from alphaquant.studies.report_sections import (
     domain_text,
     gains_table,
     published_table,
+    scores_text,
     search_text,
     uniform_table,
     winner_text,
@@ -106,6 +107,7 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
         "<h2>The front</h2>" + text["front"] + _command_list(result),
         to_html(f"## Published points (held-out text)\n\n{published_table(result)}"),
         to_html(f"## The best trial by domain\n\n{domain_text(result)}"),
+        *_scores(result),
         to_html(f"## Withheld points\n\n{withheld_text(result)}"),
         "<h2>Where the bits went</h2>" + text["layers"] + text["experts"],
         _use(result),
@@ -118,6 +120,12 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
         _details("The search", f"{search_text(result)}\n\n{_seconds(result)}"),
         _provenance(result),
     ]
+
+
+def _scores(result: SearchResult) -> list[str]:
+    text = scores_text(result)
+    head = "## Other scores of published trials (evaluation text)"
+    return [to_html(f"{head}\n\n{text}")] if text else []
 
 
 def _cards(result: SearchResult) -> str:

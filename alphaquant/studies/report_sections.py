@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from alphaquant.studies.gate import SEARCH, Comparison, HeldoutRow
 from alphaquant.studies.intervals import Difference
 from alphaquant.studies.result import SearchResult, stage_gains
+from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import markdown, with_error
 from alphaquant.studies.trials import UNIFORM
 
@@ -127,6 +128,28 @@ def domain_text(result: SearchResult) -> str:
         f"{table}\n\nWorst domain beside uniform {best.rival.name}: {worst}, with "
         f"{ratios[worst]:.3f} x its KL."
     )
+
+
+def scores_text(result: SearchResult) -> str:
+    """What was asked for besides bits and KL, of the published trials; empty if nothing was."""
+    metrics = result.scores.metrics
+    if not metrics:
+        return ""
+    optimized = {metric.name for metric in result.scores.objectives}
+    rows = []
+    for point in result.gate.points:
+        trial = None if point.trial is None else result.rows[point.trial]
+        if trial is not None and not trial.is_pruned:
+            cells = [_score_cell(trial, metric.name) for metric in metrics]
+            rows.append([_mark(result, point), f"{point.bits_per_weight:.4f}", *cells])
+    head = [f"{m.name}{' (objective)' if m.name in optimized else ''}, {m.unit}" for m in metrics]
+    return markdown(["", "bits/weight", *head], rows)
+
+
+def _score_cell(trial: TrialRow, metric: str) -> str:
+    stderr = trial.extra_stderr.get(metric)
+    value = f"{trial.score(metric):.6g}"
+    return value if stderr is None else f"{value} +- {stderr:.2g}"
 
 
 def gains_table(result: SearchResult) -> str:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from alphaquant.evaluators.base import Metric
 from alphaquant.search.pareto import nondominated
 from alphaquant.spaces.assignment import Assignment, BitCount
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.gate import GateResult
+from alphaquant.studies.objectives import ScorePlan
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import ALLOCATOR, UNIFORM
@@ -66,6 +68,7 @@ class SearchResult:
         probe: how well the costs rank; None where that was not measured.
         facts: provenance.
         folder: where everything is written.
+        scores: what was measured besides bits and KL.
     """
 
     spec: SearchSpec
@@ -78,6 +81,7 @@ class SearchResult:
     probe: Probe | None
     facts: Mapping[str, Any]
     folder: RunFolder
+    scores: ScorePlan = field(default_factory=ScorePlan)
 
     @property
     def limit(self) -> float:
@@ -86,8 +90,8 @@ class SearchResult:
 
     @property
     def front_trials(self) -> tuple[TrialRow, ...]:
-        """The non-dominated complete trials over (bits, KL), of all sizes, by bits."""
-        return front_of(self.rows)
+        """The non-dominated complete trials over all objectives, of all sizes, by bits."""
+        return front_of(self.rows, self.scores.objectives)
 
     @property
     def best(self) -> TrialRow:
@@ -105,10 +109,21 @@ class SearchResult:
         return self.published.count_bits(self.space.inventory)
 
 
-def front_of(rows: Sequence[TrialRow]) -> tuple[TrialRow, ...]:
-    """The complete rows that none beats over (bits, KL), by bits; of equal points the first."""
+def front_of(rows: Sequence[TrialRow], objectives: Sequence[Metric] = ()) -> tuple[TrialRow, ...]:
+    """The complete rows that none beats over all objectives, by bits; of equal points the first.
+
+    Args:
+        rows: trials.
+        objectives: those besides bits and KL.
+    """
     complete = [row for row in rows if not row.is_pruned]
-    mask = nondominated(np.array([[r.bits_per_weight, r.kl] for r in complete]))
+    signs = [1 if metric.direction == "minimize" else -1 for metric in objectives]
+    points = [
+        [r.bits_per_weight, r.kl]
+        + [sign * r.score(m.name) for sign, m in zip(signs, objectives, strict=True)]
+        for r in complete
+    ]
+    mask = nondominated(np.array(points))
     kept = [row for row, keep in zip(complete, mask, strict=True) if keep]
     return tuple(sorted(kept, key=lambda r: r.bits_per_weight))
 

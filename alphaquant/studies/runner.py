@@ -39,6 +39,7 @@ from alphaquant.studies.gate import GateResult, judge
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.notes import begin_study_note, study_note
 from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.objectives import check_scores
 from alphaquant.studies.program import Run, program_of
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
@@ -53,6 +54,7 @@ from alphaquant.studies.stages import (
     bank_formats,
     check_constraints,
     load_inputs,
+    open_scorer,
     prepare,
 )
 from alphaquant.studies.storage import open_study
@@ -118,6 +120,7 @@ def search(
         probe=run.probe,
         facts=_provenance(prepared, request.device),
         folder=folder,
+        scores=inputs.scores,
     )
     return _decorated(_write(result, clock), inputs)
 
@@ -134,6 +137,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_grouping(spec.grouping)
     check_allocator(spec.allocator)
     check_constrained(spec)
+    check_scores(spec.scores)
     device = find_device(spec.device)
     if spec.storage is not None:
         check_storage(spec.storage)
@@ -151,6 +155,7 @@ def _make_run(
     """What the steps of a program share."""
     spec, space = prepared.spec, prepared.space
     source, texts = prepared.inputs.source, prepared.teachers
+    scorer = open_scorer(prepared, clock)
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.read)
     objective = SearchObjective(source.map, swapper, texts.evaluation, log)
@@ -163,7 +168,7 @@ def _make_run(
     return Run(
         spec=spec,
         proposer=proposer,
-        loop=TrialLoop(spec, study, objective, predict, folder, clock, on_trial),
+        loop=TrialLoop(spec, study, objective, predict, folder, clock, on_trial, scorer),
         truth=ChoiceTruth(objective, proposer.spread),
         anchor_costs=anchor.costs,
         clock=clock,
@@ -173,7 +178,8 @@ def _make_run(
 def _judge(run: Run, prepared: Prepared) -> GateResult:
     """The comparison with uniform formats on held-out text."""
     heldout = prepared.teachers.heldout
-    rows = {row.digest: row for row in (*front_of(run.loop.rows), run.best())}
+    front = front_of(run.loop.rows, prepared.inputs.scores.objectives)
+    rows = {row.digest: row for row in (*front, run.best())}
     points = [(row, run.loop.assignment(row)) for row in rows.values()]
     objective = Objective(run.truth.objective.swapper)
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
@@ -207,7 +213,8 @@ def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
 
 def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:
     url = spec.storage or default_storage(spec.out)
-    return open_study(url, spec.study, facts_digest(_facts(spec, inputs)))
+    digest = facts_digest(_facts(spec, inputs))
+    return open_study(url, spec.study, digest, inputs.scores.objectives)
 
 
 def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ digest, so a stage that ran before costs a read.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet
+from alphaquant.studies.objectives import ScorePlan, Scorer, open_scores, plan_scores
 from alphaquant.studies.progress import StageClock
 from alphaquant.studies.sources import Source, cache_dir, read_text
 from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec
@@ -50,12 +51,14 @@ class Inputs:
         calibration: for Hessians and costs.
         evaluation: what the search sees.
         heldout: for the gate.
+        scores: what is measured on the evaluation text besides bits and KL.
     """
 
     source: Source
     calibration: TokenSet
     evaluation: TokenSet
     heldout: TokenSet
+    scores: ScorePlan = field(default_factory=ScorePlan)
 
     def facts(self) -> dict[str, Any]:
         """Provenance of the model and the texts."""
@@ -69,6 +72,7 @@ class Inputs:
             "calibration_text": self.calibration.digest,
             "evaluation_text": self.evaluation.digest,
             "heldout_text": self.heldout.digest,
+            **self.scores.facts(),
         }
 
 
@@ -92,12 +96,13 @@ class Costs:
 
 
 def load_inputs(spec: SearchSpec, source: Source) -> Inputs:
-    """Read the three texts and check that they share nothing.
+    """Find the scores that are asked for, read the three texts, check that they share nothing.
 
     Raises:
+        ConfigError: a score that does not exist.
         DataError: a text cannot be found, is too short or overlaps with another.
     """
-    data = spec.data
+    data, scores = spec.data, plan_scores(spec.scores, source.tokenizer)
     texts = [
         read_text(source, text, role, n_samples, data.seq_len, spec.seed)
         for text, role, n_samples in (
@@ -110,7 +115,7 @@ def load_inputs(spec: SearchSpec, source: Source) -> Inputs:
         for b in texts[i + 1 :]:
             check_disjoint(a, b)
     calibration, evaluation, heldout = texts
-    return Inputs(source, calibration, shuffled(evaluation), heldout)
+    return Inputs(source, calibration, shuffled(evaluation), heldout, scores)
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,18 @@ def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageCl
     costs = measure_unit_costs(spec, inputs, space, bank, clock)
     problem = problem_of(space, costs, spectra)
     return Prepared(spec, inputs, space, teachers, bank, costs, problem)
+
+
+def open_scorer(prepared: Prepared, clock: StageClock) -> Scorer:
+    """What measures the scores that are asked for; the original's weights must be in place."""
+    source, table, plan = prepared.inputs.source, prepared.costs.table, prepared.inputs.scores
+    if not plan.measured:
+        return Scorer(plan)
+    clock("scores", 0, 1)
+    shares = dict(zip(table.matrices, table.active_share.tolist(), strict=True))
+    scorer = open_scores(plan, source.map, prepared.teachers.evaluation.tokens.tokens, shares)
+    clock("scores", 1, 1)
+    return scorer
 
 
 @dataclass(frozen=True)

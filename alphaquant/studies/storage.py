@@ -1,9 +1,9 @@
 """The Optuna study behind a search: opened, checked, taken up again, and read back as rows."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import optuna
@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from alphaquant.errors import StoreError
+from alphaquant.evaluators.base import Metric
 from alphaquant.search.sampler import FINISHED, fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
@@ -49,6 +50,9 @@ class TrialRow:
         duplicate_of: earlier trial with the same assignment, whose numbers were taken over.
         is_pruned: measured on its first windows only, because a trial that is no larger was
             better there beyond doubt; its numbers are those of these windows.
+        extra: other scores on the evaluation text, by metric; see
+            `alphaquant.studies.objectives`.
+        extra_stderr: their standard errors, of those that are means.
     """
 
     number: int
@@ -66,10 +70,18 @@ class TrialRow:
     seconds: float
     duplicate_of: int | None = None
     is_pruned: bool = False
+    extra: Mapping[str, float] = field(default_factory=dict)
+    extra_stderr: Mapping[str, float] = field(default_factory=dict)
+
+    def score(self, metric: str) -> float:
+        """A number of the trial by its metric."""
+        return self.extra[metric] if metric in self.extra else float(getattr(self, metric))
 
 
 @contextmanager
-def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
+def open_study(
+    url: str, name: str, digest: str, objectives: Sequence[Metric] = ()
+) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
 
     Trials that a killed process left running are failed; their parameters come again, because
@@ -79,6 +91,7 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
         url: of the Optuna storage.
         name: of the study.
         digest: of the search's facts.
+        objectives: those besides bits and KL.
 
     Raises:
         StoreError: the storage is damaged or unreachable, also later while the study is open, or
@@ -86,7 +99,7 @@ def open_study(url: str, name: str, digest: str) -> Iterator[optuna.Study]:
     """
     with open_storage(url) as storage:
         with explained(url):
-            study = _take_up(storage, url, name, digest)
+            study = _take_up(storage, (url, name), digest, objectives)
         yield study
 
 
@@ -95,7 +108,9 @@ def our_studies(storage: BaseStorage) -> list[str]:
     return [s.study_name for s in storage.get_all_studies() if _DIGEST in s.user_attrs]
 
 
-def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> None:
+def finish_trial(
+    study: optuna.Study, trial: optuna.Trial, row: TrialRow, objectives: Sequence[Metric] = ()
+) -> None:
     """Store a trial's numbers, then finish it; a kill between the two leaves it unfinished.
 
     The row is one system attribute, which is read back; a dashboard does not show those, and a
@@ -111,7 +126,8 @@ def finish_trial(study: optuna.Study, trial: optuna.Trial, row: TrialRow) -> Non
     if row.is_pruned:
         study.tell(trial, state=TrialState.PRUNED)
     else:
-        study.tell(trial, [row.bits_per_weight, row.kl])
+        others = [row.score(metric.name) for metric in objectives]
+        study.tell(trial, [row.bits_per_weight, row.kl, *others])
 
 
 def finished_rows(study: optuna.Study) -> list[TrialRow]:
@@ -150,11 +166,15 @@ def find_duplicate(rows: Sequence[TrialRow], digest: str) -> TrialRow | None:
     return next((row for row in rows if row.digest == digest), None)
 
 
-def _take_up(storage: BaseStorage, url: str, name: str, digest: str) -> optuna.Study:
+def _take_up(
+    storage: BaseStorage, where: tuple[str, str], digest: str, objectives: Sequence[Metric]
+) -> optuna.Study:
+    """Create or take up the study at (URL, name)."""
+    url, name = where
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        directions=["minimize", "minimize"],
+        directions=["minimize", "minimize", *(metric.direction for metric in objectives)],
         load_if_exists=True,
     )
     found = study.user_attrs.get(_DIGEST)
@@ -162,7 +182,7 @@ def _take_up(storage: BaseStorage, url: str, name: str, digest: str) -> optuna.S
         with warnings.catch_warnings():
             # Names for dashboards only; nothing reads them back.
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(list(OBJECTIVES))
+            study.set_metric_names([*OBJECTIVES, *(metric.name for metric in objectives)])
         study.set_user_attr(_DIGEST, digest)
     elif found != digest:
         raise StoreError(

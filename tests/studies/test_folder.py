@@ -11,6 +11,7 @@ from optuna.artifacts import get_all_artifact_meta
 from alphaquant.errors import StoreError
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.folder import (
+    RUN_VERSION,
     RunFolder,
     check_folder,
     claim_folder,
@@ -53,7 +54,7 @@ def test_other_version_of_the_files_is_refused(tmp_path: Path) -> None:
     claim_folder(tmp_path, FACTS, overwrite=False)
     run = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**run, "version": 0}))
-    with pytest.raises(StoreError, match="version 0 of this program's files, now 1"):
+    with pytest.raises(StoreError, match=f"version 0 of this program's files, now {RUN_VERSION}"):
         check_folder(tmp_path, FACTS, overwrite=False)
 
 
