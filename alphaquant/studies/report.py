@@ -6,11 +6,13 @@ has a configuration.
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
+from alphaquant.evaluators.base import Metric
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
@@ -70,7 +72,7 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "study": result.spec.study,
         "trial": None if trial is None else trial.number,
         "origin": origin_of(result, row),
-        "scores": [] if trial is None else _scores(trial),
+        "scores": [] if trial is None else _scores(trial, result.scores.metrics),
         "heldout": [asdict(row)],
         "assignment_digest": assignment.digest,
         "model": result.facts["model"],
@@ -252,8 +254,18 @@ def _summary_row(result: SearchResult, row: HeldoutRow) -> list[str]:
     ]
 
 
-def _scores(row: TrialRow) -> list[dict[str, Any]]:
+def _scores(row: TrialRow, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     n_samples = len(row.kl_per_window)
+    others = [
+        {
+            "metric": metric.name,
+            "value": row.extra[metric.name],
+            "stderr": row.extra_stderr.get(metric.name),
+            "unit": metric.unit,
+        }
+        for metric in metrics
+        if metric.name in row.extra
+    ]
     return [
         {
             "metric": "kl",
@@ -264,6 +276,7 @@ def _scores(row: TrialRow) -> list[dict[str, Any]]:
         },
         {"metric": "same_top", "value": row.same_top, "unit": "share of positions"},
         {"metric": "perplexity", "value": row.perplexity, "unit": "per token"},
+        *others,
     ]
 
 

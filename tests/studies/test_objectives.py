@@ -144,6 +144,11 @@ def test_reports_and_tables_have_the_scores(drifting: SearchResult) -> None:
     assert "router_kl_stderr" in frame and "active_bytes_stderr" not in frame
     front = json.loads((path / "front.json").read_text())
     assert front["objectives"] == ["bits_per_weight", "kl", "router_kl"]
+    summary = json.loads((path / "best.json").read_text())["summary"]
+    scored = {score["metric"]: score for score in summary["scores"]}
+    row = next(r for r in drifting.rows if r.number == summary["trial"])
+    assert scored["router_kl"]["value"] == row.extra["router_kl"]
+    assert scored["router_kl"]["stderr"] == row.extra_stderr["router_kl"]
     section = scores_text(drifting)
     assert "router_kl (objective), nats/token" in section and "same_top, share" in section
     assert section in (path / "report.md").read_text()
