@@ -1,8 +1,9 @@
 """Modules that hold packed weights and dequantize them in their forward pass.
 
-The torch reference of the packed runtime.
+The torch reference of the packed runtime. Experts run one after the other, each once per call on
+all of its tokens; an expert without tokens costs nothing.
 
-Letters: n tokens, k experts per token, H hidden size, I expert width.
+Letters: n tokens, k experts per token, E experts, H hidden size, I expert width.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.activations import fake_quantize
+from alphaquant.quant.dequant_cache import DequantCache, parse_cache_size
 from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.quantization_config import PackedFormats
@@ -46,6 +49,7 @@ class PackedLinear(nn.Module):
         for name, (shape, dtype) in packed_shapes(fmt, rows, cols).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = bias
+        self.cache: DequantCache | None = None
 
     def packed(self) -> PackedMatrix:
         """The weight as stored."""
@@ -54,9 +58,15 @@ class PackedLinear(nn.Module):
             self.format, self.rows, self.cols, {n: self.get_buffer(n) for n in names}
         )
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
+        if self.cache is None:
+            return self.packed().dequantize().to(dtype)
+        return self.cache.weight(id(self), self.packed(), dtype)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., cols] -> [..., rows] in the inputs' dtype."""
-        weight = self.packed().dequantize().to(inputs.dtype)
+        weight = self.dequantized(inputs.dtype)
         return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
@@ -71,6 +81,8 @@ class PackedLinear(nn.Module):
             after = self.get_buffer(name)
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
+        if self.cache is not None:
+            self.cache.drop(id(self))
         return self
 
     def extra_repr(self) -> str:
@@ -89,7 +101,13 @@ class PackedExpert(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """An experts module with a format per matrix, called like the module that it replaces."""
+    """An experts module with a format per matrix, called like the module that it replaces.
+
+    Attributes:
+        num_experts: E, of the whole layer.
+        owned: numbers of the experts that it holds; all, unless `keep_experts` was called.
+        reduce: what the sum over the owned experts goes through, [n, H] -> [n, H]; None leaves it.
+    """
 
     def __init__(self, site: ExpertsSite, formats: PackedFormats) -> None:
         """Make an empty one.
@@ -100,6 +118,8 @@ class PackedExperts(nn.Module):
         """
         super().__init__()
         self.num_experts = site.n_experts
+        self.owned = range(site.n_experts)
+        self.reduce: Callable[[Tensor], Tensor] | None = None
         # A site is no module: the replaced module's (meta) weights stay out of the state.
         self.site = site
         for name in site.bias_names:
@@ -111,6 +131,8 @@ class PackedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H].
 
+        Experts that it does not own add nothing; ids of E and above are padding.
+
         Args:
             args: as the replaced module takes them; in transformers hidden states [n, H], expert
                 ids int64 [n, k], weights [n, k].
@@ -119,20 +141,70 @@ class PackedExperts(nn.Module):
         inputs, expert_ids, weights = self.site.route(args, kwargs)
         output = torch.zeros_like(inputs)
         for tokens in tokens_by_expert(expert_ids, weights, self.num_experts):
-            y = self._run_expert(tokens.expert, inputs[tokens.rows])
-            output.index_add_(0, tokens.rows, (y * tokens.weights.unsqueeze(-1)).to(output.dtype))
-        return output
+            if tokens.expert in self.owned:
+                y = self._run_expert(tokens.expert, inputs[tokens.rows])
+                weighted = (y * tokens.weights.unsqueeze(-1)).to(output.dtype)
+                output.index_add_(0, tokens.rows, weighted)
+        return output if self.reduce is None else self.reduce(output)
+
+    def keep_experts(self, owned: range) -> None:
+        """Forget the other experts; the numbers and names of these stay.
+
+        Args:
+            owned: part of the experts that it holds, step 1; may be empty.
+        """
+        for e in self.owned:
+            if e not in owned:
+                delattr(self, str(e))
+        self.owned = owned
 
     def _run_expert(self, index: int, x: Tensor) -> Tensor:
-        """One expert on its tokens, [m, H] -> [m, H]."""
+        """One expert on its tokens, [m, H] -> [m, H]; errors carry a note that names it."""
         expert = self.get_submodule(str(index))
-        gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)  # type: ignore[operator]
-        bias = self.site.gate_up_bias(self, index)
-        if bias is not None:
-            gate_up = gate_up + bias
-        y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))  # type: ignore[operator]
+        assert isinstance(expert, PackedExpert)
+        try:
+            gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
+            bias = self.site.gate_up_bias(self, index)
+            if bias is not None:
+                gate_up = gate_up + bias
+            y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))
+        except Exception as error:
+            formats = [
+                part.format.name for part in expert.children() if isinstance(part, PackedLinear)
+            ]
+            error.add_note(
+                f"in {self.site.name}, expert {index} (gate, up, down: {', '.join(formats)})"
+            )
+            raise
         bias = self.site.down_bias(self, index)
         return y if bias is None else y + bias
+
+
+def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:
+    """Let a packed model keep dequantized weights between calls; outputs stay exactly the same.
+
+    Args:
+        model: with packed modules, from `alphaquant.load` or `from_pretrained`.
+        size: most bytes of kept weights, such as `512MiB` or an integer; 0 keeps none. Kept
+            weights have the dtype of the inputs, 4 bytes per weight in float32.
+
+    Returns:
+        The store, which the model's packed modules share; one of an earlier call is given up.
+
+    Raises:
+        ConfigError: the size cannot be read.
+        ModelError: the model has no packed modules.
+    """
+    cache = DequantCache(parse_cache_size(size))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not packed:
+        raise ModelError(
+            f"{type(model).__name__} has no packed matrices to keep dequantized; give a model "
+            "loaded from a checkpoint of aq-quantize"
+        )
+    for module in packed:
+        module.cache = cache if cache.max_bytes else None
+    return cache
 
 
 def install_packed_modules(model_map: ModelMap, formats: PackedFormats) -> None:

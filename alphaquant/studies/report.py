@@ -206,7 +206,7 @@ def report_text(result: SearchResult) -> str:
 
 def _scores_section(result: SearchResult) -> list[str]:
     text = scores_text(result)
-    return ["## Other scores of published trials (evaluation text)", text] if text else []
+    return ["## Other scores of published trials", text] if text else []
 
 
 def _assignment(result: SearchResult, row: HeldoutRow) -> Assignment:

@@ -124,7 +124,7 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
 
 def _scores(result: SearchResult) -> list[str]:
     text = scores_text(result)
-    head = "## Other scores of published trials (evaluation text)"
+    head = "## Other scores of published trials"
     return [to_html(f"{head}\n\n{text}")] if text else []
 
 

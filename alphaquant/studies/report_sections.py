@@ -17,6 +17,7 @@ RARE_TOKENS = 64
 """Calibration tokens below which a matrix's own costs count less than its group's by default."""
 
 _RARE_SHARE = 0.25
+_LEAST_WHOLE = 1e5
 _N_NAMED = 8
 
 
@@ -148,7 +149,8 @@ def scores_text(result: SearchResult) -> str:
 
 def _score_cell(trial: TrialRow, metric: str) -> str:
     stderr = trial.extra_stderr.get(metric)
-    value = f"{trial.score(metric):.6g}"
+    number = trial.score(metric)
+    value = f"{number:.6g}" if abs(number) < _LEAST_WHOLE else f"{number:.0f}"
     return value if stderr is None else f"{value} +- {stderr:.2g}"
 
 

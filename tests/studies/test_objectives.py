@@ -187,3 +187,17 @@ def test_latency_of_a_measured_table_can_be_an_objective(
     result = search(make_spec(tmp_path / "out", trials=6, scores=scores))
     uniform = {r.origin: r.extra["decode_latency"] for r in result.rows}
     assert 0 < uniform["uniform:int3-g32"] < uniform["uniform:int4-g32"]
+
+
+def test_a_task_of_lm_eval_can_be_an_objective(make_spec: MakeSpec, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install .[tasks]")
+    for part, n in (("dev", 2), ("test", 4)):
+        (tmp_path / "mmlu" / part).mkdir(parents=True)
+        rows = [f"Question {i}?,one,two,three,four,{'ABCD'[i]}" for i in range(n)]
+        (tmp_path / "mmlu" / part / f"anatomy_{part}.csv").write_text("\n".join(rows) + "\n")
+    scores = ScoreSpec("bits,kl,mmlu_anatomy", task_data=str(tmp_path / "mmlu"), task_limit=3)
+    result = search(make_spec(tmp_path / "out", trials=4, scores=scores))
+    found = {row.extra["mmlu_anatomy.acc"] for row in result.rows}
+    assert found <= {0.0, 1 / 3, 2 / 3, 1.0}
+    (metric,) = result.scores.objectives
+    assert (metric.name, metric.direction) == ("mmlu_anatomy.acc", "maximize")
