@@ -120,7 +120,7 @@ def check_scores(spec: ScoreSpec) -> None:
     has_table = spec.latency_table is not None
     if ("latency" in found.values()) != has_table:
         raise ConfigError(
-            "latency needs a measured table; give --latency-table FILE (docs/evaluation.md)"
+            "latency needs a measured table; give --latency-table FILE (docs/sensitivity.md)"
             if not has_table
             else f"--latency-table {spec.latency_table} without latency; add it to --objectives "
             "or --also"
