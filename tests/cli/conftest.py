@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,16 +13,11 @@ import pytest
 
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
-COMMANDS = {
-    "aq-search": "search",
-    "aq-quantize": "quantize",
-    "aq-eval": "evaluate",
-    "aq-dashboard": "dashboard",
-    "aq-inspect": "inspect_config",
-    "aq-compare": "compare",
-    "aq-sensitivity": "sensitivity",
-}
 ROOT = Path(__file__).parents[2]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "scripts"
+]
+COMMANDS = {name: target.partition(":")[0] for name, target in SCRIPTS.items()}
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run_command(name: str, *options: str) -> Done:
         monkeypatch.setattr(sys, "argv", [name, *options])
-        module = import_module(f"alphaquant.cli.{COMMANDS[name]}")
+        module = import_module(COMMANDS[name])
         with pytest.raises(SystemExit) as ended:
             module.main()
         captured = capsys.readouterr()
@@ -88,7 +84,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """Start a command in a process of its own; the test waits for it."""
 
     def start_command(name: str, *options: str) -> "subprocess.Popen[str]":
-        code = f"from alphaquant.cli.{COMMANDS[name]} import main; main()"
+        code = f"from {COMMANDS[name]} import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *options],
             stdout=subprocess.PIPE,

@@ -1,26 +1,21 @@
 """`aq-compare`: 0 whether or not the two are equal; wrong input is one line."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alphaquant.cli import compare
-
 
 @pytest.fixture
-def run_compare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_compare(run: Any) -> Any:
     """Run the command in this process: (exit code, stdout, stderr)."""
 
-    def run(*options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aq-compare", *options])
-        with pytest.raises(SystemExit) as ended:
-            compare.main()
-        return (int(ended.value.code or 0), *capsys.readouterr())
+    def command(*options: str) -> tuple[int, str, str]:
+        done = run("aq-compare", *options)
+        return done.code, done.out, done.err
 
-    return run
+    return command
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -18,20 +19,10 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.py")),
 ]
-MODULES = {
-    "aq-search": "search",
-    "aq-quantize": "quantize",
-    "aq-eval": "evaluate",
-    "aq-dashboard": "dashboard",
-    "aq-inspect": "inspect_config",
-    "aq-compare": "compare",
-    "aq-sensitivity": "sensitivity",
-}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MODULES = {name: target.partition(":")[0] for name, target in PROJECT["scripts"].items()}
 # A command with an option: in a code block, after a prompt or between backticks.
-COMMAND = re.compile(
-    r"\b(aq-(?:search|quantize|eval|dashboard|inspect|compare|sensitivity)"
-    r"(?:[ \t]+|\\\n)-(?:\\\n|[^`\n])*)"
-)
+COMMAND = re.compile(rf"\b((?:{'|'.join(MODULES)})(?:[ \t]+|\\\n)-(?:\\\n|[^`\n])*)")
 
 
 def commands_of(text: str) -> list[str]:
@@ -43,7 +34,7 @@ def commands_of(text: str) -> list[str]:
 def parse(command: str) -> None:
     """Parse a command as its program does, without running it."""
     name, *options = shlex.split(command)
-    app = application(import_module(f"alphaquant.cli.{MODULES[name]}").command)
+    app = application(import_module(MODULES[name]).command)
     typer.main.get_command(app).make_context(name, options)
 
 

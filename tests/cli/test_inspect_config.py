@@ -1,26 +1,21 @@
 """`aq-inspect`: tables or JSON on stdout; wrong input is one line."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alphaquant.cli import inspect_config
-
 
 @pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def inspect(run: Any) -> Any:
     """Run the command in this process: (exit code, stdout, stderr)."""
 
-    def run(*options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aq-inspect", *options])
-        with pytest.raises(SystemExit) as ended:
-            inspect_config.main()
-        return (int(ended.value.code or 0), *capsys.readouterr())
+    def command(*options: str) -> tuple[int, str, str]:
+        done = run("aq-inspect", *options)
+        return done.code, done.out, done.err
 
-    return run
+    return command
 
 
 @pytest.fixture

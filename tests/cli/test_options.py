@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,16 @@ import typer
 
 from alphaquant.cli.console import application
 
-COMMANDS = (
-    *("search", "quantize", "evaluate", "dashboard"),
-    *("inspect_config", "compare", "sensitivity"),
-)
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+COMMANDS = sorted(target.partition(":")[0] for target in PROJECT["scripts"].values())
 HEAVY = ("torch", "optuna", "transformers", "numpy", "scipy", "pandas", "pydantic")
 
 NEEDED = ("--model", "demo", "--config", "best.json", "--out", "out")
 
 
 def options_of(name: str) -> list[Any]:
-    app = application(import_module(f"alphaquant.cli.{name}").command)
+    app = application(import_module(name).command)
     return list(typer.main.get_command(app).params)
 
 
@@ -29,7 +29,7 @@ def options_of(name: str) -> list[Any]:
 def test_help_prints_every_option_and_imports_nothing_heavy(name: str) -> None:
     probe = (
         f"import sys; sys.argv = ['aq', '--help']\n"
-        f"from alphaquant.cli.{name} import main\n"
+        f"from {name} import main\n"
         f"try: main()\n"
         f"except SystemExit as end: print(end.code)\n"
         f"print('heavy:', [n for n in {HEAVY} if n in sys.modules])"
@@ -39,7 +39,7 @@ def test_help_prints_every_option_and_imports_nothing_heavy(name: str) -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert done.stdout.endswith("0\nheavy: []\n")
     assert done.stderr == ""
