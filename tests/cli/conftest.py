@@ -14,10 +14,8 @@ import pytest
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-    "scripts"
-]
-COMMANDS = {name: target.partition(":")[0] for name, target in SCRIPTS.items()}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+COMMANDS = {name: target.partition(":")[0] for name, target in PROJECT["scripts"].items()}
 
 
 @dataclass(frozen=True)
