@@ -1,0 +1,223 @@
+"""PTX that turns words in kernel order into pairs of 16-bit numbers: text, no execution.
+
+A body reads the P words of a set and writes R registers, each with two weights in float16 or
+bfloat16: exactly the values of the grid (`alphaquant.kernels.grids`), integers centred on zero.
+The text is derived from `alphaquant.kernels.order.LAYOUTS`; no bit position is written twice.
+
+Integers. The exponent pattern of 1024 (float16, 0x6400) or 128 (bfloat16, 0x4300) has 10 or 7
+free bits below it. `lop3` puts a code's field there, (word & mask) | magic, which reads as
+base + code * 2^p for a field at bit p of the free bits. One `fma` gives code - zero:
+
+    int4 in float16, field at bit 4: 1024 + 16 c, times 1/16, minus 64 + 8  ->  c - 8
+
+Fields that would reach above the free bits wait for a shift of the word, which as many following
+fields as possible share. An 8-bit code does not fit bfloat16's 7 bits: its top bit makes a second
+number, 256 or 128, that is subtracted: (128 + low 7 bits) - (256 - 128 top) = c - 128.
+
+Floats. Sign to bit 15, exponent and mantissa to where the target has its own, with the source's
+shorter exponent in the low end of the field. That reads as value * 2^(bias - target's bias), also
+for subnormals; one multiplication by a power of two makes it the value.
+
+    e2m1 in bfloat16, code 0 01 0 (1.0): 0x0080 = 2^-126, times 2^126  ->  1.0
+
+All of it is exact. Ideas: Kim et al., "Who Says Elephants Can't Run" (2022), for the magic
+exponent; FP6-LLM (2401.14112) for the placement of small floats. `add` and `mul` of bfloat16
+pairs need sm_90.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from alphaquant.kernels.order import Layout, Piece, layout_of
+
+Target = Literal["f16", "bf16"]
+
+FLOATS: dict[str, tuple[int, int]] = {
+    "e2m1": (2, 1),
+    "e2m3": (2, 3),
+    "e3m2": (3, 2),
+    "e4m3": (4, 3),
+    "e5m2": (5, 2),
+}
+"""Exponent and mantissa bits of the elements that are floats."""
+
+_AND_OR = 0xEA  # lop3 table of (a & b) | c
+_AND_XOR = 0x6A  # lop3 table of (a & b) ^ c
+
+
+@dataclass(frozen=True)
+class _TargetType:
+    exponent_bits: int
+    mantissa_bits: int
+    magic: int  # bit pattern of 2^mantissa_bits
+
+
+_TARGETS: dict[str, _TargetType] = {
+    "f16": _TargetType(5, 10, 0x6400),
+    "bf16": _TargetType(8, 7, 0x4300),
+}
+
+
+@dataclass(frozen=True)
+class Body:
+    """The PTX of one word set.
+
+    Attributes:
+        text: statements in braces; `$0` .. are the outputs, then the inputs.
+        n_inputs: P.
+        n_outputs: R.
+        constraints: early-clobbered outputs and inputs, 32-bit registers.
+    """
+
+    text: str
+    n_inputs: int
+    n_outputs: int
+
+    @property
+    def constraints(self) -> str:
+        """The constraint string of the inline assembly."""
+        return ",".join(["=&r"] * self.n_outputs + ["r"] * self.n_inputs)
+
+
+def make_body(element: str, target: Target) -> Body:
+    """The body of an element for one type of numbers.
+
+    Args:
+        element: name in `alphaquant.kernels.order.LAYOUTS`.
+        target: what the outputs are, `f16` or `bf16`.
+
+    Raises:
+        FormatError: unknown element.
+    """
+    layout = layout_of(element)
+    writer = _Writer(target, layout)
+    for r, pieces in enumerate(layout.pairs):
+        if element in FLOATS:
+            _write_float(writer, r, pieces, FLOATS[element])
+        elif layout.bits > _TARGETS[target].mantissa_bits:
+            _write_wide(writer, r, pieces[0])
+        else:
+            _write_integer(writer, r, pieces)
+    return Body(writer.text(), layout.n_planes, layout.n_registers)
+
+
+@dataclass
+class _Writer:
+    """Collects the statements of one body."""
+
+    target: str
+    layout: Layout
+    lines: list[str] = field(default_factory=list)
+    constants: dict[int, str] = field(default_factory=dict)
+    held: tuple[int, int] | None = None  # word and shift that register y holds
+
+    def text(self) -> str:
+        """All of it, constants first."""
+        head = [".reg .b32 y, z;"]
+        for bits, name in self.constants.items():
+            head.append(f".reg .b32 {name}; mov.u32 {name}, 0x{bits:08X};")
+        return "\n".join(["{", *head, *self.lines, "}"])
+
+    def shifted(self, word: int, shift: int) -> str:
+        """A register with a word shifted right (left if negative)."""
+        source = f"${self.layout.n_registers + word}"
+        if shift == 0:
+            return source
+        if self.held != (word, shift):
+            name = "shr.u32" if shift > 0 else "shl.b32"
+            self.lines.append(f"{name} y, {source}, {abs(shift)};")
+            self.held = (word, shift)
+        return "y"
+
+    def shift_of(self, word: int) -> int:
+        """By how much a word is shifted right already, at no cost."""
+        return self.held[1] if self.held is not None and self.held[0] == word else 0
+
+    def combine(self, out: str, source: str, mask: int, other: str, table: int = _AND_OR) -> None:
+        """(source & mask) | other in both halves, or another function of the three."""
+        self.lines.append(f"lop3.b32 {out}, {source}, {_both(mask)}, {other}, {table};")
+
+    def constant(self, value: float) -> str:
+        """A register with a number in both halves."""
+        bits = _bits_of(value, self.target)
+        return self.constants.setdefault(bits << 16 | bits, f"c{len(self.constants)}")
+
+    def arithmetic(self, out: str, factor: float, addend: float) -> None:
+        """Out * factor + addend."""
+        kind = f"rn.{self.target}x2"
+        if factor == 1.0:
+            self.lines.append(f"add.{kind} {out}, {out}, {self.constant(addend)};")
+        elif addend == 0.0:
+            self.lines.append(f"mul.{kind} {out}, {out}, {self.constant(factor)};")
+        else:
+            operands = f"{self.constant(factor)}, {self.constant(addend)}"
+            self.lines.append(f"fma.{kind} {out}, {out}, {operands};")
+
+
+def _write_integer(writer: _Writer, r: int, pieces: tuple[Piece, ...]) -> None:
+    """One pair of codes of at most as many bits as the target's mantissa has."""
+    bits, target = writer.layout.bits, _TARGETS[writer.target]
+    # Signs are 2c - 1. At bit 0 that would need 2 * base + 1, which has a bit too many.
+    step, zero, least = (2.0, 1.0, 1) if bits == 1 else (1.0, float(1 << (bits - 1)), 0)
+    other, place = _both(target.magic), 0
+    for piece in pieces:
+        if len(pieces) == 1:
+            shift = writer.shift_of(piece.word)
+            if not least <= piece.at - shift <= target.mantissa_bits - bits:
+                shift = piece.at - least
+            place = piece.at - shift
+        else:
+            shift = piece.at - piece.bit
+        mask = ((1 << piece.n_bits) - 1) << (piece.bit + place)
+        writer.combine(f"${r}", writer.shifted(piece.word, shift), mask, other)
+        other = f"${r}"
+    base = float(1 << target.mantissa_bits)
+    factor = step / (1 << place)
+    writer.arithmetic(f"${r}", factor, -(base * factor + zero))
+
+
+def _write_wide(writer: _Writer, r: int, piece: Piece) -> None:
+    """One pair of 8-bit codes in bfloat16."""
+    target = _TARGETS[writer.target]
+    source = writer.shifted(piece.word, piece.at)
+    top = 1 << target.mantissa_bits
+    writer.combine(f"${r}", source, top - 1, _both(target.magic))
+    writer.combine("z", source, top, _both(target.magic | top), _AND_XOR)
+    writer.lines.append(f"sub.rn.{writer.target}x2 ${r}, ${r}, z;")
+
+
+def _write_float(
+    writer: _Writer, r: int, pieces: tuple[Piece, ...], element: tuple[int, int]
+) -> None:
+    """One pair of small floats."""
+    target = _TARGETS[writer.target]
+    exponent_bits, mantissa_bits = element
+    sign = exponent_bits + mantissa_bits
+    masks: dict[tuple[int, int], int] = {}
+    for piece in pieces:
+        for bit in range(piece.bit, piece.bit + piece.n_bits):
+            place = 15 if bit == sign else target.mantissa_bits - mantissa_bits + bit
+            key = (piece.word, piece.at + bit - piece.bit - place)
+            masks[key] = masks.get(key, 0) | 1 << place
+    for i, ((word, shift), mask) in enumerate(masks.items()):
+        source = writer.shifted(word, shift)
+        if i == 0:
+            writer.lines.append(f"and.b32 ${r}, {source}, {_both(mask)};")
+        else:
+            writer.combine(f"${r}", source, mask, f"${r}")
+    power = 2 ** (target.exponent_bits - 1) - 2 ** (exponent_bits - 1)
+    if power:
+        writer.arithmetic(f"${r}", 2.0**power, 0.0)
+
+
+def _both(half: int) -> str:
+    """A 16-bit pattern in both halves of a word."""
+    return f"0x{half << 16 | half:08X}"
+
+
+def _bits_of(value: float, target: str) -> int:
+    """The 16 bits of a number that the target represents exactly."""
+    dtype = torch.float16 if target == "f16" else torch.bfloat16
+    return int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF
