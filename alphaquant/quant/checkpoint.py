@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError, StoreError
+from alphaquant.quant.dequant_cache import parse_cache_size
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
-from alphaquant.quant.modules import PackedLinear, install_packed_modules
+from alphaquant.quant.modules import PackedLinear, cache_dequantized, install_packed_modules
 from alphaquant.quant.quantization_config import (
     QUANT_METHOD,
     PackedFormats,
@@ -179,7 +180,9 @@ def is_packed(path: str | Path) -> bool:
     return bool(config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD)
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Module:
+def load(
+    path: str | Path, device: str = "cpu", dtype: str = "auto", *, dequant_cache: str | int = 0
+) -> nn.Module:
     """Load a packed checkpoint; weights stay packed and are dequantized in the forward pass.
 
     Args:
@@ -187,17 +190,20 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
         device: where the tensors go.
         dtype: of activations and kept tensors; `auto` is float32 on the CPU, else the
             checkpoint's.
+        dequant_cache: most bytes of dequantized weights to keep between calls, such as `512MiB`;
+            0 keeps none. See `alphaquant.quant.modules.cache_dequantized`.
 
     Returns:
         The transformers model, in evaluation mode, gradients off.
 
     Raises:
+        ConfigError: the size of the cache cannot be read.
         StoreError: the directory is incomplete or damaged.
         ModelError: it is no packed checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = Path(path)
+    directory, cache_bytes = Path(path), parse_cache_size(dequant_cache)
     if not is_packed(directory):
         raise ModelError(
             f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
@@ -219,6 +225,8 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Modul
     model.config.dtype = stated
     loaded: nn.Module = model
     loaded.requires_grad_(False)
+    if cache_bytes:
+        cache_dequantized(loaded, cache_bytes)
     return loaded.eval()
 
 
