@@ -43,6 +43,7 @@ _KNOWN: Mapping[str, tuple[Metric, ...]] = {
     "latency": LatencyEvaluator.metrics,
     "": IN_ROW,
 }
+"""Metrics by evaluator; an empty name where none is needed."""
 
 
 @dataclass(frozen=True)
