@@ -303,6 +303,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> list[Figures]:
     return [Figures(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["gate_up_kernel", "down_kernel"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_sm_90_multiplies_weights_from_registers(
