@@ -47,8 +47,8 @@ class QuantizeSpec:
         out: directory to write.
         quant: fields of `QuantSettings` to change; absent ones, and None, are what the
             configuration's summary says, else their defaults.
-        calibration: text; None for what the summary says, else `demo`. Likewise the three that
-            follow.
+        calibration: text; None for what the summary says, else the default of a search. Likewise
+            the three that follow.
         n_calibration: windows.
         seq_len: tokens per window.
         seed: of the windows.
