@@ -42,7 +42,7 @@ Calibration = Annotated[
         "--calibration",
         "--dataset",
         help="Text for the Hessians: demo, wikitext2, c4, or a .txt/.jsonl/.npy file; default "
-        "what the configuration says, else demo.",
+        "what the configuration says, else that of aq-search.",
     ),
 ]
 NCalibration = Annotated[
