@@ -112,6 +112,12 @@ def load_scales(
 
 
 @triton.jit
+def load_global(global_ptr, KIND: tl.constexpr):
+    """What multiplies the products of a whole matrix, float32; KIND is that of its scales."""
+    return tl.load(global_ptr)
+
+
+@triton.jit
 def load_zeros(
     zeros_ptr,  # uint8 [S, N padded, C]
     step,

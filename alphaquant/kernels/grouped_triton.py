@@ -27,7 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.kernels.dequant_triton import load_scales, load_tile, load_zeros, spread
+from alphaquant.kernels.dequant_triton import (
+    load_global,
+    load_scales,
+    load_tile,
+    load_zeros,
+    spread,
+)
 from alphaquant.kernels.linear_triton import (
     IS_INTERPRETED,
     can_use_asm,
@@ -150,8 +156,8 @@ def gate_up_kernel(
     )
     gate, up = tl.split(acc.reshape(2, 64, Z).trans(1, 2, 0))  # [64, Z] each
     if HAS_GLOBAL:
-        gate *= tl.load(global_ptr + 2 * place)
-        up *= tl.load(global_ptr + 2 * place + 1)
+        gate *= load_global(global_ptr + 2 * place, SCALE_KIND)
+        up *= load_global(global_ptr + 2 * place + 1, SCALE_KIND)
     rows = tl.program_id(1) * 64 + tl.arange(0, 64)
     at = positions[None, :].to(tl.int64) * width + rows[:, None]  # [64, Z]
     is_inside = is_slot[None, :] & (rows[:, None] < width)
@@ -214,7 +220,7 @@ def down_kernel(
     slots = tl.load(slots_ptr + positions, mask=is_slot, other=0)
     factors = tl.load(weights_ptr + slots, mask=is_slot, other=0.0).to(tl.float32)
     if HAS_GLOBAL:
-        factors *= tl.load(global_ptr + place)
+        factors *= load_global(global_ptr + place, SCALE_KIND)
     at = slots[None, :].to(tl.int64) * hidden + rows[:, None]  # [128, Z]
     is_inside = is_slot[None, :] & (rows[:, None] < hidden)
     weighted = acc * factors[None, :]

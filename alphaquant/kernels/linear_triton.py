@@ -32,6 +32,7 @@ from alphaquant.errors import FormatError
 from alphaquant.kernels.bodies import FLOATS, make_body
 from alphaquant.kernels.dequant_triton import (
     Unpacking,
+    load_global,
     load_scales,
     load_tile,
     load_zeros,
@@ -129,7 +130,7 @@ def packed_linear_kernel(
             scales = load_scales(scales_ptr, step, rows, padded_rows, C, SCALE_KIND, DTYPE)
             acc = tl.dot(w * spread(scales, B, C), x, acc, input_precision="ieee")
     if HAS_GLOBAL:
-        acc *= tl.load(global_ptr)
+        acc *= load_global(global_ptr, SCALE_KIND)
     out_rows = (split * n_x_rows + x_rows).to(tl.int64)
     out_at = out_rows[None, :] * n_rows + rows[:, None]  # [B, Z]
     is_inside = (x_rows[None, :] < n_x_rows) & (rows[:, None] < n_rows)
@@ -187,7 +188,7 @@ def dequantize_kernel(
         zeros = load_zeros(zeros_ptr, step, rows, padded_rows, C, MIDDLE)
         w = w - spread(zeros.to(tl.float32), B, C)
     if HAS_GLOBAL:
-        scales *= tl.load(global_ptr)
+        scales *= load_global(global_ptr, SCALE_KIND)
     w *= spread(scales, B, C)
     at = out_ptr + rows[:, None].to(tl.int64) * n_cols + columns[None, :]  # [B, 128]
     is_inside = (rows[:, None] < n_rows) & (columns[None, :] < n_cols)
