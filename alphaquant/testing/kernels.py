@@ -20,9 +20,9 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.kernels import reference
-from alphaquant.kernels.order import KernelWeight, groups_to_kernel_order, to_kernel_order
-from alphaquant.kernels.packing import unpack_codes
+from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import QUANTIZED, draw_weights
@@ -66,35 +66,6 @@ CASES: tuple[Case, ...] = (
     Case("one column", 3, 1, 2),
 )
 """Odd sizes, one token, tails, and every size of block."""
-
-
-def order_matrix(matrix: PackedMatrix) -> KernelWeight:
-    """A stored matrix in kernel order.
-
-    Args:
-        matrix: of any quantized format.
-
-    Raises:
-        FormatError: its group size has no kernel order.
-    """
-    fmt, cols = matrix.format, matrix.cols
-    group_size = cols if fmt.n_groups(cols) == 1 else fmt.group_size
-    zeros = None
-    if "zeros" in matrix.tensors:
-        shape = (matrix.rows, fmt.n_groups(cols))
-        flat = unpack_codes(matrix.tensors["zeros"], fmt.bits, shape[0] * shape[1])
-        zeros = groups_to_kernel_order(flat.reshape(shape), group_size, cols)
-    element = fmt.element or fmt.kind
-    return KernelWeight(
-        element=element,
-        rows=matrix.rows,
-        cols=cols,
-        group_size=group_size,
-        words=to_kernel_order(unpack_codes(matrix.tensors["codes"], fmt.bits, cols), element),
-        scales=groups_to_kernel_order(matrix.tensors["scales"], group_size, cols),
-        zeros=zeros,
-        global_scale=matrix.tensors.get("global_scale"),
-    )
 
 
 @lru_cache(maxsize=64)

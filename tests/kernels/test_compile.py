@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from alphaquant.kernels.order import KernelWeight
-from alphaquant.testing.kernels import order_matrix, pack_drawn
+from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.testing.kernels import pack_drawn
 from alphaquant.testing.machine_code import disassemble, main_loop
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -29,9 +29,9 @@ from alphaquant.kernels import reference
 from alphaquant.kernels.moe_plan import ExpertWeights, GroupedExperts, stack_experts
 from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import draw_weights
-from alphaquant.testing.kernels import order_matrix
 from alphaquant.testing.machine_code import disassemble, main_loop
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")

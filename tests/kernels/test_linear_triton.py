@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alphaquant.kernels import reference
 from alphaquant.kernels.order import KernelWeight
+from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.kernels import (
     CASES,
@@ -28,7 +29,6 @@ from alphaquant.testing.kernels import (
     check_product,
     check_refusals,
     check_zeros,
-    order_matrix,
     pack_drawn,
 )
 

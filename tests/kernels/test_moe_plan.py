@@ -23,9 +23,9 @@ from alphaquant.kernels.moe_plan import (
 )
 from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import draw_weights
-from alphaquant.testing.kernels import order_matrix
 
 CPU = torch.device("cpu")
 Block = tuple[int, list[int]]
