@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alphaquant.errors import DataError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
 from alphaquant.evaluators.data import token_digest
+from alphaquant.quant.models import device_of
 from alphaquant.quant.walk import batches_of
 
 _MAX_EXPONENT = 709.0
@@ -36,7 +37,7 @@ def predict(model: nn.Module, batch: Tensor) -> Tensor:
     Returns:
         float32 [B, T, V], on the model's device.
     """
-    device = next(iter(model.state_dict().values())).device
+    device = device_of(model)
     logits: Tensor = model(batch.to(device), use_cache=False).logits
     return torch.log_softmax(logits.float(), -1)
 

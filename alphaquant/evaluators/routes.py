@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.data import token_digest
 from alphaquant.quant.layouts import ListedExperts
-from alphaquant.quant.models import find_layers, known_layouts
+from alphaquant.quant.models import device_of, find_layers, known_layouts
 from alphaquant.quant.modules import PackedExperts, PackedLinear
 from alphaquant.quant.sites import ExpertsSite
 from alphaquant.quant.walk import batches_of
@@ -149,7 +149,7 @@ def route_batches(
     sites = find_routed(model)
     layers = find_layers(model)[0][0].rpartition(".")[0]  # path of the list of layers
     body = model.get_submodule(layers.rpartition(".")[0])
-    device = next(iter(model.state_dict().values())).device
+    device = device_of(model)
     for batch in batches_of(tokens, batch_size):
         yield _route_batch(body, sites, batch.to(device))
 

@@ -11,6 +11,7 @@ Letters: E experts.
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from itertools import chain
 from typing import Any
 
 import torch
@@ -159,6 +160,11 @@ def kept_state(model: nn.Module, layers: tuple[LayerSite, ...]) -> dict[str, Ten
         if name not in quantized and (name in parameters or name in buffers):
             kept[name] = tensor
     return kept
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens: the device of its first tensor."""
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 def weights_digest(model_map: ModelMap) -> str:

@@ -6,7 +6,7 @@ all of its tokens; an expert without tokens costs nothing.
 Letters: n tokens, k experts per token, E experts, H hidden size, I expert width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class PackedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
+        if not self.format.is_quantized and dtype == torch.bfloat16:
+            return self.get_buffer("weight")
         if self.cache is None:
             return self.packed().dequantize().to(dtype)
         return self.cache.weight(id(self), self.packed(), dtype)
@@ -74,13 +76,9 @@ class PackedLinear(nn.Module):
 
         `model.to(torch.bfloat16)` would round the scales and so change the weights.
         """
-        names = packed_shapes(self.format, self.rows, self.cols)
-        packed = {name: self.get_buffer(name) for name in names}
+        packed = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in packed.items():
-            after = self.get_buffer(name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+        restore_dtypes(self, packed)
         if self.cache is not None:
             self.cache.drop(id(self))
         return self
@@ -178,6 +176,19 @@ class PackedExperts(nn.Module):
             raise
         bias = self.site.down_bias(self, index)
         return y if bias is None else y + bias
+
+
+def restore_dtypes(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Give buffers of a module that were cast their old contents, on the device they are on now.
+
+    Args:
+        module: just cast, moved, or both.
+        buffers: its buffers before that, by name.
+    """
+    for name, before in buffers.items():
+        after = module.get_buffer(name)
+        if after.dtype != before.dtype:
+            setattr(module, name, before.to(after.device))
 
 
 def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:
