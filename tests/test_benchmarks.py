@@ -222,6 +222,7 @@ def test_passages_of_one_author_are_only_theirs(options: ModuleType) -> None:
     assert authors == {f"## Author: {options.AUTHOR}"} and len(text) > 200_000
 
 
+@pytest.mark.slow
 def test_measuring_an_option_leaves_the_model_as_it_was(
     options: ModuleType, tmp_path: Path
 ) -> None:

@@ -47,7 +47,12 @@ def report_of(result: PipelineResult) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One family of every layout in the default run, all of them with the slow tests.
+LAYOUTS = ("llama", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "listed_moe")
+BY_LAYOUT = [f if f in LAYOUTS else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", BY_LAYOUT)
 def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model_map = map_model(model)
