@@ -20,6 +20,17 @@ for subnormals; one multiplication by a power of two makes it the value.
 
     e2m1 in bfloat16, code 0 01 0 (1.0): 0x0080 = 2^-126, times 2^126  ->  1.0
 
+Folding. Where weights are multiplied by scales anyway, a folded body leaves the power of two out,
+value * 2^-p, and scale * 2^p makes up for it. The largest exponent of either target is p + bias,
+with the element's bias, so scales of at most 2^bias can take it (`is_foldable`). E4M3 scales reach
+1.75 * 2^8; they take 2^(p - 8 + bias), and their global factor the other 2^(8 - bias).
+
+    e2m1 in bfloat16, p = 126, bias 1: 1.0 times scale 2 is 0x0080 times 0x7F00 = 2^127  ->  2.0
+
+Folded values may be subnormal, and so may their products with E4M3 scales in float16, which are
+multiples of 2^-17. PTX multiplies subnormals; tensor cores up to the A100's are known to take them
+(Fasi et al. 2021).
+
 All of it is exact. Ideas: Kim et al., "Who Says Elephants Can't Run" (2022), for the magic
 exponent; FP6-LLM (2401.14112) for the placement of small floats. `add` and `mul` of bfloat16
 pairs need sm_90.
@@ -29,7 +40,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from alphaquant.kernels.grids import from_e8m0
 from alphaquant.kernels.order import Layout, Piece, layout_of
 
 Target = Literal["f16", "bf16"]
@@ -81,12 +94,46 @@ class Body:
         return ",".join(["=&r"] * self.n_outputs + ["r"] * self.n_inputs)
 
 
-def make_body(element: str, target: Target) -> Body:
+def left_out_power(element: str, target: Target) -> int:
+    """The p of value * 2^-p, which a folded body gives; 0 where nothing is left out."""
+    if element not in FLOATS:
+        return 0
+    return _bias(_TARGETS[target].exponent_bits) - _bias(FLOATS[element][0])
+
+
+def lent_power(element: str) -> int:
+    """The exponent of what a global factor takes over where E4M3 scales are folded."""
+    return max(0, _bias(FLOATS["e4m3"][0]) + 1 - _bias(FLOATS[element][0]))
+
+
+def is_foldable(element: str, scales: Tensor, global_scale: Tensor | None = None) -> bool:
+    """Whether scales can take over the power of two that a folded body leaves out.
+
+    Looks at the largest scale, so it waits for the device where there is something to fold.
+
+    Args:
+        element: name in `alphaquant.kernels.order.LAYOUTS`, or any other.
+        scales: [S, N padded, C] float16, uint8 (E8M0) or float8_e4m3fn.
+        global_scale: float32 [1] or None.
+
+    Returns:
+        False also where nothing is to be gained: for integers, and where a tile has one scale.
+    """
+    if element not in FLOATS or scales.shape[-1] == 1:
+        return False
+    wide = from_e8m0(scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
+    if global_scale is not None:
+        wide = wide * global_scale
+    return bool(wide.abs().max() <= 2.0 ** _bias(FLOATS[element][0]))
+
+
+def make_body(element: str, target: Target, *, is_folded: bool = False) -> Body:
     """The body of an element for one type of numbers.
 
     Args:
         element: name in `alphaquant.kernels.order.LAYOUTS`.
         target: what the outputs are, `f16` or `bf16`.
+        is_folded: whether small floats keep the factor 2^-p of `left_out_power`.
 
     Raises:
         FormatError: unknown element.
@@ -96,6 +143,9 @@ def make_body(element: str, target: Target) -> Body:
     for r, pieces in enumerate(layout.pairs):
         if element in FLOATS:
             _write_float(writer, r, pieces, FLOATS[element])
+            power = 0 if is_folded else left_out_power(element, target)
+            if power:
+                writer.arithmetic(f"${r}", 2.0**power, 0.0)
         elif layout.bits > _TARGETS[target].mantissa_bits:
             _write_wide(writer, r, pieces[0])
         else:
@@ -191,7 +241,7 @@ def _write_wide(writer: _Writer, r: int, piece: Piece) -> None:
 def _write_float(
     writer: _Writer, r: int, pieces: tuple[Piece, ...], element: tuple[int, int]
 ) -> None:
-    """One pair of small floats."""
+    """One pair of small floats, times 2^-p."""
     target = _TARGETS[writer.target]
     exponent_bits, mantissa_bits = element
     sign = exponent_bits + mantissa_bits
@@ -207,9 +257,11 @@ def _write_float(
             writer.lines.append(f"and.b32 ${r}, {source}, {_both(mask)};")
         else:
             writer.combine(f"${r}", source, mask, f"${r}")
-    power = 2 ** (target.exponent_bits - 1) - 2 ** (exponent_bits - 1)
-    if power:
-        writer.arithmetic(f"${r}", 2.0**power, 0.0)
+
+
+def _bias(exponent_bits: int) -> int:
+    """What is added to the exponent of a float with so many bits for it."""
+    return (1 << (exponent_bits - 1)) - 1
 
 
 def _both(half: int) -> str:

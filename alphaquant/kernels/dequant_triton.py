@@ -4,7 +4,11 @@
 Two ways to unpack, equal number for number. On sm_90 and later the PTX bodies of
 `alphaquant.kernels.bodies`, whose results come out in the layout in which wgmma takes its first
 operand from registers. Elsewhere, and in Triton's interpreter, the same in Triton's own integer
-operations, read from the same table of pieces.
+operations, read from the same table of pieces. Unquantized tiles are only loaded.
+
+Small floats may be folded (`alphaquant.kernels.bodies`): then a tile holds value * 2^-p, and the
+scales, and for E4M3 the global factor, come multiplied by what makes up for it. `unpacking_of` and
+`scale_kind_of` choose both sides together.
 
 Letters: B rows of a tile, always 128 columns; P planes, R registers and Q sets per lane as in
 `alphaquant.kernels.order`; C scales per row and step.
@@ -12,8 +16,15 @@ Letters: B rows of a tile, always 128 columns; P planes, R registers and Q sets 
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+
+from alphaquant.kernels.bodies import FLOATS, left_out_power, lent_power, make_body
+from alphaquant.kernels.order import BFLOAT16, KernelWeight, layout_of
+
+_STORED = {torch.float16: "f16", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
+_TARGETS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -21,11 +32,13 @@ class Unpacking:
     """How one element is unpacked; a compile-time argument, so all of it names the binary.
 
     Attributes:
-        pairs: the pieces of each of the R pairs, each (word, at, bit, number of bits).
+        pairs: the pieces of each of the R pairs, each (word, at, bit, number of bits); none for
+            bfloat16, which is not packed.
         n_planes: P.
         is_float: whether codes are small floats.
         exponent_bits: of such a float, else 0.
         mantissa_bits: of such a float, else the bits of the integer.
+        is_folded: whether such a float keeps the factor 2^-p.
         text: PTX of the body, empty to unpack without it.
         constraints: of the PTX.
     """
@@ -35,8 +48,67 @@ class Unpacking:
     is_float: bool
     exponent_bits: int
     mantissa_bits: int
+    is_folded: bool = False
     text: str = ""
     constraints: str = ""
+
+
+@dataclass(frozen=True)
+class ScaleKind:
+    """How scales are stored, and what they make up for; a compile-time argument.
+
+    Attributes:
+        stored: `f16`, `e8m0` or `e4m3`.
+        power: scales come multiplied by 2^power.
+        global_power: the global factor comes multiplied by 2^global_power.
+    """
+
+    stored: str
+    power: int = 0
+    global_power: int = 0
+
+
+def unpacking_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> Unpacking:
+    """How the tiles of a matrix are unpacked.
+
+    Args:
+        weight: the matrix.
+        dtype: what the kernel computes in.
+        use_asm: whether to unpack with PTX; there is none for float32 and bfloat16 matrices.
+    """
+    element = weight.element
+    if element == BFLOAT16:
+        return Unpacking((), 1, True, 8, 7)
+    layout, is_folded = layout_of(element), _folded_power(weight, dtype) > 0
+    exponent_bits, mantissa_bits = FLOATS.get(element, (0, layout.bits))
+    text, constraints = "", ""
+    if use_asm and dtype in _TARGETS:
+        body = make_body(element, _TARGETS[dtype], is_folded=is_folded)
+        text, constraints = body.text, body.constraints
+    pairs = tuple(
+        tuple((p.word, p.at, p.bit, p.n_bits) for p in pieces) for pieces in layout.pairs
+    )
+    return Unpacking(
+        *(pairs, layout.n_planes, element in FLOATS, exponent_bits, mantissa_bits),
+        *(is_folded, text, constraints),
+    )
+
+
+def scale_kind_of(weight: KernelWeight, dtype: torch.dtype) -> ScaleKind:
+    """How the scales of a matrix are loaded, for tiles from `unpacking_of` of the same dtype."""
+    stored, power = _STORED[weight.scales.dtype], _folded_power(weight, dtype)
+    if not power or weight.global_scale is None:
+        return ScaleKind(stored, power)
+    lent = lent_power(weight.element)
+    return ScaleKind(stored, power - lent, lent)
+
+
+def _folded_power(weight: KernelWeight, dtype: torch.dtype) -> int:
+    """The p that scales make up for, or 0: tiles hold values as they are."""
+    if not weight.is_foldable:
+        return 0
+    # float32 has the exponents of bfloat16.
+    return left_out_power(weight.element, _TARGETS.get(dtype, "bf16"))
 
 
 @triton.constexpr_function
@@ -70,20 +142,18 @@ def load_tile(
     body: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Centred grid values of one tile, [B, 128] in DTYPE; `body` is an `Unpacking`."""
-    R: tl.constexpr = _n_registers(body)
-    ROW_BYTES: tl.constexpr = 256 // R
-    columns = tl.arange(0, ROW_BYTES)
-    # 64 bits: a plane may have more than 2^31 bytes
-    first = (tile * padded_rows + rows).to(tl.int64) * ROW_BYTES  # [B]
-    at = words_ptr + first[:, None] + columns[None, :]  # [B, 16 Q]
-    words = (tl.load(at, eviction_policy="evict_first"),)
-    for _ in tl.static_range(1, _field_of(body, "n_planes")):
-        at += plane_bytes
-        words = words + (tl.load(at, eviction_policy="evict_first"),)
-    if _field_of(body, "text") == "":
-        return _decode(_arrange(_codes(words, body)), body, DTYPE)
-    return _arrange(_run_body(words, body, DTYPE))
+    """Centred grid values of one tile, times 2^-p if folded, [B, 128] in DTYPE.
+
+    `body` is an `Unpacking`.
+    """
+    if _n_registers(body) == 0:
+        return _load_bfloat16(words_ptr, tile, rows, padded_rows, DTYPE)
+    else:
+        words = _load_words(words_ptr, tile, rows, padded_rows, plane_bytes, body)
+        if _field_of(body, "text") == "":
+            return _decode(_arrange(_codes(words, body)), body, DTYPE)
+        else:
+            return _arrange(_run_body(words, body, DTYPE))
 
 
 @triton.jit
@@ -96,25 +166,27 @@ def load_scales(
     KIND: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Scales of one step in DTYPE, [B, C]; KIND is f16, e8m0 or e4m3."""
+    """Scales of one step in DTYPE, [B, C]; KIND is a `ScaleKind`."""
+    POWER: tl.constexpr = _field_of(KIND, "power")
     stored = tl.load(_group_pointers(scales_ptr, step, rows, padded_rows, C))
-    if KIND == "f16":
-        return stored.to(DTYPE)
-    elif KIND == "e4m3":
-        return stored.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DTYPE)
+    if _field_of(KIND, "stored") == "f16":
+        return stored.to(DTYPE) * (2.0**POWER)
+    elif _field_of(KIND, "stored") == "e4m3":
+        exact = stored.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return exact.to(DTYPE) * (2.0**POWER)
     elif DTYPE == tl.bfloat16:  # noqa: SIM300
         # 2^-127 is a subnormal: the highest bit of the mantissa
-        bits = tl.maximum(stored.to(tl.int16) << 7, 1 << 6).to(tl.int16)
+        bits = tl.maximum((stored.to(tl.int32) + POWER) << 7, 1 << 6).to(tl.int16)
         return bits.to(DTYPE, bitcast=True)
     else:
-        wide = tl.maximum(stored.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
-        return wide.to(DTYPE)
+        bits = tl.maximum((stored.to(tl.int32) + POWER) << 23, 1 << 22)
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit
 def load_global(global_ptr, KIND: tl.constexpr):
     """What multiplies the products of a whole matrix, float32; KIND is that of its scales."""
-    return tl.load(global_ptr)
+    return tl.load(global_ptr) * (2.0 ** _field_of(KIND, "global_power"))
 
 
 @triton.jit
@@ -163,6 +235,38 @@ def _group_pointers(ptr, step, rows, padded_rows, C: tl.constexpr):
 
 
 @triton.jit
+def _load_words(words_ptr, tile, rows, padded_rows, plane_bytes, body: tl.constexpr):
+    """The P planes of a tile, a tuple of uint8 [B, 16 Q]."""
+    R: tl.constexpr = _n_registers(body)
+    ROW_BYTES: tl.constexpr = 256 // R
+    columns = tl.arange(0, ROW_BYTES)
+    # 64 bits: a plane may have more than 2^31 bytes
+    first = (tile * padded_rows + rows).to(tl.int64) * ROW_BYTES  # [B]
+    at = words_ptr + first[:, None] + columns[None, :]  # [B, 16 Q]
+    words = (tl.load(at, eviction_policy="evict_first"),)
+    for _ in tl.static_range(1, _field_of(body, "n_planes")):
+        at += plane_bytes
+        words = words + (tl.load(at, eviction_policy="evict_first"),)
+    return words
+
+
+@triton.jit
+def _load_bfloat16(words_ptr, tile, rows, padded_rows, DTYPE: tl.constexpr):
+    """An unquantized tile as it is, [B, 128] in DTYPE."""
+    columns = tl.arange(0, 128)
+    first = (tile * padded_rows + rows).to(tl.int64) * 128  # [B]
+    at = first[:, None] + columns[None, :]  # [B, 128]
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        numbers_ptr = words_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        return tl.load(numbers_ptr + at, eviction_policy="evict_first")
+    else:
+        # The upper half of a float32; Triton's interpreter cannot convert bfloat16.
+        bits_ptr = words_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        bits = tl.load(bits_ptr + at, eviction_policy="evict_first").to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
 def _codes(words, body: tl.constexpr):
     """Codes of R / 2 pairs of registers, each int32 [B, 16 Q] as a body would give them."""
     B: tl.constexpr = words[0].shape[0]
@@ -195,7 +299,9 @@ def _gather_pieces(halves, body: tl.constexpr, r: tl.constexpr):
 def _decode(codes, body: tl.constexpr, DTYPE: tl.constexpr):
     """Grid values of codes in DTYPE, integers centred."""
     BITS: tl.constexpr = _field_of(body, "mantissa_bits")
-    if _field_of(body, "is_float"):
+    if _field_of(body, "is_folded"):
+        return _folded_float(codes, _field_of(body, "exponent_bits"), BITS, DTYPE)
+    elif _field_of(body, "is_float"):
         return _small_float(codes, _field_of(body, "exponent_bits"), BITS).to(DTYPE)
     elif BITS == 1:
         return (2 * codes - 1).to(DTYPE)
@@ -215,6 +321,21 @@ def _small_float(codes, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr
     is_normal = field >= (1 << MANTISSA_BITS)
     magnitude = tl.where(is_normal, rebiased.to(tl.float32, bitcast=True), subnormal)
     return tl.where(codes > FIELD, -magnitude, magnitude)
+
+
+@triton.jit
+def _folded_float(
+    codes, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Values of small floats times 2^-p: their fields in the low ends of those of DTYPE."""
+    SIGN: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
+    field, sign = codes & ((1 << SIGN) - 1), codes >> SIGN
+    if DTYPE == tl.float16:  # noqa: SIM300
+        bits = (sign << 15) | (field << (10 - MANTISSA_BITS))
+        return bits.to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        bits = (sign << 31) | (field << (23 - MANTISSA_BITS))
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit

@@ -10,17 +10,18 @@ Numbers. Products and sums are float32. Where a tile of 128 columns has one scal
 multiplies float32 sums of exact codes. Where it has several, weights are multiplied by their
 scales in the type of x before the product, as `dequantize().to(x.dtype)` would, except that a
 float16 scale is itself rounded when x is bfloat16. nvfp4's block scales are exact either way, and
-its global scale multiplies the result.
+its global scale multiplies the result. There scales may also carry a power of two that weights
+lack (`alphaquant.kernels.bodies`), which rounds nothing.
 
 Nothing here was run on a GPU: the tests run it in Triton's interpreter and compile it for sm_90.
-The configurations follow from registers and spills and were not timed.
+The configurations follow from registers and spills and were not timed; a table of measured ones
+(`alphaquant.kernels.tuning`) comes before them.
 
 Letters: M rows of x, N outputs, K inputs, T tiles of 128 columns, B rows and Z columns of an
 output block.
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,45 +30,36 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.kernels.bodies import FLOATS, make_body
 from alphaquant.kernels.dequant_triton import (
-    Unpacking,
     load_global,
     load_scales,
     load_tile,
     load_zeros,
+    scale_kind_of,
     spread,
+    unpacking_of,
 )
 from alphaquant.kernels.order import LAYOUTS, TILE_COLS, KernelWeight, layout_of
+from alphaquant.kernels.tuning import (
+    KernelTable,
+    Launch,
+    LinearConfig,
+    dense_key,
+    device_name,
+    launch_key,
+    table_for,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, which is decided when this file is imported."""
 
 DENSE_ROWS = 256
-"""From this many rows on weights are dequantized once; a guess, no crossover was measured."""
+"""From this many rows on weights are dequantized once, unless a table says otherwise; a guess."""
 
 _PROGRAMS = 264
 """Programs that fill a GPU: two for each of the 132 multiprocessors of an H100 or H200."""
 
-_SCALE_KINDS = {torch.float16: "f16", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_TARGETS = {torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """How the kernel is launched.
-
-    Attributes:
-        block_rows: outputs of a program, B: 64 or 128.
-        n_warps: warps of a program.
-        n_stages: loads in flight.
-    """
-
-    block_rows: int = 128
-    n_warps: int = 4
-    n_stages: int = 3
-
 
 CONFIGS: dict[tuple[str, int], LinearConfig] = {
     # With four warps the 128 x 64 sums and the weights of a tile need more than 255 registers.
@@ -201,22 +193,25 @@ def packed_linear(
     *,
     config: LinearConfig | None = None,
     n_splits: int | None = None,
-    dense_rows: int = DENSE_ROWS,
+    dense_rows: int | None = None,
 ) -> Tensor:
     """Activations times the transposed matrix.
 
     Args:
         x: [M, K], float16, bfloat16 or float32, on the weight's device.
         weight: the matrix [N, K].
-        config: how to launch the kernel; by default from `CONFIGS`.
-        n_splits: programs that share the columns of a block; by default as many as fill a GPU.
-        dense_rows: from this many rows on the matrix is dequantized and multiplied by torch.
+        config: how to launch the kernel; by default from the device's table, else `CONFIGS`.
+        n_splits: programs that share the columns of a block; by default from the device's table
+            unless `config` is given, else as many as fill a GPU.
+        dense_rows: from this many rows on the matrix is dequantized and multiplied by torch; by
+            default from the device's table, else `DENSE_ROWS`.
 
     Returns:
         [M, N] in x's dtype.
 
     Raises:
         FormatError: x has another width or type than the kernel takes.
+        StoreError: the table of `alphaquant.kernels.tuning` cannot be read.
     """
     _check(x, weight)
     if not len(x):
@@ -227,7 +222,7 @@ def packed_linear(
             x.float(), weight, config=config, n_splits=n_splits, dense_rows=dense_rows
         )
         return wide.to(x.dtype)
-    if len(x) >= dense_rows:
+    if len(x) >= (default_dense_rows(weight, x.dtype) if dense_rows is None else dense_rows):
         return x @ dequantize_packed(weight, x.dtype).T
     return _launch(x.contiguous(), weight, config, n_splits)
 
@@ -262,25 +257,13 @@ def constants_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> 
         dtype: what the kernel computes in.
         use_asm: whether to unpack with PTX; there is none for float32.
     """
-    layout = layout_of(weight.element)
-    exponent_bits, mantissa_bits = FLOATS.get(weight.element, (0, layout.bits))
-    text, constraints = "", ""
-    if use_asm and dtype in _TARGETS:
-        body = make_body(weight.element, _TARGETS[dtype])
-        text, constraints = body.text, body.constraints
-    pairs = tuple(
-        tuple((p.word, p.at, p.bit, p.n_bits) for p in pieces) for pieces in layout.pairs
-    )
-    is_float = weight.element in FLOATS
+    has_zeros = weight.zeros is not None
     return {
-        "body": Unpacking(
-            *(pairs, layout.n_planes, is_float, exponent_bits, mantissa_bits),
-            *(text, constraints),
-        ),
-        "SCALE_KIND": _SCALE_KINDS[weight.scales.dtype],
+        "body": unpacking_of(weight, dtype, use_asm=use_asm),
+        "SCALE_KIND": scale_kind_of(weight, dtype),
         "C": weight.scales.shape[2],
-        "MIDDLE": 0 if is_float else (1 << layout.bits) // 2,
-        "HAS_ZEROS": weight.zeros is not None,
+        "MIDDLE": (1 << layout_of(weight.element).bits) // 2 if has_zeros else 0,
+        "HAS_ZEROS": has_zeros,
         "HAS_GLOBAL": weight.global_scale is not None,
         "DTYPE": _TYPES[dtype],
     }
@@ -292,18 +275,62 @@ def default_splits(weight: KernelWeight, block_rows: int, n_column_blocks: int) 
     return max(1, min(_PROGRAMS // n_blocks, weight.n_tiles // 4))
 
 
+def default_dense_rows(weight: KernelWeight, dtype: torch.dtype) -> int:
+    """From how many rows of x in a dtype `packed_linear` dequantizes if it is not told."""
+    table = _table_of(weight)
+    return table.dense_rows.get(dense_key(weight, dtype), DENSE_ROWS) if table else DENSE_ROWS
+
+
+def choose_launch(
+    weight: KernelWeight,
+    dtype: torch.dtype,
+    n_x_rows: int,
+    config: LinearConfig | None = None,
+    n_splits: int | None = None,
+) -> Launch:
+    """How the packed kernel is launched, by what is given, the device's table, or the defaults.
+
+    Args:
+        weight: the matrix.
+        dtype: of x.
+        n_x_rows: M.
+        config: as in `packed_linear`, like the next one.
+        n_splits: see there.
+    """
+    block_cols = _block_cols(n_x_rows)
+    n_column_blocks = triton.cdiv(n_x_rows, block_cols)
+    table = None if config else _table_of(weight)
+    tuned = table.launches.get(launch_key(weight, dtype, block_cols)) if table else None
+    if tuned is not None:
+        # Splits were measured with one block of columns; several fill the GPU with fewer.
+        config, splits = tuned.config, max(1, tuned.n_splits // n_column_blocks)
+    else:
+        config = config or CONFIGS.get((weight.element, block_cols), LinearConfig())
+        splits = default_splits(weight, config.block_rows, n_column_blocks)
+    splits = min(n_splits or splits, weight.n_tiles)
+    return Launch(config.block_rows, config.n_warps, config.n_stages, splits)
+
+
+def _block_cols(n_x_rows: int) -> int:
+    """Z: the least that holds all rows of x, at most 64."""
+    return next((z for z in (16, 32) if n_x_rows <= z), 64)
+
+
+def _table_of(weight: KernelWeight) -> KernelTable | None:
+    return table_for(device_name(weight.words.device))
+
+
 def _launch(
     x: Tensor, weight: KernelWeight, config: LinearConfig | None, n_splits: int | None
 ) -> Tensor:
     n_x_rows = len(x)
-    block_cols = next((z for z in (16, 32) if n_x_rows <= z), 64)
-    config = config or CONFIGS.get((weight.element, block_cols), LinearConfig())
-    n_column_blocks = triton.cdiv(n_x_rows, block_cols)
-    splits = n_splits or default_splits(weight, config.block_rows, n_column_blocks)
-    splits = min(splits, weight.n_tiles)
+    block_cols = _block_cols(n_x_rows)
+    launch = choose_launch(weight, x.dtype, n_x_rows, config, n_splits)
+    splits = launch.n_splits
     out_dtype = x.dtype if splits == 1 else torch.float32
     parts = torch.empty(splits, n_x_rows, weight.rows, dtype=out_dtype, device=x.device)
-    grid = (weight.words.shape[2] // config.block_rows, n_column_blocks, splits)
+    n_row_blocks = weight.words.shape[2] // launch.block_rows
+    grid = (n_row_blocks, triton.cdiv(n_x_rows, block_cols), splits)
     packed_linear_kernel[grid](
         x,
         *pointers_of(weight),
@@ -318,10 +345,10 @@ def _launch(
         weight.words[0].numel(),
         **constants_of(weight, x.dtype, use_asm=can_use_asm(x)),
         EVEN=weight.cols % TILE_COLS == 0,
-        B=config.block_rows,
+        B=launch.block_rows,
         Z=block_cols,
-        num_warps=config.n_warps,
-        num_stages=config.n_stages,
+        num_warps=launch.n_warps,
+        num_stages=launch.n_stages,
         enable_fp_fusion=True,
     )
     return parts[0] if splits == 1 else _add_splits(parts, x.dtype)

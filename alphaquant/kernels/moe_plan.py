@@ -1,26 +1,10 @@
-"""Work of a grouped MoE layer: experts stacked by format, and routed slots cut into blocks.
+"""Experts of a grouped MoE layer, stacked by format, and taken out of their stacks again.
 
-Slot t k + j is the j-th choice of token t. Slots are sorted by expert, and the slots of each
-expert are cut into blocks; a block times 128 rows of the expert's matrix is what one program of
-`alphaquant.kernels.grouped_triton` computes. The first and the second matrix of an expert may
-have different formats, so each of the two products has its own stacks and its own table of blocks.
+The first and the second matrix of an expert may have different formats, so each of the two
+products has its own stacks. Rows of gate and up alternate, so that one program computes both.
 
-Nothing here looks at a value on the host: shapes depend on the shapes of the arguments only, so
-that routing, too, can be captured in a CUDA graph. Tables have as many entries as the worst case
-needs, and `BlockTable.starts` says on the device how many there are.
-
-Worked example. Experts 0 and 2 are int4, expert 1 is int8; k = 2, blocks of 2 slots, three tokens
-choose experts (0, 1), (2, 0), (0, 9), and 9 is padding::
-
-    sorted slots    0 3 4 | 1 | 2 | 5      experts 0, 1, 2, none; starts 0 3 4 5
-    order           0 2 | 1                experts of int4, then those of int8; places 0 1 | 0
-    blocks          int4: place 0, positions 0-1; place 0, position 2; place 1, position 4
-                    int8: place 0, position 3
-    starts          0 3 4                  of the blocks of int4, of int8, end
-    most blocks     4 in all; 4 of int4, 3 of int8
-
-Letters: n tokens, k experts per token, E experts of this rank, F formats, H hidden size, I expert
-width; P, T, N, Q, S, C as in `alphaquant.kernels.order`.
+Letters: E experts of this rank, F formats, H hidden size, I expert width; P, T, N, Q, S, C as in
+`alphaquant.kernels.order`.
 """
 
 from collections.abc import Sequence
@@ -32,8 +16,12 @@ from torch import Tensor
 from alphaquant.errors import FormatError
 from alphaquant.kernels.order import KernelWeight
 
-HALF_ROWS = 64
-"""Rows of gate, then rows of up, that alternate in a stack; together the 128 of a program."""
+HALF_ROWS = 8
+"""Rows of gate, then rows of up, that alternate in a stack.
+
+With eight, every lane of a warp holds equal rows of both after wgmma, whose lanes hold the rows r
+and r + 8 of 16: gating moves nothing between lanes, in programs of 64 and of 128 rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,40 +93,6 @@ class GroupedExperts:
     n_experts: int
 
 
-@dataclass(frozen=True)
-class SortedSlots:
-    """Slots in the order of their experts.
-
-    Attributes:
-        slots: int32 [n k], slots of expert 0, of expert 1, and so on; those to skip are before
-            and after them.
-        starts: int64 [E + 1], position of each expert's first slot, and the end of the last one's.
-    """
-
-    slots: Tensor
-    starts: Tensor
-
-
-@dataclass(frozen=True)
-class BlockTable:
-    """Blocks of slots in the order of the formats.
-
-    Attributes:
-        places: int32 [most blocks], which one of its format the block's expert is.
-        firsts: int32 [most blocks], position of the block's first slot.
-        ends: int32 [most blocks], position after its last one.
-        starts: int32 [F + 1], the first block of each format; entries of the others from the last
-            start on mean nothing.
-        most: per format the most blocks that there can be.
-    """
-
-    places: Tensor
-    firsts: Tensor
-    ends: Tensor
-    starts: Tensor
-    most: tuple[int, ...]
-
-
 def stack_experts(experts: Sequence[ExpertWeights], first_expert: int = 0) -> GroupedExperts:
     """Copy experts into the layout of the grouped kernels.
 
@@ -164,6 +118,20 @@ def stack_experts(experts: Sequence[ExpertWeights], first_expert: int = 0) -> Gr
     )
 
 
+def unstack_expert(experts: GroupedExperts, number: int) -> ExpertWeights:
+    """Undo `stack_experts` for one expert: copies of its matrices.
+
+    Args:
+        experts: of a layer.
+        number: of the expert, as the layer counts.
+    """
+    index = number - experts.first_expert
+    both, down = _take(experts.gate_up, index), _take(experts.down, index)
+    width, hidden = experts.width, experts.hidden
+    gate, up = (_half(both, half, width) for half in range(2))
+    return ExpertWeights(gate, up, replace(down, rows=hidden))
+
+
 def order_by_format(formats: Sequence[int], device: torch.device) -> FormatOrder:
     """Put experts of equal format beside each other.
 
@@ -181,70 +149,6 @@ def order_by_format(formats: Sequence[int], device: torch.device) -> FormatOrder
         last.to(device),
         sizes,
     )
-
-
-def sort_slots(expert_ids: Tensor, n_experts: int, first_expert: int = 0) -> SortedSlots:
-    """Sort slots by expert, those of one expert in token order.
-
-    Args:
-        expert_ids: integers [n, k]. Ids outside of this rank's experts, be they of other ranks
-            or padding, are skipped.
-        n_experts: E.
-        first_expert: number of this rank's first expert.
-    """
-    ids = expert_ids.reshape(-1).to(torch.int64) - first_expert
-    by_expert = torch.sort(ids, stable=True)
-    numbers = torch.arange(n_experts + 1, device=ids.device)
-    # bincount would wait for the device to learn the largest id
-    starts = torch.searchsorted(by_expert.values, numbers)
-    return SortedSlots(by_expert.indices.to(torch.int32), starts)
-
-
-def cut_blocks(sorted_slots: SortedSlots, formats: FormatOrder, block_slots: int) -> BlockTable:
-    """Cut each expert's slots into blocks; an expert without slots gets none.
-
-    Args:
-        sorted_slots: of all tokens.
-        formats: of the matrix that the blocks are multiplied with.
-        block_slots: slots per block; the last one of an expert may have fewer.
-    """
-    n_slots, n_experts = len(sorted_slots.slots), len(formats.order)
-    starts = sorted_slots.starts
-    n_blocks = ((starts.diff() + block_slots - 1) // block_slots)[formats.order]  # [E]
-    block_ends = n_blocks.cumsum(0)
-    blocks = torch.arange(most_blocks(n_slots, n_experts, block_slots), device=starts.device)
-    index = torch.searchsorted(block_ends, blocks, right=True).clamp(max=n_experts - 1)
-    expert = formats.order[index]
-    firsts = starts[expert] + block_slots * (blocks - (block_ends - n_blocks)[index])
-    ends = torch.minimum(firsts + block_slots, starts[expert + 1])
-    format_starts = torch.nn.functional.pad(block_ends[formats.last], (1, 0))
-    return BlockTable(
-        formats.places[index],
-        firsts.to(torch.int32),
-        ends.to(torch.int32),
-        format_starts.to(torch.int32),
-        tuple(most_blocks(n_slots, size, block_slots) for size in formats.sizes),
-    )
-
-
-def most_blocks(n_slots: int, n_experts: int, block_slots: int) -> int:
-    """The most blocks that any routing of slots to experts can need.
-
-    An active expert has one block and one more for each further `block_slots` slots. The sum is
-    largest with as many active experts as possible: A + (n_slots - A) // block_slots.
-    """
-    n_active = min(n_slots, n_experts)
-    return n_active + (n_slots - n_active) // block_slots
-
-
-def default_block_slots(n_slots: int, n_experts: int) -> int:
-    """Slots per block from the average slots per expert; a guess, not measured.
-
-    16 is the least that tensor cores take here. Up to half of a block is padding on average, so
-    larger ones wait until experts have several.
-    """
-    average = n_slots // n_experts
-    return 16 if average <= 16 else 32 if average <= 64 else 64
 
 
 def _check_expert(number: int, expert: ExpertWeights, width: int, hidden: int) -> None:
@@ -291,6 +195,7 @@ def _below_each_other(weights: Sequence[KernelWeight]) -> KernelWeight:
     scales = torch.cat([_as_bytes(weight.scales) for weight in weights], -2)
     return replace(
         first,
+        is_foldable=all(weight.is_foldable for weight in weights),
         rows=len(weights) * int(first.words.shape[2]),
         words=torch.cat([weight.words for weight in weights], -2),
         scales=scales.view(first.scales.dtype),
@@ -300,7 +205,7 @@ def _below_each_other(weights: Sequence[KernelWeight]) -> KernelWeight:
 
 
 def _alternate(gate: KernelWeight, up: KernelWeight) -> KernelWeight:
-    """Rows of both: 64 of gate, 64 of up, the next 64 of gate, and so on."""
+    """Rows of both: eight of gate, eight of up, the next eight of gate, and so on."""
 
     def mix(one: Tensor, other: Tensor) -> Tensor:
         """[.., N, C] twice -> [.., 2 N, C], any dtype."""
@@ -312,11 +217,56 @@ def _alternate(gate: KernelWeight, up: KernelWeight) -> KernelWeight:
     shared = [m.global_scale for m in (gate, up) if m.global_scale is not None]
     return replace(
         gate,
+        is_foldable=gate.is_foldable and up.is_foldable,
         rows=2 * gate.rows,
         words=mix(gate.words, up.words),
         scales=mix(gate.scales, up.scales),
         zeros=zeros,
         global_scale=torch.cat(shared) if shared else None,
+    )
+
+
+def _take(stacks: ExpertStacks, index: int) -> KernelWeight:
+    """The part of a stack that belongs to one expert, with padded rows."""
+    formats = stacks.formats
+    position = formats.order.tolist().index(index)
+    number = int(torch.searchsorted(formats.last, position))
+    stack, place = stacks.stacks[number], int(formats.places[position])
+    rows = slice(place * stacks.expert_rows, (place + 1) * stacks.expert_rows)
+
+    def cut(values: Tensor) -> Tensor:
+        return _as_bytes(values)[..., rows, :].contiguous().view(values.dtype)
+
+    shared = stack.global_scale
+    if shared is not None:
+        shared = shared.reshape(formats.sizes[number], -1)[place].clone()
+    return replace(
+        stack,
+        rows=stacks.expert_rows,
+        words=cut(stack.words),
+        scales=cut(stack.scales),
+        zeros=None if stack.zeros is None else cut(stack.zeros),
+        global_scale=shared,
+    )
+
+
+def _half(both: KernelWeight, half: int, width: int) -> KernelWeight:
+    """Gate (0) or up (1) out of their alternating rows."""
+
+    def cut(values: Tensor) -> Tensor:
+        """[.., 2 N, C] -> [.., N, C], any dtype."""
+        flat = _as_bytes(values)
+        blocks = flat.reshape(*flat.shape[:-2], -1, 2, HALF_ROWS, flat.shape[-1])
+        return blocks[..., half, :, :].flatten(-3, -2).contiguous().view(values.dtype)
+
+    shared = both.global_scale
+    return replace(
+        both,
+        rows=width,
+        words=cut(both.words),
+        scales=cut(both.scales),
+        zeros=None if both.zeros is None else cut(both.zeros),
+        global_scale=None if shared is None else shared[half : half + 1].clone(),
     )
 
 

@@ -40,6 +40,10 @@ Groups of a multiple of 128 columns have one scale per step of that many columns
 and odd ones are cut into spans of gcd(group, 128) columns, which never cross a tile; a step is a
 tile, with C = 128 / span scales, repeated where a group has several spans. Worked example: groups
 of 96 have spans of 32; in three tiles the spans 0 .. 11 take the scales 0 0 0 1 1 1 2 2 2 3 3 3.
+
+Unquantized matrices are bfloat16 (`BFLOAT16`). Their words are the numbers themselves, uint8
+[1, T, N padded, 256]: column 130 is the third number, bytes 4 and 5, of its row in tile 1. Their
+scales are ones, one per row.
 """
 
 from dataclasses import dataclass, replace
@@ -159,7 +163,10 @@ LAYOUTS: dict[str, Layout] = {
     "e4m3": _EIGHT,
     "e5m2": _EIGHT,
 }
-"""The layout of every element that kernels serve; nothing else knows where bits are."""
+"""The layout of every quantized element that kernels serve; nothing else knows where bits are."""
+
+BFLOAT16 = "bf16"
+"""The element of unquantized matrices, which has no layout."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +176,16 @@ class KernelWeight:
     A weight is (value - zero) * scale * global scale; see `alphaquant.kernels.reference`.
 
     Attributes:
-        element: name in `LAYOUTS`.
+        element: name in `LAYOUTS`, or `BFLOAT16`.
         rows: N, without padding.
         cols: K, without padding.
         group_size: columns per scale; at least K for one scale per row.
-        words: uint8 [P, T, N padded, 16 Q].
+        words: uint8 [P, T, N padded, 16 Q], or [1, T, N padded, 256] of bfloat16.
         scales: [S, N padded, C] float16, uint8 (E8M0) or float8_e4m3fn.
         zeros: uint8 [S, N padded, C], None when symmetric.
-        global_scale: float32 [1] or None.
+        global_scale: float32 [1], only beside E4M3 scales, or None.
+        is_foldable: what `alphaquant.kernels.bodies.is_foldable` says of these scales. False is
+            always right; several matrices as one are foldable if each of them is.
     """
 
     element: str
@@ -187,6 +196,7 @@ class KernelWeight:
     scales: Tensor
     zeros: Tensor | None = None
     global_scale: Tensor | None = None
+    is_foldable: bool = False
 
     @property
     def n_tiles(self) -> int:
@@ -229,8 +239,7 @@ def to_kernel_order(codes: Tensor, element: str) -> Tensor:
     """
     layout = layout_of(element)
     n_rows, n_cols = codes.shape
-    pad = (0, padded(n_cols, TILE_COLS) - n_cols, 0, padded(n_rows, TILE_ROWS) - n_rows)
-    whole = torch.nn.functional.pad(codes, pad)
+    whole = torch.nn.functional.pad(codes, _padding(n_rows, n_cols))
     shape = (whole.shape[0], -1, layout.sets_per_lane, layout.n_registers, 4, 2)
     sets = whole.reshape(shape)  # [N, T, Q, R, t, b]
     words = sets.new_zeros((layout.n_planes, *sets.shape[:3], 4), dtype=torch.int64)
@@ -276,6 +285,28 @@ def from_kernel_order(words: Tensor, element: str, rows: int, cols: int) -> Tens
         pairs.append(torch.stack(halves, -1))
     codes = torch.stack(pairs, -3).to(torch.uint8)  # [N, T, Q, R, t, b]
     return codes.reshape(sets.shape[1], -1)[:rows, :cols].contiguous()
+
+
+def order_bfloat16(weight: Tensor) -> KernelWeight:
+    """An unquantized matrix as the kernels take it.
+
+    Args:
+        weight: bfloat16 [N, K].
+    """
+    n_rows, n_cols = weight.shape
+    whole = torch.nn.functional.pad(weight, _padding(n_rows, n_cols))
+    tiles = whole.reshape(len(whole), -1, TILE_COLS).transpose(0, 1)  # [T, N, 128]
+    words = tiles.contiguous().view(torch.uint8)[None]
+    ones = torch.ones(n_rows, 1, dtype=torch.float16, device=weight.device)
+    scales = groups_to_kernel_order(ones, n_cols, n_cols)
+    return KernelWeight(BFLOAT16, n_rows, n_cols, n_cols, words, scales)
+
+
+def restore_bfloat16(weight: KernelWeight) -> Tensor:
+    """Undo `order_bfloat16`: bfloat16 [N, K]."""
+    tiles = weight.words[0].contiguous().view(torch.bfloat16)  # [T, N, 128]
+    rows = tiles.transpose(0, 1).flatten(1)
+    return rows[: weight.rows, : weight.cols].contiguous()
 
 
 def span_of(group_size: int, cols: int) -> int:
@@ -354,6 +385,11 @@ def layout_of(element: str) -> Layout:
             "of those, or compute with torch"
         )
     return LAYOUTS[element]
+
+
+def _padding(n_rows: int, n_cols: int) -> tuple[int, int, int, int]:
+    """What whole tiles lack, as `torch.nn.functional.pad` takes it."""
+    return (0, padded(n_cols, TILE_COLS) - n_cols, 0, padded(n_rows, TILE_ROWS) - n_rows)
 
 
 def _as_integers(values: Tensor) -> Tensor:

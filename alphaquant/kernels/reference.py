@@ -11,9 +11,11 @@ from torch import Tensor
 from alphaquant.kernels.bodies import FLOATS
 from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, from_e8m0
 from alphaquant.kernels.order import (
+    BFLOAT16,
     KernelWeight,
     from_kernel_order,
     groups_from_kernel_order,
+    restore_bfloat16,
 )
 
 
@@ -41,8 +43,11 @@ def dequantize(weight: KernelWeight) -> Tensor:
     Returns:
         float32 [N, K] on the weight's device.
     """
-    codes = from_kernel_order(weight.words, weight.element, weight.rows, weight.cols)
-    values = grid_of(weight.element, is_signed=weight.zeros is None).to_values(codes)
+    if weight.element == BFLOAT16:
+        values = restore_bfloat16(weight).to(torch.float32)
+    else:
+        codes = from_kernel_order(weight.words, weight.element, weight.rows, weight.cols)
+        values = grid_of(weight.element, is_signed=weight.zeros is None).to_values(codes)
     if weight.zeros is not None:
         values = values - _columns(weight, weight.zeros).to(torch.float32)
     stored = _columns(weight, weight.scales)

@@ -12,7 +12,7 @@ Letters: M tokens, N outputs, K inputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.kernels import reference
+from alphaquant.kernels.bodies import FLOATS, is_foldable
+from alphaquant.kernels.grids import to_e8m0
 from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.kernel_order import order_matrix
-from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.matrix import PackedMatrix, pack_bf16
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import QUANTIZED, draw_weights
 
@@ -35,8 +37,9 @@ FORMATS: tuple[str, ...] = (
     "int3-g96-asym",  # groups that cross tiles of 128 columns
     "fp8-e4m3-g200",
     "int2-g384",  # a step of three tiles
+    "bf16",
 )
-"""Every quantized format of the formats' suite, and group sizes that are hard for tiles."""
+"""Every format of the formats' suite, and group sizes that are hard for tiles."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,38 @@ CASES: tuple[Case, ...] = (
 """Odd sizes, one token, tails, and every size of block."""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A scale at a border of what may be folded; see `alphaquant.kernels.bodies`.
+
+    Attributes:
+        scale: as stored, over 2^bias of the element.
+        folds: whether it may be folded.
+        factor: the global scale, if there is one.
+    """
+
+    scale: float
+    folds: bool
+    factor: float = 1.0
+
+
+_LIMITS: dict[torch.dtype, tuple[Limit, ...]] = {
+    torch.uint8: (Limit(1.0, True), Limit(2.0, False), Limit(2.0**-134, True)),
+    torch.float16: (Limit(1.0, True), Limit(1.0 + 2.0**-10, False), Limit(2.0**-25, True)),
+    torch.float8_e4m3fn: (
+        *(Limit(1.0, True), Limit(1.0, False, 1.0 + 2.0**-23), Limit(1.125, False)),
+        *(Limit(224.0, True, 2.0**-8), Limit(2.0**-10, True, 2.0**-60)),
+    ),
+}
+"""For each type of scales the largest that folds, the next ones, and the smallest there is."""
+
+
 @lru_cache(maxsize=64)
 def pack_drawn(name: str, rows: int, cols: int) -> PackedMatrix:
     """Drawn weights, rounded to a format; the same for the same arguments."""
     weight = draw_weights(rows, cols, seed=rows + cols)
+    if name == "bf16":
+        return pack_bf16(weight)
     return quantize_rtn(weight[None], parse_format(name), "minmax").pack(0, slice(None))
 
 
@@ -90,15 +121,48 @@ def check_product(
 ) -> None:
     """The product is the reference's up to rounding, in the dtype of x, twice the same."""
     weight = _drawn(name, case.rows, case.cols, device)
-    generator = torch.Generator().manual_seed(case.n_tokens)
-    x = torch.randn(case.n_tokens, case.cols, generator=generator).to(dtype).to(device)
+    x = _draw_x(case.n_tokens, case.cols).to(dtype).to(device)
     found = linear(x, weight)
     assert found.dtype == dtype and found.shape == (case.n_tokens, case.rows), (name, case)
+    _check_near(found, x, weight, f"{name}, {case}")
+    assert torch.equal(linear(x, weight), found), f"{name}, {dtype}, {case}: differs when repeated"
+
+
+def check_scale_limits(linear: Linear, name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Products are right at both ends of the scales that may be folded, and just above them.
+
+    Args:
+        linear: the implementation.
+        name: a format of small floats with several scales per 128 columns.
+        dtype: of x; it must hold twice the largest weight that may be folded.
+        device: of both.
+    """
+    drawn = _drawn(name, 5, 171, device)
+    bias = 2 ** (FLOATS[drawn.element][0] - 1) - 1
+    # Small, so that the largest weights leave room for a sum of 171 in float16.
+    x = (2.0**-8 * _draw_x(3, 171)).to(dtype).to(device)
+    for limit in _LIMITS[drawn.scales.dtype]:
+        wide = torch.full(drawn.scales.shape, limit.scale * 2.0**bias, device=device)
+        is_power = drawn.scales.dtype == torch.uint8
+        scales = to_e8m0(torch.frexp(wide).exponent - 1) if is_power else wide
+        shared = drawn.global_scale
+        weight = replace(
+            drawn,
+            scales=scales.to(drawn.scales.dtype),
+            global_scale=None if shared is None else torch.full_like(shared, limit.factor),
+        )
+        folds = is_foldable(weight.element, weight.scales, weight.global_scale)
+        assert folds == limit.folds, (name, limit)
+        for folded in {folds, False}:  # not to fold is always right
+            found = linear(x, replace(weight, is_foldable=folded))
+            _check_near(found, x, weight, f"{name}, {limit}, {folded}")
+
+
+def _check_near(found: Tensor, x: Tensor, weight: KernelWeight, label: str) -> None:
     expected = reference.linear(x, weight)
     error = (found.to(torch.float32) - expected).abs()
     worst = float((error / _allowed_error(x, weight, expected)).max())
-    assert worst <= 1.0, f"{name}, {dtype}, {case}: {worst:.3g} times the allowed error"
-    assert torch.equal(linear(x, weight), found), f"{name}, {dtype}, {case}: differs when repeated"
+    assert worst <= 1.0, f"{label}, {x.dtype}: {worst:.3g} times the allowed error"
 
 
 def check_columns(
@@ -144,6 +208,11 @@ def check_refusals(linear: Linear, device: str = "cpu") -> None:
 
 def _drawn(name: str, rows: int, cols: int, device: str) -> KernelWeight:
     return order_matrix(pack_drawn(name, rows, cols)).to(device)
+
+
+def _draw_x(n_tokens: int, cols: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n_tokens)
+    return torch.randn(n_tokens, cols, generator=generator)
 
 
 def _allowed_error(x: Tensor, weight: KernelWeight, expected: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.kernels import order
-from alphaquant.kernels.bodies import Body, Target, make_body
+from alphaquant.kernels.bodies import (
+    FLOATS,
+    Body,
+    Target,
+    is_foldable,
+    left_out_power,
+    lent_power,
+    make_body,
+)
 from alphaquant.kernels.reference import grid_of
 
 TARGETS: dict[Target, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -82,9 +90,8 @@ def as_numbers(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.to(torch.int32).to(torch.int16).view(dtype)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("element", sorted(order.LAYOUTS))
-def test_a_body_gives_the_grid_values_of_all_codes(element: str, target: Target) -> None:
+def run_on_random_words(element: str, target: Target, is_folded: bool) -> tuple[Tensor, Tensor]:
+    """What a body makes of all codes, float32 [128, 384], and their grid values."""
     layout, dtype = order.LAYOUTS[element], TARGETS[target]
     generator = torch.Generator().manual_seed(0)
     shape = (layout.n_planes, 3, 128, layout.row_bytes)
@@ -94,14 +101,80 @@ def test_a_body_gives_the_grid_values_of_all_codes(element: str, target: Target)
         codes &= 0xFB
         words = order.to_kernel_order(codes, element)
     sets = words.view(torch.int32).long() & 0xFFFFFFFF  # [P, T, N, t Q]
-    body = make_body(element, target)
+    body = make_body(element, target, is_folded=is_folded)
     registers = torch.stack(run_body(body, list(sets), dtype), -1)  # [T, N, t Q, R]
     halves = torch.stack([registers & 0xFFFF, registers >> 16], -1)
     found = as_numbers(halves, dtype).float()  # [T, N, t Q, R, b]
     by_place = found.reshape(3, 128, 4, layout.sets_per_lane, layout.n_registers, 2)
     by_column = by_place.permute(1, 0, 3, 4, 2, 5).reshape(128, 384)
-    expected = grid_of(element, is_signed=True).to_values(codes)
-    assert torch.equal(by_column, expected)
+    return by_column, grid_of(element, is_signed=True).to_values(codes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("element", sorted(order.LAYOUTS))
+def test_a_body_gives_the_grid_values_of_all_codes(element: str, target: Target) -> None:
+    found, expected = run_on_random_words(element, target, is_folded=False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("element", sorted(order.LAYOUTS))
+def test_a_folded_body_leaves_a_power_of_two_out(element: str, target: Target) -> None:
+    found, expected = run_on_random_words(element, target, is_folded=True)
+    power = left_out_power(element, target)
+    assert torch.equal(found.double() * 2.0**power, expected.double())
+    text, whole = make_body(element, target, is_folded=True).text, make_body(element, target).text
+    assert (text == whole) == (power == 0)
+    assert "mul" not in text
+
+
+def test_the_power_that_is_left_out_is_the_known_one() -> None:
+    """The largest exponent of the target, 127 or 15, minus the bias of the element."""
+    powers = {element: left_out_power(element, "bf16") for element in FLOATS}
+    assert powers == {"e2m1": 126, "e2m3": 126, "e3m2": 124, "e4m3": 120, "e5m2": 112}
+    powers = {element: left_out_power(element, "f16") for element in FLOATS}
+    assert powers == {"e2m1": 14, "e2m3": 14, "e3m2": 12, "e4m3": 8, "e5m2": 0}
+    assert left_out_power("int4", "bf16") == 0
+
+
+def test_what_a_global_factor_takes_over_keeps_the_largest_scale_finite() -> None:
+    for element in FLOATS:
+        lent = lent_power(element)
+        for target, dtype in TARGETS.items():
+            largest = 448.0 * 2.0 ** (left_out_power(element, target) - lent)
+            assert largest <= torch.finfo(dtype).max
+        assert lent == 0 or 2 * largest > torch.finfo(dtype).max  # no more than is needed
+
+
+@pytest.mark.parametrize(
+    ("element", "scale", "foldable"),
+    [
+        ("e2m1", torch.tensor(128, dtype=torch.uint8), True),  # 2^1, the bias of e2m1
+        ("e2m1", torch.tensor(129, dtype=torch.uint8), False),
+        ("e2m1", torch.tensor(255, dtype=torch.uint8), False),  # not a number
+        ("e4m3", torch.tensor(134, dtype=torch.uint8), True),  # 2^7
+        ("e4m3", torch.tensor(135, dtype=torch.uint8), False),
+        ("e2m1", torch.tensor(2.0, dtype=torch.float16), True),
+        ("e2m1", torch.tensor(-2.002, dtype=torch.float16), False),
+        ("e2m1", torch.tensor(float("nan"), dtype=torch.float16), False),
+        ("e5m2", torch.tensor(32768.0, dtype=torch.float16), True),
+        ("int4", torch.tensor(1.0, dtype=torch.float16), False),  # nothing to gain
+        ("bf16", torch.tensor(1.0, dtype=torch.float16), False),
+    ],
+)
+def test_the_largest_scale_decides_what_is_foldable(
+    element: str, scale: Tensor, foldable: bool
+) -> None:
+    scales = torch.zeros(3, 128, 2, dtype=scale.dtype)
+    scales[1, 5, 1] = scale
+    assert is_foldable(element, scales) == foldable
+    assert not is_foldable(element, scale.reshape(1, 1, 1).expand(3, 128, 1))
+
+
+@pytest.mark.parametrize(("factor", "foldable"), [(2.0**-8, True), (2.0**-7, False)])
+def test_a_global_factor_counts_in_what_is_foldable(factor: float, foldable: bool) -> None:
+    scales = torch.full((1, 128, 8), 448.0).to(torch.float8_e4m3fn)
+    assert is_foldable("e2m1", scales, torch.tensor([-factor])) == foldable
 
 
 def test_the_body_of_int4_in_float16_is_the_known_one() -> None:

@@ -30,7 +30,8 @@ FORMATS = (
     *("int1-g128", "int2-g128", "int3-g128", "int4-g128", "int5-g128", "int6-g128", "int8-g128"),
     *("int2-g128-asym", "int3-g128-asym", "int4-g128-asym", "int8-g128-asym"),
     *("int3-g64", "int4-g64", "int5-g64-asym", "fp4-e2m1-g128", "fp6-e3m2-g128", "fp6-e2m3-g128"),
-    *("fp8-e4m3-g128", "fp8-e5m2-g128", "mxfp4", "mxfp6", "mxfp8", "nvfp4"),
+    *("fp8-e4m3-g128", "fp8-e5m2-g128", "fp4-e2m1-g64", "fp8-e4m3-g64"),
+    *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
 )
 
 
@@ -46,6 +47,7 @@ class Facts:
         spilled_bytes: per thread.
         has_wgmma: whether the PTX multiplies with wgmma.
         weights_from_registers: whether every product takes its weights from registers.
+        keeps_subnormals: whether no instruction flushes them; folded floats may be subnormal.
         n_shared_stores: stores to shared memory in the loop.
         per_weight: instructions of a lane in the loop, per weight.
     """
@@ -57,6 +59,7 @@ class Facts:
     spilled_bytes: int
     has_wgmma: bool
     weights_from_registers: bool
+    keeps_subnormals: bool
     n_shared_stores: int
     per_weight: float
 
@@ -106,19 +109,21 @@ def compile_others() -> dict[str, bool]:
     sums = {"parts_ptr": "*fp32", "out_ptr": "*bf16"}
     done = compile_kernel(linear.add_splits_kernel, {"BLOCK": 1024}, sums, {"num_warps": 4})
     found["sum of the splits"] = "ld.global" in done.asm["ptx"]
-    for name in ("int3-g64-asym", "mxfp6", "nvfp4"):
+    for name in ("int3-g64-asym", "mxfp6", "nvfp4", "bf16"):
         weight = order_matrix(pack_drawn(name, 128, 512))
         types = pointer_types(weight, "bf16")
         for use_asm in (True, False):
             constants = linear.constants_of(weight, torch.bfloat16, use_asm=use_asm)
             known = {"B": 64, **constants}
             done = compile_kernel(linear.dequantize_kernel, known, types, {"num_warps": 4})
-            found[f"{name} dequantized, {use_asm}"] = ("lop3.b32" in done.asm["ptx"]) == use_asm
+            has_body = use_asm and name != "bf16"
+            found[f"{name} dequantized, {use_asm}"] = ("lop3.b32" in done.asm["ptx"]) == has_body
         capability = 89 if name == "nvfp4" else 80
         known = {"EVEN": False, "B": 64, "Z": 16, **constants}
         kernel, options = linear.packed_linear_kernel, {"num_warps": 4, "num_stages": 2}
         done = compile_kernel(kernel, known, types, options, capability)
         found[f"{name} on sm_{capability}"] = "mma.sync" in done.asm["ptx"]
+        found[f"{name} keeps subnormals there"] = ".ftz" not in done.asm["ptx"]
     return found
 
 
@@ -145,6 +150,7 @@ def facts_of(name: str, dtype: str, block_cols: int) -> Facts:
         has_wgmma="wgmma.mma_async" in compiled.asm["ptx"],
         weights_from_registers=bool(products)
         and all(re.search(r"GMMA\S* R\d+, R\d+, gdesc", i) for i in products),
+        keeps_subnormals=".ftz" not in compiled.asm["ptx"],
         n_shared_stores=sum(i.split()[0].startswith("STS") for i in loop),
         per_weight=round(len(loop) * n_threads / (128 * 128), 2),
     )
@@ -168,7 +174,9 @@ def compile_apart(folder: Path, kernels: Sequence[tuple[str, str, int]]) -> list
 def check_facts(facts: Facts) -> None:
     """What makes the layout worth having: no weight goes through shared memory or is spilled."""
     assert facts.has_wgmma, facts
-    assert facts.weights_from_registers, facts
+    # Unquantized ones need no unpacking, so that the tensor core reads them where they land.
+    assert facts.weights_from_registers or facts.name == "bf16", facts
+    assert facts.keeps_subnormals, facts
     assert facts.n_shared_stores <= 2, facts  # the scales and the zero points of a tile
     assert facts.spilled_bytes == 0, facts
     if facts.block_cols == 16:
@@ -188,7 +196,10 @@ def most_per_weight(facts: Facts) -> float:
 
 def test_weights_reach_the_tensor_core_from_registers(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
-    kernels = (("int4-g128", "fp16", 16), ("int3-g128-asym", "bf16", 16), ("mxfp4", "bf16", 16))
+    kernels = (
+        *(("int4-g128", "fp16", 16), ("int3-g128-asym", "bf16", 16), ("mxfp4", "bf16", 16)),
+        ("bf16", "bf16", 16),
+    )
     found = compile_apart(tmp_path, kernels)
     assert [(f.name, f.dtype, f.block_cols) for f in found] == list(kernels)
     for facts in found:
@@ -196,7 +207,7 @@ def test_weights_reach_the_tensor_core_from_registers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # 69 kernels at about two seconds each, on a core of its own
+@pytest.mark.timeout(1200)  # 78 kernels at about two seconds each, on a core of its own
 def test_every_format_compiles_without_detours(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     small = [(name, dtype, 16) for name in FORMATS for dtype in DTYPES]
@@ -209,7 +220,7 @@ def test_every_format_compiles_without_detours(tmp_path: Path) -> None:
 def test_all_kernels_compile_also_without_ptx_and_for_older_gpus(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     (found,) = run_apart(tmp_path, "others")
-    assert len(found) == 10 and all(found.values()), found
+    assert len(found) == 17 and all(found.values()), found
 
 
 def test_a_loop_is_found_and_counted() -> None:

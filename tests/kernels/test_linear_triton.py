@@ -7,6 +7,7 @@ tests run on it.
 import importlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,14 @@ from torch import Tensor
 
 from alphaquant.kernels import reference
 from alphaquant.kernels.order import KernelWeight
+from alphaquant.kernels.tuning import (
+    TABLE_VARIABLE,
+    KernelTable,
+    Launch,
+    dense_key,
+    dump_table,
+    launch_key,
+)
 from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.kernels import (
@@ -39,7 +48,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ONE_OF_EACH = (  # every element, and every kind of scale and zero point
     *("int1-g64", "int2-g128", "int2-g32-asym", "int3-row", "int3-g64", "int4-g128-asym"),
     *("int5-g128-asym", "int6-g64", "int8-g256-asym", "fp4-e2m1-g128", "fp6-e2m3-g32"),
-    *("fp8-e5m2-row", "mxfp4", "mxfp6", "mxfp8", "nvfp4"),
+    *("fp8-e5m2-row", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
 )
 
 
@@ -113,6 +122,85 @@ def test_splits_fill_the_gpu_but_keep_four_tiles_each(kernels: ModuleType) -> No
     assert kernels.default_splits(weight, 128, 1) == 2
     assert kernels.default_splits(weight, 128, 132) == 1
     assert kernels.default_splits(weight, 128, 300) == 1
+
+
+def table_with(
+    weight: KernelWeight, dtype: torch.dtype, launches: dict[int, Launch], dense_rows: int | None
+) -> KernelTable:
+    """A table with launches by block of tokens, for matrices such as this one."""
+    keys = {launch_key(weight, dtype, z): launch for z, launch in launches.items()}
+    dense = {} if dense_rows is None else {dense_key(weight, dtype): dense_rows}
+    return KernelTable("test", "0", "0", "0", keys, dense)
+
+
+@pytest.fixture
+def use_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[KernelTable], None]:
+    def use(table: KernelTable) -> None:
+        path = tmp_path / "table.json"
+        path.write_text(dump_table(table))
+        monkeypatch.setenv(TABLE_VARIABLE, str(path))
+
+    return use
+
+
+def test_a_table_says_how_the_kernel_is_launched(
+    kernels: ModuleType, use_table: Callable[[KernelTable], None]
+) -> None:
+    weight = drawn("int4-g128", 130, 1153)
+    default = kernels.choose_launch(weight, torch.float16, 3)
+    assert default == Launch(128, 4, 3, 2)
+    tuned = {16: Launch(64, 8, 5, 9), 64: Launch(64, 4, 2, 8)}
+    use_table(table_with(weight, torch.float16, tuned, None))
+    assert kernels.choose_launch(weight, torch.float16, 3) == tuned[16]
+    # No entry: another dtype, another block of tokens, another kind of matrix.
+    assert kernels.choose_launch(weight, torch.float32, 3) == default
+    assert kernels.choose_launch(weight, torch.float16, 20) == default
+    other = drawn("int4-g128-asym", 130, 1153)
+    assert kernels.choose_launch(other, torch.float16, 3) == default
+    # Three blocks of tokens fill the GPU with fewer splits, and no split is without a tile.
+    assert kernels.choose_launch(weight, torch.float16, 64) == tuned[64]
+    assert kernels.choose_launch(weight, torch.float16, 130) == Launch(64, 4, 2, 2)
+    short = drawn("int4-g128", 130, 1000)  # eight tiles, the same class
+    assert kernels.choose_launch(short, torch.float16, 3) == Launch(64, 8, 5, 8)
+
+
+def test_what_the_caller_gives_comes_before_the_table(
+    kernels: ModuleType, use_table: Callable[[KernelTable], None]
+) -> None:
+    weight = drawn("int4-g128", 130, 1153)
+    use_table(table_with(weight, torch.float16, {16: Launch(64, 8, 5, 9)}, None))
+    config = kernels.LinearConfig(128, 8, 4)
+    assert kernels.choose_launch(weight, torch.float16, 3, config) == Launch(128, 8, 4, 2)
+    assert kernels.choose_launch(weight, torch.float16, 3, None, 5) == Launch(64, 8, 5, 5)
+    assert kernels.choose_launch(weight, torch.float16, 3, config, 5) == Launch(128, 8, 4, 5)
+
+
+def test_the_kernel_is_launched_as_the_table_says(
+    kernels: ModuleType, use_table: Callable[[KernelTable], None]
+) -> None:
+    weight, x = drawn("int4-g128", 130, 1153), draw_x(3, 1153, torch.float16)
+    chosen = kernels.packed_linear(
+        x, weight, config=kernels.LinearConfig(64, 8, 5), n_splits=9, dense_rows=4
+    )
+    use_table(table_with(weight, torch.float16, {16: Launch(64, 8, 5, 9)}, None))
+    with mock.patch.object(kernels, "_add_splits", wraps=kernels._add_splits) as add:
+        assert torch.equal(kernels.packed_linear(x, weight), chosen)
+    (parts, _), _ = add.call_args
+    assert len(parts) == 9
+
+
+def test_a_table_says_from_where_on_weights_are_dequantized(
+    kernels: ModuleType, use_table: Callable[[KernelTable], None]
+) -> None:
+    weight, x = drawn("int4-g64", 5, 171), draw_x(4, 171, torch.float32)
+    dense = x @ reference.dequantize(weight).T
+    assert kernels.default_dense_rows(weight, torch.float32) == kernels.DENSE_ROWS
+    assert not torch.equal(kernels.packed_linear(x, weight), dense)
+    use_table(table_with(weight, torch.float32, {}, 4))
+    assert kernels.default_dense_rows(weight, torch.float32) == 4
+    assert kernels.default_dense_rows(weight, torch.float16) == kernels.DENSE_ROWS
+    assert torch.equal(kernels.packed_linear(x, weight), dense)
+    assert not torch.equal(kernels.packed_linear(x, weight, dense_rows=5), dense)
 
 
 def test_many_rows_are_multiplied_with_dequantized_weights(kernels: ModuleType) -> None:

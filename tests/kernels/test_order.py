@@ -76,6 +76,27 @@ def test_padding_is_zero(element: str) -> None:
     assert bool((whole[:3, :130] == 1).all()) and int(whole.sum()) == 3 * 130
 
 
+@given(st.integers(1, 140), st.integers(1, 300), st.integers(0, 2**16))
+def test_unquantized_numbers_survive_kernel_order(rows: int, cols: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**15), 2**15, (rows, cols), generator=generator).to(torch.int16)
+    weight = order.order_bfloat16(bits.view(torch.bfloat16))
+    n_tiles, padded_rows = -(-cols // 128), -(-rows // 128) * 128
+    assert weight.words.dtype == torch.uint8
+    assert weight.words.shape == (1, n_tiles, padded_rows, 256)
+    assert weight.scales.shape == (1, padded_rows, 1)
+    assert (weight.n_tiles, weight.tiles_per_step) == (n_tiles, n_tiles)
+    assert torch.equal(order.restore_bfloat16(weight).view(torch.int16), bits)
+
+
+def test_unquantized_columns_lie_beside_each_other_and_padding_is_zero() -> None:
+    numbers = torch.arange(1, 131, dtype=torch.bfloat16).repeat(3, 1)  # exact up to 256
+    tiles = order.order_bfloat16(numbers).words.view(torch.bfloat16)  # [1, 2, 128, 128]
+    assert tiles[0, 0, 2].tolist() == list(range(1, 129))
+    assert tiles[0, 1, 2, :3].tolist() == [129, 130, 0]
+    assert int((tiles != 0).sum()) == 3 * 130
+
+
 @given(
     st.sampled_from([8, 16, 24, 32, 64, 96, 128, 136, 200, 256, 384, 10**6]),
     st.integers(1, 140),
