@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.dequant_cache import parse_cache_size
 from alphaquant.quant.engine import QuantizedMatrix
+from alphaquant.quant.kernel_use import IMPLEMENTATION
 from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
 from alphaquant.quant.modules import PackedLinear, cache_dequantized, install_packed_modules
@@ -53,6 +54,14 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 """How safetensors calls the dtypes of packed tensors."""
+
+
+_IMPLEMENTATIONS: dict[bool | None, dict[str, str]] = {
+    None: {},
+    True: {"experts_implementation": IMPLEMENTATION},
+    False: {"experts_implementation": "eager"},
+}
+"""How transformers is told whether kernels run the model."""
 
 
 class StoredTensor(NamedTuple):
@@ -181,7 +190,12 @@ def is_packed(path: str | Path) -> bool:
 
 
 def load(
-    path: str | Path, device: str = "cpu", dtype: str = "auto", *, dequant_cache: str | int = 0
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    *,
+    dequant_cache: str | int = 0,
+    kernels: bool | None = None,
 ) -> nn.Module:
     """Load a packed checkpoint; weights stay packed and are dequantized in the forward pass.
 
@@ -191,7 +205,10 @@ def load(
         dtype: of activations and kept tensors; `auto` is float32 on the CPU, else the
             checkpoint's.
         dequant_cache: most bytes of dequantized weights to keep between calls, such as `512MiB`;
-            0 keeps none. See `alphaquant.quant.modules.cache_dequantized`.
+            0 keeps none. See `alphaquant.quant.modules.cache_dequantized`. What kernels run
+            keeps none.
+        kernels: whether Triton kernels run it, see `alphaquant.quant.kernel_use`; by default where
+            they can, on NVIDIA GPUs with triton installed.
 
     Returns:
         The transformers model, in evaluation mode, gradients off.
@@ -199,7 +216,8 @@ def load(
     Raises:
         ConfigError: the size of the cache cannot be read.
         StoreError: the directory is incomplete or damaged.
-        ModelError: it is no packed checkpoint.
+        ModelError: it is no packed checkpoint, kernels were asked for and cannot run here, or a
+            kernel gives other numbers than torch.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -216,7 +234,10 @@ def load(
     try:
         stated = AutoConfig.from_pretrained(directory).dtype
         model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=wanted, device_map=None if device == "cpu" else {"": device}
+            directory,
+            dtype=wanted,
+            device_map=None if device == "cpu" else {"": device},
+            **_IMPLEMENTATIONS[kernels],
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model_problem(directory, error)) from error

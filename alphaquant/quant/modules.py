@@ -145,6 +145,12 @@ class PackedExperts(nn.Module):
                 output.index_add_(0, tokens.rows, weighted)
         return output if self.reduce is None else self.reduce(output)
 
+    def expert(self, number: int) -> PackedExpert:
+        """One of the owned experts."""
+        expert = self.get_submodule(str(number))
+        assert isinstance(expert, PackedExpert)
+        return expert
+
     def keep_experts(self, owned: range) -> None:
         """Forget the other experts; the numbers and names of these stay.
 
@@ -158,8 +164,7 @@ class PackedExperts(nn.Module):
 
     def _run_expert(self, index: int, x: Tensor) -> Tensor:
         """One expert on its tokens, [m, H] -> [m, H]; errors carry a note that names it."""
-        expert = self.get_submodule(str(index))
-        assert isinstance(expert, PackedExpert)
+        expert = self.expert(index)
         try:
             gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
             bias = self.site.gate_up_bias(self, index)

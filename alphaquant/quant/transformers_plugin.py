@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -59,6 +60,7 @@ class AlphaQuantizer(HfQuantizer):
         """
         super().__init__(quantization_config, **kwargs)
         self._packed_names: frozenset[str] = frozenset()
+        self._can_compile = False
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -80,16 +82,43 @@ class AlphaQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Move parameters that lie in a mapped file to memory of the allocator's alignment.
+        """Align parameters, and let kernels run what they can.
 
-        Matrix products on a CPU add in another order for other alignments: without it the same
+        Parameters that lie in a mapped file move to memory of the allocator's alignment. Matrix
+        products on a CPU add in another order for other alignments: without it the same
         numbers saved into files of another layout can give other last bits of the logits. Packed
         tensors may stay in the file; they are dequantized into new memory anyway.
         """
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT_BYTES:
                 parameter.data = parameter.data.clone()
+        self._choose_kernels(model)
         return model
+
+    def _choose_kernels(self, model: nn.Module) -> None:
+        """Let kernels run the model, as `experts_implementation` says.
+
+        `alphaquant` asks for them, `eager` for plain torch; transformers' own default leaves the
+        choice to the device.
+        """
+        from alphaquant.quant.kernel_use import (
+            IMPLEMENTATION,
+            can_compile,
+            use_kernels,
+            use_kernels_where_possible,
+        )
+
+        config: Any = model.config
+        if config._experts_implementation == IMPLEMENTATION:
+            use_kernels(model)
+        elif config._experts_implementation != "eager":
+            use_kernels_where_possible(model)
+        self._can_compile = can_compile(model)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model (on GPUs, with the static cache)."""
+        return self._can_compile
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """No conversion at all: the names in the files are those of the packed model."""
@@ -119,3 +148,18 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(AlphaQuantConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(AlphaQuantizer)
+    ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, refuse_unpacked)
+
+
+def refuse_unpacked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What runs a model's own experts under the name of our kernels: nothing does.
+
+    Raises:
+        ModelError: always; experts of a packed checkpoint are modules of ours.
+    """
+    from alphaquant.errors import ModelError
+
+    raise ModelError(
+        f"experts_implementation {QUANT_METHOD!r} runs packed checkpoints of aq-quantize, and "
+        f"{type(module).__name__} is not packed: load such a checkpoint, or choose another"
+    )

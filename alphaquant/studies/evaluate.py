@@ -184,9 +184,12 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
 
 
 def open_model(name: str, device: str, dtype: str) -> nn.Module:
-    """A packed checkpoint or any model that transformers loads."""
+    """A packed checkpoint or any model that transformers loads.
+
+    Packed ones run in plain torch everywhere, so that scores are those of the search's trials.
+    """
     if is_packed(name):
-        return load(name, device, dtype)
+        return load(name, device, dtype, kernels=False)
     return load_model(model_location(name), device, dtype, quantized=True)
 
 

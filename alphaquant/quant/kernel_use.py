@@ -1,0 +1,296 @@
+"""Which modules of a packed model the GPU kernels run, and putting them in place.
+
+    use_kernels(model)      kernels wherever they can, plain torch elsewhere
+    kernel_uses(model)      which module runs how, and why
+
+Kernels are tried before they are trusted: one matrix of every format, and one expert of every pair
+of formats, must give on this device what dequantized weights give in float32.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from alphaquant.errors import FormatError, ModelError
+from alphaquant.kernels.order import layout_of, span_of
+from alphaquant.quant.activations import fake_quantize
+from alphaquant.quant.kernel_modules import KernelExperts, KernelLinear
+from alphaquant.quant.modules import PackedExpert, PackedExperts, PackedLinear
+from alphaquant.quant.quantization_config import QUANT_METHOD
+from alphaquant.quant.sites import ExpertsSite
+from alphaquant.spaces.formats import Format
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATION = QUANT_METHOD
+"""Name of the kernels among transformers' implementations of experts."""
+
+_BF16 = "torch multiplies by bf16 matrices"
+_LEAST_CAPABILITY = (8, 0)
+_E4M3_CAPABILITY = (8, 9)
+_N_TRIED = 4
+"""Tokens of a comparison."""
+
+_ALLOWED_ERROR = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+"""Relative to the largest output; rounding of inputs and weights alone gives about half of it."""
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """How one packed module runs.
+
+    Attributes:
+        name: of the module.
+        is_kernel: whether kernels run it.
+        reason: why plain torch does, else empty.
+    """
+
+    name: str
+    is_kernel: bool
+    reason: str = ""
+
+
+def use_kernels(model: nn.Module) -> list[KernelUse]:
+    """Let kernels run the packed modules of a model, in place; what they cannot stays in torch.
+
+    Args:
+        model: with packed modules, all on their devices; with expert parallelism, divided.
+
+    Returns:
+        What `kernel_uses` gives afterwards.
+
+    Raises:
+        ModelError: kernels cannot run here, the model has no packed modules, or a kernel gives
+            other numbers than torch. The model is as it was, except for the last.
+    """
+    modules = dict(_packed_modules(model))
+    if not modules:
+        raise ModelError(
+            f"{type(model).__name__} has no packed matrices for kernels to run; give a model "
+            "loaded from a checkpoint of aq-quantize"
+        )
+    problems = {kernels_problem(device) for device in {_device(m) for m in modules.values()}}
+    for problem in problems - {None}:
+        raise ModelError(f"kernels were asked for, but {problem}; or load with kernels=False")
+    import_module("alphaquant.kernels.ops_triton")
+    dtype = next(model.parameters()).dtype
+    checked: set[tuple[Format, ...]] = set()
+    for name, module in modules.items():
+        if not is_kernel(module) and why_torch(module) is None:
+            made = _replacement(module)
+            _check(name, module, made, dtype, checked)
+            model.set_submodule(name, made)
+    uses = kernel_uses(model)
+    _log(uses)
+    return uses
+
+
+def use_kernels_where_possible(model: nn.Module) -> None:
+    """`use_kernels`, or nothing where a packed module is on a device without kernels."""
+    devices = {_device(module) for _, module in _packed_modules(model)}
+    if devices and all(d.type == "cuda" and kernels_problem(d) is None for d in devices):
+        use_kernels(model)
+
+
+def kernel_uses(model: nn.Module) -> list[KernelUse]:
+    """How the packed modules of a model run; the matrices of an experts module are one row."""
+    return [
+        KernelUse(name, True)
+        if is_kernel(module)
+        else KernelUse(name, False, why_torch(module) or "kernels are not in use: use_kernels")
+        for name, module in _packed_modules(model)
+    ]
+
+
+def can_compile(model: nn.Module) -> bool:
+    """Whether `torch.compile` takes the model in one graph: experts in plain torch do not."""
+    return not any(
+        isinstance(module, PackedExperts) and not is_kernel(module) for module in model.modules()
+    )
+
+
+def is_kernel(module: nn.Module) -> bool:
+    """Whether kernels run a packed module."""
+    return isinstance(module, (KernelLinear, KernelExperts))
+
+
+def kernels_problem(device: torch.device) -> str | None:
+    """Why no kernel can run on a device; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'aq-search[triton]' (Linux)"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "they are for NVIDIA GPUs only: use plain torch"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            return f"{device} has compute capability {capability}; they need {_LEAST_CAPABILITY}"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f"the model is on {device.type}; they run on cuda: load with device='cuda', or set "
+        "TRITON_INTERPRET=1 before Python starts to try them on the CPU, slowly"
+    )
+
+
+def why_torch(module: PackedLinear | PackedExperts) -> str | None:
+    """Why kernels cannot run a packed module; None if they can."""
+    if isinstance(module, PackedLinear):
+        return _why_not_matrix(module) if module.format.is_quantized else _BF16
+    site = module.site
+    if not len(module.owned):
+        return "it holds no experts"
+    if site.bias_names:
+        return "its experts have biases"
+    if not _is_silu_gated(site):
+        return "its gating function is not silu(gate) * up"
+    for number in module.owned:
+        reason = _why_not_expert(module.expert(number))
+        if reason is not None:
+            return f"expert {number}: {reason}"
+    return None
+
+
+def _why_not_expert(expert: PackedExpert) -> str | None:
+    gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
+    if gate.format != up.format:
+        return f"gate has {gate.format.name} and up {up.format.name}"
+    for part in (gate, up, down):
+        if part.activation.is_quantized:
+            return f"its inputs are rounded to {part.activation.name}"
+        reason = _why_not_matrix(part)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_not_matrix(linear: PackedLinear) -> str | None:
+    fmt = linear.format
+    if not fmt.is_quantized:
+        return None
+    try:
+        layout_of(fmt.element or fmt.kind)
+        span_of(linear.cols if fmt.n_groups(linear.cols) == 1 else fmt.group_size, linear.cols)
+    except FormatError as error:
+        return str(error)
+    device = _device(linear)
+    if fmt.family == "nvfp" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _E4M3_CAPABILITY:
+            return f"{fmt.name} needs compute capability {_E4M3_CAPABILITY}, not {capability}"
+    return None
+
+
+def _is_silu_gated(site: ExpertsSite) -> bool:
+    """Whether the gating function is silu(gate) * up; found by trying it."""
+    gate = torch.linspace(-40.0, 40.0, 64)
+    up = gate.roll(23)
+    found = site.apply_gate(torch.cat([gate, up])[None])
+    return torch.allclose(found[0], nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-30)
+
+
+def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts]]:
+    """Experts modules, and linears that are not in one."""
+    inside = ""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            inside = f"{name}."
+            yield name, module
+        elif isinstance(module, PackedLinear) and not (inside and name.startswith(inside)):
+            yield name, module
+
+
+def _device(module: PackedLinear | PackedExperts) -> torch.device:
+    return next((t.device for t in module.buffers()), torch.device("cpu"))
+
+
+def _replacement(module: PackedLinear | PackedExperts) -> KernelLinear | KernelExperts:
+    return KernelLinear(module) if isinstance(module, PackedLinear) else KernelExperts(module)
+
+
+@torch.no_grad()
+def _check(
+    name: str,
+    module: PackedLinear | PackedExperts,
+    made: KernelLinear | KernelExperts,
+    dtype: torch.dtype,
+    checked: set[tuple[Format, ...]],
+) -> None:
+    """Compare a kernel with dequantized weights, for formats that were not compared before.
+
+    Raises:
+        ModelError: it gives other numbers.
+    """
+    for formats, trial in _trials(module, made, dtype):
+        if formats not in checked:
+            checked.add(formats)
+            found, expected = trial()
+            error = float((found.float() - expected).abs().max() / expected.abs().max())
+            if not error <= _ALLOWED_ERROR[dtype]:
+                names = ", ".join(fmt.name for fmt in formats)
+                raise ModelError(
+                    f"{name}: the kernel of {names} gives other numbers than torch on "
+                    f"{found.device}: relative error {error:.3g} in {dtype}, allowed "
+                    f"{_ALLOWED_ERROR[dtype]:.3g}; load with kernels=False, and report this"
+                )
+
+
+def _trials(
+    module: PackedLinear | PackedExperts,
+    made: KernelLinear | KernelExperts,
+    dtype: torch.dtype,
+) -> Iterator[tuple[tuple[Format, ...], Callable[[], tuple[Tensor, Tensor]]]]:
+    """Formats, and what gives a kernel's outputs and the expected ones on drawn inputs."""
+    if isinstance(made, KernelLinear):
+        assert isinstance(module, PackedLinear)
+        yield (module.format,), partial(_try_linear, module, made, dtype)
+        return
+    assert isinstance(module, PackedExperts)
+    for number in module.owned:
+        expert = module.expert(number)
+        formats = (expert.gate_proj.format, expert.down_proj.format)
+        yield formats, partial(_try_expert, expert, number, made, dtype)
+
+
+def _try_linear(
+    module: PackedLinear, made: KernelLinear, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x = _draw(module, dtype)
+    bias = None if module.bias is None else module.bias.float()
+    rounded = fake_quantize(x, module.activation).float()
+    return made(x), nn.functional.linear(rounded, module.packed().dequantize(), bias)
+
+
+def _try_expert(
+    expert: PackedExpert, number: int, made: KernelExperts, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x = _draw(expert.gate_proj, dtype)
+    ids = torch.full((len(x), 1), number, device=x.device)
+    found = made.add_experts(x, ids, torch.ones_like(ids, dtype=torch.float32))
+    gate, up, down = (
+        part.packed().dequantize() for part in (expert.gate_proj, expert.up_proj, expert.down_proj)
+    )
+    inputs = x.float()
+    return found, (nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+
+
+def _draw(linear: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """Inputs of a linear, the same for the same sizes."""
+    generator = torch.Generator().manual_seed(linear.cols)
+    drawn = torch.randn(_N_TRIED, linear.cols, generator=generator)
+    return drawn.to(dtype).to(_device(linear))
+
+
+def _log(uses: Sequence[KernelUse]) -> None:
+    reasons = Counter(use.reason for use in uses if not use.is_kernel)
+    logger.info("kernels run %d of %d packed modules", len(uses) - reasons.total(), len(uses))
+    for reason, count in reasons.items():
+        logger.info("torch runs %d: %s", count, reason)
