@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, silu
 
 from alphaquant.kernels.linear_triton import dequantize_packed
 from alphaquant.kernels.moe_plan import HALF_ROWS, ExpertStacks, GroupedExperts
@@ -63,14 +63,35 @@ def multiply_dense(
 
 def _gate_up(x: Tensor, order: SortedSlots, n_choices: int, experts: GroupedExperts) -> Tensor:
     """silu(gate) * up of every slot, [n k, I], rows in sorted order."""
-    table = order_rows(order, experts.gate_up.formats)
+    if len(experts.gate_up) > 1:
+        gate, up = (
+            _side(x, order, n_choices, stacks, experts.width).to(torch.float32)
+            for stacks in experts.gate_up
+        )
+        return (silu(gate) * up).to(x.dtype)
+    (stacks,) = experts.gate_up
+    table = order_rows(order, stacks.formats)
     tokens = order.slots[table.positions] // n_choices  # [n k]
     gated = x.new_empty(len(tokens), experts.width)
-    for number in range(len(experts.gate_up.stacks)):
+    for number in range(len(stacks.stacks)):
         rows = gather_rows(x, tokens, table, number)
-        both = _multiply(rows, experts.gate_up, number, table.ends[number])
+        both = _multiply(rows, stacks, number, table.ends[number])
         gate_rows(both[None], gated, table, number)
     return gated
+
+
+def _side(
+    x: Tensor, order: SortedSlots, n_choices: int, stacks: ExpertStacks, width: int
+) -> Tensor:
+    """Gate or up of every slot, [n k, I], rows in sorted order."""
+    table = order_rows(order, stacks.formats)
+    tokens = order.slots[table.positions] // n_choices  # [n k]
+    outputs, ones = x.new_empty(len(tokens), width), x.new_ones(len(tokens))
+    for number in range(len(stacks.stacks)):
+        rows = gather_rows(x, tokens, table, number)
+        products = _multiply(rows, stacks, number, table.ends[number])
+        weigh_rows(products, outputs, ones, table.positions, table, number)
+    return outputs
 
 
 def _down(gated: Tensor, weights: Tensor, order: SortedSlots, experts: GroupedExperts) -> Tensor:

@@ -30,7 +30,7 @@ class ExpertWeights:
 
     Attributes:
         gate: [I, H].
-        up: [I, H], of gate's format.
+        up: [I, H].
         down: [H, I].
     """
 
@@ -77,7 +77,8 @@ class GroupedExperts:
     """The experts of a layer, or of one rank of it, as grouped kernels take them.
 
     Attributes:
-        gate_up: rows of gate and up alternate, `HALF_ROWS` of each.
+        gate_up: one whose rows of gate and up alternate, `HALF_ROWS` of each; or, where they have
+            formats of their own in any expert, gate, then up.
         down: as they are.
         hidden: H.
         width: I.
@@ -85,7 +86,7 @@ class GroupedExperts:
         n_experts: E.
     """
 
-    gate_up: ExpertStacks
+    gate_up: tuple[ExpertStacks, ...]
     down: ExpertStacks
     hidden: int
     width: int
@@ -101,7 +102,7 @@ def stack_experts(experts: Sequence[ExpertWeights], first_expert: int = 0) -> Gr
         first_expert: number of the first one in the whole layer.
 
     Raises:
-        FormatError: no expert, different sizes, or gate and up of different formats.
+        FormatError: no expert, or different sizes.
     """
     if not experts:
         raise FormatError("no experts to stack; a rank without experts has nothing to compute")
@@ -109,7 +110,7 @@ def stack_experts(experts: Sequence[ExpertWeights], first_expert: int = 0) -> Gr
     for number, expert in enumerate(experts, first_expert):
         _check_expert(number, expert, width, hidden)
     return GroupedExperts(
-        gate_up=_stack([_alternate(expert.gate, expert.up) for expert in experts]),
+        gate_up=_stack_gate_up(experts),
         down=_stack([expert.down for expert in experts]),
         hidden=hidden,
         width=width,
@@ -126,10 +127,11 @@ def unstack_expert(experts: GroupedExperts, number: int) -> ExpertWeights:
         number: of the expert, as the layer counts.
     """
     index = number - experts.first_expert
-    both, down = _take(experts.gate_up, index), _take(experts.down, index)
-    width, hidden = experts.width, experts.hidden
-    gate, up = (_half(both, half, width) for half in range(2))
-    return ExpertWeights(gate, up, replace(down, rows=hidden))
+    taken, width = [_take(stacks, index) for stacks in experts.gate_up], experts.width
+    if len(taken) == 1:
+        taken = [_half(taken[0], half) for half in range(2)]
+    gate, up = (replace(weight, rows=width) for weight in taken)
+    return ExpertWeights(gate, up, replace(_take(experts.down, index), rows=experts.hidden))
 
 
 def order_by_format(formats: Sequence[int], device: torch.device) -> FormatOrder:
@@ -159,12 +161,12 @@ def _check_expert(number: int, expert: ExpertWeights, width: int, hidden: int) -
             f"gate, up and down of expert {number} are {shapes}; the first expert needs {wanted}: "
             "stack experts of equal sizes"
         )
-    gate, up = _format_key(expert.gate), _format_key(expert.up)
-    if gate != up:
-        raise FormatError(
-            f"gate and up of expert {number} have formats {gate} and {up}; one program computes "
-            "both: give them one format, or compute this layer with torch"
-        )
+
+
+def _stack_gate_up(experts: Sequence[ExpertWeights]) -> tuple[ExpertStacks, ...]:
+    if all(_format_key(expert.gate) == _format_key(expert.up) for expert in experts):
+        return (_stack([_alternate(expert.gate, expert.up) for expert in experts]),)
+    return (_stack([expert.gate for expert in experts]), _stack([expert.up for expert in experts]))
 
 
 def _format_key(weight: KernelWeight) -> tuple[object, ...]:
@@ -250,8 +252,8 @@ def _take(stacks: ExpertStacks, index: int) -> KernelWeight:
     )
 
 
-def _half(both: KernelWeight, half: int, width: int) -> KernelWeight:
-    """Gate (0) or up (1) out of their alternating rows."""
+def _half(both: KernelWeight, half: int) -> KernelWeight:
+    """Gate (0) or up (1) out of their alternating rows, with padded rows."""
 
     def cut(values: Tensor) -> Tensor:
         """[.., 2 N, C] -> [.., N, C], any dtype."""
@@ -262,7 +264,6 @@ def _half(both: KernelWeight, half: int, width: int) -> KernelWeight:
     shared = both.global_scale
     return replace(
         both,
-        rows=width,
         words=cut(both.words),
         scales=cut(both.scales),
         zeros=None if both.zeros is None else cut(both.zeros),

@@ -67,17 +67,17 @@ class KernelExperts(PackedExperts):
         """Take over packed experts that have their tensors.
 
         Args:
-            packed: at least one expert, without biases, gated by silu, inputs not rounded; gate
-                and up of an expert have one format. Not changed.
+            packed: at least one expert, without biases, gated by silu, inputs not rounded. Not
+                changed.
 
         Raises:
-            FormatError: a format has no kernel order, or gate and up differ.
+            FormatError: a format has no kernel order.
         """
         nn.Module.__init__(self)
         self.num_experts, self.owned = packed.num_experts, packed.owned
         self.reduce, self.site = packed.reduce, packed.site
         experts = [packed.expert(number) for number in self.owned]
-        self.formats = [tuple(part.format for part in _linears(expert)) for expert in experts]
+        self.formats = [tuple(part.format for part in linears_of(expert)) for expert in experts]
         grouped = stack_experts([_order_expert(expert) for expert in experts], self.owned.start)
         self.n_parts, self.facts = _keep_parts(self, grouped)
 
@@ -119,10 +119,10 @@ class KernelExperts(PackedExperts):
             yield number, tuple(map(restore_matrix, ordered, formats))
 
     def extra_repr(self) -> str:
-        """Number of experts and how many have which formats of gate and up, and of down."""
-        pairs = [f"{gate.name} / {down.name}" for gate, _, down in self.formats]
-        counts = ", ".join(f"{pairs.count(pair)} x {pair}" for pair in sorted(set(pairs)))
-        return f"{len(pairs)} of {self.num_experts} experts: {counts}"
+        """Number of experts, and how many have which formats of gate, up and down."""
+        names = [" / ".join(fmt.name for fmt in formats) for formats in self.formats]
+        counts = ", ".join(f"{names.count(own)} x {own}" for own in sorted(set(names)))
+        return f"{len(names)} of {self.num_experts} experts: {counts}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelExperts":
         """As of `PackedLinear`: to other devices, never to another dtype."""
@@ -136,12 +136,12 @@ class KernelExperts(PackedExperts):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for number, matrices in self.packed_experts():
-            for name, matrix in zip(_PROJECTIONS, matrices, strict=True):
+            for name, matrix in zip(PROJECTIONS, matrices, strict=True):
                 for key, tensor in matrix.tensors.items():
                     destination[f"{prefix}{number}.{name}.{key}"] = tensor
 
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """Of a `PackedExpert`."""
 
 
@@ -158,9 +158,10 @@ def _parts(module: nn.Module, n_parts: int) -> list[Tensor]:
     return [getattr(module, f"kernel_part_{index}") for index in range(n_parts)]
 
 
-def _linears(expert: PackedExpert) -> tuple[PackedLinear, PackedLinear, PackedLinear]:
+def linears_of(expert: PackedExpert) -> tuple[PackedLinear, PackedLinear, PackedLinear]:
+    """Gate, up and down of an expert, as `PROJECTIONS` names them."""
     return expert.gate_proj, expert.up_proj, expert.down_proj
 
 
 def _order_expert(expert: PackedExpert) -> ExpertWeights:
-    return ExpertWeights(*(order_matrix(part.packed()) for part in _linears(expert)))
+    return ExpertWeights(*(order_matrix(part.packed()) for part in linears_of(expert)))

@@ -3,8 +3,9 @@
     use_kernels(model)      kernels wherever they can, plain torch elsewhere
     kernel_uses(model)      which module runs how, and why
 
-Kernels are tried before they are trusted: one matrix of every format, and one expert of every pair
-of formats, must give on this device what dequantized weights give in float32.
+Kernels are tried before they are trusted: one matrix of every format, and experts with every
+format of gate, of up and of down, must give on this device what dequantized weights give in
+float32.
 """
 
 import logging
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,12 @@ from torch import Tensor, nn
 from alphaquant.errors import FormatError, ModelError
 from alphaquant.kernels.order import layout_of, span_of
 from alphaquant.quant.activations import fake_quantize
-from alphaquant.quant.kernel_modules import KernelExperts, KernelLinear
+from alphaquant.quant.kernel_modules import (
+    PROJECTIONS,
+    KernelExperts,
+    KernelLinear,
+    linears_of,
+)
 from alphaquant.quant.modules import PackedExpert, PackedExperts, PackedLinear
 from alphaquant.quant.quantization_config import QUANT_METHOD
 from alphaquant.quant.sites import ExpertsSite
@@ -58,6 +65,13 @@ class KernelUse:
     reason: str = ""
 
 
+class _Place(NamedTuple):
+    """Where a format is used: in a linear, or in a projection of an expert."""
+
+    projection: str
+    format: Format
+
+
 def use_kernels(model: nn.Module) -> list[KernelUse]:
     """Let kernels run the packed modules of a model, in place; what they cannot stays in torch.
 
@@ -82,7 +96,7 @@ def use_kernels(model: nn.Module) -> list[KernelUse]:
         raise ModelError(f"kernels were asked for, but {problem}; or load with kernels=False")
     import_module("alphaquant.kernels.ops_triton")
     dtype = next(model.parameters()).dtype
-    checked: set[tuple[Format, ...]] = set()
+    checked: set[_Place] = set()
     for name, module in modules.items():
         if not is_kernel(module) and why_torch(module) is None:
             made = _replacement(module)
@@ -160,10 +174,7 @@ def why_torch(module: PackedLinear | PackedExperts) -> str | None:
 
 
 def _why_not_expert(expert: PackedExpert) -> str | None:
-    gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
-    if gate.format != up.format:
-        return f"gate has {gate.format.name} and up {up.format.name}"
-    for part in (gate, up, down):
+    for part in linears_of(expert):
         if part.activation.is_quantized:
             return f"its inputs are rounded to {part.activation.name}"
         reason = _why_not_matrix(part)
@@ -222,24 +233,26 @@ def _check(
     module: PackedLinear | PackedExperts,
     made: KernelLinear | KernelExperts,
     dtype: torch.dtype,
-    checked: set[tuple[Format, ...]],
+    checked: set[_Place],
 ) -> None:
-    """Compare a kernel with dequantized weights, for formats that were not compared before.
+    """Compare a kernel with dequantized weights, in places where formats were not compared before.
 
     Raises:
         ModelError: it gives other numbers.
     """
-    for formats, trial in _trials(module, made, dtype):
-        if formats not in checked:
-            checked.add(formats)
+    for places, trial in _trials(module, made, dtype):
+        if not checked.issuperset(places):
+            checked.update(places)
             found, expected = trial()
-            error = float((found.float() - expected).abs().max() / expected.abs().max())
-            if not error <= _ALLOWED_ERROR[dtype]:
-                names = ", ".join(fmt.name for fmt in formats)
+            error, largest = (found.float() - expected).abs().max(), expected.abs().max()
+            if not float(error) <= _ALLOWED_ERROR[dtype] * float(largest):
+                found_at, limit = found.device, _ALLOWED_ERROR[dtype]
+                names = ", ".join(place.format.name for place in places)
                 raise ModelError(
                     f"{name}: the kernel of {names} gives other numbers than torch on "
-                    f"{found.device}: relative error {error:.3g} in {dtype}, allowed "
-                    f"{_ALLOWED_ERROR[dtype]:.3g}; load with kernels=False, and report this"
+                    f"{found_at}: {float(error):.3g} off beside outputs up to "
+                    f"{float(largest):.3g} in {dtype}, where {limit:.3g} of these is allowed; "
+                    "load with kernels=False, and report this"
                 )
 
 
@@ -247,17 +260,18 @@ def _trials(
     module: PackedLinear | PackedExperts,
     made: KernelLinear | KernelExperts,
     dtype: torch.dtype,
-) -> Iterator[tuple[tuple[Format, ...], Callable[[], tuple[Tensor, Tensor]]]]:
-    """Formats, and what gives a kernel's outputs and the expected ones on drawn inputs."""
+) -> Iterator[tuple[tuple[_Place, ...], Callable[[], tuple[Tensor, Tensor]]]]:
+    """What is tried, and what gives a kernel's outputs and the expected ones on drawn inputs."""
     if isinstance(made, KernelLinear):
         assert isinstance(module, PackedLinear)
-        yield (module.format,), partial(_try_linear, module, made, dtype)
+        yield (_Place("linear", module.format),), partial(_try_linear, module, made, dtype)
         return
     assert isinstance(module, PackedExperts)
     for number in module.owned:
         expert = module.expert(number)
-        formats = (expert.gate_proj.format, expert.down_proj.format)
-        yield formats, partial(_try_expert, expert, number, made, dtype)
+        parts = zip(PROJECTIONS, linears_of(expert), strict=True)
+        places = tuple(_Place(projection, part.format) for projection, part in parts)
+        yield places, partial(_try_expert, expert, number, made, dtype)
 
 
 def _try_linear(
@@ -275,9 +289,7 @@ def _try_expert(
     x = _draw(expert.gate_proj, dtype)
     ids = torch.full((len(x), 1), number, device=x.device)
     found = made.add_experts(x, ids, torch.ones_like(ids, dtype=torch.float32))
-    gate, up, down = (
-        part.packed().dequantize() for part in (expert.gate_proj, expert.up_proj, expert.down_proj)
-    )
+    gate, up, down = (part.packed().dequantize() for part in linears_of(expert))
     inputs = x.float()
     return found, (nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
 

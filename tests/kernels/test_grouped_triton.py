@@ -110,6 +110,10 @@ def draw_layer(names: Sequence[tuple[str, str]], hidden: int, width: int) -> Lay
         )
         for e, (gate_up, down) in enumerate(names)
     )
+    return layer_of(experts)
+
+
+def layer_of(experts: tuple[ExpertWeights, ...]) -> Layer:
     dense = tuple(
         (reference.dequantize(e.gate), reference.dequantize(e.up), reference.dequantize(e.down))
         for e in experts
@@ -127,6 +131,20 @@ def mixed() -> Layer:
 def small() -> Layer:
     names = (("nvfp4", "int4-g64"), ("int4-g64", "nvfp4"), ("nvfp4", "int4-g64"))
     return draw_layer(names, hidden=128, width=72)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Layer:
+    """H = 264 and I = 136; gate and up have one format in the last expert only."""
+    names = (("nvfp4", "int4-g64", "mxfp4"), ("int4-g64", "int3-g128-asym", "mxfp4"))
+    names += (("int2-g64-asym", "bf16", "int8-row"), ("nvfp4", "nvfp4", "int8-row"))
+    experts = tuple(
+        ExpertWeights(
+            draw(gate, 136, 264, 3 * e), draw(up, 136, 264, 3 * e + 1), draw(down, 264, 136, 3 * e)
+        )
+        for e, (gate, up, down) in enumerate(names)
+    )
+    return layer_of(experts)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +245,24 @@ def test_splits_add_up_to_the_whole_and_always_to_the_same_bits(
     assert torch.equal(again, found)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"config": GroupedConfig(32, 64, n_splits=3)}, {"dense_slots": 0}],
+    ids=["default", "three splits", "dense"],
+)
+def test_gate_and_up_may_have_formats_of_their_own(
+    kernels: ModuleType, apart: Layer, options: Any
+) -> None:
+    ids = torch.tensor([[0, 1], [9, 2], [3, 0], [-1, -1], [1, 3]], device=DEVICE)
+    x, weights = draw_tokens(ids, 264)
+    stacked = apart.stacked()
+    with uninitialized_memory_is_nan():
+        found = kernels.grouped_moe(x, ids, weights, stacked, **options)
+    assert_near(found, apart.expected(x, ids, weights), torch.float32)
+    assert torch.equal(kernels.grouped_moe(x, ids, weights, stacked, **options), found)
+    assert len(stacked.gate_up) == 2 and len(apart.stacked(range(3, 4)).gate_up) == 1
+
+
 def test_parts_of_ranks_add_up_to_the_whole(kernels: ModuleType, small: Layer) -> None:
     ids = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 3]], device=DEVICE)
     x, weights = draw_tokens(ids, 128)
@@ -317,19 +353,23 @@ def test_the_dense_path_is_taken_from_an_average_of_slots_per_expert_on(
     assert_near(found, small.expected(x, ids, weights), dtype)
 
 
+@pytest.mark.parametrize("name", ["long", "apart"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"config": GroupedConfig(32, 64, n_splits=2)}, {"dense_slots": 0}],
     ids=["default", "two splits", "dense"],
 )
-def test_no_path_looks_at_a_value(kernels: ModuleType, long: Layer, options: Any) -> None:
+def test_no_path_looks_at_a_value(
+    kernels: ModuleType, name: str, options: Any, request: pytest.FixtureRequest
+) -> None:
     """Meta tensors have shapes and no values: whatever would wait for the device fails."""
-    tensors, facts = take_apart(long.stacked())
+    layer: Layer = request.getfixturevalue(name)
+    tensors, facts = take_apart(layer.stacked())
     experts = put_together([t.to("meta") for t in tensors], facts)
     ids = torch.zeros(6, 2, dtype=torch.int64, device="meta")
     x = torch.zeros(6, 264, device="meta", dtype=torch.bfloat16)
     with contextlib.ExitStack() as patches:
-        launched = patch_launches(patches, kernels)
+        launched = patch_launches(patches)
         patches.enter_context(mock.patch.object(kernels, "IS_INTERPRETED", False))
         served = mock.patch.object(kernels, "can_multiply_dense", lambda *_: True)
         patches.enter_context(served)
@@ -338,21 +378,24 @@ def test_no_path_looks_at_a_value(kernels: ModuleType, long: Layer, options: Any
     names = {name for name, kernel in launched.items() if kernel.mock_calls}
     rows = {"gather_rows_kernel", "gate_kernel", "weigh_kernel", "dequantize_kernel"}
     products = {"plan_slots_kernel", "gate_up_kernel", "down_kernel"}
+    is_apart = name == "apart"
     if "dense_slots" in options:
-        assert names == rows | {"add_slots_kernel"}
+        assert names == (rows - {"gate_kernel"} if is_apart else rows) | {"add_slots_kernel"}
     else:
         launch = launched["plan_slots_kernel"].__getitem__.return_value
-        assert launch.call_args.args[6] == ((32, 32) if "config" in options else (16, 16))
-        gating = {"gate_kernel"} if "config" in options else set()
+        blocks = (32 if "config" in options else 16,) * (3 if is_apart else 2)
+        assert launch.call_args.args[6] == blocks
+        gating = {"gate_kernel"} if "config" in options or is_apart else set()
         assert names == products | gating | {"add_slots_kernel"}
 
 
-def patch_launches(patches: contextlib.ExitStack, kernels: ModuleType) -> dict[str, Any]:
+def patch_launches(patches: contextlib.ExitStack) -> dict[str, Any]:
     """Replace all kernels by ones that do nothing but count."""
     rows = importlib.import_module("alphaquant.kernels.moe_rows_triton")
     linear = importlib.import_module("alphaquant.kernels.linear_triton")
     planner = importlib.import_module("alphaquant.kernels.moe_slots_triton")
-    owners = {"gate_up_kernel": kernels, "down_kernel": kernels, "dequantize_kernel": linear}
+    products = importlib.import_module("alphaquant.kernels.moe_products_triton")
+    owners = {"gate_up_kernel": products, "down_kernel": products, "dequantize_kernel": linear}
     owners |= {"plan_slots_kernel": planner}
     names = ("gather_rows_kernel", "gate_kernel", "weigh_kernel", "add_slots_kernel")
     owners |= dict.fromkeys(names, rows)
@@ -478,7 +521,7 @@ def figures_of(kernel: Any, weight: KernelWeight, name: str, config: GroupedConf
     constants |= {"EVEN": True, "B": config.block_rows, "Z": config.block_slots}
     is_split = config.n_splits > 1
     if "IS_SPLIT" in kernel.arg_names:
-        constants["IS_SPLIT"] = is_split
+        constants |= {"IS_SPLIT": is_split, "SIDE": -1}
     types = {
         **dict.fromkeys(("words_ptr", "zeros_ptr"), "*u8"),
         **dict.fromkeys(("global_ptr", "weights_ptr"), "*fp32"),
@@ -522,13 +565,13 @@ def compile_row_kernels() -> None:
 
 def main(block_slots: int, block_rows: int, names: Sequence[str]) -> None:
     """Print the figures of the products for each format, a line of JSON each."""
-    kernels = importlib.import_module("alphaquant.kernels.grouped_triton")
+    kernels = importlib.import_module("alphaquant.kernels.moe_products_triton")
     for name in names:
         gate, down = draw(name, 128, 256, 0), draw(name, 256, 128, 0)
         stacked = stack_experts([ExpertWeights(gate, gate, down)])
         for kernel, stacks, n_splits in (
-            (kernels.gate_up_kernel, stacked.gate_up, 1),
-            (kernels.gate_up_kernel, stacked.gate_up, 2),
+            (kernels.gate_up_kernel, stacked.gate_up[0], 1),
+            (kernels.gate_up_kernel, stacked.gate_up[0], 2),
             (kernels.down_kernel, stacked.down, 1),
         ):
             (stack,) = stacks.stacks

@@ -39,10 +39,10 @@ def test_stacks_hold_gate_and_up_in_turns_and_down_as_it_is() -> None:
     stacked = stack_experts(experts, first_expert=5)
     sizes = (stacked.width, stacked.hidden, stacked.n_experts, stacked.first_expert)
     assert sizes == (70, 171, 3, 5)
-    assert stacked.gate_up.formats.sizes == (2, 1) and stacked.down.formats.sizes == (2, 1)
-    assert (stacked.gate_up.expert_rows, stacked.down.expert_rows) == (256, 256)
+    assert stacked.gate_up[0].formats.sizes == (2, 1) and stacked.down.formats.sizes == (2, 1)
+    assert (stacked.gate_up[0].expert_rows, stacked.down.expert_rows) == (256, 256)
     for number, members in enumerate([[0, 2], [1]]):
-        stack = stacked.gate_up.stacks[number]
+        stack = stacked.gate_up[0].stacks[number]
         halves = values_of(stack).reshape(len(members), 16, 2, 8, 171)
         for place, expert in enumerate(members):
             for side, weight in enumerate([experts[expert].gate, experts[expert].up]):
@@ -63,17 +63,31 @@ def test_stacks_keep_a_global_scale_per_matrix() -> None:
     experts = [drawn_expert(*names, seed=3 * i) for i, names in enumerate(FORMATS)]
     stacked = stack_experts(experts)
     scales = [m.global_scale for e in (experts[0], experts[2]) for m in (e.gate, e.up)]
-    found = stacked.gate_up.stacks[0].global_scale
+    found = stacked.gate_up[0].stacks[0].global_scale
     assert found is not None and found.tolist() == [float(s) for s in scales if s is not None]
     down = stacked.down.stacks[1].global_scale
     expected = experts[1].down.global_scale
     assert down is not None and expected is not None and torch.equal(down, expected)
-    assert stacked.gate_up.stacks[1].global_scale is None
+    assert stacked.gate_up[0].stacks[1].global_scale is None
 
 
-def test_experts_are_taken_out_of_their_stacks_as_they_went_in() -> None:
+def test_gate_and_up_of_other_formats_have_stacks_of_their_own() -> None:
     experts = [drawn_expert(*names, seed=3 * i) for i, names in enumerate(FORMATS)]
+    experts[2] = replace(experts[2], up=drawn("int3-g32", 70, 171, 9))
+    stacked = stack_experts(experts)
+    assert [stacks.formats.sizes for stacks in stacked.gate_up] == [(2, 1), (1, 2)]
+    assert [stacks.expert_rows for stacks in stacked.gate_up] == [128, 128]
+    found = values_of(stacked.gate_up[1].stacks[1]).reshape(2, 128, 171)
+    for place, expert in enumerate((experts[1], experts[2])):
+        assert torch.equal(found[place, :70], values_of(expert.up)[:70])
+
+
+@pytest.mark.parametrize("up", ["nvfp4", "int4-g32"])
+def test_experts_are_taken_out_of_their_stacks_as_they_went_in(up: str) -> None:
+    experts = [drawn_expert(*names, seed=3 * i) for i, names in enumerate(FORMATS)]
+    experts[0] = replace(experts[0], up=drawn(up, 70, 171, 1))
     stacked = stack_experts(experts, first_expert=5)
+    assert len(stacked.gate_up) == (1 if up == "nvfp4" else 2)
     for number, expert in enumerate(experts, 5):
         found = unstack_expert(stacked, number)
         for side in ("gate", "up", "down"):
@@ -87,7 +101,7 @@ def test_experts_are_taken_out_of_their_stacks_as_they_went_in() -> None:
 def test_formats_that_differ_in_one_thing_are_stacked_apart() -> None:
     names = ("int4-g64", "int4-g32", "int4-g64-asym", "int2-g64", "mxfp4", "fp4-e2m1-g32")
     stacked = stack_experts([drawn_expert(name, "int8-row", 0) for name in names])
-    assert stacked.gate_up.formats.sizes == (1,) * 6
+    assert stacked.gate_up[0].formats.sizes == (1,) * 6
     assert stacked.down.formats.sizes == (6,)
 
 
@@ -106,7 +120,7 @@ def test_a_stack_is_foldable_if_all_of_its_matrices_are() -> None:
         ([folded, one_side], (False, True)),
     ):
         stacked = stack_experts(experts)
-        (both,), (down,) = stacked.gate_up.stacks, stacked.down.stacks
+        (both,), (down,) = stacked.gate_up[0].stacks, stacked.down.stacks
         assert (both.is_foldable, down.is_foldable) == expected
 
 
@@ -118,9 +132,7 @@ def test_groups_longer_than_the_row_are_one_format() -> None:
 
 def test_experts_that_do_not_fit_are_refused() -> None:
     good = drawn_expert("int4-g64", "int4-g64", 0)
-    with pytest.raises(FormatError, match="expert 8 .*one format"):
-        stack_experts([good, replace(good, up=drawn("int3-g64", 70, 171, 0))], first_expert=7)
-    with pytest.raises(FormatError, match=r"expert 1 are .*\(171, 71\).*equal sizes"):
-        stack_experts([good, replace(good, down=drawn("int4-g64", 171, 71, 0))])
+    with pytest.raises(FormatError, match=r"expert 8 are .*\(171, 71\).*equal sizes"):
+        stack_experts([good, replace(good, down=drawn("int4-g64", 171, 71, 0))], first_expert=7)
     with pytest.raises(FormatError, match="no experts"):
         stack_experts([])
