@@ -95,7 +95,7 @@ def use_kernels(model: nn.Module) -> list[KernelUse]:
     for problem in problems - {None}:
         raise ModelError(f"kernels were asked for, but {problem}; or load with kernels=False")
     import_module("alphaquant.kernels.ops_triton")
-    dtype = next(model.parameters()).dtype
+    dtype = next((p.dtype for p in model.parameters()), torch.bfloat16)
     checked: set[_Place] = set()
     for name, module in modules.items():
         if not is_kernel(module) and why_torch(module) is None:
