@@ -263,3 +263,12 @@ def test_generate_compiles_it_in_one_graph_with_the_static_cache(
     assert torch.equal(compiled, eager)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_generate_give_the_tokens_of_single_launches(tmp_path: Path) -> None:
+    model: Any = load(save(tmp_path / "packed"), "cuda", "float32", kernels=True)
+    alone = generate(model, cache_implementation="static", disable_compile=True)
+    torch._dynamo.reset()
+    for _ in range(3):  # compiled and captured, then replayed
+        assert torch.equal(generate(model, cache_implementation="static"), alone)
