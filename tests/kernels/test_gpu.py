@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.kernels import reference
+from alphaquant.kernels.moe_config import GroupedConfig
 from alphaquant.kernels.moe_plan import ExpertWeights, GroupedExperts, stack_experts
 from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.kernel_order import order_matrix
@@ -121,15 +122,24 @@ def test_a_replayed_graph_multiplies_what_x_holds_then(
     assert bool((out != 0).any())
 
 
-def stacked_experts() -> GroupedExperts:
-    """Experts of different formats, on the device."""
+def stacked_experts(*, is_apart: bool = False) -> GroupedExperts:
+    """Experts of different formats, on the device; gate and up too if they are apart."""
     experts = []
     for number in range(N_EXPERTS):
-        name = EXPERT_FORMATS[number % len(EXPERT_FORMATS)]
-        down = EXPERT_FORMATS[(number + 1) % len(EXPERT_FORMATS)]
+        name, down, other = (EXPERT_FORMATS[(number + i) % len(EXPERT_FORMATS)] for i in range(3))
         gate = drawn(name, WIDTH, HIDDEN)
-        experts.append(ExpertWeights(gate, gate, drawn(down, HIDDEN, WIDTH)))
+        up = drawn(other, WIDTH, HIDDEN) if is_apart else gate
+        experts.append(ExpertWeights(gate, up, drawn(down, HIDDEN, WIDTH)))
     return stack_experts(experts)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "three splits": {"config": GroupedConfig(16, 64, n_splits=3)},
+    "dense": {"dense_slots": 0},
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+apart_or_not = pytest.mark.parametrize("is_apart", [False, True], ids=["together", "apart"])
 
 
 def draw_routing(n_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -139,13 +149,17 @@ def draw_routing(n_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return best.indices.cuda(), best.values.to(torch.bfloat16).cuda()
 
 
+@every_way
+@apart_or_not
 @pytest.mark.parametrize("n_tokens", [1, 17, 300])
-def test_a_replayed_graph_routes_as_ids_are_then(grouped: ModuleType, n_tokens: int) -> None:
-    experts, x = stacked_experts(), draw((n_tokens, HIDDEN), 0)
+def test_a_replayed_graph_routes_as_ids_are_then(
+    grouped: ModuleType, n_tokens: int, is_apart: bool, way: str
+) -> None:
+    experts, x = stacked_experts(is_apart=is_apart), draw((n_tokens, HIDDEN), 0)
     ids, weights = draw_routing(n_tokens, 0)
 
     def run() -> Tensor:
-        return grouped.grouped_moe(x, ids, weights, experts)
+        return grouped.grouped_moe(x, ids, weights, experts, **WAYS[way])
 
     graph, out = capture(run)
     all_to_one = (torch.full_like(ids, 3), weights)
@@ -158,14 +172,28 @@ def test_a_replayed_graph_routes_as_ids_are_then(grouped: ModuleType, n_tokens: 
     assert bool((out != 0).any())
 
 
+@every_way
+@apart_or_not
 @pytest.mark.parametrize("n_tokens", [1, 300])
-def test_routing_does_not_wait_for_the_device(grouped: ModuleType, n_tokens: int) -> None:
-    experts, x = stacked_experts(), draw((n_tokens, HIDDEN), 0)
+def test_routing_does_not_wait_for_the_device(
+    grouped: ModuleType, n_tokens: int, is_apart: bool, way: str
+) -> None:
+    experts, x = stacked_experts(is_apart=is_apart), draw((n_tokens, HIDDEN), 0)
     ids, weights = draw_routing(n_tokens, 0)
-    expected = grouped.grouped_moe(x, ids, weights, experts)  # compiles
+    expected = grouped.grouped_moe(x, ids, weights, experts, **WAYS[way])  # compiles
     with no_waiting():
-        found = grouped.grouped_moe(x, ids, weights, experts)
+        found = grouped.grouped_moe(x, ids, weights, experts, **WAYS[way])
     assert torch.equal(found, expected)
+
+
+@apart_or_not
+def test_all_ways_of_running_experts_agree(grouped: ModuleType, is_apart: bool) -> None:
+    experts, x = stacked_experts(is_apart=is_apart), draw((33, HIDDEN), 0)
+    ids, weights = draw_routing(33, 0)
+    found = [grouped.grouped_moe(x, ids, weights, experts, **way).float() for way in WAYS.values()]
+    # Rows between the products are rounded to bfloat16, 2^-9 of each, in other places.
+    for other in found[1:]:
+        assert float((other - found[0]).abs().max()) <= 2e-2 * float(found[0].abs().max())
 
 
 def test_matrices_keep_their_device(linear: ModuleType) -> None:
