@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from alphaquant.errors import FormatError
 from alphaquant.kernels.moe_plan import ExpertStacks
 from alphaquant.kernels.moe_slots import most_blocks
-from alphaquant.kernels.order import TILE_ROWS
+from alphaquant.kernels.order import BFLOAT16, TILE_ROWS
 
 DENSE_SLOTS = 256
 """From this average of slots per expert on, weights are dequantized once and multiplied by torch.
@@ -110,10 +110,12 @@ def default_config(stacks: ExpertStacks, number: int, n_slots: int) -> GroupedCo
     if n_programs < _PROGRAMS:
         block_rows, n_programs = TILE_ROWS // 2, 2 * n_programs
     most_splits = stacks.stacks[0].n_tiles // _TILES_PER_SPLIT
+    stack = stacks.stacks[number]
     return GroupedConfig(
         block_slots,
         block_rows,
-        warps_of(int(stacks.stacks[number].scales.shape[2]), block_slots, block_rows),
+        warps_of(int(stack.scales.shape[2]), block_slots, block_rows),
+        stages_of(stack.element),
         n_splits=max(1, min(_PROGRAMS // n_programs, most_splits)),
     )
 
@@ -132,6 +134,15 @@ def warps_of(scales_per_step: int, block_slots: int, block_rows: int) -> int:
         block_rows: B.
     """
     return 8 if (scales_per_step, block_slots, block_rows) == (1, 64, 128) else 4
+
+
+def stages_of(element: str) -> int:
+    """Loads in flight: three, or two where weights are not packed.
+
+    A tile of bfloat16 weights has 32 KB, and three of them with their activations (108 KB) exceed
+    the shared memory of smaller GPUs, 99 KB.
+    """
+    return 2 if element == BFLOAT16 else 3
 
 
 def default_block_slots(n_slots: int, n_experts: int) -> int:

@@ -94,9 +94,14 @@ class KernelExperts(PackedExperts):
             expert_ids: [n, k].
             weights: [n, k].
         """
-        output: Tensor = torch.ops.alphaquant.grouped_moe(
-            inputs, expert_ids, weights, _parts(self, self.n_parts), self.facts
-        )
+        tensors = _parts(self, self.n_parts)
+        try:
+            output: Tensor = torch.ops.alphaquant.grouped_moe(
+                inputs, expert_ids, weights, tensors, self.facts
+            )
+        except Exception as error:
+            error.add_note(f"in {self.site.name}, {self.extra_repr()}")
+            raise
         return output
 
     def keep_experts(self, owned: range) -> None:

@@ -240,20 +240,26 @@ def _check(
     Raises:
         ModelError: it gives other numbers.
     """
+    limit = _ALLOWED_ERROR[dtype]
     for places, trial in _trials(module, made, dtype):
-        if not checked.issuperset(places):
-            checked.update(places)
+        if checked.issuperset(places):
+            continue
+        checked.update(places)
+        names = ", ".join(place.format.name for place in places)
+        kernel = f"{name}: the kernel of {names} on {_device(module)}"
+        advice = "load with kernels=False, and report this"
+        try:
             found, expected = trial()
-            error, largest = (found.float() - expected).abs().max(), expected.abs().max()
-            if not float(error) <= _ALLOWED_ERROR[dtype] * float(largest):
-                found_at, limit = found.device, _ALLOWED_ERROR[dtype]
-                names = ", ".join(place.format.name for place in places)
-                raise ModelError(
-                    f"{name}: the kernel of {names} gives other numbers than torch on "
-                    f"{found_at}: {float(error):.3g} off beside outputs up to "
-                    f"{float(largest):.3g} in {dtype}, where {limit:.3g} of these is allowed; "
-                    "load with kernels=False, and report this"
-                )
+        except Exception as problem:
+            what = f"{type(problem).__name__}: {problem}"
+            raise ModelError(f"{kernel} fails with {what}; {advice}") from problem
+        error = float((found.float() - expected).abs().max())
+        largest = float(expected.abs().max())
+        if not error <= limit * largest:
+            raise ModelError(
+                f"{kernel} gives other numbers than torch: {error:.3g} off beside outputs up to "
+                f"{largest:.3g} in {dtype}, where {limit:.3g} of these is allowed; {advice}"
+            )
 
 
 def _trials(

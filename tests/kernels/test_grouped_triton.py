@@ -28,7 +28,7 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.kernels import reference
-from alphaquant.kernels.moe_config import GroupedConfig, warps_of
+from alphaquant.kernels.moe_config import GroupedConfig, stages_of, warps_of
 from alphaquant.kernels.moe_plan import ExpertWeights, GroupedExperts, stack_experts
 from alphaquant.kernels.order import TILE_COLS, KernelWeight, order_bfloat16
 from alphaquant.kernels.parts import put_together, take_apart
@@ -499,7 +499,11 @@ def test_sm_90_takes_the_kernels_between_the_products(tmp_path: Path) -> None:
 
 
 def compile_kernel(
-    kernel: Any, constants: dict[str, Any], types: dict[str, str], n_warps: int = 4
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    n_warps: int = 4,
+    n_stages: int = 3,
 ) -> Any:
     """Compile for sizes that are multiples of 16; what has no type holds 32-bit integers."""
     triton = importlib.import_module("triton")
@@ -511,7 +515,7 @@ def compile_kernel(
         if name not in constants and name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": n_warps, "num_stages": 3, "enable_fp_fusion": True}
+    options = {"num_warps": n_warps, "num_stages": n_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
 
@@ -529,7 +533,7 @@ def figures_of(kernel: Any, weight: KernelWeight, name: str, config: GroupedConf
         "out_ptr": "*fp32" if is_split else "*bf16",
         "scales_ptr": "*u8" if weight.scales.element_size() == 1 else "*fp16",
     }
-    compiled = compile_kernel(kernel, constants, types, config.n_warps)
+    compiled = compile_kernel(kernel, constants, types, config.n_warps, config.n_stages)
     usage = disassemble(compiled.asm["cubin"], "-res-usage")
     loop = main_loop(disassemble(compiled.asm["cubin"], "-sass"))
     products = [op for op in loop if "GMMA" in op]
@@ -576,7 +580,8 @@ def main(block_slots: int, block_rows: int, names: Sequence[str]) -> None:
         ):
             (stack,) = stacks.stacks
             n_warps = warps_of(stack.scales.shape[2], block_slots, block_rows)
-            config = GroupedConfig(block_slots, block_rows, n_warps, n_splits=n_splits)
+            n_stages = stages_of(stack.element)
+            config = GroupedConfig(block_slots, block_rows, n_warps, n_stages, n_splits)
             print(json.dumps(vars(figures_of(kernel, stack, name, config))))
 
 

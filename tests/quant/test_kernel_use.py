@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from alphaquant.errors import ModelError
+from alphaquant.errors import FormatError, ModelError
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.quant import kernel_use
 from alphaquant.quant.checkpoint import load
@@ -134,7 +134,7 @@ def test_another_dtype_of_the_model_leaves_packed_tensors_alone(packed: Path) ->
 
 
 @pytest.mark.parametrize("op", ["packed_linear", "grouped_moe"])
-def test_a_kernel_with_other_numbers_is_refused(
+def test_a_kernel_with_other_numbers_or_none_is_refused(
     op: str, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = {"packed_linear": "linear_triton", "grouped_moe": "grouped_triton"}[op]
@@ -143,6 +143,14 @@ def test_a_kernel_with_other_numbers_is_refused(
     monkeypatch.setattr(module, op, lambda *args: 1.001 * right(*args))
     model = load(packed, DEVICE, "float32", kernels=False)
     with pytest.raises(ModelError, match=r"layers.0.*the kernel of .* gives other numbers .*0.0"):
+        use_kernels(model)
+
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(module, op, broken)
+    model = load(packed, DEVICE, "float32", kernels=False)
+    with pytest.raises(ModelError, match=r"layers.0.*kernel of .* RuntimeError: out of resources"):
         use_kernels(model)
 
 
@@ -195,6 +203,19 @@ def test_the_implementation_does_not_run_unpacked_experts() -> None:
     model.set_experts_implementation("alphaquant")
     with pytest.raises(ModelError, match="OlmoeExperts is not packed"):
         model(TOKENS)
+
+
+def test_an_error_in_a_kernel_names_the_layer_and_its_formats(packed: Path) -> None:
+    model = load(packed, DEVICE, "float32", kernels=True)
+    with pytest.raises(FormatError, match="take") as caught:
+        model.model.layers[1].mlp.experts(  # type: ignore[union-attr,index,operator]
+            torch.zeros(2, 41, device=DEVICE),
+            torch.zeros(2, 3, dtype=torch.int64, device=DEVICE),
+            torch.zeros(2, 3, device=DEVICE),
+        )
+    (note,) = caught.value.__notes__
+    assert note.startswith("in model.layers.1.mlp.experts, 8 of 8 experts: ")
+    assert note.count(" x ") > 1 and "int4-g64" in note
 
 
 @torch.no_grad()
