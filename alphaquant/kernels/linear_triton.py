@@ -40,6 +40,7 @@ from alphaquant.kernels.dequant_triton import (
     unpacking_of,
 )
 from alphaquant.kernels.order import LAYOUTS, TILE_COLS, KernelWeight, layout_of
+from alphaquant.kernels.tile_triton import add_tile
 from alphaquant.kernels.tuning import (
     KernelTable,
     Launch,
@@ -107,20 +108,14 @@ def packed_linear_kernel(
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, n_tiles)):
         step = tile // tiles_per_step
-        w = load_tile(words_ptr, tile, rows, padded_rows, plane_bytes, body, DTYPE)
         is_inside = x_rows[None, :] < n_x_rows
         if not EVEN:
             is_inside = is_inside & (columns[:, None] < n_cols - tile * 128)
         x = tl.load(x_at + tile * 128, mask=is_inside, other=0.0)
-        if HAS_ZEROS:
-            zeros = load_zeros(zeros_ptr, step, rows, padded_rows, C, MIDDLE)
-            w = w - spread(zeros.to(DTYPE), B, C)
-        if C == 1:
-            scales = load_scales(scales_ptr, step, rows, padded_rows, C, SCALE_KIND, tl.float32)
-            acc += tl.dot(w, x, input_precision="ieee") * scales
-        else:
-            scales = load_scales(scales_ptr, step, rows, padded_rows, C, SCALE_KIND, DTYPE)
-            acc = tl.dot(w * spread(scales, B, C), x, acc, input_precision="ieee")
+        acc = add_tile(
+            *(acc, x, words_ptr, scales_ptr, zeros_ptr, tile, step, rows),
+            *(padded_rows, plane_bytes, body, SCALE_KIND, C, MIDDLE, HAS_ZEROS, DTYPE, B),
+        )
     if HAS_GLOBAL:
         acc *= load_global(global_ptr, SCALE_KIND)
     out_rows = (split * n_x_rows + x_rows).to(tl.int64)

@@ -17,13 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaquant.kernels.dequant_triton import (
-    load_global,
-    load_scales,
-    load_tile,
-    load_zeros,
-    spread,
-)
+from alphaquant.kernels.dequant_triton import load_global
 from alphaquant.kernels.linear_triton import can_use_asm, constants_of, pointers_of
 from alphaquant.kernels.moe_config import GroupedConfig, configs_of
 from alphaquant.kernels.moe_plan import HALF_ROWS, ExpertStacks, GroupedExperts
@@ -31,6 +25,7 @@ from alphaquant.kernels.moe_rows_triton import gate_parts, silu_times
 from alphaquant.kernels.moe_slots import BlockTable, SortedSlots
 from alphaquant.kernels.moe_slots_triton import SlotPlan, plan_slots
 from alphaquant.kernels.order import TILE_COLS, KernelWeight
+from alphaquant.kernels.tile_triton import add_tile
 
 _HALF = tl.constexpr(HALF_ROWS)
 
@@ -68,20 +63,14 @@ def _multiply(
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, n_tiles)):
         step = tile // tiles_per_step
-        w = load_tile(words_ptr, tile, rows, stack_rows, plane_bytes, body, DTYPE)  # [B, 128]
         is_inside = is_slot[None, :]
         if not EVEN:
             is_inside = is_inside & (columns[:, None] < n_cols - tile * 128)
         x = tl.load(x_at + tile * 128 + columns[:, None], mask=is_inside, other=0.0)  # [128, Z]
-        if HAS_ZEROS:
-            zeros = load_zeros(zeros_ptr, step, rows, stack_rows, C, MIDDLE)
-            w = w - spread(zeros.to(DTYPE), B, C)
-        if C == 1:
-            scales = load_scales(scales_ptr, step, rows, stack_rows, C, SCALE_KIND, tl.float32)
-            acc += tl.dot(w, x, input_precision="ieee") * scales
-        else:
-            scales = load_scales(scales_ptr, step, rows, stack_rows, C, SCALE_KIND, DTYPE)
-            acc = tl.dot(w * spread(scales, B, C), x, acc, input_precision="ieee")
+        acc = add_tile(
+            *(acc, x, words_ptr, scales_ptr, zeros_ptr, tile, step, rows),
+            *(stack_rows, plane_bytes, body, SCALE_KIND, C, MIDDLE, HAS_ZEROS, DTYPE, B),
+        )
     return acc
 
 
