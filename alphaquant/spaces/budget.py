@@ -29,6 +29,12 @@ BYTES_UNITS: dict[str, int] = {
 }
 """Endings of a budget in bytes, lower case, and how many bytes one is."""
 
+_LARGEST_FIRST = tuple(
+    (f"{prefix}{ending}", base**power)
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K"))
+    for base, ending in ((1024, "iB"), (1000, "B"))
+)
+
 _TEXT = re.compile(
     r"\s*([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([a-z]*)\s*", re.IGNORECASE
 )
@@ -47,6 +53,19 @@ class Budget:
     text: str
     kind: str
     value: float
+
+    @property
+    def canonical(self) -> str:
+        """One text for equal budgets: `4.25bits`, or whole numbers of the largest unit, `13GiB`.
+
+        `1.5GiB` is `1536MiB`, `13GB` stays.
+        """
+        if self.kind == "bits":
+            return f"{self.value!r}bits".replace(".0bits", "bits")
+        for unit, size in _LARGEST_FIRST:
+            if self.value % size == 0:
+                return f"{self.value / size:.0f}{unit}"
+        return f"{self.value!r}bytes".replace(".0bytes", "bytes")
 
     def limit_bits(self, inventory: Inventory) -> int:
         """Bits that the quantizable matrices may take on disk.

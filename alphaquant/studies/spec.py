@@ -208,9 +208,10 @@ class SearchSpec:
         return SideConstraints(self.max_formats_per_layer, self.layer_minimum_bits, active_bits)
 
     def facts(self) -> dict[str, Any]:
-        """What decides the sequence of trials, ready for JSON."""
+        """What decides the sequence of trials, ready for JSON; equal budgets read the same."""
         free = ("trials", "timeout", "out", "cache", "overwrite", "storage", "study")
-        return {k: v for k, v in asdict(self).items() if k not in free}
+        found = {k: v for k, v in asdict(self).items() if k not in free}
+        return found | {"budget": parse_budget(self.budget).canonical}
 
 
 def quant_settings(base: QuantSettings = _DEFAULT_QUANT, /, **changes: Any) -> QuantSettings:

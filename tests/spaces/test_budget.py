@@ -80,6 +80,28 @@ def test_a_budget_limits_the_bits_of_quantizable_matrices(text: str, bits: int) 
     assert parse_budget(text).limit_bits(TOY) == bits
 
 
+@pytest.mark.parametrize(
+    ("texts", "canonical"),
+    [
+        (("4.25bits", " 4.25 BIT", "4.25", "4.250bpw"), "4.25bits"),
+        (("3", "3.0bits"), "3bits"),
+        (("13GiB", "13 gib", "13312MiB", "13958643712bytes"), "13GiB"),
+        (("1.5GiB",), "1536MiB"),
+        (("13GB", "13000MB"), "13GB"),
+        (("1025bytes",), "1025bytes"),
+        (("1000TB", "1000000gb"), "1000TB"),
+        (("0.5kb",), "500bytes"),
+        (("1.5bytes",), "1.5bytes"),
+    ],
+)
+def test_equal_budgets_have_one_text(texts: tuple[str, ...], canonical: str) -> None:
+    for text in texts:
+        budget = parse_budget(text)
+        assert budget.canonical == canonical, text
+        again = parse_budget(canonical)
+        assert (again.kind, again.value) == (budget.kind, budget.value)
+
+
 def test_a_decimal_budget_is_exact() -> None:
     inventory = Inventory("toy", (Matrix("m.q_proj", 10, 10, "attention", 0),))
     assert int(4.35 * 100) == 434  # what doubles would give

@@ -62,6 +62,11 @@ def test_facts_survive_json() -> None:
     assert json.loads(json.dumps(SearchSpec().facts())) == SearchSpec().facts()
 
 
+def test_a_budget_in_other_words_is_the_same_search() -> None:
+    assert SearchSpec(budget="4.25 bpw").facts() == SearchSpec(budget="4.25bits").facts()
+    assert SearchSpec(budget="4.24bits").facts() != SearchSpec(budget="4.25bits").facts()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
