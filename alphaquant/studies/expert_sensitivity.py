@@ -6,7 +6,6 @@ specification on the same device gives the same bytes.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from alphaquant.evaluators.expert_sensitivity import (
     saved_bits,
 )
 from alphaquant.evaluators.sensitivity import CostSettings, measure_costs
-from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, Progress
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.sources import Source, cache_dir, find_device, load_source, read_text
+from alphaquant.studies.sources import Source, find_device, load_source, read_text
 from alphaquant.studies.spec import DataSpec
+from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.tables import aligned
 
 N_SHOWN = 5
@@ -111,7 +111,7 @@ def measure_expert_sensitivity(
         source, spec.calibration, "calibration", spec.n_calibration, spec.seq_len, spec.seed
     )
     progress("load", 1, 1)
-    bank = _filled_bank(spec, source, calibration, names, progress)
+    bank = fill_source_bank(source, calibration, names, spec.quant, spec.cache, progress)
     settings = CostSettings(spec.seed, spec.n_draws)
     table = measure_costs(source.map, bank, calibration.tokens, names, settings, progress=progress)
     found = expert_sensitivity(table, source.map.inventory, spec.format, spec.against)
@@ -153,27 +153,6 @@ def write_sensitivity(found: FoundSensitivity, path: Path) -> None:
     """Write the table as JSON; the file appears whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(sensitivity_json(found), indent=1) + "\n", encoding="utf-8")
-
-
-def _filled_bank(
-    spec: SensitivitySpec,
-    source: Source,
-    calibration: TokenSet,
-    names: Sequence[str],
-    progress: Progress,
-) -> Bank:
-    """The bank that a search of this text and these settings has, with these formats in it."""
-    facts = {
-        **source.facts(),
-        "calibration": calibration.provenance(),
-        "settings": asdict(spec.quant),
-        "versions": versions(),
-    }
-    key = bank_key(source.digest, calibration.digest, spec.quant)
-    bank = open_bank(cache_dir(spec.cache) / "banks", key, source.map.inventory, facts)
-    fill_bank(bank, source.map, calibration.tokens, names, spec.quant, progress=progress)
-    bank.verify(names)
-    return bank
 
 
 _HEAD = ("rank", "layer", "expert", "tokens", "use %", "cost per bit", "fragility")

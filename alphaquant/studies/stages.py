@@ -4,8 +4,9 @@ Each returns plain data for the next. What is expensive is kept in the cache and
 digest, so a stage that ran before costs a read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from alphaquant.evaluators.sensitivity import (
     unit_costs,
 )
 from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spectra
-from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
+from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.search.arrays import FloatArray
@@ -166,19 +168,46 @@ def open_filled_bank(
     Raises:
         StoreError: a file of it is damaged.
     """
-    source, n_layers = inputs.source, len(inputs.source.map.layers)
-    key = bank_key(source.digest, inputs.calibration.digest, spec.quant)
+    n_layers = len(inputs.source.map.layers)
+    clock("bank", 0, n_layers)
+    bank = fill_source_bank(
+        inputs.source, inputs.calibration, names, spec.quant, spec.cache, clock
+    )
+    clock("bank", n_layers, n_layers)
+    return bank
+
+
+def fill_source_bank(
+    source: Source,
+    calibration: TokenSet,
+    names: Sequence[str],
+    settings: QuantSettings,
+    cache: Path | None,
+    progress: Progress,
+) -> Bank:
+    """The bank of a model, a calibration text and settings, with these formats in it.
+
+    Args:
+        source: the model.
+        calibration: the text.
+        names: formats.
+        settings: of the quantizer.
+        cache: where banks are kept; None for the default place.
+        progress: called with a stage's name, steps done, steps.
+
+    Raises:
+        StoreError: a file of it is damaged.
+    """
     facts = {
         **source.facts(),
-        "calibration": inputs.calibration.provenance(),
-        "settings": asdict(spec.quant),
+        "calibration": calibration.provenance(),
+        "settings": asdict(settings),
         "versions": versions(),
     }
-    clock("bank", 0, n_layers)
-    bank = open_bank(cache_dir(spec.cache) / "banks", key, source.map.inventory, facts)
-    fill_bank(bank, source.map, inputs.calibration.tokens, names, spec.quant, progress=clock)
+    key = bank_key(source.digest, calibration.digest, settings)
+    bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
+    fill_bank(bank, source.map, calibration.tokens, names, settings, progress=progress)
     bank.verify(names)
-    clock("bank", n_layers, n_layers)
     return bank
 
 
