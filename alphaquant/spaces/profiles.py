@@ -9,6 +9,8 @@ transformers 5.23 (its compressed-tensors integration). Tensor parallelism is no
 shapes are checked for one device.
 
     any           our runtime: a format per matrix of every expert
+    kernels       our runtime on GPUs: gate and up of an expert share one, which halves their
+                  launches (alphaquant.kernels.grouped_triton)
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
                   so a layer's experts are one unit; fused qkv_proj, gate_up_proj and the MLA pair
                   fused_qkv_a_proj take one scheme
@@ -179,6 +181,13 @@ PROFILES: dict[str, Profile] = {
             "any",
             "our own runtime: every format, free per matrix",
             (),
+            _EVERYTHING,
+            _EVERYTHING,
+        ),
+        Profile(
+            "kernels",
+            "our own runtime on a GPU: gate and up of an expert tied, for fewer launches",
+            (Coupling("w13", ("expert",), (*GATE, *UP)),),
             _EVERYTHING,
             _EVERYTHING,
         ),

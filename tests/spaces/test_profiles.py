@@ -27,7 +27,9 @@ def unit_names(model: Inventory, profile: str, layer: int) -> list[str]:
 
 def test_a_profile_is_found_by_name_and_others_are_listed() -> None:
     assert all(find_profile(name).name == name for name in PROFILES)
-    with pytest.raises(ConfigError, match="'tgi'; known are any, vllm, sglang, transformers"):
+    with pytest.raises(
+        ConfigError, match="'tgi'; known are any, kernels, vllm, sglang, transformers"
+    ):
         find_profile("tgi")
 
 
@@ -54,6 +56,12 @@ FREE_EXPERTS = [f"mlp.experts.{i}.{name} 1" for i in range(16) for name in PROJE
         (
             "any",
             [*ATTENTION, "self_attn.o_proj 1", *FREE_EXPERTS]
+            + [f"{SHARED}.{name} 1" for name in PROJECTIONS],
+        ),
+        (
+            "kernels",
+            [*ATTENTION, "self_attn.o_proj 1"]
+            + [f"mlp.experts.{i}.{part}" for i in range(16) for part in ("w13 2", "down_proj 1")]
             + [f"{SHARED}.{name} 1" for name in PROJECTIONS],
         ),
         (
@@ -120,22 +128,22 @@ def test_old_expert_names_couple_as_the_new_ones() -> None:
 
 LOADABLE = {
     # format: what loads it for a linear layer, what for routed experts
-    "int1-g128": ("any", "any"),
-    "int4-g128": ("any vllm sglang transformers", "any vllm sglang transformers"),
-    "int8-g32": ("any vllm sglang transformers", "any vllm sglang transformers"),
-    "int8-row": ("any vllm sglang transformers", "any vllm sglang transformers"),
-    "int4-g16": ("any transformers", "any transformers"),
-    "int4-g128-asym": ("any transformers", "any transformers"),
-    "int3-g64": ("any transformers", "any transformers"),
-    "int2-g32-asym": ("any transformers", "any transformers"),
-    "fp8-e4m3-row": ("any vllm transformers", "any vllm transformers"),
-    "fp8-e4m3-g128": ("any", "any"),
-    "fp8-e5m2-row": ("any", "any"),
-    "fp4-e2m1-g128": ("any", "any"),
-    "mxfp4": ("any vllm transformers", "any vllm transformers"),
-    "nvfp4": ("any vllm transformers", "any vllm transformers"),
-    "mxfp6": ("any", "any"),
-    "bf16": ("any vllm sglang transformers", "any vllm transformers"),
+    "int1-g128": ("any kernels", "any kernels"),
+    "int4-g128": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
+    "int8-g32": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
+    "int8-row": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
+    "int4-g16": ("any kernels transformers", "any kernels transformers"),
+    "int4-g128-asym": ("any kernels transformers", "any kernels transformers"),
+    "int3-g64": ("any kernels transformers", "any kernels transformers"),
+    "int2-g32-asym": ("any kernels transformers", "any kernels transformers"),
+    "fp8-e4m3-row": ("any kernels vllm transformers", "any kernels vllm transformers"),
+    "fp8-e4m3-g128": ("any kernels", "any kernels"),
+    "fp8-e5m2-row": ("any kernels", "any kernels"),
+    "fp4-e2m1-g128": ("any kernels", "any kernels"),
+    "mxfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
+    "nvfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
+    "mxfp6": ("any kernels", "any kernels"),
+    "bf16": ("any kernels vllm sglang transformers", "any kernels vllm transformers"),
 }
 
 
