@@ -71,7 +71,7 @@ CONFIGS: dict[tuple[str, int], LinearConfig] = {
 """By element and Z, where they differ from the default; chosen by compiling, not by timing."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_x_rows", "tiles_per_split"])
 def packed_linear_kernel(
     x_ptr,  # [M, K], contiguous
     words_ptr,  # uint8 [P, T, N padded, 16 Q]
@@ -124,7 +124,7 @@ def packed_linear_kernel(
     tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def add_splits_kernel(
     parts_ptr,  # float32 [number of splits, M N]
     out_ptr,  # [M N]

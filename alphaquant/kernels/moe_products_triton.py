@@ -74,7 +74,7 @@ def _multiply(
     return acc
 
 
-@triton.jit(do_not_specialize=["number", "n_slots"])
+@triton.jit(do_not_specialize=["number", "n_slots", "tiles_per_split"])
 def gate_up_kernel(
     x_ptr,  # [n, H], contiguous
     out_ptr,  # [n k, I], or float32 [L, n k, 2 I padded] if IS_SPLIT; rows in sorted order
@@ -156,7 +156,7 @@ def gate_up_kernel(
         tl.store(out_ptr + at, gated, mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["number", "n_slots"])
+@triton.jit(do_not_specialize=["number", "n_slots", "tiles_per_split"])
 def down_kernel(
     x_ptr,  # [n k, I], rows in sorted order
     out_ptr,  # [L, n k, H], rows in the order of slots
