@@ -267,6 +267,11 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(head, cells)
 
 
+_SIZES = {"batch_sizes": [1, 8, 32], "prompt_tokens": 128, "new_tokens": 128, "turns": 3}
+# Triton's interpreter takes seconds per token.
+_TINY_SIZES = {"batch_sizes": [1, 2], "prompt_tokens": 4, "new_tokens": 3, "turns": 1}
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -275,11 +280,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="per layer")
     parser.add_argument("--bits", type=float, default=4.25, help="per quantized weight")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_MENU))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="default 1 8 32, tiny 1 2")
+    parser.add_argument("--prompt-tokens", type=int, help="default 128, tiny 4")
+    parser.add_argument("--new-tokens", type=int, help="default 128, tiny 3")
+    parser.add_argument("--turns", type=int, help="default 3, tiny 1")
     args = parse_with_out(parser)
+    for name, value in (_TINY_SIZES if args.tiny else _SIZES).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     is_cuda = args.device.startswith("cuda")
     if (not is_cuda and not args.tiny) or (is_cuda and not torch.cuda.is_available()):
         parser.error(

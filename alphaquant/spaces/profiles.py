@@ -142,6 +142,11 @@ class Profile:
         return self.expert_rules if kind == "expert" else self.linear_rules
 
     @property
+    def is_own_runtime(self) -> bool:
+        """Whether it loads every format, as our own runtime does."""
+        return self.linear_rules == self.expert_rules == _EVERYTHING
+
+    @property
     def text(self) -> str:
         """What the engine can load, for messages."""
         linears = "; ".join(rule.text for rule in self.linear_rules)

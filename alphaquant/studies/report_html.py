@@ -15,6 +15,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from alphaquant.spaces.budget import counting_rule
+from alphaquant.spaces.profiles import Profile
 from alphaquant.studies.cautions import cautions
 from alphaquant.studies.markup import to_html
 from alphaquant.studies.plots import figures
@@ -184,7 +185,7 @@ def _use(result: SearchResult) -> str:
     parts = [
         "## Use best.json",
         "\n".join(f"    {step}" for step in steps),
-        f"The profile is {profile.name} ({profile.description}).{_engine_text(profile.name)}",
+        f"The profile is {profile.name} ({profile.description}).{_engine_text(profile)}",
         "The directory DIR loads with",
         "\n".join(f"    {line}" for line in code).replace("\n    \n", "\n"),
         "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of transformers.",
@@ -192,9 +193,9 @@ def _use(result: SearchResult) -> str:
     return to_html("\n\n".join(parts))
 
 
-def _engine_text(profile_name: str) -> str:
+def _engine_text(profile: Profile) -> str:
     """What a profile does not do yet."""
-    if profile_name == "any":
+    if profile.is_own_runtime:
         return ""
     return (
         " Every format in best.json is one that this engine can load, but aq-quantize writes our "

@@ -243,5 +243,5 @@ def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:
     """
     if formats != "auto":
         return narrow_menu(parse_menu(formats), profile)
-    default = DEFAULT_MENU if profile.name == "any" else SERVING_MENU
+    default = DEFAULT_MENU if profile.is_own_runtime else SERVING_MENU
     return narrow_menu(parse_menu(",".join(default)), profile)

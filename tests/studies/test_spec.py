@@ -106,7 +106,8 @@ def test_too_few_windows_are_refused(field: str, least: int) -> None:
 
 
 def test_auto_menu_is_that_of_the_profile() -> None:
-    assert sorted(menu_of("auto", find_profile("any"))) == sorted(DEFAULT_MENU)
+    for name in ("any", "kernels"):
+        assert sorted(menu_of("auto", find_profile(name))) == sorted(DEFAULT_MENU)
     assert sorted(menu_of("auto", find_profile("vllm"))) == sorted(SERVING_MENU)
     assert "mxfp4" not in menu_of("auto", find_profile("sglang"))
 
