@@ -85,33 +85,34 @@ def use_kernels(model: nn.Module) -> list[KernelUse]:
         ModelError: kernels cannot run here, the model has no packed modules, or a kernel gives
             other numbers than torch. The model is as it was, except for the last.
     """
-    modules = dict(_packed_modules(model))
-    if not modules:
+    names = [name for name, _ in _packed_modules(model)]
+    if not names:
         raise ModelError(
             f"{type(model).__name__} has no packed matrices for kernels to run; give a model "
             "loaded from a checkpoint of aq-quantize"
         )
-    problems = {kernels_problem(device) for device in {_device(m) for m in modules.values()}}
-    for problem in problems - {None}:
+    problem = _problem_of(model)
+    if problem is not None:
         raise ModelError(f"kernels were asked for, but {problem}; or load with kernels=False")
     import_module("alphaquant.kernels.ops_triton")
-    dtype = next((p.dtype for p in model.parameters()), torch.bfloat16)
     checked: set[_Place] = set()
-    for name, module in modules.items():
-        if not is_kernel(module) and why_torch(module) is None:
-            made = _replacement(module)
-            _check(name, module, made, dtype, checked)
-            model.set_submodule(name, made)
+    for name in names:  # names only: a module that is replaced must not stay in memory
+        _replace(model, name, checked)
     uses = kernel_uses(model)
     _log(uses)
     return uses
 
 
 def use_kernels_where_possible(model: nn.Module) -> None:
-    """`use_kernels`, or nothing where a packed module is on a device without kernels."""
+    """`use_kernels` on GPUs; where kernels cannot run there, the log says why."""
     devices = {_device(module) for _, module in _packed_modules(model)}
-    if devices and all(d.type == "cuda" and kernels_problem(d) is None for d in devices):
+    if not devices or any(device.type != "cuda" for device in devices):
+        return
+    problem = _problem_of(model)
+    if problem is None:
         use_kernels(model)
+    else:
+        logger.warning("packed matrices run in plain torch: %s", problem)
 
 
 def kernel_uses(model: nn.Module) -> list[KernelUse]:
@@ -153,6 +154,20 @@ def kernels_problem(device: torch.device) -> str | None:
         f"the model is on {device.type}; they run on cuda: load with device='cuda', or set "
         "TRITON_INTERPRET=1 before Python starts to try them on the CPU, slowly"
     )
+
+
+def _problem_of(model: nn.Module) -> str | None:
+    """Why no kernel can run a packed model; None if they can."""
+    dtype = _dtype_of(model)
+    if dtype not in _ALLOWED_ERROR:
+        return f"the model is in {dtype}; they take bfloat16, float16 and float32"
+    devices = {_device(module) for _, module in _packed_modules(model)}
+    problems = sorted(filter(None, map(kernels_problem, devices)))
+    return problems[0] if problems else None
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
 
 
 def why_torch(module: PackedLinear | PackedExperts) -> str | None:
@@ -223,8 +238,15 @@ def _device(module: PackedLinear | PackedExperts) -> torch.device:
     return next((t.device for t in module.buffers()), torch.device("cpu"))
 
 
-def _replacement(module: PackedLinear | PackedExperts) -> KernelLinear | KernelExperts:
-    return KernelLinear(module) if isinstance(module, PackedLinear) else KernelExperts(module)
+def _replace(model: nn.Module, name: str, checked: set[_Place]) -> None:
+    """Put a kernel in the place of a packed module, if one can run it and is right."""
+    module = model.get_submodule(name)
+    assert isinstance(module, (PackedLinear, PackedExperts))
+    if is_kernel(module) or why_torch(module) is not None:
+        return
+    made = KernelLinear(module) if isinstance(module, PackedLinear) else KernelExperts(module)
+    _check(name, module, made, _dtype_of(model), checked)
+    model.set_submodule(name, made)
 
 
 @torch.no_grad()
@@ -311,4 +333,5 @@ def _log(uses: Sequence[KernelUse]) -> None:
     reasons = Counter(use.reason for use in uses if not use.is_kernel)
     logger.info("kernels run %d of %d packed modules", len(uses) - reasons.total(), len(uses))
     for reason, count in reasons.items():
-        logger.info("torch runs %d: %s", count, reason)
+        level = logging.INFO if reason == _BF16 else logging.WARNING
+        logger.log(level, "plain torch runs %d packed modules: %s", count, reason)

@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter; with one, the same tests 
 
 import importlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,36 @@ def test_asked_for_where_they_cannot_run_is_an_error(
     monkeypatch.setattr(kernel_use, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"triton is not installed: pip install 'aq-search\[tri"):
         load(packed, "cpu", kernels=True)
+
+
+def test_other_types_than_kernels_compute_in_are_refused(packed: Path) -> None:
+    with pytest.raises(ModelError, match=r"is in torch.float64; they take bfloat16, float16 and"):
+        load(packed, DEVICE, "float64", kernels=True)
+    load(packed, DEVICE, "float64")  # left to plain torch without being asked for kernels
+
+
+def test_a_replaced_module_does_not_stay_in_memory(packed: Path) -> None:
+    model = load(packed, DEVICE, kernels=False)
+    before = [weakref.ref(m) for m in model.modules() if isinstance(m, PackedLinear)]
+    living: list[int] = []
+
+    def count(*args: Any) -> None:
+        living.append(sum(ref() is not None for ref in before))
+
+    with mock.patch.object(kernel_use, "_check", count):  # a mock would keep its arguments
+        use_kernels(model)
+    assert living == sorted(living, reverse=True) and living[0] == len(before)
+    # The last one replaced are the 24 matrices of the second layer's experts.
+    n_left = sum(type(m) is PackedLinear for m in model.modules())
+    assert living[-1] == 24 + n_left
+
+
+def test_what_torch_runs_on_a_gpu_is_warned_of_once_per_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(save(tmp_path / "packed", "gpt_oss"), DEVICE, kernels=True)
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned == ["plain torch runs 2 packed modules: its experts have biases"]
 
 
 def test_a_model_without_packed_matrices_is_refused() -> None:
