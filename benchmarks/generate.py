@@ -3,10 +3,10 @@
     python benchmarks/generate.py --device cuda --out FILE
     python benchmarks/generate.py --device cpu --tiny --out FILE
 
-The model is OLMoE-1B-7B's configuration with random weights, made on the device. Packed: formats
-of the default menu in turns, rounded to nearest, to `--bits` per quantized weight; gate and up of
-an expert share a format. Speed does not depend on the values of weights, except for how evenly a
-random router loads the experts.
+The model is OLMoE-1B-7B's configuration with random weights, made on the device. Packed: four
+formats in turns, rounded to nearest, to `--bits` per quantized weight; gate and up of an expert
+share a format. More formats (`--formats`) are more launches per layer. Speed does not depend on
+the values of weights, except for how evenly a random router loads the experts.
 
 Greedy decoding with a static cache, as transformers compiles it (`compiled`) and without
 (`eager`). Prefill is the time to the first new token. Tokens per second are those after it: new
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_shapes import UNIFORM
 from release import commit, parse_with_out
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -47,7 +48,7 @@ from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
+from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.studies.tables import markdown
 
@@ -279,7 +280,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model; on a CPU without times")
     parser.add_argument("--experts", type=int, default=64, help="per layer")
     parser.add_argument("--bits", type=float, default=4.25, help="per quantized weight")
-    parser.add_argument("--formats", nargs="+", default=list(DEFAULT_MENU))
+    parser.add_argument("--formats", nargs="+", default=list(UNIFORM))
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="default 1 8 32, tiny 1 2")
     parser.add_argument("--prompt-tokens", type=int, help="default 128, tiny 4")
     parser.add_argument("--new-tokens", type=int, help="default 128, tiny 3")

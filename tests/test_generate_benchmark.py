@@ -64,9 +64,9 @@ def test_the_mixed_model_has_the_bits_that_were_asked_for(generate: Any) -> None
     with torch.device("meta"):
         model = generate.OlmoeForCausalLM(generate.olmoe_config(64, is_tiny=False))
     inventory = generate.map_model(model).inventory
-    found = generate.mixed_formats(inventory, 4.25, generate.DEFAULT_MENU)
+    found = generate.mixed_formats(inventory, 4.25, generate.UNIFORM)
     assert found.count_bits(inventory).bits_per_weight == pytest.approx(4.25, abs=0.001)
-    assert set(found.formats.values()) == set(generate.DEFAULT_MENU)
+    assert set(found.formats.values()) == set(generate.UNIFORM)
     for name, chosen in found.formats.items():
         if name.endswith("gate_proj"):
             assert found.formats[name.replace("gate_proj", "up_proj")] == chosen

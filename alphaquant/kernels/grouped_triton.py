@@ -4,8 +4,9 @@
     y[t] = sum over j of weight[t, j] * down(silu(gate(x[t])) * up(x[t]))   of expert id[t, j]
 
 Three steps on tables of blocks (`alphaquant.kernels.moe_slots`). Per format of gate and up one
-launch writes the gated products of its experts' tokens, one row per sorted slot. Per format of
-down one launch multiplies those rows and writes each one, weighted, to its slot. A last kernel
+launch writes the gated products of its experts' tokens, one row per sorted slot; where gate and up
+of any expert differ in format, each has its own launches, and one more gates. Per format of down
+one launch multiplies those rows and writes each one, weighted, to its slot. A last kernel
 adds the slots of every token from first to last, so that results do not depend on timing.
 Launches and grids depend on n, k and the formats only: programs beyond the number of blocks,
 which only the device knows, return at once.

@@ -4,7 +4,8 @@
 Per format the stack is dequantized to the type of x, the rows of its experts are gathered beside
 each other, and `torch.nn.functional.grouped_mm` multiplies them all. At most one format's
 dequantized stack exists at a time. Rows of gate and up alternate in the result as in the stack,
-and the gating kernel reads them so. Nothing waits for the device.
+and the gating kernel reads them so; where they have stacks of their own, torch gates. Nothing
+waits for the device.
 
 Numbers: weights are rounded once to the type of x, products have float32 sums, and what torch
 returns is rounded to that type before gating and weighting, which are float32.

@@ -1,7 +1,8 @@
 """Experts of a grouped MoE layer, stacked by format, and taken out of their stacks again.
 
 The first and the second matrix of an expert may have different formats, so each of the two
-products has its own stacks. Rows of gate and up alternate, so that one program computes both.
+products has its own stacks. Where gate and up have equal formats in every expert their rows
+alternate, so that one program computes both; else each of them has its own stacks.
 
 Letters: E experts of this rank, F formats, H hidden size, I expert width; P, T, N, Q, S, C as in
 `alphaquant.kernels.order`.

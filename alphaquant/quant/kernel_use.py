@@ -82,8 +82,9 @@ def use_kernels(model: nn.Module) -> list[KernelUse]:
         What `kernel_uses` gives afterwards.
 
     Raises:
-        ModelError: kernels cannot run here, the model has no packed modules, or a kernel gives
-            other numbers than torch. The model is as it was, except for the last.
+        ModelError: kernels cannot run here, or the model has no packed modules; it is as it was.
+            Or a kernel fails or gives other numbers than torch, when modules before it have been
+            replaced: load the model again.
     """
     names = [name for name, _ in _packed_modules(model)]
     if not names:
