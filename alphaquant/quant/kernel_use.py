@@ -127,9 +127,22 @@ def kernel_uses(model: nn.Module) -> list[KernelUse]:
 
 
 def can_compile(model: nn.Module) -> bool:
-    """Whether `torch.compile` takes the model in one graph: experts in plain torch do not."""
-    return not any(
-        isinstance(module, PackedExperts) and not is_kernel(module) for module in model.modules()
+    """Whether `torch.compile` takes a model with kernels in one graph.
+
+    Not where experts run one by one: packed ones in plain torch, and those in a ModuleList.
+    """
+    modules = list(model.modules())
+    one_by_one = any(
+        _is_expert_list(m) or (isinstance(m, PackedExperts) and not is_kernel(m)) for m in modules
+    )
+    return any(map(is_kernel, modules)) and not one_by_one
+
+
+def _is_expert_list(module: nn.Module) -> bool:
+    """Whether a module is a list of experts, each with three packed matrices of its own."""
+    return isinstance(module, nn.ModuleList) and any(
+        sum(isinstance(child, PackedLinear) for child in member.children()) == 3
+        for member in module
     )
 
 

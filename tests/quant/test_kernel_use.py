@@ -229,6 +229,18 @@ def test_transformers_chooses_them_by_the_experts_implementation(
     assert model.hf_quantizer.is_compileable == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "expected"),
+    [("llama", True, True), ("llama", False, False), ("listed_moe", True, False)]
+    + [("gpt_oss", True, False)],
+)
+def test_generate_may_compile_what_is_one_graph(
+    family: str, asked: bool, expected: bool, tmp_path: Path
+) -> None:
+    model: Any = load(save(tmp_path / "packed", family), DEVICE, kernels=asked)
+    assert model.hf_quantizer.is_compileable == expected
+
+
 def test_the_implementation_does_not_run_unpacked_experts() -> None:
     model: Any = tiny_model("olmoe")
     model.set_experts_implementation("alphaquant")
