@@ -21,6 +21,7 @@ from torch import nn
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.models import find_layers, known_layouts, map_layer
+from alphaquant.quant.promises import promises_experts
 
 AUTO = "auto"
 ARCHITECTURES = ("olmoe", "qwen", "mixtral", "deepseek", "generic_moe", "standard")
@@ -34,8 +35,6 @@ _FAMILIES = {
     "deepseek_v2": "deepseek",
     "deepseek_v3": "deepseek",
 }
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_SWITCHES = ("is_moe", "enable_moe_block")
 _LAYER_PATHS = ("model.layers", "layers", "model.decoder.layers", "transformer.h", "h", "blocks")
 
 
@@ -63,7 +62,7 @@ def detect_moe_architecture(model: Any) -> str:
     """
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     has_experts = (
-        _holds_experts(model) if isinstance(model, nn.Module) else _promises_experts(config)
+        _holds_experts(model) if isinstance(model, nn.Module) else promises_experts(config)
     )
     if not has_experts:
         return "standard"
@@ -162,26 +161,3 @@ def _holds_experts(model: nn.Module) -> bool:
     except ModelError:
         # Experts in a layout that cannot be quantized are experts.
         return True
-
-
-def _promises_experts(config: Any) -> bool:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count = max((getattr(text, name, None) or 0 for name in _COUNTS), default=0)
-    if not count or not all(getattr(text, name, True) for name in _SWITCHES):
-        return False
-    n_layers = int(getattr(text, "num_hidden_layers", 1))
-    return any(_is_sparse(text, layer) for layer in range(n_layers))
-
-
-def _is_sparse(config: Any, layer: int) -> bool:
-    """Whether a layer has experts, by the three ways in which configurations say that it has not.
-
-    A list of kinds; dense layers at the start; and every n-th layer without some.
-    """
-    kinds = getattr(config, "mlp_layer_types", None)
-    if kinds:
-        return bool(kinds[layer] != "dense")
-    step = getattr(config, "decoder_sparse_step", None) or 1
-    is_dense = layer < (getattr(config, "first_k_dense_replace", None) or 0)
-    is_dense |= layer in (getattr(config, "mlp_only_layers", None) or ())
-    return not is_dense and (layer + 1) % step == 0

@@ -1,15 +1,17 @@
 """Models: finding what can be quantized.
 
 One walk serves every architecture: linears of the decoder layers, and routed experts in any layout
-of `alphaquant.quant.layouts`. Routers are recognized by structure: they are no `nn.Linear`, or an
-`nn.Linear` beside the experts with 1 or E outputs. 3-D parameters that no layout knows are
-refused by name, so nothing stays unquantized silently.
+of `alphaquant.quant.layouts`. A linear is quantized if it is exactly an `nn.Linear` that computes a
+plain product for its own caller; what only chooses (routers, indexers) stays, as seen in one
+pass of the model's code without numbers (`alphaquant.quant.probe`). 3-D parameters that no layout
+knows are refused by name, and so are experts that the configuration promises and that are not
+found; everything else of two dimensions that stays is listed with its reason.
 
 Letters: E experts.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from itertools import chain
 from typing import Any
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError
 from alphaquant.quant.layouts import LAYOUTS
 from alphaquant.quant.loading import named_dtype
-from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
+from alphaquant.quant.probe import Probe, probe_model
+from alphaquant.quant.promises import promises_experts
+from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap, Staying
 from alphaquant.spaces.units import Inventory, Kept, Matrix
 
 LAYOUT_GROUP = "alphaquant.experts"
@@ -58,19 +62,27 @@ def map_model(model: nn.Module, layouts: Sequence[type[ExpertsSite]] | None = No
             supported.
     """
     chosen = known_layouts() if layouts is None else tuple(layouts)
+    named = find_layers(model)
+    experts = [_find_experts(i, name, layer, chosen) for i, (name, layer) in enumerate(named)]
+    found = [site for of_layer in experts for site in of_layer]
+    probe = probe_model(model, named[0][0].rpartition(".")[0], found)
     layers = tuple(
-        map_layer(i, name, layer, chosen) for i, (name, layer) in enumerate(find_layers(model))
+        _map_parts(i, name, layer, of_layer, probe)
+        for i, ((name, layer), of_layer) in enumerate(zip(named, experts, strict=True))
     )
     matrices = tuple(m for layer in layers for m in layer.matrices())
+    config: Any = model.config
+    if not found and promises_experts(config):
+        raise ModelError(_missing_experts_text(model, layers))
     if not matrices:
         raise ModelError(
             f"{type(model).__name__} has no quantizable matrices: its decoder layers hold neither "
             "nn.Linear nor routed experts; see CONTRIBUTING.md, 'a model'"
         )
-    config: Any = model.config
     inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
     views = dict(pair for layer in layers for pair in layer.views())
-    return ModelMap(model, inventory, layers, views)
+    staying = tuple(part for layer in layers for part in _staying(layer, probe))
+    return ModelMap(model, inventory, layers, views, staying)
 
 
 def map_layer(
@@ -88,13 +100,25 @@ def map_layer(
         ModelError: an experts layout that is not supported.
     """
     experts = _find_experts(index, name, layer, layouts)
+    return _map_parts(index, name, layer, experts, Probe(problem="the model was not run"))
+
+
+def _map_parts(
+    index: int, name: str, layer: nn.Module, experts: tuple[ExpertsSite, ...], probe: Probe
+) -> LayerSite:
+    """The layer with its experts and the linears beside them.
+
+    Raises:
+        ModelError: an experts layout that is not supported.
+    """
     # Where experts sit in the layer itself, what is beside them are the layer's other parts.
     blocks = [site for site in experts if site.block is not layer]
     linears = []
     for path, module in layer.named_modules():
         full = f"{name}.{path}"
-        inside = any(full.startswith(f"{site.name}.") for site in experts)
-        if isinstance(module, nn.Linear) and not inside and not _is_router(full, module, experts):
+        if any(full.startswith(f"{site.name}.") for site in experts):
+            continue
+        if type(module) is nn.Linear and _reason_to_stay(full, module, experts, probe) is None:
             rows, cols = module.weight.shape
             matrix = Matrix(full, rows, cols, _kind(full, blocks), index)
             linears.append(LinearSite(matrix, module, _shared_gate(full, blocks)))
@@ -116,17 +140,33 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             "cannot be found; give a transformers causal language model"
         )
     wanted = int(config.get_text_config().num_hidden_layers)
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == wanted
-            and name.rsplit(".", 1)[-1] in ("layers", "h", "blocks")
-        ):
+    candidates = [
+        (name, module)
+        for name, module in _language_model_first(model)
+        if isinstance(module, nn.ModuleList)
+        and name.rsplit(".", 1)[-1] in ("layers", "h", "blocks")
+    ]
+    for name, module in candidates:
+        if len(module) == wanted:
             return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
+    seen = ", ".join(f"{name} ({len(module)})" for name, module in candidates) or "none at all"
     raise ModelError(
         f"{type(model).__name__} has no list of {wanted} decoder layers called layers, h or "
-        "blocks; see CONTRIBUTING.md, 'add a model'"
+        f"blocks (found: {seen}); see CONTRIBUTING.md, 'a model'"
     )
+
+
+def _language_model_first(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Named modules, those of the text decoder of a multimodal model before all others.
+
+    A vision tower can have as many layers as the decoder. The decoder is the module whose
+    configuration is the text part of the model's own.
+    """
+    named = list(model.named_modules())
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    decoders = [n for n, m in named[1:] if getattr(m, "config", None) is text]
+    inside = [pair for pair in named if any(pair[0].startswith(f"{n}.") for n in decoders)]
+    return inside + named
 
 
 def stored_dtype(tensor: Tensor, checkpoint_dtype: torch.dtype) -> torch.dtype:
@@ -222,9 +262,46 @@ def _site_beside(path: str, experts: Sequence[ExpertsSite]) -> ExpertsSite | Non
     return next((site for site in experts if site.name.rpartition(".")[0] == parent), None)
 
 
-def _is_router(path: str, module: nn.Linear, experts: Sequence[ExpertsSite]) -> bool:
+def _reason_to_stay(
+    path: str, module: nn.Module, experts: Sequence[ExpertsSite], probe: Probe
+) -> str | None:
+    """Why a module's weight is not quantized, None for a linear that is."""
+    if type(module) is not nn.Linear:
+        return f"parameter of {type(module).__name__}"
+    if module.out_features == 1 or path in probe.choosing:
+        return "it chooses or weighs, and computes nothing else"
+    if path in probe.odd:
+        return probe.odd[path]
     site = _site_beside(path, experts)
-    return site is not None and module.out_features in (1, site.n_experts)
+    if probe.problem is not None and site is not None and module.out_features == site.n_experts:
+        return "as many outputs as experts, beside them"
+    return None
+
+
+def _staying(layer: LayerSite, probe: Probe) -> Iterator[Staying]:
+    """Parameters of two and more dimensions that are not quantized."""
+    covered = {id(site.module.weight) for site in layer.linears}
+    covered |= {id(p) for site in layer.experts for p in site.module.parameters()}
+    for path, module in layer.module.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and id(parameter) not in covered:
+                full = ".".join(filter(None, (layer.name, path)))
+                reason = _reason_to_stay(full, module, layer.experts, probe)
+                yield Staying(f"{full}.{name}", parameter.numel(), reason or "unknown")
+
+
+def _missing_experts_text(model: nn.Module, layers: tuple[LayerSite, ...]) -> str:
+    sizes = {
+        f"{layer.name}.{name}": parameter.numel()
+        for layer in layers
+        for name, parameter in layer.module.named_parameters()
+    }
+    largest = max(sizes, key=lambda name: sizes[name])
+    return (
+        f"{type(model).__name__}: config.json promises routed experts, and none were found in its "
+        f"decoder layers (largest parameter {largest}); they would stay unquantized: see "
+        "CONTRIBUTING.md, 'a model', for adding their layout"
+    )
 
 
 def _shared_gate(path: str, experts: Sequence[ExpertsSite]) -> nn.Linear | None:

@@ -193,6 +193,21 @@ class LayerSite:
 
 
 @dataclass(frozen=True)
+class Staying:
+    """A parameter of a decoder layer with two or more dimensions that is not quantized.
+
+    Attributes:
+        name: its path in the model.
+        n_weights: its size.
+        reason: why, in a few words.
+    """
+
+    name: str
+    n_weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class ModelMap:
     """A model with its inventory and the place of every matrix.
 
@@ -201,12 +216,14 @@ class ModelMap:
         inventory: its matrices and kept tensors.
         layers: its decoder layers, in order.
         views: weights by matrix name.
+        staying: what is not quantized although it has two or more dimensions.
     """
 
     model: nn.Module
     inventory: Inventory
     layers: tuple[LayerSite, ...]
     views: dict[str, Tensor] = field(repr=False)
+    staying: tuple[Staying, ...] = ()
 
     def view(self, matrix_name: str) -> Tensor:
         """The weight of a matrix, [rows, cols]; writing it writes the model."""
