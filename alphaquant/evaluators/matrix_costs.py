@@ -24,7 +24,7 @@ from alphaquant.quant.bank import BankLayer
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace
 from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
 from alphaquant.quant.sites import ExpertsSite, LinearSite
-from alphaquant.quant.walk import run_layer
+from alphaquant.quant.walk import hidden_of
 from alphaquant.spaces.units import Matrix
 
 _ERROR_SEQUENCES = 2
@@ -142,20 +142,27 @@ def _trace_linear(trace: LayerTrace, site: LinearSite) -> MatrixTrace:
 
 def _layer_output_error(trace: LayerTrace, site: LinearSite, errors: Tensor) -> Tensor:
     """Change of the layer's output when one linear is quantized, per token, [2, F]."""
-    hidden = _first_sequences(trace.hidden)
+    calls, n_left = [], _ERROR_SEQUENCES
+    for call in trace.calls:
+        if n_left:
+            calls.append(call.first(n_left))
+            n_left -= len(calls[-1].hidden)
     of_text = _first_sequences([g[0] for g in trace.at_output]).float()  # [S, T, H]
-    reference = run_layer(trace.layer, hidden, trace.arguments).float()
+
+    def run() -> Tensor:
+        return torch.cat([hidden_of(call.run(trace.layer)).float() for call in calls])
+
+    reference = run()
     weight = site.view()
     original = weight.clone()
     found = []
     try:
         for delta in errors:
             weight.copy_(original.float() + delta)
-            changed = run_layer(trace.layer, hidden, trace.arguments).float()
-            found.append(_squares(changed - reference, of_text))
+            found.append(_squares(run() - reference, of_text))
     finally:
         weight.copy_(original)
-    return torch.stack(found, -1) / hidden[..., 0].numel()
+    return torch.stack(found, -1) / reference[..., 0].numel()
 
 
 def _first_sequences(batches: Sequence[Tensor]) -> Tensor:

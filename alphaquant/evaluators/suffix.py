@@ -7,25 +7,26 @@ it on average. Weights are written by others; this file runs what is there.
 Letters: N windows, B of them in a batch, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs
+from alphaquant.quant.sites import ModelMap
+from alphaquant.quant.walk import batches_of, shared_state, walk
 
 
 class SuffixModel:
-    """A model over fixed windows whose hidden states are remembered layer by layer.
+    """A model over fixed windows whose layers' outputs are remembered.
 
-    Memory: one [N, T, H] tensor per layer.
+    The model's own forward pass runs; layers before the first that changed give what they gave
+    before. Memory: one [N, T, H] tensor per layer, and what layers hand on beside it.
     """
 
     def __init__(self, model_map: ModelMap, tokens: Tensor, batch_size: int) -> None:
-        """Run the model as it is and remember its hidden states.
+        """Run the model as it is and remember what its layers give.
 
         Args:
             model_map: the model.
@@ -33,15 +34,18 @@ class SuffixModel:
             batch_size: windows per forward pass.
 
         Raises:
-            ModelError: the model never called one of its decoder layers.
+            ModelError: the model does not call its decoder layers in order.
         """
         self._map = model_map
         self._batches = batches_of(tokens, batch_size)
-        inputs: LayerInputs = capture_inputs(model_map, self._batches)
-        self._arguments = inputs.arguments
-        self._hidden: list[list[Tensor]] = [inputs.hidden]
-        self._tuple_sizes = [0] * len(model_map.layers)
-        self.remember(0)
+        self._outputs: list[list[Any]] = []
+        with torch.no_grad():
+            for step in walk(model_map, self._batches):
+                if step.layer.index == self.n_layers - 1:
+                    break
+                step.run()
+                pairs = zip(step.outputs, step.calls, strict=True)
+                self._outputs.append([(output, shared_state(c.kwargs)) for output, c in pairs])
 
     @property
     def n_layers(self) -> int:
@@ -50,15 +54,15 @@ class SuffixModel:
 
     @torch.no_grad()
     def remember(self, first_layer: int) -> None:
-        """Replace the remembered hidden states behind a layer by those of the current weights.
+        """Replace the remembered outputs from a layer on by those of the current weights.
 
         Args:
             first_layer: first layer whose weights changed since the last call; `n_layers` if none.
         """
-        kept = self._hidden[: first_layer + 1]
-        for layer in self._map.layers[first_layer : self.n_layers - 1]:
-            kept.append([self._run(layer, h) for h in kept[-1]])
-        self._hidden = kept
+        kept: list[list[Any]] = [list(outputs) for outputs in self._outputs]
+        for b in range(len(self._batches)):
+            self._forward(first_layer, b, kept)
+        self._outputs = kept
 
     @torch.no_grad()
     def predict(self, first_layer: int, first_batch: int = 0) -> Iterator[Tensor]:
@@ -69,39 +73,55 @@ class SuffixModel:
                 it are not run.
             first_batch: batches before it are left out.
         """
-        first_layer = min(first_layer, self.n_layers - 1)
-        inputs = self._hidden[first_layer][first_batch:]
-        for batch, hidden in zip(self._batches[first_batch:], inputs, strict=True):
-            for layer in self._map.layers[first_layer:]:
-                hidden = self._run(layer, hidden)
-            with self._layers_skipped(hidden):
-                tokens = batch.to(hidden.device)
-                logits: Tensor = self._map.model(tokens, use_cache=False).logits
-            yield torch.log_softmax(logits.float(), -1)
+        for b in range(first_batch, len(self._batches)):
+            yield torch.log_softmax(self._forward(first_layer, b).float(), -1)
 
-    def _run(self, layer: LayerSite, hidden: Tensor) -> Tensor:
-        output: Any = layer.module(hidden, **self._arguments[layer.index])
-        if isinstance(output, tuple):
-            self._tuple_sizes[layer.index] = len(output)
-            return output[0]  # type: ignore[no-any-return]
-        return output  # type: ignore[no-any-return]
+    def _forward(
+        self, first_layer: int, batch: int, remembered: list[list[Any]] | None = None
+    ) -> Tensor:
+        """Logits of one batch, [B, T, V]; what layers give goes into `remembered`, if given."""
+        device = next(self._map.model.parameters()).device
+        given = [outputs[batch] for outputs in self._outputs[:first_layer]]
 
-    @contextmanager
-    def _layers_skipped(self, hidden: Tensor) -> Iterator[None]:
-        """Every layer gives `hidden`, so that a call of the model runs what comes behind them."""
+        def keep(index: int, output: Any) -> None:
+            if remembered is not None and first_layer <= index < self.n_layers - 1:
+                remembered[index][batch] = output
 
-        def give(size: int) -> Any:
-            output = (hidden, *[None] * (size - 1)) if size else hidden
-            return lambda *args, **kwargs: output
+        with _replaying([layer.module for layer in self._map.layers], given, keep):
+            tokens = self._batches[batch].to(device)
+            logits: Tensor = self._map.model(tokens, use_cache=False).logits
+        return logits
 
-        modules = [layer.module for layer in self._map.layers]
-        own = [m.__dict__.get("forward") for m in modules]  # None: the class's
-        try:
-            for module, size in zip(modules, self._tuple_sizes, strict=True):
-                module.forward = give(size)
-            yield
-        finally:
-            for module, forward in zip(modules, own, strict=True):
-                module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.forward = forward
+
+@contextmanager
+def _replaying(
+    modules: Sequence[nn.Module], given: Sequence[Any], keep: Callable[[int, Any], None]
+) -> Iterator[None]:
+    """The first layers give what is given, without running; the others tell what they give.
+
+    Given and told are pairs: a layer's output, and the `shared_state` that it left.
+    """
+
+    def replaced(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if index < len(given):
+                output, state = given[index]
+                for name, content in state.items():
+                    kwargs[name].update(content)
+                return output
+            output = forward(*args, **kwargs)
+            keep(index, (output, shared_state(kwargs)))
+            return output
+
+        return run
+
+    own = [module.__dict__.get("forward") for module in modules]  # None: the class's
+    try:
+        for index, module in enumerate(modules):
+            module.forward = replaced(index, module.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]

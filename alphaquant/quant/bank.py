@@ -32,7 +32,7 @@ from alphaquant.quant.files import whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import batches_of, observe_layer, walk
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix
 
@@ -236,18 +236,18 @@ def fill_bank(
     if not any(missing.values()):
         return 0
     last = max(index for index, names in missing.items() if names)
-    inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
-    hidden = inputs.hidden
     n_written = 0
-    for layer in model_map.layers[: last + 1]:
+    for step in walk(model_map, batches_of(tokens, batch_size)):
+        layer = step.layer
+        if layer.index > last:
+            break
         progress("hessians", layer.index, len(model_map.layers))
-        names, arguments = missing[layer.index], inputs.arguments[layer.index]
+        names = missing[layer.index]
         if not names:
-            hidden = [run_layer(layer, h, arguments) for h in hidden]
             continue
         hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)
         with observe_layer(layer, hessians):
-            hidden = [run_layer(layer, h, arguments) for h in hidden]
+            step.run()
         progress("hessians", layer.index + 1, len(model_map.layers))
         progress("bank", layer.index, len(model_map.layers))
         n_written += _write_layer(bank, model_map, layer, hessians, names, settings)

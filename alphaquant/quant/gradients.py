@@ -1,6 +1,9 @@
 """Gradients at the quantizable modules, from the last layer to the first.
 
 Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
+What layers give are leaves; what the model makes of them before it calls the next layer, usually
+nothing, has a graph of its own. So gradients also reach state that layers hand on beside the
+hidden states, and modules whose outputs take no gradient get zeros.
 `trace_layers` yields, for each layer, what went into its modules and the gradients at their
 outputs; products with weight errors are the caller's business. What is differentiated is a
 `Quantity`: the log-likelihood of labels that the model itself draws, that of the text, or
@@ -11,15 +14,17 @@ a linear, H hidden size, D totals that are differentiated.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
-from alphaquant.quant.walk import LayerInputs, capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import LayerCall, hidden_of, observe_layer, shared_state, walk
 
 
 class Quantity(Protocol):
@@ -99,8 +104,7 @@ class LayerTrace:
         layer: the layer.
         linears: by matrix name.
         experts: by module name.
-        hidden: inputs of the layer, batches of [B, T, H].
-        arguments: its keyword arguments.
+        calls: how the layer is called, by batch.
         at_output: gradients of the other quantities at the layer's output, batches of
             [D', B, T, H].
     """
@@ -108,9 +112,13 @@ class LayerTrace:
     layer: LayerSite
     linears: dict[str, LinearTrace]
     experts: dict[str, ExpertsTrace]
-    hidden: list[Tensor]
-    arguments: dict[str, object]
+    calls: list[LayerCall]
     at_output: list[Tensor]
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states that go into the layer, batches of [B, T, H]."""
+        return [call.hidden for call in self.calls]
 
 
 @dataclass
@@ -148,38 +156,25 @@ def trace_layers(
     Yields:
         Traces from the last layer to the first.
     """
-    inputs = capture_inputs(model_map, batches)
-    hidden = _forward_hidden(model_map, inputs)
-    gradients, n_before = [], 0
-    for batch, last in zip(batches, hidden[-1], strict=True):
-        gradients.append(
-            _output_gradients(model_map, batch, last, (quantities, at_output), n_before)
-        )
+    tapes = [_Tape(len(model_map.layers)) for _ in batches]
+    results: list[Any] = []
+    with torch.enable_grad():
+        for step in walk(model_map, batches, results):
+            with torch.no_grad():
+                step.outputs = [
+                    tape.record(step.layer, call)
+                    for tape, call in zip(tapes, step.calls, strict=True)
+                ]
+    n_before = 0
+    for batch, tape, result in zip(batches, tapes, results, strict=True):
+        tape.start(result.logits, batch, (quantities, at_output), n_before)
         n_before += len(batch)
+    results.clear()
     for layer in reversed(model_map.layers):
-        arguments = inputs.arguments[layer.index]
-        traced = [
-            _trace_batch(layer, h, arguments, g)
-            for h, g in zip(hidden[layer.index], gradients, strict=True)
-        ]
-        yield _join(
-            layer,
-            [t for t, _ in traced],
-            hidden[layer.index],
-            arguments,
-            [g[1] for g in gradients],
-        )
-        gradients = [g for _, g in traced]
-        hidden.pop()
-
-
-@torch.no_grad()
-def _forward_hidden(model_map: ModelMap, inputs: LayerInputs) -> list[list[Tensor]]:
-    """Inputs of every layer and, last, the output of the last one."""
-    states = [inputs.hidden]
-    for layer in model_map.layers:
-        states.append([run_layer(layer, h, inputs.arguments[layer.index]) for h in states[-1]])
-    return states
+        at = [tape.output_gradients(layer.index)[1] for tape in tapes]
+        traced = [tape.trace(layer) for tape in tapes]
+        calls = [tape.pop() for tape in tapes]
+        yield _join(layer, traced, calls, at)
 
 
 def _label_seeds(seed: int, sequences: range, n_draws: int) -> list[list[int]]:
@@ -201,86 +196,199 @@ def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
     return torch.stack(labels)
 
 
-_Gradients = tuple[Tensor, Tensor]
-"""Gradients at one tensor of both kinds of quantities, [D, B, T, H] and [D', B, T, H]."""
+@dataclass(frozen=True)
+class _Recorded:
+    """One layer's call of one batch, flat.
 
-
-def _output_gradients(
-    model_map: ModelMap,
-    batch: Tensor,
-    last: Tensor,
-    quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
-    first: int,
-) -> _Gradients:
-    """Gradients at the last layer's output [B, T, H].
-
-    The rest of the model (final norm, lm_head, whatever the architecture does there) runs as it
-    is: a hook hands it a leaf.
+    Attributes:
+        inputs: arguments; tensors that depend on earlier layers have the graph of what the model
+            does between layers.
+        spec: their structure.
+        outputs: what the layer gave, and the state that it left; new tensors are leaves.
+        hidden: its hidden states, one of the inputs.
     """
-    leaf = last.detach().requires_grad_(True)
-    batch = batch.to(last.device)
 
-    def replace(_: nn.Module, args: object, output: object) -> object:
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+    inputs: list[Any]
+    spec: TreeSpec
+    outputs: list[Any]
+    hidden: Tensor
 
-    handle = model_map.layers[-1].module.register_forward_hook(replace)
-    try:
+
+class _Tape:
+    """One batch's way through the layers, and the gradients on the way back.
+
+    Gradients of both kinds of quantities are kept per leaf, [D + D', ...].
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self._layers: list[_Recorded] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._n_traced = 0
+
+    def record(self, layer: LayerSite, call: LayerCall) -> Any:
+        """Run a layer without a graph; what it gives, as leaves, goes back to the model."""
+        plain = {n: dict(x) if isinstance(x, MutableMapping) else x for n, x in call.kwargs.items()}
+        inputs, spec = tree_flatten((call.args, plain))
+        detached = [_detached(x) for x in inputs]
+        known = {id(new): old for new, old in zip(detached, inputs, strict=True)}
+        args, kwargs = tree_unflatten(detached, spec)
+        output = layer.module(*args, **kwargs)
+
+        def leaf(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return known[id(x)] if id(x) in known else x.detach().requires_grad_(True)
+
+        output, state = tree_map(leaf, (output, shared_state(kwargs)))
+        for name, content in state.items():
+            call.kwargs[name].update(content)
+        self._layers.append(_Recorded(inputs, spec, tree_leaves((output, state)), call.hidden))
+        return output
+
+    def start(
+        self,
+        logits: Tensor,
+        batch: Tensor,
+        quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
+        first: int,
+    ) -> None:
+        """Gradients at the leaves that the predictions [B, T, V] are made of."""
         with torch.enable_grad():
-            logits = model_map.model(batch, use_cache=False).logits.float()  # [B, T, V]
-            log_probs = torch.log_softmax(logits, -1)
-    finally:
-        handle.remove()
+            log_probs = torch.log_softmax(logits.float(), -1)
+            traced, others = (
+                [t for q in wanted for t in q.totals(log_probs, batch.to(logits.device), first)]
+                for wanted in quantities
+            )
+        self._n_traced = len(traced)
+        leaves = self._leaves()
+        found = [
+            torch.autograd.grad(t, leaves, retain_graph=True, allow_unused=True)
+            for t in (*traced, *others)
+        ]
+        for leaf, gradients in zip(leaves, zip(*found, strict=True), strict=True):
+            self._add(leaf, gradients)
 
-    def differentiate(wanted: Sequence[Quantity]) -> Tensor:
-        found = []
-        for quantity in wanted:
-            with torch.enable_grad():
-                totals = quantity.totals(log_probs, batch, first)
-            found += [torch.autograd.grad(t, leaf, retain_graph=True)[0] for t in totals]
-        return torch.stack(found) if found else leaf.detach().new_zeros(0, *leaf.shape)
+    def output_gradients(self, index: int) -> tuple[Tensor, Tensor]:
+        """Gradients at a layer's hidden states, [D, B, T, H] and [D', B, T, H]."""
+        hidden = self._layers[index].outputs[0]
+        found = self._gradients[id(hidden)]
+        return found[: self._n_traced], found[self._n_traced :]
 
-    return differentiate(quantities[0]), differentiate(quantities[1])
+    def trace(self, layer: LayerSite) -> "_TracedBatch":
+        """Run the last layer on the tape again, with a graph; its inputs get their gradients."""
+        recorded = self._layers[-1]
+        leaves = [_as_leaf(x, recorded.hidden) for x in recorded.inputs]
+        args, kwargs = tree_unflatten(leaves, recorded.spec)
+        tap = _Tap()
+        with torch.enable_grad(), observe_layer(layer, tap), _keep_outputs(layer, tap):
+            output = layer.module(*args, **kwargs)
+        outputs = tree_leaves((output, shared_state(kwargs)))
+        pairs = [
+            (new, self._gradients[id(old)])
+            for new, old in zip(outputs, recorded.outputs, strict=True)
+            if id(old) in self._gradients and new.requires_grad
+        ]
+        inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        names = [n for n, y in tap.outputs.items() if y.requires_grad]
+        modules = [tap.outputs[n] for n in names]
+        at: dict[str, list[Tensor]] = {n: [] for n in tap.outputs}
+        at_inputs = []
+        for d in range(len(pairs[0][1])):
+            targets = [*inputs, *modules] if d < self._n_traced else inputs
+            found = torch.autograd.grad(
+                [new for new, _ in pairs],
+                targets,
+                [gradient[d] for _, gradient in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            at_inputs.append(found[: len(inputs)])
+            of_modules = dict(zip(names, found[len(inputs) :], strict=False))
+            if d < self._n_traced:
+                for n, y in tap.outputs.items():
+                    at[n].append(_or_zeros(of_modules.get(n), y))
+        self._hand_back(recorded, leaves, at_inputs)
+        gradients = {n: torch.stack(g).detach() for n, g in at.items()}
+        return _TracedBatch(tap.inputs, tap.routing, gradients, len(hidden_of(output)))
+
+    def pop(self) -> LayerCall:
+        """Take the last layer off the tape; its call, without graph."""
+        recorded = self._layers.pop()
+        for old in recorded.outputs:
+            self._gradients.pop(id(old), None)
+        args, kwargs = tree_unflatten([_detached(x) for x in recorded.inputs], recorded.spec)
+        return LayerCall(args, kwargs)
+
+    def _hand_back(
+        self, recorded: _Recorded, leaves: list[Any], at_inputs: list[tuple[Tensor | None, ...]]
+    ) -> None:
+        """Gradients at a layer's inputs become gradients at the leaves that these are made of."""
+        pairs = zip(recorded.inputs, leaves, strict=True)
+        originals = [old for old, x in pairs if isinstance(x, Tensor) and x.requires_grad]
+        if not self._layers[:-1]:
+            return
+        earlier = self._leaves(-1)
+        for original, gradients in zip(originals, zip(*at_inputs, strict=True), strict=True):
+            if not original.requires_grad:
+                continue
+            if original.is_leaf:
+                self._add(original, gradients)
+                continue
+            found = [
+                torch.autograd.grad(
+                    original, earlier, _or_zeros(g, original), retain_graph=True, allow_unused=True
+                )
+                for g in gradients
+            ]
+            for leaf, parts in zip(earlier, zip(*found, strict=True), strict=True):
+                self._add(leaf, parts)
+
+    def _leaves(self, end: int | None = None) -> list[Tensor]:
+        """Leaves of the layers on the tape, without repeats."""
+        found = {
+            id(x): x
+            for recorded in self._layers[:end]
+            for x in recorded.outputs
+            if isinstance(x, Tensor) and x.requires_grad and x.is_leaf
+        }
+        return list(found.values())
+
+    def _add(self, leaf: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Add to a leaf's gradients; all None is nothing."""
+        if any(g is not None for g in gradients):
+            total = torch.stack([_or_zeros(g, leaf) for g in gradients]).detach()
+            known = self._gradients.get(id(leaf))
+            self._gradients[id(leaf)] = total if known is None else known + total
 
 
-def _trace_batch(
-    layer: LayerSite, hidden: Tensor, arguments: dict[str, object], gradients: _Gradients
-) -> tuple["_TracedBatch", _Gradients]:
-    """One batch through one layer: traces, and the gradients at the layer's input."""
-    tap = _Tap()
-    names = [site.matrix.name for site in layer.linears] + [site.name for site in layer.experts]
-    modules: list[nn.Module] = [s.module for s in layer.linears] + [
-        s.hooked for s in layer.experts
-    ]
+@contextmanager
+def _keep_outputs(layer: LayerSite, tap: _Tap) -> Iterator[None]:
+    """Let the tap see what the layer's modules give."""
 
-    def keep(name: str) -> object:
-        def hook(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            tap.outputs[name] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: object, output: Any) -> None:
+            tap.outputs[name] = hidden_of(output)
 
         return hook
 
-    leaf = hidden.detach().requires_grad_(True)
-    handles = [m.register_forward_hook(keep(n)) for n, m in zip(names, modules, strict=True)]  # type: ignore[arg-type]
+    sites = [(s.matrix.name, s.module) for s in layer.linears]
+    sites += [(s.name, s.hooked) for s in layer.experts]  # type: ignore[misc]
+    handles = [module.register_forward_hook(keep(name)) for name, module in sites]
     try:
-        with torch.enable_grad(), observe_layer(layer, tap):
-            output = run_layer(layer, leaf, dict(arguments))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    targets = [leaf, *(tap.outputs[n] for n in names)]
-    found = [
-        torch.autograd.grad(output, targets, g, retain_graph=True, allow_unused=True)
-        for g in gradients[0]
-    ]
-    others = [torch.autograd.grad(output, leaf, g, retain_graph=True)[0] for g in gradients[1]]
-    at = {
-        n: torch.stack([_or_zeros(f[i + 1], tap.outputs[n]) for f in found]).detach()
-        for i, n in enumerate(names)
-    }
-    at_input = (
-        torch.stack([f[0] for f in found]),
-        torch.stack(others) if others else gradients[1],
-    )
-    return _TracedBatch(tap.inputs, tap.routing, at, hidden.shape[0]), at_input
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
+
+
+def _as_leaf(x: Any, hidden: Tensor) -> Any:
+    """A leaf of a new graph for what depends on earlier layers or is `hidden`, else the thing."""
+    needs = isinstance(x, Tensor) and (x.requires_grad or x is hidden)
+    return x.detach().requires_grad_(True) if needs else x
 
 
 @dataclass(frozen=True)
@@ -298,8 +406,7 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 def _join(
     layer: LayerSite,
     parts: list[_TracedBatch],
-    hidden: list[Tensor],
-    arguments: dict[str, object],
+    calls: list[LayerCall],
     at_output: list[Tensor],
 ) -> LayerTrace:
     """Concatenate batches along the sequences."""
@@ -328,4 +435,4 @@ def _join(
             torch.cat([p.routing[name][1] for p in parts]),
             torch.cat([p.gradients[name].reshape(n_totals, -1, width) for p in parts], 1),
         )
-    return LayerTrace(layer, linears, experts, hidden, arguments, at_output)
+    return LayerTrace(layer, linears, experts, calls, at_output)

@@ -17,7 +17,7 @@ from alphaquant.errors import ModelError
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
 from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import LayerStep, batches_of, observe_layer, walk
 from alphaquant.spaces.assignment import Assignment
 
 
@@ -61,23 +61,20 @@ def quantize_layers(
     Raises:
         ModelError: GPTQ without tokens, or what the engine raises.
     """
-    inputs = None
-    if settings.method == "gptq":
-        if tokens is None:
-            raise ModelError(
-                "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
-            )
-        inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
-    for layer in model_map.layers:
+    if settings.method == "gptq" and tokens is None:
+        raise ModelError(
+            "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
+        )
+    for layer, step in _steps(model_map, settings, tokens, batch_size):
         started = time.perf_counter()
         hessians: list[HessianBatch] | None = None
         used: dict[str, list[int]] = {}
-        if inputs is not None:
-            hessians, used = _observe(layer, settings, inputs)
+        if step is not None:
+            hessians, used = _observe(step, settings)
         items = _quantize(model_map, layer, assignment, settings, hessians)
-        if inputs is not None and settings.sequential:
+        if step is not None and settings.sequential:
             with written(model_map, items):
-                _advance(layer, inputs)
+                step.run()
         yield QuantizedLayer(layer, items, used, time.perf_counter() - started)
 
 
@@ -94,25 +91,25 @@ def written(model_map: ModelMap, items: list[QuantizedMatrix]) -> Iterator[None]
             model_map.view(name).copy_(weight)
 
 
+def _steps(
+    model_map: ModelMap, settings: QuantSettings, tokens: Tensor | None, batch_size: int
+) -> Iterator[tuple[LayerSite, LayerStep | None]]:
+    """The layers, with a walk over the calibration windows where the method needs data."""
+    if settings.method != "gptq" or tokens is None:
+        yield from ((layer, None) for layer in model_map.layers)
+        return
+    for step in walk(model_map, batches_of(tokens, batch_size)):
+        yield step.layer, step
+
+
 def _observe(
-    layer: LayerSite, settings: QuantSettings, inputs: LayerInputs
+    step: LayerStep, settings: QuantSettings
 ) -> tuple[list[HessianBatch], dict[str, list[int]]]:
-    """Hessians and tokens per expert of a layer; moves the hidden states on unless sequential."""
+    """Hessians and tokens per expert of a layer."""
     observer = LayerHessians(settings.route_exponent, settings.pooled_tokens)
-    with observe_layer(layer, observer):
-        if settings.sequential:
-            for hidden in inputs.hidden:
-                run_layer(layer, hidden, inputs.arguments[layer.index])
-        else:
-            _advance(layer, inputs)
-    return observer.batches(layer), observer.utilization()
-
-
-def _advance(layer: LayerSite, inputs: LayerInputs) -> None:
-    """Replace the hidden states by the layer's outputs, batch by batch."""
-    arguments = inputs.arguments[layer.index]
-    for i, hidden in enumerate(inputs.hidden):
-        inputs.hidden[i] = run_layer(layer, hidden, arguments)
+    with observe_layer(step.layer, observer):
+        step.run()
+    return observer.batches(step.layer), observer.utilization()
 
 
 def _quantize(

@@ -1,41 +1,64 @@
-"""Walking a model decoder layer by decoder layer over cached hidden states.
+"""Walking a model decoder layer by decoder layer, over many batches at once.
 
-Memory holds one layer's work at a time.
+Every batch runs through the model's own forward pass, which is paused whenever it calls a decoder
+layer (a greenlet per batch). So the layers of all batches are run together, one layer after the
+other, and whatever the model does between its layers happens as it is written: positional
+arguments, masks, token ids, and state that one layer hands to the next. Memory holds the hidden
+states of all batches and one layer's work.
 
-`capture_inputs` runs the model once up to its first layer and records with which keyword arguments
-each layer is called (masks, rotary embeddings); `run_layer` then calls a single layer. All windows
-have one length, so the arguments of one batch serve all.
+    for step in walk(model_map, batches):
+        with observe_layer(step.layer, observer):
+            step.run()
+
+`check_walk` compares a walk with ordinary forward passes before hours are spent on one.
 
 Letters: B windows in a batch, T tokens in a window, H hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 
-
-class _StopForward(Exception):
-    """Ends a forward pass once the wanted layer was reached."""
+TOLERANCE = 1e-3
+"""Largest relative difference between a walk and a forward pass; rounding is below 1e-5."""
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What the layers are called with.
+class LayerCall:
+    """With what the model calls a layer for one batch, hidden states included."""
 
-    Attributes:
-        hidden: inputs of the first layer, one [B, T, H] tensor per batch.
-        arguments: keyword arguments of each layer, without the hidden states.
-    """
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
-    hidden: list[Tensor]
-    arguments: list[dict[str, Any]]
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states that go into the layer, [B, T, H]."""
+        found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    def run(self, layer: LayerSite) -> Any:
+        """What the layer gives: hidden states, or a tuple that starts with them."""
+        return layer.module(*self.args, **self.kwargs)
+
+    def first(self, n_windows: int) -> "LayerCall":
+        """The same call for the first windows of the batch."""
+        n_batch = len(self.hidden)
+
+        def cut(x: Any) -> Any:
+            is_batched = isinstance(x, Tensor) and x.dim() > 0 and len(x) == n_batch > 1
+            return x[:n_windows] if is_batched else x
+
+        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
+        return LayerCall(args, kwargs)
 
 
 class LayerObserver(Protocol):
@@ -50,61 +73,207 @@ class LayerObserver(Protocol):
         """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of routed experts."""
 
 
+@dataclass
+class LayerStep:
+    """A walk at one layer: the model waits there with every batch.
+
+    Attributes:
+        layer: the layer.
+        calls: how it is called, by batch.
+        outputs: what it gave, by batch; the model goes on with these.
+    """
+
+    layer: LayerSite
+    calls: list[LayerCall]
+    outputs: list[Any] = field(default_factory=list)
+
+    def run(self) -> list[Tensor]:
+        """Run the layer on every batch, again if called again; what it gives last counts.
+
+        Returns:
+            Hidden states [B, T, H] by batch.
+        """
+        self.outputs = [call.run(self.layer) for call in self.calls]
+        return [hidden_of(output) for output in self.outputs]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer gave."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def shared_state(kwargs: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Copies of the dictionaries among a call's arguments, in which layers leave state."""
+    return {
+        name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)
+    }
+
+
 def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
     """Split windows [N, T] into batches; all but the last have `batch_size` rows."""
     return list(torch.split(tokens, batch_size))
 
 
-@torch.no_grad()
-def capture_inputs(model_map: ModelMap, batches: list[Tensor]) -> LayerInputs:
-    """Hidden states at the first layer for every batch, and the arguments of every layer.
+def walk(
+    model_map: ModelMap, batches: Sequence[Tensor], results: list[Any] | None = None
+) -> Iterator[LayerStep]:
+    """Go through the decoder layers, first to last, with all batches.
 
     Args:
         model_map: the model.
         batches: token ids, int64 [B, T] each.
+        results: is filled with what the model gives for every batch, after the last layer; None to
+            stop there, which leaves out norm and lm_head.
+
+    Yields:
+        One step per layer. It is run when the caller has not done so.
 
     Raises:
-        ModelError: the model never called one of its decoder layers.
+        ModelError: the model does not call its decoder layers in their order, once each.
+    """
+    with _pausing(model_map):
+        passes = [_Pass(model_map, batch) for batch in batches]
+        try:
+            for layer in model_map.layers:
+                step = LayerStep(layer, [p.wait_for(layer) for p in passes])
+                yield step
+                if not step.outputs:
+                    step.run()
+                for one, output in zip(passes, step.outputs, strict=True):
+                    is_last = layer is model_map.layers[-1]
+                    if not is_last or results is not None:
+                        one.resume(output)
+                step.calls, step.outputs = [], []
+            if results is not None:
+                results += [one.result for one in passes]
+        finally:
+            for one in passes:
+                one.end()
+
+
+@torch.no_grad()
+def check_walk(model_map: ModelMap, tokens: Tensor) -> None:
+    """Compare a walk over two windows with ordinary forward passes, before hours are spent.
+
+    Every layer runs twice on each window, as later passes over its calls will.
+
+    Args:
+        model_map: the model.
+        tokens: windows, int64 [N, T]; the first and the last are used.
+
+    Raises:
+        ModelError: the results differ; the first layer that gives something else when it runs
+            again is named.
     """
     device = next(model_map.model.parameters()).device
-    arguments: list[dict[str, Any]] = [{} for _ in model_map.layers]
-    reached: set[int] = set()
+    windows = [tokens[:1].to(device), tokens[-1:].to(device)]
+    expected = [model_map.model(window, use_cache=False).logits for window in windows]
+    found: list[Any] = []
+    for step in walk(model_map, windows, found):
+        before = [hidden.clone() for hidden in step.run()]
+        again = step.run()
+        worst = max(relative_error(a, b) for a, b in zip(again, before, strict=True))
+        if not worst <= TOLERANCE:
+            raise ModelError(_walk_problem(model_map, f"{step.layer.name} run twice", worst))
+    worst = max(relative_error(f.logits, e) for f, e in zip(found, expected, strict=True))
+    if not worst <= TOLERANCE:
+        raise ModelError(_walk_problem(model_map, "the walk through all layers", worst))
 
-    def remember(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments[index] = {
-                k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")
-            }
-            reached.add(index)
 
-        return hook
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is right; infinite for other shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    scale = float(expected.float().norm())
+    distance = float((found.float() - expected.float()).norm())
+    return distance / scale if scale else distance
 
-    handles = [
-        layer.module.register_forward_pre_hook(remember(layer.index), with_kwargs=True)
-        for layer in model_map.layers
-    ]
-    try:
-        # One window is enough: masks and positions do not depend on the content, and broadcast
-        # over the batch.
-        model_map.model(batches[0][:1].to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [layer.name for layer in model_map.layers if layer.index not in reached]
-    if missing:
-        raise ModelError(
-            f"the model's forward pass never called {missing[0]}; its layers cannot be walked one "
-            "by one"
-        )
-    return LayerInputs(
-        [_first_hidden(model_map, batch.to(device)) for batch in batches], arguments
+
+def _walk_problem(model_map: ModelMap, what: str, error: float) -> str:
+    return (
+        f"{type(model_map.model).__name__} cannot be quantized layer by layer: {what} differs from "
+        f"an ordinary forward pass by {error:.1e} relative to it, at most {TOLERANCE:.0e} is "
+        "rounding; its layers keep state that is not among their arguments: use --method rtn, or "
+        "report the architecture"
     )
 
 
-def run_layer(layer: LayerSite, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Output of one layer, [B, T, H]."""
-    output: Tensor | tuple[Tensor, ...] = layer.module(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+class _Pass:
+    """The model's forward pass over one batch, waiting at a decoder layer."""
+
+    def __init__(self, model_map: ModelMap, batch: Tensor) -> None:
+        device = next(model_map.model.parameters()).device
+        self._model, self._batch = model_map.model, batch.to(device)
+        self._greenlet = _PassGreenlet(self._run)
+        self._with_gradients = torch.is_grad_enabled()
+        self._call: tuple[nn.Module, LayerCall] | None = None
+        self.result: Any = None
+        self._switch(None)
+
+    def wait_for(self, layer: LayerSite) -> LayerCall:
+        """The call that the model waits with.
+
+        Raises:
+            ModelError: it waits at another layer, or ended.
+        """
+        if self._call is None or self._call[0] is not layer.module:
+            raise ModelError(
+                f"the model's forward pass never called {layer.name} where it comes in order; its "
+                "layers cannot be walked one by one: use --method rtn or report the architecture"
+            )
+        return self._call[1]
+
+    def resume(self, output: Any) -> None:
+        """Let the model go on with what the layer gave, to the next layer or the end."""
+        self._switch(output)
+
+    def end(self) -> None:
+        """Unwind what still waits."""
+        if not self._greenlet.dead:
+            self._greenlet.throw()  # GreenletExit, which a greenlet swallows
+
+    def _run(self, _: Any) -> None:
+        self.result = self._model(self._batch, use_cache=False)
+
+    def _switch(self, value: Any) -> None:
+        outer = torch.is_grad_enabled()
+        torch.set_grad_enabled(self._with_gradients)
+        try:
+            self._call = self._greenlet.switch(value)
+        finally:
+            self._with_gradients = torch.is_grad_enabled()
+            torch.set_grad_enabled(outer)
+
+
+class _PassGreenlet(greenlet):
+    """Tells a model that runs inside a walk from one that is simply called."""
+
+
+@contextmanager
+def _pausing(model_map: ModelMap) -> Iterator[None]:
+    """Let decoder layers hand their calls to the walk that runs the model, if one does."""
+
+    def pausing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            current = getcurrent()
+            if not isinstance(current, _PassGreenlet) or current.parent is None:
+                return forward(*args, **kwargs)
+            return current.parent.switch((module, LayerCall(args, kwargs)))
+
+        return run
+
+    modules = [layer.module for layer in model_map.layers]
+    own = [module.__dict__.get("forward") for module in modules]  # None: the class's
+    try:
+        for module in modules:
+            module.forward = pausing(module, module.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -158,20 +327,3 @@ def observe_layer(layer: LayerSite, observer: LayerObserver) -> Iterator[None]:
             f"{names[0]}; their inputs are unknown, so they cannot be quantized with data: use "
             "--method rtn or report the architecture"
         )
-
-
-def _first_hidden(model_map: ModelMap, batch: Tensor) -> Tensor:
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _StopForward
-
-    handle = model_map.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model_map.model(batch, use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
