@@ -118,10 +118,10 @@ def _replaying(
     own = [module.__dict__.get("forward") for module in modules]  # None: the class's
     try:
         for index, module in enumerate(modules):
-            module.forward = replaced(index, module.forward)  # type: ignore[method-assign]
+            module.forward = replaced(index, module.forward)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
             if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward

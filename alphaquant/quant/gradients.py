@@ -14,7 +14,7 @@ a linear, H hidden size, D totals that are differentiated.
 """
 
 import hashlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.quant.walk import LayerCall, hidden_of, observe_layer, shared_state, walk
 
@@ -123,19 +124,24 @@ class LayerTrace:
 
 @dataclass
 class _Tap:
-    """Observer that keeps the inputs of a layer's modules; output hooks add the outputs."""
+    """Observer that keeps what goes into a layer's modules and comes out, call by call."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     routing: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
-        self.inputs[site.matrix.name] = inputs.detach()
+        self.inputs.setdefault(site.matrix.name, []).append(inputs.detach())
 
     def on_experts(
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> None:
-        self.inputs[site.name] = inputs.detach()
+        if site.name in self.inputs:
+            raise ModelError(
+                f"{site.name} is called more than once per layer, so its routing cannot be "
+                "traced; use --method rtn or report the architecture"
+            )
+        self.inputs[site.name] = [inputs.detach()]
         self.routing[site.name] = (expert_ids, weights.detach())
 
 
@@ -227,8 +233,8 @@ class _Tape:
 
     def record(self, layer: LayerSite, call: LayerCall) -> Any:
         """Run a layer without a graph; what it gives, as leaves, goes back to the model."""
-        plain = {n: dict(x) if isinstance(x, MutableMapping) else x for n, x in call.kwargs.items()}
-        inputs, spec = tree_flatten((call.args, plain))
+        # State that the model keeps between layers is compared by its contents.
+        inputs, spec = tree_flatten((call.args, {**call.kwargs, **shared_state(call.kwargs)}))
         detached = [_detached(x) for x in inputs]
         known = {id(new): old for new, old in zip(detached, inputs, strict=True)}
         args, kwargs = tree_unflatten(detached, spec)
@@ -289,27 +295,26 @@ class _Tape:
             if id(old) in self._gradients and new.requires_grad
         ]
         inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        names = [n for n, y in tap.outputs.items() if y.requires_grad]
-        modules = [tap.outputs[n] for n in names]
-        at: dict[str, list[Tensor]] = {n: [] for n in tap.outputs}
+        calls = [(n, y) for n, outputs in tap.outputs.items() for y in outputs]
+        reached = [y for _, y in calls if y.requires_grad]
+        at: list[list[Tensor]] = [[] for _ in calls]
         at_inputs = []
         for d in range(len(pairs[0][1])):
-            targets = [*inputs, *modules] if d < self._n_traced else inputs
             found = torch.autograd.grad(
                 [new for new, _ in pairs],
-                targets,
+                [*inputs, *reached] if d < self._n_traced else inputs,
                 [gradient[d] for _, gradient in pairs],
                 retain_graph=True,
                 allow_unused=True,
             )
             at_inputs.append(found[: len(inputs)])
-            of_modules = dict(zip(names, found[len(inputs) :], strict=False))
+            of_modules = iter(found[len(inputs) :])
             if d < self._n_traced:
-                for n, y in tap.outputs.items():
-                    at[n].append(_or_zeros(of_modules.get(n), y))
+                for kept, (_, y) in zip(at, calls, strict=True):
+                    kept.append(_or_zeros(next(of_modules) if y.requires_grad else None, y))
         self._hand_back(recorded, leaves, at_inputs)
-        gradients = {n: torch.stack(g).detach() for n, g in at.items()}
-        return _TracedBatch(tap.inputs, tap.routing, gradients, len(hidden_of(output)))
+        named = [(n, torch.stack(kept)) for (n, _), kept in zip(calls, at, strict=True)]
+        return _by_window(tap, named, len(hidden_of(output)))
 
     def pop(self) -> LayerCall:
         """Take the last layer off the tape; its call, without graph."""
@@ -320,7 +325,7 @@ class _Tape:
         return LayerCall(args, kwargs)
 
     def _hand_back(
-        self, recorded: _Recorded, leaves: list[Any], at_inputs: list[tuple[Tensor | None, ...]]
+        self, recorded: _Recorded, leaves: list[Any], at_inputs: Sequence[Sequence[Tensor | None]]
     ) -> None:
         """Gradients at a layer's inputs become gradients at the leaves that these are made of."""
         pairs = zip(recorded.inputs, leaves, strict=True)
@@ -367,7 +372,7 @@ def _keep_outputs(layer: LayerSite, tap: _Tap) -> Iterator[None]:
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: object, output: Any) -> None:
-            tap.outputs[name] = hidden_of(output)
+            tap.outputs.setdefault(name, []).append(hidden_of(output))
 
         return hook
 
@@ -393,10 +398,27 @@ def _as_leaf(x: Any, hidden: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _TracedBatch:
+    """Inputs [B, T, K], routing and output gradients [D, B, T, N] of modules, by name.
+
+    Where a module is called more than once, its calls follow each other in T.
+    """
+
     inputs: dict[str, Tensor]
     routing: dict[str, tuple[Tensor, Tensor]]
     gradients: dict[str, Tensor]
-    n_sequences: int
+
+
+def _by_window(tap: _Tap, gradients: list[tuple[str, Tensor]], n_windows: int) -> _TracedBatch:
+    """Give what was seen its windows B, and join the calls of a module along T."""
+    joined: dict[str, list[Tensor]] = {}
+    for name, found in gradients:  # [D, ..., N]
+        by_window = found.detach().reshape(len(found), n_windows, -1, found.shape[-1])
+        joined.setdefault(name, []).append(by_window)
+    inputs = {
+        name: torch.cat([x.reshape(n_windows, -1, x.shape[-1]) for x in parts], 1)
+        for name, parts in tap.inputs.items()
+    }
+    return _TracedBatch(inputs, tap.routing, {n: torch.cat(g, 2) for n, g in joined.items()})
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -410,29 +432,20 @@ def _join(
     at_output: list[Tensor],
 ) -> LayerTrace:
     """Concatenate batches along the sequences."""
-    linears = {}
-    for site in layer.linears:
-        name = site.matrix.name
-        x = torch.cat([p.inputs[name].reshape(p.n_sequences, -1, site.matrix.cols) for p in parts])
-        g = torch.cat(
-            [
-                p.gradients[name].reshape(
-                    len(p.gradients[name]), p.n_sequences, -1, site.matrix.rows
-                )
-                for p in parts
-            ],
-            1,
-        )
-        linears[name] = LinearTrace(x, g)
-    experts = {}
-    for experts_site in layer.experts:
-        name = experts_site.name
-        n_totals = len(parts[0].gradients[name])
-        width = parts[0].inputs[name].shape[-1]
-        experts[name] = ExpertsTrace(
+    linears = {
+        name: LinearTrace(
             torch.cat([p.inputs[name] for p in parts]),
+            torch.cat([p.gradients[name] for p in parts], 1),
+        )
+        for name in (site.matrix.name for site in layer.linears)
+    }
+    experts = {
+        name: ExpertsTrace(
+            torch.cat([p.inputs[name].flatten(0, 1) for p in parts]),
             torch.cat([p.routing[name][0] for p in parts]),
             torch.cat([p.routing[name][1] for p in parts]),
-            torch.cat([p.gradients[name].reshape(n_totals, -1, width) for p in parts], 1),
+            torch.cat([p.gradients[name].flatten(1, 2) for p in parts], 1),
         )
+        for name in (site.name for site in layer.experts)
+    }
     return LayerTrace(layer, linears, experts, calls, at_output)

@@ -1,7 +1,7 @@
 """What a model's code does with its linears, seen in one forward pass without weights or numbers.
 
-A copy of the model with fake tensors (shapes and dtypes, no data) runs over one short window. Every
-operation of torch is watched, and each tensor carries the names of the parameters that it was last
+A copy of the model with fake tensors (shapes and dtypes, no data) runs over one short window.
+Every operation of torch is watched, and each tensor carries the names of the parameters that it was last
 multiplied by ("its makers"); whole numbers carry none. From that follows, for each `nn.Linear`:
 
     chooses     its outputs feed a top-k, a softmax over experts, or the routing weights of
@@ -36,7 +36,9 @@ _PRODUCTS = frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"}
 )
 _CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "kthvalue"})
-_QUESTIONS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "get_device"})
+_QUESTIONS = frozenset(
+    {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "get_device"}
+)
 """Operations that ask about a tensor and do not compute with it."""
 
 
@@ -106,9 +108,7 @@ class _Watch(TorchFunctionMode):
         for name, linear in self._linears.items():
             linear.forward = self._marked(name, linear.forward)  # type: ignore[method-assign]
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", ""))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -169,11 +169,15 @@ class _Watch(TorchFunctionMode):
             if any(0 <= self._linears[name].out_features - n <= n for n in self._counts):
                 self._by_count.add(name)
 
-    def _follow(self, name: str, inputs: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:
+    def _follow(
+        self, name: str, inputs: list[Tensor], args: Any, kwargs: Any, result: Any
+    ) -> None:
         """Give the results their makers, and note what the inputs were used for."""
         owners = {self._parameters[id(x)][1] for x in inputs if id(x) in self._parameters}
         makers = frozenset().union(*(self._made_by(x) for x in inputs))
-        if name in _CHOICES or (name == "softmax" and inputs[0].shape[-1:].numel() in self._counts):
+        if name in _CHOICES or (
+            name == "softmax" and inputs[0].shape[-1:].numel() in self._counts
+        ):
             self._choose(makers)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if name in _PRODUCTS and owners:

@@ -192,8 +192,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def _walk_problem(model_map: ModelMap, what: str, error: float) -> str:
     return (
-        f"{type(model_map.model).__name__} cannot be quantized layer by layer: {what} differs from "
-        f"an ordinary forward pass by {error:.1e} relative to it, at most {TOLERANCE:.0e} is "
+        f"{type(model_map.model).__name__} cannot be quantized layer by layer: {what} differs "
+        f"from an ordinary forward pass by {error:.1e} relative to it, at most {TOLERANCE:.0e} is "
         "rounding; its layers keep state that is not among their arguments: use --method rtn, or "
         "report the architecture"
     )
@@ -246,7 +246,7 @@ class _Pass:
             torch.set_grad_enabled(outer)
 
 
-class _PassGreenlet(greenlet):
+class _PassGreenlet(greenlet):  # type: ignore[misc]  # it has no types
     """Tells a model that runs inside a walk from one that is simply called."""
 
 
@@ -267,13 +267,13 @@ def _pausing(model_map: ModelMap) -> Iterator[None]:
     own = [module.__dict__.get("forward") for module in modules]  # None: the class's
     try:
         for module in modules:
-            module.forward = pausing(module, module.forward)  # type: ignore[method-assign]
+            module.forward = pausing(module, module.forward)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
             if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
 
 
 @contextmanager
