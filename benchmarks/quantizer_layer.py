@@ -25,7 +25,7 @@ from alphaquant.quant.engine import QuantSettings, quantize_layer
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.walk import capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import LayerCall, observe_layer, walk
 from alphaquant.studies.tables import markdown
 
 TARGET_BYTES = 6 * 2**30
@@ -137,13 +137,13 @@ def _observe(model_map: ModelMap, shape: LayerShape, settings: QuantSettings) ->
     """The layer's Hessians of random hidden states, one window at a time."""
     layer = model_map.layers[0]
     tokens = torch.zeros(1, shape.seq_len, dtype=torch.int64)
-    arguments = capture_inputs(model_map, [tokens]).arguments[0]
+    call = next(walk(model_map, [tokens])).calls[0]
     observer = LayerHessians(settings.route_exponent, settings.pooled_tokens)
     generator = torch.Generator().manual_seed(0)
     with observe_layer(layer, observer):
         for _ in range(shape.n_windows):
             hidden = torch.randn(1, shape.seq_len, shape.hidden_size, generator=generator)
-            run_layer(layer, hidden, arguments)
+            LayerCall((hidden, *call.args[1:]), call.kwargs).run(layer)
     return observer
 
 

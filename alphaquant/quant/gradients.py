@@ -372,7 +372,9 @@ def _keep_outputs(layer: LayerSite, tap: _Tap) -> Iterator[None]:
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: object, output: Any) -> None:
-            tap.outputs.setdefault(name, []).append(hidden_of(output))
+            kept = tap.outputs.setdefault(name, [])
+            if len(kept) < len(tap.inputs.get(name, ())):  # not while routing is measured
+                kept.append(hidden_of(output))
 
         return hook
 

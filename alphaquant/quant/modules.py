@@ -50,6 +50,21 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = bias
         self.cache: DequantCache | None = None
+        # That of the model: transformers makes modules with its dtype as the default.
+        self.dtype = torch.get_default_dtype()
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` for model code that asks for it: dequantized, in the model's dtype.
+
+        A linear whose format is bf16 has a buffer of that name. It is made anew every time it is
+        asked for, so writing it changes nothing.
+        """
+        if name != "weight" or not self.format.is_quantized:
+            return super().__getattr__(name)
+        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        if device.type == "meta":
+            return torch.empty(self.rows, self.cols, dtype=self.dtype, device=device)
+        return self.dequantized(self.dtype)
 
     def packed(self) -> PackedMatrix:
         """The weight as stored."""
@@ -77,6 +92,7 @@ class PackedLinear(nn.Module):
         `model.to(torch.bfloat16)` would round the scales and so change the weights.
         """
         packed = dict(self.named_buffers(recurse=False))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         restore_dtypes(self, packed)
         if self.cache is not None:

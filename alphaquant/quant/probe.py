@@ -1,8 +1,9 @@
 """What a model's code does with its linears, seen in one forward pass without weights or numbers.
 
 A copy of the model with fake tensors (shapes and dtypes, no data) runs over one short window.
-Every operation of torch is watched, and each tensor carries the names of the parameters that it was last
-multiplied by ("its makers"); whole numbers carry none. From that follows, for each `nn.Linear`:
+Every operation of torch is watched, and each tensor carries the names of the parameters that it
+was last multiplied by ("its makers"); whole numbers carry none. From that follows, for each
+`nn.Linear`:
 
     chooses     its outputs feed a top-k, a softmax over experts, or the routing weights of
                 experts, and nothing else that is computed: routers, however they are built, and
@@ -117,7 +118,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name in _QUESTIONS and name != "__get__":
             return result
-        self._follow(name, inputs, args, kwargs, result)
+        self._follow(name, inputs, args, result)
         return result
 
     def chose(self, tensors: Iterable[Any]) -> None:
@@ -169,9 +170,7 @@ class _Watch(TorchFunctionMode):
             if any(0 <= self._linears[name].out_features - n <= n for n in self._counts):
                 self._by_count.add(name)
 
-    def _follow(
-        self, name: str, inputs: list[Tensor], args: Any, kwargs: Any, result: Any
-    ) -> None:
+    def _follow(self, name: str, inputs: list[Tensor], args: Any, result: Any) -> None:
         """Give the results their makers, and note what the inputs were used for."""
         owners = {self._parameters[id(x)][1] for x in inputs if id(x) in self._parameters}
         makers = frozenset().union(*(self._made_by(x) for x in inputs))

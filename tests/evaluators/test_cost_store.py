@@ -195,16 +195,16 @@ def test_an_interrupted_measurement_leaves_the_weights_as_they_were(
     case: CostCase, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], n_runs: int
 ) -> None:
     before = weights_of(case)
-    run_layer, calls, states = matrix_costs.run_layer, [], []
+    hidden_of, calls, states = matrix_costs.hidden_of, [], []
 
-    def interrupted(*args: Any) -> Tensor:
-        calls.append(args)
+    def interrupted(output: Any) -> Tensor:
+        calls.append(output)
         if len(calls) == n_runs:
             states.append(weights_of(case))
             raise error
-        return run_layer(*args)
+        return hidden_of(output)
 
-    monkeypatch.setattr(matrix_costs, "run_layer", interrupted)
+    monkeypatch.setattr(matrix_costs, "hidden_of", interrupted)
     with pytest.raises(error):
         case.costs()
     changed = [name for name in before if not torch.equal(before[name], states[0][name])]

@@ -9,7 +9,7 @@ from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ExpertsSite, LayerSite, ModelMap
-from alphaquant.quant.walk import capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import observe_layer, walk
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 
@@ -220,15 +220,13 @@ def observe(
     model_map: ModelMap, exponent: int = 2, layer_index: int = -1
 ) -> tuple[LayerSite, LayerHessians]:
     """Hessians of one layer over two batches."""
-    inputs = capture_inputs(model_map, list(tiny_tokens(4, 11).split(2)))
-    hidden = inputs.hidden
     layer = model_map.layers[layer_index]
-    for before in model_map.layers[: layer.index]:
-        hidden = [run_layer(before, h, inputs.arguments[before.index]) for h in hidden]
     observer = LayerHessians(exponent, 0)
-    with torch.no_grad(), observe_layer(layer, observer):
-        for h in hidden:
-            run_layer(layer, h, inputs.arguments[layer.index])
+    with torch.no_grad():
+        for step in walk(model_map, list(tiny_tokens(4, 11).split(2))):
+            if step.layer is layer:
+                with observe_layer(layer, observer):
+                    step.run()
     return layer, observer
 
 

@@ -16,7 +16,7 @@ from alphaquant.quant.layouts import LAYOUTS, ListedExperts
 from alphaquant.quant.models import known_layouts, map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews
-from alphaquant.quant.walk import capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import observe_layer, walk
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.testing.listed import ListedBlock, ListedConfig, ListedExpert
 from alphaquant.testing.models import tiny_model, tiny_tokens
@@ -79,8 +79,8 @@ def test_measuring_leaves_the_block_as_it_was() -> None:
 
 def test_what_runs_while_routing_is_measured_is_not_observed() -> None:
     model_map = map_model(tiny_model("listed_moe"))
-    inputs = capture_inputs(model_map, [TOKENS])
-    layer, calls = model_map.layers[0], []
+    step, calls = next(walk(model_map, [TOKENS])), []
+    layer = step.layer
 
     class Counter:
         def on_linear(self, site: object, inputs: Tensor) -> None:
@@ -90,7 +90,7 @@ def test_what_runs_while_routing_is_measured_is_not_observed() -> None:
             calls.append(site)
 
     with observe_layer(layer, Counter()):
-        run_layer(layer, inputs.hidden[0], inputs.arguments[0])
+        step.run()
     assert len(calls) == len(layer.linears) + 1
 
 

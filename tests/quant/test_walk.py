@@ -10,7 +10,7 @@ from alphaquant.errors import ModelError
 from alphaquant.quant.models import map_model
 from alphaquant.quant.routing import tokens_by_expert
 from alphaquant.quant.sites import ExpertsSite, LinearSite, ModelMap
-from alphaquant.quant.walk import batches_of, capture_inputs, observe_layer, run_layer
+from alphaquant.quant.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
 
 
@@ -51,61 +51,74 @@ def counted(model_map: ModelMap) -> list[int]:
 def test_walking_gives_the_models_own_hidden_states(family: str, n_windows: int) -> None:
     model, tokens = tiny_model(family), tiny_tokens(n_windows, 13)
     model_map = map_model(model)
-    inputs = capture_inputs(model_map, batches_of(tokens, 2))
-    hidden = inputs.hidden
-    assert [len(h) for h in hidden] == ([1] if n_windows == 1 else [2, 2, 1])
-    outputs: list[Tensor] = []
-    model_map.layers[-1].module.register_forward_hook(
-        lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-    )
-    for start in range(0, n_windows, 2):
-        expected = model(tokens[start : start + 2], output_hidden_states=True).hidden_states
-        walked = [hidden[start // 2]]
-        for layer in model_map.layers:
-            walked.append(run_layer(layer, walked[-1], inputs.arguments[layer.index]))
-        assert torch.equal(walked[0], expected[0]) and torch.equal(walked[1], expected[1])
-        # transformers' last hidden state has the final norm; the layer's own output is compared.
-        assert torch.equal(walked[2], outputs[-2])
+    results: list[Any] = []
+    walked: list[list[Tensor]] = []
+    for step in walk(model_map, batches_of(tokens, 2), results):
+        assert [len(call.hidden) for call in step.calls] == ([1] if n_windows == 1 else [2, 2, 1])
+        walked.append([call.hidden for call in step.calls])
+    for b, batch in enumerate(batches_of(tokens, 2)):
+        expected = model(batch, output_hidden_states=True)
+        for index, of_layer in enumerate(walked):
+            assert torch.equal(of_layer[b], expected.hidden_states[index])
+        assert torch.equal(results[b].logits, expected.logits)
 
 
-def test_capturing_runs_one_window_through_the_model_and_walking_each_layer_once_per_batch() -> (
-    None
-):
+def test_a_walk_runs_each_layer_once_per_batch_and_nothing_behind_the_last() -> None:
     model_map = map_model(tiny_model("olmoe"))
     calls = counted(model_map)
-    inputs = capture_inputs(model_map, batches_of(tiny_tokens(6, 9), 2))
-    # One window for the arguments of all layers; of the batches, only the first layer is reached.
-    assert calls == [1 + 3, 1]
-    calls[:] = [0, 0]
-    for layer in model_map.layers:
-        with torch.no_grad(), observe_layer(layer, Recorder()):
-            for h in inputs.hidden:
-                run_layer(layer, h, inputs.arguments[layer.index])
-    assert calls == [3, 3]  # one forward per batch and layer, whatever the number of experts
+    heads: list[object] = []
+    model_map.model.lm_head.register_forward_hook(lambda *_: heads.append(1))  # type: ignore
+    with torch.no_grad():
+        for step in walk(model_map, batches_of(tiny_tokens(6, 9), 2)):
+            with observe_layer(step.layer, Recorder()):
+                step.run()
+    # Hooks fire when the model arrives at a layer, and when the layer runs there.
+    assert calls == [2 * 3, 2 * 3] and not heads
 
 
-def test_hooks_are_gone_after_the_walk_also_after_an_error() -> None:
+def test_the_model_is_as_before_after_a_walk_also_after_an_error_or_half_of_it() -> None:
     model_map = map_model(tiny_model("mixtral"))
-    inputs = capture_inputs(model_map, batches_of(tiny_tokens(2, 5), 2))
-    layer = model_map.layers[0]
-    with observe_layer(layer, Recorder()):
-        run_layer(layer, inputs.hidden[0], inputs.arguments[0])
-    with pytest.raises(RuntimeError, match="stop"), observe_layer(layer, Recorder()):
-        raise RuntimeError("stop")
+    tokens = batches_of(tiny_tokens(2, 5), 2)
+    expected = model_map.model(tokens[0]).logits
+    list(walk(model_map, tokens))
+    next(walk(model_map, tokens)).run()
+    with pytest.raises(RuntimeError, match="stop"):
+        for step in walk(model_map, tokens):
+            with observe_layer(step.layer, Recorder()):
+                step.run()
+                raise RuntimeError("stop")
+    assert torch.equal(model_map.model(tokens[0]).logits, expected)
     for module in model_map.model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
+        assert "forward" not in module.__dict__
+
+
+def test_layers_that_remember_their_last_call_are_refused_by_name() -> None:
+    model = tiny_model("llama")
+    layer, seen = model.model.layers[1], []  # type: ignore[union-attr,index]
+
+    def with_memory(_: nn.Module, args: object, output: Tensor) -> Tensor:
+        seen.append(1)
+        return output + len(seen)
+
+    layer.mlp.register_forward_hook(with_memory)  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match=r"layer by layer: model\.layers\.1 run twice differs"):
+        check_walk(map_model(model), tiny_tokens(2, 9))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
+def test_the_check_of_the_walk_passes_where_layers_only_compute(family: str) -> None:
+    check_walk(map_model(tiny_model(family)), tiny_tokens(3, 9))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_module_is_observed_with_the_inputs_it_gets(family: str) -> None:
     model_map = map_model(tiny_model(family))
-    inputs = capture_inputs(model_map, batches_of(tiny_tokens(2, 9), 2))
-    hidden = inputs.hidden[0]
-    for layer in model_map.layers:
-        recorder = Recorder()
+    for step in walk(model_map, [tiny_tokens(2, 9)]):
+        layer, recorder = step.layer, Recorder()
         with observe_layer(layer, recorder):
-            hidden = run_layer(layer, hidden, inputs.arguments[layer.index])
+            step.run()
         assert set(recorder.linears) == {s.matrix.name for s in layer.linears}
         assert set(recorder.experts) == {s.name for s in layer.experts}
         for site in layer.linears:
@@ -117,16 +130,16 @@ def test_every_module_is_observed_with_the_inputs_it_gets(family: str) -> None:
 def test_observed_routing_reproduces_the_experts_output(family: str) -> None:
     """Indices and weights are those that the model itself used."""
     model_map = map_model(tiny_model(family))
-    inputs = capture_inputs(model_map, batches_of(tiny_tokens(3, 9), 3))
-    hidden = run_layer(model_map.layers[0], inputs.hidden[0], inputs.arguments[0])
-    layer, recorder = model_map.layers[1], Recorder()
-    site = layer.experts[0]
+    steps = walk(model_map, [tiny_tokens(3, 9)])
+    next(steps)
+    step, recorder = next(steps), Recorder()
+    site = step.layer.experts[0]
     made: list[Tensor] = []
     site.hooked.register_forward_hook(
         lambda _, args, out: made.append(out[0] if isinstance(out, tuple) else out)
     )
-    with observe_layer(layer, recorder):
-        run_layer(layer, hidden, inputs.arguments[1])
+    with observe_layer(step.layer, recorder):
+        step.run()
     x, ids, weights = recorder.experts[site.name][0]
     output = torch.zeros_like(x)
     for tokens in tokens_by_expert(ids, weights, site.n_experts):
@@ -150,21 +163,21 @@ def test_a_layer_that_the_model_never_calls_is_an_error() -> None:
     model_map = map_model(model)
     model.model.layers[1].forward = None  # must not be reached
     model.model.config.num_hidden_layers = 1
-    with pytest.raises(ModelError, match=r"never called model\.layers\.1;"):
-        capture_inputs(model_map, [tiny_tokens(1, 5)])
+    with pytest.raises(ModelError, match=r"never called model\.layers\.1 "):
+        list(walk(model_map, [tiny_tokens(1, 5)]))
 
 
-def test_a_module_that_its_layer_never_calls_is_an_error() -> None:
+def test_a_module_that_its_layer_does_not_call_on_this_text_is_an_error() -> None:
     model = tiny_model("llama")
-    model.model.layers[0].mlp.unused = nn.Linear(4, 4)
     model_map = map_model(model)
-    inputs = capture_inputs(model_map, [tiny_tokens(1, 5)])
-    layer = model_map.layers[0]
+    step = next(walk(model_map, [tiny_tokens(1, 5)]))
+    layer = model.model.layers[0]  # type: ignore[union-attr,index]
+    layer.mlp.forward = torch.zeros_like  # type: ignore[union-attr]
     with (
-        pytest.raises(ModelError, match=r"1 modules of model\.layers\.0 .* e\.g\. .*mlp\.unused"),
-        observe_layer(layer, Recorder()),
+        pytest.raises(ModelError, match=r"3 modules of model\.layers\.0 .* .*mlp\.down_proj"),
+        observe_layer(step.layer, Recorder()),
     ):
-        run_layer(layer, inputs.hidden[0], inputs.arguments[0])
+        step.run()
 
 
 def test_tokens_come_by_expert_in_token_order_with_their_weights() -> None:
