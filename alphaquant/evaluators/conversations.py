@@ -24,6 +24,8 @@ SPEAKERS = {
 TEMPLATE_DATE = datetime(2025, 1, 1)
 """Today, for templates that write the date: the same file gives the same windows every day."""
 
+_DIRECTIVES = ("%Y", "%y", "%m", "%d", "%B", "%b", "%A", "%a", "%H", "%M", "%S")
+
 
 def check_template(tokenizer: Any, where: str) -> None:
     """Refuse conversations for a tokenizer that cannot write them.
@@ -54,11 +56,12 @@ def render(messages: Sequence[Any], tools: Any, tokenizer: Any, where: str) -> s
     if not messages:
         return ""
     found = [_message(m, f"{where}, message {n}") for n, m in enumerate(messages, 1)]
-    options = {"tools": _tools(tools, where), "tokenize": False}
-    if "strftime_now" in str(tokenizer.chat_template):
-        options["strftime_now"] = TEMPLATE_DATE.strftime
+    options = {"tools": _tools(tools, where)}
     try:
-        text = tokenizer.apply_chat_template(found, **options)
+        if "strftime_now" in str(tokenizer.chat_template):
+            own = tokenizer.get_chat_template(None, options["tools"])
+            options["chat_template"] = _date_macro() + own
+        text = tokenizer.apply_chat_template(found, tokenize=False, **options)
     except Exception as error:  # the template is a program: anything can go wrong in it
         reason = (str(error).splitlines() or [""])[0][:200]
         raise DataError(
@@ -66,6 +69,12 @@ def render(messages: Sequence[Any], tools: Any, tokenizer: Any, where: str) -> s
             f"({type(error).__name__}: {reason}); mend or remove it"
         ) from error
     return str(text)
+
+
+def _date_macro() -> str:
+    """What stands for transformers' `strftime_now` in a template; arguments become strings there."""
+    replaced = "".join(f".replace('{d}', '{TEMPLATE_DATE.strftime(d)}')" for d in _DIRECTIVES)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}"
 
 
 def _message(item: Any, where: str) -> dict[str, Any]:

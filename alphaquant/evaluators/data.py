@@ -9,7 +9,7 @@ by `texts.py`. It runs no model and keeps no cache. Sources:
     wikitext2, c4             from the Hugging Face hub (library `datasets`), the role's part
     path.txt, .md, .raw       any UTF-8 text, as it is
     path.jsonl, .json         one object per line, or one array of them: texts, conversations or
-                              pairs, see `documents.py`; documents are joined by the tokenizer's eos
+                              pairs, see `documents.py`; each text ends in the tokenizer's eos
     path.npy, .safetensors    token ids, flat or [n, T]; rows are concatenated (tensor `tokens`)
     a,b  or  a=0.7,b=0.3      several of them, in equal or in the stated shares of the windows
 
@@ -230,7 +230,7 @@ def check_disjoint(a: TokenSet, b: TokenSet) -> None:
     )
 
 
-def check_sources(sources: Mapping[str, str]) -> None:
+def check_sources(sources: Mapping[str, str], bos: str = "auto") -> None:
     """Refuse what can be told of texts before a model is loaded and they are read.
 
     Two roles that read one file would draw the same windows of it; copies are found later, by
@@ -238,19 +238,21 @@ def check_sources(sources: Mapping[str, str]) -> None:
 
     Args:
         sources: role -> source, both as in `TextRequest`.
+        bos: as in `TextRequest`.
 
     Raises:
         DataError: a source that does not exist or cannot be read, or a file of two roles.
     """
+    check_bos(bos)
     roles: dict[Path, str] = {}
     for role, source in sources.items():
         for name in _parse_source(source):
             path = find_source(name, role)
             if path is not None and roles.setdefault(path.resolve(), role) != role:
                 raise DataError(
-                    f"{roles[path.resolve()]} and {role} text both read {str(path)!r}; "
-                    "calibration, search (--evaluation) and held-out text must be disjoint; give "
-                    "another file for one of them"
+                    f"{roles[path.resolve()]} text and {role} text overlap: both read "
+                    f"{str(path)!r}; calibration, search (--evaluation) and held-out text must be "
+                    "disjoint; give another file for one of them"
                 )
 
 

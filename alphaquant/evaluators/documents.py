@@ -1,11 +1,11 @@
-"""What the objects of a JSON file mean: texts, token ids, conversations, or pairs.
+r"""What the objects of a JSON file mean: texts, token ids, conversations, or pairs.
 
 The first object decides, and all others are read like it:
 
     text                            the text; else `content`
     tokens, input_ids               token ids, concatenated as they are
     messages, conversations         a conversation, as the tokenizer's chat template writes it
-    prompt + completion, ...        both sides: question, further input, answer, a blank line between
+    prompt + completion, ...        both sides, and further input; a blank line between them
     prompt + chosen + rejected      a pair with the chosen answer; the rejected one is not read
     one single string               that, whatever its name; names, dates and labels do not count
 
@@ -46,10 +46,12 @@ FURTHER = ("input", "context")
 ANSWERED = ("completion", "response", "output", "answer", "chosen")
 
 LABELS = frozenset(
-    "id _id uid uuid guid index key name title source src dataset subset split file filename path "
-    "url link license author model model_name generator lang language locale category topic tag "
-    "label type kind task domain subject difficulty date time timestamp created created_at "
-    "updated_at hash digest sha md5 version meta metadata rejected".split()
+    ("id", "_id", "uid", "uuid", "guid", "index", "key", "name", "title", "source", "src")
+    + ("dataset", "subset", "split", "file", "filename", "path", "url", "link", "license")
+    + ("author", "model", "model_name", "generator", "lang", "language", "locale", "category")
+    + ("topic", "tag", "label", "type", "kind", "task", "domain", "subject", "difficulty")
+    + ("date", "time", "timestamp", "created", "created_at", "updated_at", "hash", "digest")
+    + ("sha", "md5", "version", "meta", "metadata", "rejected")
 )
 """Strings that say something about a text and are none."""
 

@@ -151,9 +151,9 @@ def _lacks_tokenizer(directory: Path) -> bool:
 def tokenizer_missing(name: str | Path) -> str:
     """What is said where a text is to be read and the model has no tokenizer."""
     return (
-        f"{name} has no tokenizer, which is needed to read texts; copy the tokenizer's files of "
-        "the original model into it: tokenizer.json and tokenizer_config.json, or tokenizer.model; "
-        "files of token ids need it too"
+        f"{name} has no tokenizer, which is needed to read texts and token ids; copy the "
+        "tokenizer's files of the original model into it: tokenizer.json and "
+        "tokenizer_config.json, or tokenizer.model"
     )
 
 

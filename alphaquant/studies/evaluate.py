@@ -253,7 +253,7 @@ def _check(spec: EvaluateSpec) -> str:
                 f"unknown task {name!r}; possible are {_possible()}; did you mean {near[0]}?"
             )
     if spec.window_tasks:
-        check_sources({"heldout": spec.data})
+        check_sources({"heldout": spec.data}, spec.bos)
     comparing = [name for name in spec.window_tasks if TASKS[name].compares]
     if comparing and spec.reference is None:
         raise ConfigError(

@@ -105,7 +105,7 @@ def measure_expert_sensitivity(
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     names = measured_formats(spec.format, spec.against)
-    check_sources({"calibration": spec.calibration})
+    check_sources({"calibration": spec.calibration}, spec.bos)
     progress("load", 0, 1)
     source = load_source(spec.model, find_device(spec.device), spec.dtype)
     # A dense model, and formats that save nothing, are refused before the long work.

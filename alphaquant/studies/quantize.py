@@ -118,7 +118,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     device = find_device(spec.device)
     _check_target(spec.out, overwrite=spec.overwrite)
     if settings.method == "gptq":
-        check_sources({"calibration": _calibration_text(spec, summary)})
+        check_sources({"calibration": _calibration_text(spec, summary)}, spec.bos or "auto")
     progress("load", 0, 1)
     source = load_source(spec.model, device, spec.dtype)
     architecture = choose_architecture(source.map.model, spec.model_type)

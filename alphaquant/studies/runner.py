@@ -139,7 +139,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_allocator(spec.allocator)
     check_constrained(spec)
     check_scores(spec.scores)
-    check_sources(spec.data.sources)
+    check_sources(spec.data.sources, spec.data.bos)
     device = find_device(spec.device)
     if spec.storage is not None:
         check_storage(spec.storage)
