@@ -72,7 +72,7 @@ def render(messages: Sequence[Any], tools: Any, tokenizer: Any, where: str) -> s
 
 
 def _date_macro() -> str:
-    """What stands for transformers' `strftime_now` in a template; arguments become strings there."""
+    """In place of `strftime_now` in a template: functions that are handed over become strings."""
     replaced = "".join(f".replace('{d}', '{TEMPLATE_DATE.strftime(d)}')" for d in _DIRECTIVES)
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}"
 

@@ -130,10 +130,14 @@ def _read_path(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Token pieces of a local file, by its suffix."""
     try:
         yield from READERS[path.suffix.lower()](path, tokenizer)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"cannot read {str(path)!r}: {error}; texts are UTF-8; check the file and its rights, "
-            "or convert it (iconv -f UTF-16 -t UTF-8)"
+            f"cannot read {str(path)!r}: {error}; texts are UTF-8; convert it (iconv -f UTF-16 -t "
+            "UTF-8)"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {str(path)!r}: {error}; check the file and its rights"
         ) from error
 
 

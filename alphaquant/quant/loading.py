@@ -134,7 +134,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a file of another form tokenizers says no more than that
         if _lacks_tokenizer(Path(name)):
             return None
         raise ModelError(model_problem(name, error)) from error
@@ -144,8 +144,9 @@ def load_tokenizer(name: str | Path) -> Any:
 def _lacks_tokenizer(directory: Path) -> bool:
     """Whether a model's directory holds no file that a tokenizer is read from."""
     patterns = ("*token*", "*vocab*", "*merges*", "*.model", "*.tiktoken", "*tekken*", "*spiece*")
-    is_model = (directory / "config.json").is_file()
-    return is_model and not any(file for p in patterns for file in directory.glob(p))
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    found = {file.name for pattern in patterns for file in directory.glob(pattern)}
+    return (directory / "config.json").is_file() and not found - settings
 
 
 def tokenizer_missing(name: str | Path) -> str:
