@@ -66,7 +66,7 @@ def render(messages: Sequence[Any], tools: Any, tokenizer: Any, where: str) -> s
         reason = (str(error).splitlines() or [""])[0][:200]
         raise DataError(
             f"{where}: the tokenizer's chat template refuses this conversation "
-            f"({type(error).__name__}: {reason}); mend or remove it"
+            f"({type(error).__name__}: {reason!r}); mend or remove it"
         ) from error
     return str(text)
 

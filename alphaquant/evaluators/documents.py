@@ -122,7 +122,7 @@ def _tell_unread(record: Record, names: tuple[str, ...]) -> None:
     read = {*names, *FURTHER, *LABELS, *(("system", "tools") if names[0] in CHATS else ())}
     left = [n for n, value in record.fields.items() if isinstance(value, str) and n not in read]
     if left:
-        logger.warning("%s: read %s, not %s", record.where, " and ".join(names), ", ".join(left))
+        logger.warning("%s: read %s, not %s", record.where, " and ".join(names), str(left)[1:-1])
 
 
 def _ids(record: Record, name: str) -> list[int]:

@@ -35,7 +35,7 @@ from alphaquant.evaluators.harness_tasks import (
     quiet,
     wanted_scores,
 )
-from alphaquant.evaluators.tokens import starting_tokens
+from alphaquant.evaluators.tokens import check_bos, starting_tokens
 
 SEEDS = {
     "random_seed": 0,
@@ -186,10 +186,12 @@ def _starting(tokenizer: Any, bos: str) -> Any:
             "tasks of lm-eval asked, and the model has no tokenizer; copy the tokenizer's files "
             "of the original model into its directory"
         )
-    own, wanted = starting_tokens(tokenizer, "auto"), starting_tokens(tokenizer, bos)
+    check_bos(bos)
     made = copy.deepcopy(tokenizer)
-    if bos == "always" and wanted != own:
-        made.add_bos_token = True
+    if bos == "always":
+        wanted = starting_tokens(made, bos)
+        if starting_tokens(made, "auto") != wanted:
+            made.add_bos_token = True
         if starting_tokens(made, "auto") != wanted:
             raise DataError(
                 f"--bos always asked, and a {type(tokenizer).__name__} cannot be told to start "

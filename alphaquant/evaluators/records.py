@@ -48,7 +48,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 def shown(value: Any) -> str:
     """The beginning of a value, as it stands in the file."""
-    return json.dumps(value, ensure_ascii=False)[:40]
+    return json.dumps(value)[:40]
 
 
 def _line_records(handle: TextIO, path: Path) -> Iterator[Record]:
@@ -116,7 +116,7 @@ def _skip_blank(text: str, handle: TextIO) -> str:
 
 
 def _no_json(where: str, error: Exception) -> DataError:
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
     return DataError(f"{where} is not JSON: {reason}; {_ADVICE}")
 
 

@@ -132,8 +132,8 @@ def _read_path(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
         yield from READERS[path.suffix.lower()](path, tokenizer)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"cannot read {str(path)!r}: {error}; texts are UTF-8; convert it (iconv -f UTF-16 -t "
-            "UTF-8)"
+            f"cannot read {str(path)!r}: {error}; texts are UTF-8; convert it, as iconv -f "
+            "UTF-16 -t UTF-8 does, or unpack it if it is packed"
         ) from error
     except OSError as error:
         raise DataError(
@@ -155,8 +155,8 @@ def _tokenize_stream(handle: TextIO, tokenizer: Tokenizer, where: str) -> Iterat
     while text := handle.read(CHUNK) + handle.readline(CHUNK):
         if "\0" in text:
             raise DataError(
-                f"{where} holds zero bytes, so it is no UTF-8 text; convert it (iconv -f UTF-16 "
-                "-t UTF-8), or give the text that it was made from"
+                f"{where} holds zero bytes, so it is no UTF-8 text; convert it, as iconv -f "
+                "UTF-16 -t UTF-8 does, or give the text that it was made from"
             )
         yield encode(text, tokenizer)
 

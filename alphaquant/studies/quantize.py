@@ -118,7 +118,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     device = find_device(spec.device)
     _check_target(spec.out, overwrite=spec.overwrite)
     if settings.method == "gptq":
-        check_sources({"calibration": _calibration_text(spec, summary)}, spec.bos or "auto")
+        text, bos = _calibration_text(spec, summary), "auto" if spec.bos is None else spec.bos
+        check_sources({"calibration": text}, bos)
     progress("load", 0, 1)
     source = load_source(spec.model, device, spec.dtype)
     architecture = choose_architecture(source.map.model, spec.model_type)
@@ -276,7 +277,7 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
         spec.n_calibration or found.get("n_samples", 128),
         spec.seq_len or found.get("seq_len"),
         found.get("seed", 0) if spec.seed is None else spec.seed,
-        spec.bos or _bos_of(found),
+        _bos_of(found) if spec.bos is None else spec.bos,
     )
     asked = (spec.calibration, spec.n_calibration, spec.seq_len, spec.seed, spec.bos)
     if found.get("digest") not in (None, tokens.digest) and set(asked) == {None}:
@@ -288,7 +289,8 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
 
 
 def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:
-    return spec.calibration or str(summary.calibration.get("source", DEMO_TEXT))
+    stated = str(summary.calibration.get("source", DEMO_TEXT))
+    return stated if spec.calibration is None else spec.calibration
 
 
 def _bos_of(calibration: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def test_arguments_of_calls_become_objects_and_tools_are_handed_over(tokenizer: 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: 'roles must alternate'"),
         ("{{ messages[9].content }}", "UndefinedError"),
         ("{% for", "TemplateSyntaxError"),
         ("{{ messages.append(1) }}", "SecurityError"),

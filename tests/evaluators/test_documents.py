@@ -108,7 +108,7 @@ def test_strings_that_are_not_read_are_told_once(
     record = {"id": "1", "system_prompt": "s", "question": ASKED, "response": TOLD, "context": "c"}
     read(tmp_path, tokenizer, record, record)
     assert [r.message.partition(": ")[2] for r in caplog.records] == [
-        "read question and response, not system_prompt"
+        "read question and response, not 'system_prompt'"
     ]
 
 

@@ -246,6 +246,8 @@ def test_configuration_of_other_weights_is_warned_of(
         (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
         (INT4, {"device": "quantum"}, ModelError, "quantum"),
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
+        (INT4, {"calibration": ""}, DataError, "source ''"),
+        (INT4, {"bos": ""}, DataError, "--bos '' is not known"),
         (INT4, {"bos": "on"}, DataError, "--bos 'on' is not known"),
         (INT4, {"n_calibration": 100_000}, DataError, "too short"),
         (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
