@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
-from alphaquant.cli.options import Debug, Device, Dtype, Shots, TaskData
+from alphaquant.cli.options import Bos, Debug, Device, Dtype, Shots, TaskData
 
 Model = Annotated[str, typer.Option(help="Packed checkpoint, local directory, hub id, or demo.")]
 Reference = Annotated[
@@ -52,6 +52,7 @@ def command(
     samples: Samples = 64,
     seq_len: SeqLen = None,
     seed: Seed = 0,
+    bos: Bos = "auto",
     batch_size: BatchSize = 8,
     shots: Shots = None,
     limit: Limit = None,
@@ -76,6 +77,7 @@ def command(
             n_samples=samples,
             seq_len=seq_len,
             seed=seed,
+            bos=bos,
             device=device,
             dtype=dtype,
             batch_size=batch_size,

@@ -13,6 +13,13 @@ Dtype = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Beginning-of-text token in front of windows and prompts: auto (as the tokenizer "
+        "starts a text), always, never."
+    ),
+]
 Blocksize = Annotated[
     int | None,
     typer.Option(min=1, help="GPTQ columns per lazy update, speed only; default 32."),

@@ -67,6 +67,13 @@ Seed = Annotated[
     int | None,
     typer.Option(min=0, help="Seed of the windows; default what the configuration says, else 0."),
 ]
+Bos = Annotated[
+    str | None,
+    typer.Option(
+        help="Beginning-of-text token in front of windows: auto (as the tokenizer starts a text), "
+        "always, never; default what the configuration says, else auto."
+    ),
+]
 Sequential = Annotated[
     bool | None,
     typer.Option(
@@ -104,6 +111,7 @@ def command(
     calibration_samples: NCalibration = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
+    bos: Bos = None,
     percdamp: PercDamp = None,
     blocksize: Blocksize = None,
     scale_search: ScaleSearch = None,
@@ -154,6 +162,7 @@ def command(
             n_calibration=calibration_samples,
             seq_len=seq_len,
             seed=seed,
+            bos=bos,
             device=device,
             dtype=dtype,
             model_type=model_type,

@@ -9,6 +9,7 @@ from alphaquant.cli.console import Bars, application, quiet_libraries, reported,
 from alphaquant.cli.options import (
     ActOrder,
     Blocksize,
+    Bos,
     Debug,
     Device,
     Dtype,
@@ -185,6 +186,7 @@ def command(
     evaluation_samples: NEvaluation = 48,
     heldout_samples: NHeldout = 64,
     seq_len: SeqLen = None,
+    bos: Bos = "auto",
     sampler: Sampler = "tpe",
     storage: Storage = None,
     study: Study = "aq-search",
@@ -240,6 +242,7 @@ def command(
                 n_evaluation=evaluation_samples,
                 n_heldout=heldout_samples,
                 seq_len=seq_len,
+                bos=bos,
             ),
             scores=ScoreSpec(
                 objectives=objectives,

@@ -9,6 +9,7 @@ from alphaquant.cli.console import Bars, application, quiet_libraries, reported,
 from alphaquant.cli.options import (
     ActOrder,
     Blocksize,
+    Bos,
     Debug,
     Device,
     Dtype,
@@ -57,6 +58,7 @@ def command(
     calibration: Calibration = None,
     calibration_samples: NCalibration = 128,
     seq_len: SeqLen = None,
+    bos: Bos = "auto",
     seed: Seed = 0,
     cache: Cache = None,
     device: Device = "auto",
@@ -91,6 +93,7 @@ def command(
             calibration=DataSpec.calibration if calibration is None else calibration,
             n_calibration=calibration_samples,
             seq_len=seq_len,
+            bos=bos,
             seed=seed,
             quant=quant_settings(
                 method=method,

@@ -8,20 +8,25 @@ by `texts.py`. It runs no model and keeps no cache. Sources:
     demo:code                 embedded Python sources of the request's role
     wikitext2, c4             from the Hugging Face hub (library `datasets`), the role's part
     path.txt, .md, .raw       any UTF-8 text, as it is
-    path.jsonl, .json         one object per line; documents are joined by the tokenizer's eos
+    path.jsonl, .json         one object per line, or one array of them: texts, conversations or
+                              pairs, see `documents.py`; each text ends in the tokenizer's eos
     path.npy, .safetensors    token ids, flat or [n, T]; rows are concatenated (tensor `tokens`)
     a,b  or  a=0.7,b=0.3      several of them, in equal or in the stated shares of the windows
 
 A known name wins over a file of the same name; write `./c4` for the file.
 
-Letters: N windows, T tokens per window.
+Windows start as the tokenizer starts a text: with its beginning-of-text token where it puts one
+(Llama, Gemma, Mistral), with the text where it puts none (Qwen3, OLMoE). For T = 4 and the text
+a b c d e f g h i that is [bos a b c] [bos d e f] [bos g h i], or [a b c d] [e f g h].
+
+Letters: N windows, T tokens per window, P of them in front of every window (0 or 1, seldom 2).
 """
 
 import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +35,8 @@ import torch
 from numpy.typing import NDArray
 
 from alphaquant.errors import DataError
-from alphaquant.evaluators.texts import ROLES, Tokenizer, Tokens, open_source
+from alphaquant.evaluators.texts import ROLES, existing_path, find_source, open_source
+from alphaquant.evaluators.tokens import Tokenizer, Tokens, check_bos, starting_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ class TextRequest:
         n_samples: windows to draw, N >= 1.
         seq_len: tokens per window, T >= 1.
         seed: of the draw, 0 <= seed < 2**63.
+        bos: what windows start with, one of `tokens.BOS_MODES`.
 
     Raises:
         DataError: a value outside these ranges.
@@ -62,6 +69,7 @@ class TextRequest:
     n_samples: int
     seq_len: int
     seed: int
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -72,6 +80,7 @@ class TextRequest:
                 raise DataError(f"{name}={value} asked; it starts at 1; give a positive integer")
         if not 0 <= self.seed < 2**63:
             raise DataError(f"seed={self.seed} asked; 0 to 2**63 - 1 is possible; change the seed")
+        check_bos(self.bos)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class TokenSet:
         seed: of the draw.
         digest: `token_digest(tokens)`.
         domains: the source of each window, N names: `a=0.7,b=0.3` has domains `a` and `b`.
+        bos: token ids that every window starts with and that are not of the text, P of them.
     """
 
     name: str
@@ -95,8 +105,9 @@ class TokenSet:
     seed: int
     digest: str
     domains: tuple[str, ...]
+    bos: tuple[int, ...] = ()
 
-    def provenance(self) -> dict[str, str | int | dict[str, int]]:
+    def provenance(self) -> dict[str, str | int | list[int] | dict[str, int] | None]:
         """What a report keeps about the data: windows per domain, no tokens; ready for JSON."""
         n_samples, seq_len = self.tokens.shape
         return {
@@ -107,6 +118,7 @@ class TokenSet:
             "n_available": self.n_available,
             "seed": self.seed,
             "digest": self.digest,
+            "bos": list(self.bos) or None,
             "domains": dict(Counter(self.domains)),
         }
 
@@ -128,8 +140,9 @@ def token_digest(tokens: torch.Tensor) -> str:
 def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
     """Read a source and draw windows from it.
 
-    The text is tokenized without special tokens and cut into floor(tokens / T) windows; the
-    N first of a seeded permutation are taken, in the order of the text. Several sources follow
+    The text is tokenized without special tokens and cut into windows: pieces of T - P tokens with
+    the P tokens in front that `bos` asks for (a piece that has them already keeps its own). The N
+    first of a seeded permutation are taken, in the order of the text. Several sources follow
     each other in the order in which they were named. Text is tokenized in pieces of about 2**20
     characters cut at line breaks, so that memory stays bounded; at a cut a token or two can differ
     from tokenizing the whole. Of a long source only the beginning is used, see `READ_FACTOR`.
@@ -146,9 +159,15 @@ def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
     """
     shares = _parse_source(request.source)
     counts = _split_windows(request.n_samples, shares)
+    bos = starting_tokens(tokenizer, request.bos)
+    if len(bos) >= request.seq_len:
+        raise DataError(
+            f"windows of {request.seq_len} tokens asked, and this tokenizer starts a text with "
+            f"{len(bos)}; raise --seq-len, or give --bos never"
+        )
     drawn, n_available = [], 0
     for name, count in counts.items():
-        windows = _read_windows(name, count, request, tokenizer)
+        windows = _read_windows(name, count, request, tokenizer, bos)
         n_available += len(windows)
         generator = torch.Generator().manual_seed(request.seed)
         order = torch.randperm(len(windows), generator=generator)
@@ -163,6 +182,7 @@ def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
         seed=request.seed,
         digest=token_digest(tokens),
         domains=tuple(name for name, count in counts.items() for _ in range(count)),
+        bos=bos,
     )
 
 
@@ -185,7 +205,8 @@ def check_disjoint(a: TokenSet, b: TokenSet) -> None:
 
     Compares every run of `SHARED_RUN` consecutive tokens inside a window of `a`, at any offset,
     with every one of `b`; where windows are shorter than that, whole windows of the shorter set.
-    So shifted copies are found, and quotations shorter than 64 tokens are allowed. Both sets must
+    So shifted copies are found, and quotations shorter than 64 tokens are allowed. What windows
+    start with beside the text does not count. Both sets must
     come from the same tokenizer, else nothing can be found.
 
     Args:
@@ -195,8 +216,9 @@ def check_disjoint(a: TokenSet, b: TokenSet) -> None:
     Raises:
         DataError: they share an identical window or a run of tokens.
     """
-    run = min(SHARED_RUN, a.tokens.shape[1], b.tokens.shape[1])
-    hashes_a, hashes_b = _run_hashes(a.tokens, run), _run_hashes(b.tokens, run)
+    of_a, of_b = a.tokens[:, len(a.bos) :], b.tokens[:, len(b.bos) :]
+    run = min(SHARED_RUN, of_a.shape[1], of_b.shape[1])
+    hashes_a, hashes_b = _run_hashes(of_a, run), _run_hashes(of_b, run)
     shared = np.intersect1d(hashes_a, hashes_b)
     if not shared.size:
         return
@@ -206,6 +228,32 @@ def check_disjoint(a: TokenSet, b: TokenSet) -> None:
         f"{run} tokens are in both (windows {row_a} and {row_b} share one); calibration, search "
         "and held-out text must be disjoint; give another source, part or seed for one of them"
     )
+
+
+def check_sources(sources: Mapping[str, str], bos: str = "auto") -> None:
+    """Refuse what can be told of texts before a model is loaded and they are read.
+
+    Two roles that read one file would draw the same windows of it; copies are found later, by
+    `check_disjoint`.
+
+    Args:
+        sources: role -> source, both as in `TextRequest`.
+        bos: as in `TextRequest`.
+
+    Raises:
+        DataError: a source that does not exist or cannot be read, or a file of two roles.
+    """
+    check_bos(bos)
+    roles: dict[Path, str] = {}
+    for role, source in sources.items():
+        for name in _parse_source(source):
+            path = find_source(name, role)
+            if path is not None and roles.setdefault(path.resolve(), role) != role:
+                raise DataError(
+                    f"{roles[path.resolve()]} text and {role} text overlap: both read "
+                    f"{str(path)!r}; calibration, search (--evaluation) and held-out text must be "
+                    "disjoint; give another file for one of them"
+                )
 
 
 def _run_hashes(tokens: torch.Tensor, run: int) -> NDArray[np.uint64]:
@@ -235,7 +283,7 @@ def _parse_source(source: str) -> dict[str, float]:
 
     Without shares all are equal; shares are relative, so `a=7,b=3` means the same.
     """
-    if source.strip() and Path(source).expanduser().exists():  # a path may contain , and =
+    if existing_path(source) is not None:  # a path may contain , and =
         return {source: 1.0}
     parts = [_parse_share(part.strip()) for part in source.split(",")]
     names = [name for name, _ in parts]
@@ -281,20 +329,43 @@ def _split_windows(n_samples: int, shares: dict[str, float]) -> dict[str, int]:
 
 
 def _read_windows(
-    name: str, count: int, request: TextRequest, tokenizer: Tokenizer
+    name: str, count: int, request: TextRequest, tokenizer: Tokenizer, bos: tuple[int, ...]
 ) -> torch.Tensor:
     """All windows in the beginning of one source, [n_available, T], at least `count`."""
     seq_len = request.seq_len
     max_tokens = max(count * seq_len * READ_FACTOR, MIN_READ_TOKENS)
     tokens = _first_tokens(open_source(name, request.role, tokenizer), max_tokens)
-    n_available = len(tokens) // seq_len
-    if n_available < count:
+    windows = _cut(tokens, seq_len, bos)
+    if len(windows) < count:
         raise DataError(
             f"source {name!r} is too short: {count} windows of {seq_len} tokens asked, its "
-            f"{len(tokens)} tokens make {n_available}; lower the number of samples or their "
+            f"{len(tokens)} tokens make {len(windows)}; lower the number of samples or their "
             "length, or give a longer text"
         )
-    return torch.from_numpy(tokens[: n_available * seq_len]).view(n_available, seq_len)
+    return windows
+
+
+def _cut(tokens: Tokens, seq_len: int, bos: tuple[int, ...]) -> torch.Tensor:
+    """Windows of consecutive tokens with `bos` in front, [n_available, T]; the rest is left.
+
+    A piece that begins with these tokens, as rows of a token file may, does not get them twice.
+    """
+    if not bos:
+        n_windows = len(tokens) // seq_len
+        return torch.from_numpy(tokens[: n_windows * seq_len]).view(n_windows, seq_len)
+    front = np.asarray(bos, dtype=np.int64)  # [P]
+    n_front, n_body = len(bos), seq_len - len(bos)
+    starts, position = [], 0
+    while True:
+        if np.array_equal(tokens[position : position + n_front], front):
+            position += n_front
+        if position + n_body > len(tokens):
+            break
+        starts.append(position)
+        position += n_body
+    columns = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(n_body)  # [n, T - P]
+    fronts = np.tile(front, (len(starts), 1))  # [n, P]
+    return torch.from_numpy(np.concatenate([fronts, tokens[columns]], axis=1))
 
 
 def _first_tokens(pieces: Iterator[Tokens], max_tokens: int) -> Tokens:

@@ -4,7 +4,8 @@ lm-eval builds the prompts, runs the model through its own `HFLM` and aggregates
 the tasks once, fixes and records seeds and versions, and turns results into scores. A score is
 named `<task>.<metric>`, or `<task>.<metric>,<filter>` where the filter is not lm-eval's `none`.
 Groups that aggregate (`mmlu`) give scores of themselves and of their subgroups; what is below them
-stands in the details. No chat template is applied. Library `lm_eval` is optional and slow to
+stands in the details. No chat template is applied. Texts start as the tokenizer starts them, as
+windows of text do, unless `bos` says otherwise. Library `lm_eval` is optional and slow to
 import, so it is imported inside functions. Tasks are found and loaded by `harness_tasks.py`.
 
 Source: https://github.com/EleutherAI/lm-evaluation-harness, release 0.4.13.
@@ -34,6 +35,7 @@ from alphaquant.evaluators.harness_tasks import (
     quiet,
     wanted_scores,
 )
+from alphaquant.evaluators.tokens import check_bos, starting_tokens
 
 SEEDS = {
     "random_seed": 0,
@@ -69,18 +71,21 @@ class HarnessEvaluator:
         request: what was asked for.
     """
 
-    def __init__(self, request: HarnessRequest, tokenizer: Any) -> None:
+    def __init__(self, request: HarnessRequest, tokenizer: Any, bos: str = "auto") -> None:
         """Load the tasks and their documents.
 
         Args:
             request: what to ask for.
             tokenizer: of transformers, the model's; a copy is used, because lm-eval adds padding.
+            bos: what texts start with, one of `tokens.BOS_MODES`.
 
         Raises:
             ConfigError, DataError: as `load_tasks`.
+            DataError: no tokenizer, or one that cannot start texts as asked.
         """
         self.request = request
-        self._tokenizer = copy.deepcopy(tokenizer)
+        self._bos = bos
+        self._tokenizer = _starting(tokenizer, bos)
         self._loaded = load_tasks(request)
         self._wanted = wanted_scores(self._loaded)
 
@@ -135,7 +140,12 @@ class HarnessEvaluator:
         """The model as lm-eval takes it."""
         wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
         size = self.request.batch_size
-        return wrapper(pretrained=subject.model, tokenizer=self._tokenizer, batch_size=size)
+        return wrapper(
+            pretrained=subject.model,
+            tokenizer=self._tokenizer,
+            batch_size=size,
+            add_bos_token=False if self._bos == "never" else None,  # None: as the tokenizer does
+        )
 
     def _details(
         self, found: Mapping[str, Any], facts: Mapping[str, _TaskFacts], max_length: int
@@ -163,9 +173,31 @@ class HarnessEvaluator:
             "batch_size": self.request.batch_size,
             "max_length": max_length,
             "bootstrap_iters": BOOTSTRAP_ITERS,
+            "bos": list(starting_tokens(self._tokenizer, self._bos)) or None,
             **SEEDS,
             "tasks": rows,
         }
+
+
+def _starting(tokenizer: Any, bos: str) -> Any:
+    """A copy of a tokenizer that starts texts as asked; lm-eval itself can only leave it out."""
+    if tokenizer is None:
+        raise DataError(
+            "tasks of lm-eval asked, and the model has no tokenizer; copy the tokenizer's files "
+            "of the original model into its directory"
+        )
+    check_bos(bos)
+    made = copy.deepcopy(tokenizer)
+    if bos == "always":
+        wanted = starting_tokens(made, bos)
+        if starting_tokens(made, "auto") != wanted:
+            made.add_bos_token = True
+        if starting_tokens(made, "auto") != wanted:
+            raise DataError(
+                f"--bos always asked, and a {type(tokenizer).__name__} cannot be told to start "
+                "texts so for lm-eval; give --bos auto, or leave out the tasks of lm-eval"
+            )
+    return made
 
 
 def _score(

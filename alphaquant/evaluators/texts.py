@@ -1,7 +1,8 @@
 """Text sources as streams of token ids: embedded texts, hub data sets, local files.
 
-Finds a source, reads it in pieces and tokenizes them, or checks the token ids that it holds. Cuts
-no windows and draws nothing: that is `data.py`, whose header lists the sources.
+Finds a source, reads it in pieces and tokenizes them, or checks the token ids that it holds. JSON
+files are read by `documents.py`. Cuts no windows and draws nothing: that is `data.py`, whose
+header lists the sources.
 
 Letters: n rows, T tokens per row of a token file.
 """
@@ -9,11 +10,9 @@ Letters: n rows, T tokens per row of a token file.
 import importlib
 import io
 import itertools
-import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,15 @@ from safetensors import SafetensorError, safe_open
 
 from alphaquant import demo
 from alphaquant.errors import DataError
-
-logger = logging.getLogger(__name__)
+from alphaquant.evaluators.documents import read_json
+from alphaquant.evaluators.tokens import (
+    Tokenizer,
+    Tokens,
+    check_ids,
+    encode,
+    not_integers,
+    tokenize_documents,
+)
 
 ROLES = ("calibration", "search", "heldout")
 """What a text is for; the three texts of a study must not overlap, see `check_disjoint`."""
@@ -43,21 +49,16 @@ C4_MAX_DOCUMENTS = 50_000
 CHUNK = 1 << 20
 """Characters of text, or tokens of a token file, that are read and tokenized at once."""
 
-Tokens = NDArray[np.int64]
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a document, None if there is none."""
-
-    def __len__(self) -> int:
-        """Count of token ids, added tokens included."""
-
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        """Token ids of a text; `verbose=False` keeps quiet about its length."""
+OTHER_SUFFIXES = {
+    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip", ".tar"), "unpack it first"),
+    **dict.fromkeys(
+        (".parquet", ".arrow", ".csv", ".tsv"),
+        "write it as JSON lines, as datasets.Dataset.to_json or pandas.DataFrame.to_json(lines="
+        "True, orient='records') do",
+    ),
+    **dict.fromkeys((".pt", ".npz", ".bin", ".pkl"), "save the token ids with numpy.save"),
+}
+"""Suffixes of files that people have and that are not read, and what to do with them."""
 
 
 def open_source(name: str, role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
@@ -75,143 +76,89 @@ def open_source(name: str, role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
         DataError: here if the name is unknown; while reading if the source is unreadable, not to
             be had offline or of another form than its suffix says.
     """
+    path = find_source(name, role)
+    if path is not None:
+        return _read_path(path, tokenizer)
+    return (_read_wikitext2 if name == "wikitext2" else _read_c4)(role, tokenizer)
+
+
+def find_source(name: str, role: str) -> Path | None:
+    """The file of one source, None for those of the hub; nothing is read.
+
+    Args:
+        name: one source of those in the header of `data.py`, without a share.
+        role: one of `ROLES`.
+
+    Raises:
+        DataError: the name is unknown, or no file that can be read.
+    """
     known = {"demo": role, "demo:code": f"code-{role}"}
     known |= {f"demo:{part}": part for part in (*demo.TEXT_PARTS, *demo.CODE_PARTS)}
     if name in known:
-        return _read_path(Path(demo.text_path(known[name])), tokenizer)
-    if name == "wikitext2":
-        return _read_wikitext2(role, tokenizer)
-    if name == "c4":
-        return _read_c4(role, tokenizer)
-    path = Path(name).expanduser()
-    if not name or not path.exists():
+        return Path(demo.text_path(known[name]))
+    if name in ("wikitext2", "c4"):
+        return None
+    path = existing_path(name)
+    if path is None:
         raise DataError(
             f"source {name!r} is neither a known name nor an existing file; known names are "
             f"{', '.join([*known, 'wikitext2', 'c4'])}; a path must exist and end in "
             f"{', '.join(READERS)}"
         )
-    return _read_path(path, tokenizer)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in READERS:
+        return path
+    if path.is_file():
+        what, advice = f"a {suffix or 'suffixless'} file", OTHER_SUFFIXES.get(suffix, "convert it")
+    else:
+        what, advice = "a folder" if path.is_dir() else "no regular file", "name one file"
+    raise DataError(
+        f"source {str(path)!r} is {what}; give a file in {', '.join(READERS)}: {advice}"
+    )
+
+
+def existing_path(name: str) -> Path | None:
+    """The file or folder of a name, None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if name.strip() and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # name too long; unknown ~user; zero character
+        return None
 
 
 def _read_path(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Token pieces of a local file, by its suffix."""
-    reader = READERS.get(path.suffix.lower())
-    if path.is_dir() or reader is None:
-        what = "a folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
-        raise DataError(f"source {str(path)!r} is {what}; give a file in {', '.join(READERS)}")
     try:
-        yield from reader(path, tokenizer)
-    except (OSError, UnicodeDecodeError) as error:
+        yield from READERS[path.suffix.lower()](path, tokenizer)
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"cannot read {str(path)!r}: {error}; texts are UTF-8; check the file and its rights"
+            f"cannot read {str(path)!r}: {error}; texts are UTF-8; convert it, as iconv -f "
+            "UTF-16 -t UTF-8 does, or unpack it if it is packed"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {str(path)!r}: {error}; check the file and its rights"
         ) from error
 
 
 def _read_text(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Token pieces of a text file; a byte order mark is dropped, line ends become newlines."""
     with path.open(encoding="utf-8-sig") as handle:
-        yield from _tokenize_stream(handle, tokenizer)
+        yield from _tokenize_stream(handle, tokenizer, str(path))
 
 
-def _tokenize_stream(handle: TextIO, tokenizer: Tokenizer) -> Iterator[Tokens]:
+def _tokenize_stream(handle: TextIO, tokenizer: Tokenizer, where: str) -> Iterator[Tokens]:
     """Token pieces of running text, cut at the first line break after `CHUNK` characters.
 
     A line longer than `CHUNK` is cut inside.
     """
     while text := handle.read(CHUNK) + handle.readline(CHUNK):
-        yield _encode(text, tokenizer)
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
-    return np.asarray(
-        tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64
-    )
-
-
-def _tokenize_documents(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """Tokens of each document that is not empty, followed by eos (by a blank line without one)."""
-    eos = tokenizer.eos_token_id
-    separator = _encode("\n\n", tokenizer) if eos is None else np.asarray([eos], dtype=np.int64)
-    for text in texts:
-        if text:
-            yield np.concatenate([_encode(text, tokenizer), separator])
-
-
-def _read_json_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """Tokens of a file of JSON objects: field `text`, else token ids, else the first string.
-
-    The first record decides the field; all others must have it. Token ids (`tokens`, `input_ids`)
-    are concatenated as they are, texts are followed by eos.
-    """
-    records = _json_records(path)
-    first = next(records, None)
-    if first is None:
-        return
-    name = _choose_field(path, first[1])
-    values = _field_values(path, itertools.chain([first], records), name)
-    if name in ("tokens", "input_ids"):
-        for number, ids in values:
-            if ids:
-                where = f"{path}, line {number}, field {name!r}"
-                yield _check_ids(np.asarray(ids), tokenizer, where)
-    else:
-        yield from _tokenize_documents((text for _, text in values), tokenizer)
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and objects of a file; blank lines are skipped."""
-    with path.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            yield number, _json_object(line, f"{path}, line {number}")
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    advice = 'write one object per line, as in {"text": "..."}'
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg}; {advice}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is {line.strip()[:40]!r} and not a JSON object; {advice}")
-    return record
-
-
-def _choose_field(path: Path, record: dict[str, Any]) -> str:
-    """The field that holds the documents, decided on the first record."""
-    strings = [name for name, value in record.items() if isinstance(value, str)]
-    for name in ("text", "tokens", "input_ids"):
-        if name in record:
-            return name
-    if not strings:
-        raise DataError(
-            f"{path} has the fields {sorted(record)} and none of them is a text; possible are "
-            "'text', 'tokens', 'input_ids' or any string; rename a field to 'text'"
-        )
-    if len(strings) > 1:
-        logger.warning("%s: no field 'text', reading %r of %s", path, strings[0], strings)
-    return strings[0]
-
-
-def _field_values(
-    path: Path, records: Iterator[tuple[int, dict[str, Any]]], name: str
-) -> Iterator[tuple[int, Any]]:
-    """Line number and value of one field in each record: a string, or a list of integers."""
-    is_ids = name in ("tokens", "input_ids")
-    wanted = "a list of integers" if is_ids else "a string"
-    for number, record in records:
-        value = record.get(name)
-        if is_ids:
-            is_fine = isinstance(value, list) and all(type(item) is int for item in value)
-        else:
-            is_fine = isinstance(value, str)
-        if not is_fine:
+        if "\0" in text:
             raise DataError(
-                f"{path}, line {number}: field {name!r} is {str(value)[:40]!r}; it must be "
-                f"{wanted}, as the first line chose that field; mend the line"
+                f"{where} holds zero bytes, so it is no UTF-8 text; convert it, as iconv -f "
+                "UTF-16 -t UTF-8 does, or give the text that it was made from"
             )
-        yield number, value
+        yield encode(text, tokenizer)
 
 
 def _read_npy(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
@@ -237,7 +184,7 @@ def _read_safetensors(path: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
                 )
             dtype = handle.get_slice("tokens").get_dtype()
             if not dtype.startswith(("I", "U")):
-                raise DataError(_not_integers(str(path), dtype))
+                raise DataError(not_integers(str(path), dtype))
             values = handle.get_tensor("tokens")
     except SafetensorError as error:
         raise DataError(
@@ -250,24 +197,7 @@ def _cut_ids(values: NDArray[Any], tokenizer: Tokenizer, where: str) -> Iterator
     """Flat pieces of an array of token ids in row order."""
     flat = values.reshape(-1)  # [n, T] -> [n * T]
     for start in range(0, flat.size, CHUNK):
-        yield _check_ids(flat[start : start + CHUNK], tokenizer, where)
-
-
-def _check_ids(ids: NDArray[Any], tokenizer: Tokenizer, where: str) -> Tokens:
-    """The ids as int64 if the tokenizer has them all; not empty."""
-    if ids.dtype.kind not in "iu":
-        raise DataError(_not_integers(where, str(ids.dtype)))
-    low, high, n_ids = int(ids.min()), int(ids.max()), len(tokenizer)
-    if low < 0 or high >= n_ids:
-        raise DataError(
-            f"{where} has token ids from {low} to {high}; the tokenizer has 0 to {n_ids - 1}; "
-            "tokenize the text with this model's tokenizer, or give the text itself"
-        )
-    return ids.astype(np.int64)
-
-
-def _not_integers(where: str, dtype: str) -> str:
-    return f"{where} holds values of type {dtype}; token ids are integers up to 64 bits; cast them"
+        yield check_ids(flat[start : start + CHUNK], tokenizer, where)
 
 
 def _read_wikitext2(role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
@@ -275,14 +205,14 @@ def _read_wikitext2(role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
     rows = _hub_texts(
         "wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=WIKITEXT_SPLITS[role]
     )
-    yield from _tokenize_stream(io.StringIO("\n\n".join(rows)), tokenizer)
+    yield from _tokenize_stream(io.StringIO("\n\n".join(rows)), tokenizer, "wikitext2")
 
 
 def _read_c4(role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Tokens of the first documents of one English C4 file, streamed."""
     files = {"train": C4_FILES[role]}
     rows = _hub_texts("c4", "allenai/c4", data_files=files, split="train", streaming=True)
-    yield from _tokenize_documents(itertools.islice(rows, C4_MAX_DOCUMENTS), tokenizer)
+    yield from tokenize_documents(itertools.islice(rows, C4_MAX_DOCUMENTS), tokenizer)
 
 
 def _hub_texts(name: str, *args: str, **options: Any) -> Iterator[str]:
@@ -309,8 +239,8 @@ READERS: dict[str, Callable[[Path, Tokenizer], Iterator[Tokens]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".raw": _read_text,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
+    ".jsonl": read_json,
+    ".json": read_json,
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,
 }

@@ -122,17 +122,40 @@ def load_skeleton(name: str | Path) -> nn.Module:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer that belongs to a model.
+    """The tokenizer that belongs to a model, None where its directory has none.
+
+    Weights can be quantized without one. For a directory without its files transformers makes
+    tokenizers that know nothing but special tokens; those count as none.
 
     Raises:
-        ModelError: none can be found.
+        ModelError: none can be found or read.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # of a file of another form tokenizers says no more than that
+        if _lacks_tokenizer(Path(name)):
+            return None
         raise ModelError(model_problem(name, error)) from error
+    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
+
+
+def _lacks_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory holds no file that a tokenizer is read from."""
+    patterns = ("*token*", "*vocab*", "*merges*", "*.model", "*.tiktoken", "*tekken*", "*spiece*")
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    found = {file.name for pattern in patterns for file in directory.glob(pattern)}
+    return (directory / "config.json").is_file() and not found - settings
+
+
+def tokenizer_missing(name: str | Path) -> str:
+    """What is said where a text is to be read and the model has no tokenizer."""
+    return (
+        f"{name} has no tokenizer, which is needed to read texts and token ids; copy the "
+        "tokenizer's files of the original model into it: tokenizer.json and "
+        "tokenizer_config.json, or tokenizer.model"
+    )
 
 
 def model_problem(name: str | Path, error: Exception) -> str:

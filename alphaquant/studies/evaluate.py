@@ -11,7 +11,7 @@ from torch import nn
 
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
-from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
+from alphaquant.evaluators.data import TextRequest, TokenSet, check_sources
 from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
@@ -25,7 +25,13 @@ from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.sources import DEMO, find_device, model_location, seq_len_of
+from alphaquant.studies.sources import (
+    DEMO,
+    find_device,
+    load_windows,
+    model_location,
+    seq_len_of,
+)
 from alphaquant.studies.tables import aligned
 
 SEQ_LEN = 2048
@@ -44,6 +50,7 @@ class EvaluateSpec:
         n_samples: windows.
         seq_len: tokens per window; None is 256 for the demo, else 2048 or the model's limit.
         seed: of the windows.
+        bos: whether texts start with the tokenizer's beginning of text: `auto`, `always`, `never`.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the computation.
         batch_size: windows per forward pass.
@@ -65,6 +72,7 @@ class EvaluateSpec:
     n_shots: int | None = None
     limit: int | None = None
     task_data: Path | None = None
+    bos: str = "auto"
 
     @property
     def window_tasks(self) -> list[str]:
@@ -244,6 +252,8 @@ def _check(spec: EvaluateSpec) -> str:
             raise ConfigError(
                 f"unknown task {name!r}; possible are {_possible()}; did you mean {near[0]}?"
             )
+    if spec.window_tasks:
+        check_sources({"heldout": spec.data}, spec.bos)
     comparing = [name for name in spec.window_tasks if TASKS[name].compares]
     if comparing and spec.reference is None:
         raise ConfigError(
@@ -284,7 +294,7 @@ def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
         write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
     tokenizer = load_tokenizer(model_location(spec.reference or spec.model))
     request = HarnessRequest(tasks, local, spec.n_shots, spec.limit, spec.batch_size)
-    return HarnessEvaluator(request, tokenizer)
+    return HarnessEvaluator(request, tokenizer, spec.bos)
 
 
 def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:
@@ -295,8 +305,8 @@ def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         asked = SEQ_LEN if limit is None else min(SEQ_LEN, int(limit))
     seq_len = seq_len_of(name, model, asked)
-    request = TextRequest(spec.data, "heldout", spec.n_samples, seq_len, spec.seed)
-    return load_tokens(request, load_tokenizer(model_location(name)))
+    request = TextRequest(spec.data, "heldout", spec.n_samples, seq_len, spec.seed, spec.bos)
+    return load_windows(request, name, model, load_tokenizer(model_location(name)))
 
 
 def _choose(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaquant.evaluators.data import TokenSet
+from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.evaluators.expert_sensitivity import (
     ExpertSensitivity,
     SensitiveExpert,
@@ -45,6 +45,7 @@ class SensitivitySpec:
         calibration: text for Hessians and costs.
         n_calibration: windows of it.
         seq_len: tokens per window; None as in `DataSpec`.
+        bos: what windows start with, as in `DataSpec`.
         seed: of windows and drawn labels.
         n_draws: labels drawn per position.
         quant: how matrices are quantized.
@@ -59,6 +60,7 @@ class SensitivitySpec:
     calibration: str = DataSpec.calibration
     n_calibration: int = DataSpec.n_calibration
     seq_len: int | None = None
+    bos: str = "auto"
     seed: int = 0
     n_draws: int = 1
     quant: QuantSettings = QuantSettings()
@@ -103,12 +105,19 @@ def measure_expert_sensitivity(
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     names = measured_formats(spec.format, spec.against)
+    check_sources({"calibration": spec.calibration}, spec.bos)
     progress("load", 0, 1)
     source = load_source(spec.model, find_device(spec.device), spec.dtype)
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
     calibration = read_text(
-        source, spec.calibration, "calibration", spec.n_calibration, spec.seq_len, spec.seed
+        source,
+        spec.calibration,
+        "calibration",
+        spec.n_calibration,
+        spec.seq_len,
+        spec.seed,
+        spec.bos,
     )
     progress("load", 1, 1)
     bank = fill_source_bank(source, calibration, names, spec.quant, spec.cache, progress)

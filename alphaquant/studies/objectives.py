@@ -137,12 +137,13 @@ def check_scores(spec: ScoreSpec) -> None:
         )
 
 
-def plan_scores(spec: ScoreSpec, tokenizer: Any) -> ScorePlan:
+def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan:
     """Find every name.
 
     Args:
         spec: what was asked for, see `check_scores`.
         tokenizer: of transformers, the model's.
+        bos: what texts of lm-eval's tasks start with, as in `DataSpec`.
 
     Raises:
         ConfigError, DataError: a name that does not exist, lm-eval's tasks without lm-eval or
@@ -151,7 +152,7 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any) -> ScorePlan:
     objectives, reported = split_names(spec.objectives)[2:], split_names(spec.reported)
     evaluators = {name: _evaluator_of(name) for name in (*objectives, *reported)}
     tasks = tuple(name.partition(".")[0] for name, found in evaluators.items() if found is None)
-    harness = _harness(spec, tuple(dict.fromkeys(tasks)), tokenizer) if tasks else None
+    harness = _harness(spec, tuple(dict.fromkeys(tasks)), tokenizer, bos) if tasks else None
     latency = None
     if spec.latency_table is not None:
         latency = LatencyEvaluator(read_latency_table(Path(spec.latency_table)))
@@ -229,7 +230,9 @@ def _metric(name: str, harness: HarnessEvaluator | None) -> Metric:
     return found
 
 
-def _harness(spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Any) -> HarnessEvaluator:
+def _harness(
+    spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Any, bos: str
+) -> HarnessEvaluator:
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         local = None
         if spec.task_data is not None:
@@ -237,4 +240,4 @@ def _harness(spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Any) -> Harness
             local.mkdir()
             write_mmlu_tasks(Path(spec.task_data), [*filter(is_mmlu, tasks)], local)
         request = HarnessRequest(tasks, local, spec.n_shots, spec.task_limit)
-        return HarnessEvaluator(request, tokenizer)
+        return HarnessEvaluator(request, tokenizer, bos)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError, StoreError
-from alphaquant.evaluators.data import TokenSet
+from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.quant.architectures import AUTO, check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed
@@ -48,10 +48,11 @@ class QuantizeSpec:
         quant: fields of `QuantSettings` to change; absent ones, and None, are what the
             configuration's summary says, else their defaults.
         calibration: text; None for what the summary says, else the default of a search. Likewise
-            the three that follow.
+            the four that follow.
         n_calibration: windows.
         seq_len: tokens per window.
         seed: of the windows.
+        bos: what they start with: `auto`, `always` or `never`.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the computation.
         model_type: what the model is to be called, see `alphaquant.quant.architectures`; `auto`
@@ -68,6 +69,7 @@ class QuantizeSpec:
     n_calibration: int | None = None
     seq_len: int | None = None
     seed: int | None = None
+    bos: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     model_type: str = AUTO
@@ -115,6 +117,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     check_architecture(spec.model_type)
     device = find_device(spec.device)
     _check_target(spec.out, overwrite=spec.overwrite)
+    if settings.method == "gptq":
+        text, bos = _calibration_text(spec, summary), "auto" if spec.bos is None else spec.bos
+        check_sources({"calibration": text}, bos)
     progress("load", 0, 1)
     source = load_source(spec.model, device, spec.dtype)
     architecture = choose_architecture(source.map.model, spec.model_type)
@@ -267,19 +272,32 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
     found = summary.calibration
     tokens = read_text(
         source,
-        spec.calibration or found.get("source", DEMO_TEXT),
+        _calibration_text(spec, summary),
         "calibration",
         spec.n_calibration or found.get("n_samples", 128),
         spec.seq_len or found.get("seq_len"),
         found.get("seed", 0) if spec.seed is None else spec.seed,
+        _bos_of(found) if spec.bos is None else spec.bos,
     )
-    asked = (spec.calibration, spec.n_calibration, spec.seq_len, spec.seed)
-    if found.get("digest") not in (None, tokens.digest) and asked == (None, None, None, None):
+    asked = (spec.calibration, spec.n_calibration, spec.seq_len, spec.seed, spec.bos)
+    if found.get("digest") not in (None, tokens.digest) and set(asked) == {None}:
         raise ConfigError(
             f"{spec.config} was searched with other calibration text than {tokens.name} gives "
             "now; give --calibration to use this text, or restore the file"
         )
     return tokens
+
+
+def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:
+    stated = str(summary.calibration.get("source", DEMO_TEXT))
+    return stated if spec.calibration is None else spec.calibration
+
+
+def _bos_of(calibration: Mapping[str, Any]) -> str:
+    """What the windows of a summary start with; those of older versions did with the text."""
+    if "bos" not in calibration:
+        return "never" if "digest" in calibration else "auto"
+    return "always" if calibration["bos"] else "never"
 
 
 def _activations(plan: Plan) -> dict[str, Format]:

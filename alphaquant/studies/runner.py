@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 
+from alphaquant.evaluators.data import check_sources
 from alphaquant.evaluators.sensitivity import rare_matrices
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.provenance import device_facts, versions
@@ -138,6 +139,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_allocator(spec.allocator)
     check_constrained(spec)
     check_scores(spec.scores)
+    check_sources(spec.data.sources, spec.data.bos)
     device = find_device(spec.device)
     if spec.storage is not None:
         check_storage(spec.storage)

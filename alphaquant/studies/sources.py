@@ -11,7 +11,7 @@ from torch import nn
 from alphaquant import demo
 from alphaquant.errors import DataError, ModelError
 from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
-from alphaquant.quant.loading import load_model, load_tokenizer
+from alphaquant.quant.loading import load_model, load_tokenizer, tokenizer_missing
 from alphaquant.quant.models import map_model, weights_digest
 from alphaquant.quant.sites import ModelMap
 
@@ -27,7 +27,7 @@ class Source:
     Attributes:
         name: as asked for.
         map: the model and its matrices.
-        tokenizer: of transformers.
+        tokenizer: of transformers; None where the model's directory has none.
         digest: sha256 of the weights.
     """
 
@@ -109,7 +109,13 @@ def seq_len_of(name: str, model: nn.Module, asked: int | None) -> int:
 
 
 def read_text(
-    source: Source, text: str, role: str, n_samples: int, seq_len: int | None, seed: int
+    source: Source,
+    text: str,
+    role: str,
+    n_samples: int,
+    seq_len: int | None,
+    seed: int,
+    bos: str = "auto",
 ) -> TokenSet:
     """Token windows of one text for a model.
 
@@ -120,12 +126,43 @@ def read_text(
         n_samples: windows.
         seq_len: tokens per window; None as in `seq_len_of`.
         seed: of the draw.
+        bos: what windows start with: `auto`, `always` or `never`.
 
     Raises:
-        DataError: the text cannot be found or is too short.
+        DataError: the text cannot be found, is too short or of another vocabulary.
+        ModelError: the model has no tokenizer.
     """
-    length = seq_len_of(source.name, source.map.model, seq_len)
-    return load_tokens(TextRequest(text, role, n_samples, length, seed), source.tokenizer)
+    model = source.map.model
+    length = seq_len_of(source.name, model, seq_len)
+    request = TextRequest(text, role, n_samples, length, seed, bos)
+    return load_windows(request, source.name, model, source.tokenizer)
+
+
+def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: Any) -> TokenSet:
+    """Token windows that a model can read.
+
+    Args:
+        request: source, role, number and length of the windows.
+        name: of the model.
+        model: the model.
+        tokenizer: its tokenizer, None if it has none.
+
+    Raises:
+        DataError: the text cannot be found, is too short or of another vocabulary.
+        ModelError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ModelError(tokenizer_missing(name))
+    found = load_tokens(request, tokenizer)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    highest, n_ids = int(found.tokens.max()), int(embedding.weight.shape[0])
+    if highest >= n_ids:
+        raise DataError(
+            f"{found.role} text {found.name!r} has token id {highest}, and {name} embeds the ids "
+            f"0 to {n_ids - 1}; its tokenizer, of {len(tokenizer)} ids, is that of another model: "
+            "copy the tokenizer's files of this one into its directory"
+        )
+    return found
 
 
 def cache_dir(asked: Path | None) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import BudgetError, ConfigError
+from alphaquant.evaluators.texts import ROLES
+from alphaquant.evaluators.tokens import BOS_MODES
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.budget import parse_budget
@@ -57,6 +59,7 @@ class DataSpec:
         n_evaluation: windows of evaluation text, at least 2 for a standard error.
         n_heldout: windows of held-out text, at least 2.
         seq_len: tokens per window; None for 256 on the demo model, else 1024 or the model's limit.
+        bos: whether texts start with the tokenizer's beginning of text: `auto`, `always`, `never`.
     """
 
     calibration: str = DEMO_TEXT
@@ -66,6 +69,7 @@ class DataSpec:
     n_evaluation: int = 48
     n_heldout: int = 64
     seq_len: int | None = None
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse counts that make no sense.
@@ -77,6 +81,14 @@ class DataSpec:
         _check_least("n_evaluation", self.n_evaluation, 2)
         _check_least("n_heldout", self.n_heldout, 2)
         _check_least("seq_len", self.seq_len, 2)
+        if self.bos not in BOS_MODES:
+            raise ConfigError(f"bos {self.bos!r} is not known; use one of {', '.join(BOS_MODES)}")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Role -> text, as `alphaquant.evaluators.data` calls them."""
+        texts = (self.calibration, self.evaluation, self.heldout)
+        return dict(zip(ROLES, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -211,6 +223,8 @@ class SearchSpec:
         """What decides the sequence of trials, ready for JSON; equal budgets read the same."""
         free = ("trials", "timeout", "out", "cache", "overwrite", "storage", "study")
         found = {k: v for k, v in asdict(self).items() if k not in free}
+        if self.data.bos == "auto":  # as studies of versions without the field
+            del found["data"]["bos"]
         return found | {"budget": parse_budget(self.budget).canonical}
 
 

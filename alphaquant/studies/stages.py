@@ -104,9 +104,9 @@ def load_inputs(spec: SearchSpec, source: Source) -> Inputs:
         ConfigError: a score that does not exist.
         DataError: a text cannot be found, is too short or overlaps with another.
     """
-    data, scores = spec.data, plan_scores(spec.scores, source.tokenizer)
+    data, scores = spec.data, plan_scores(spec.scores, source.tokenizer, spec.data.bos)
     texts = [
-        read_text(source, text, role, n_samples, data.seq_len, spec.seed)
+        read_text(source, text, role, n_samples, data.seq_len, spec.seed, data.bos)
         for text, role, n_samples in (
             (data.calibration, "calibration", data.n_calibration),
             (data.evaluation, "search", data.n_evaluation),

@@ -53,7 +53,18 @@ SEARCH = (
     *("--trials", "7", "--timeout", "9.5", "--seed", "3", "--sampler", "gp"),
     *("--calibration", "a", "--evaluation", "b", "--heldout", "c"),
     *("--calibration-samples", "4", "--evaluation-samples", "5", "--heldout-samples", "6"),
-    *("--seq-len", "64", "--storage", "sqlite:///s", "--study", "t", "--out", "o"),
+    *(
+        "--seq-len",
+        "64",
+        "--bos",
+        "never",
+        "--storage",
+        "sqlite:///s",
+        "--study",
+        "t",
+        "--out",
+        "o",
+    ),
     *("--cache", "k", "--device", "cpu", "--dtype", "bfloat16", "--overwrite"),
 )
 
@@ -77,7 +88,7 @@ def test_options_of_search(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             trials=7,
             timeout=9.5,
             seed=3,
-            data=DataSpec("a", "b", "c", 4, 5, 6, 64),
+            data=DataSpec("a", "b", "c", 4, 5, 6, 64, "never"),
             quant=SETTINGS,
             sampler="gp",
             storage="sqlite:///s",
@@ -106,7 +117,7 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         *("--model", "m", "--config", "c", "--out", "o", *QUANT),
         *("--calibration", "a", "--calibration-samples", "4", "--seq-len", "64", "--seed", "3"),
         *("--device", "cpu", "--dtype", "bfloat16", "--strict", "--overwrite"),
-        *("--sequential", "--model-type", "olmoe"),
+        *("--sequential", "--model-type", "olmoe", "--bos", "always"),
     )
     run("aq-quantize", "--model", "m", "--config", "c", "--out", "o")
     expected = [replace(SETTINGS, sequential=True), QuantSettings()]
@@ -119,6 +130,7 @@ def test_options_of_quantize(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         n_calibration=4,
         seq_len=64,
         seed=3,
+        bos="always",
         device="cpu",
         dtype="bfloat16",
         model_type="olmoe",
@@ -158,9 +170,9 @@ def test_options_of_evaluate(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "aq-eval",
         *("--model", "m", "--reference", "r", "--tasks", "ppl, kl", "--data", "d"),
         *("--samples", "4", "--seq-len", "64", "--seed", "3", "--batch-size", "2"),
-        *("--device", "cpu", "--dtype", "bfloat16"),
+        *("--device", "cpu", "--dtype", "bfloat16", "--bos", "never"),
     )
     run("aq-eval", "--model", "m")
     run("aq-eval", "--model", "m", "--reference", "r")
-    full = EvaluateSpec("m", "r", ("ppl", "kl"), "d", 4, 64, 3, "cpu", "bfloat16", 2)
+    full = EvaluateSpec("m", "r", ("ppl", "kl"), "d", 4, 64, 3, "cpu", "bfloat16", 2, bos="never")
     assert specs == [full, EvaluateSpec("m", tasks=("ppl",)), EvaluateSpec("m", "r")]

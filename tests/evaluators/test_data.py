@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -27,20 +28,29 @@ GOLDEN_DIGEST = "e3baaf76f46a52b64deb442a6cdb9265e329142635d9a9363d2c01ac41271c0
 
 
 class CharTokenizer:
-    """Token id = code point below 255, 0 beyond; counts its calls."""
+    """Token id = code point below 255, 0 beyond; counts its calls without special tokens."""
 
-    def __init__(self, eos_token_id: int | None = EOS) -> None:
+    def __init__(
+        self,
+        eos_token_id: int | None = EOS,
+        start: tuple[int, ...] = (),
+        bos_token_id: int | None = None,
+    ) -> None:
         self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.start = start
         self.n_calls = 0
 
     def __len__(self) -> int:
         return 256
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        assert not add_special_tokens
         assert not verbose
+        ids = [ord(char) if ord(char) < EOS else 0 for char in text]
+        if add_special_tokens:
+            return [*self.start, *ids]
         self.n_calls += 1
-        return [ord(char) if ord(char) < EOS else 0 for char in text]
+        return ids
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +61,9 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
 def load(source: object, n_samples: int = 2, seq_len: int = 4, **options: Any) -> TokenSet:
     tokenizer = options.pop("tokenizer", CharTokenizer())
     role, seed = options.pop("role", "calibration"), options.pop("seed", 0)
+    bos = options.pop("bos", "auto")
     assert not options, f"unknown options {options}"
-    return load_tokens(TextRequest(str(source), role, n_samples, seq_len, seed), tokenizer)
+    return load_tokens(TextRequest(str(source), role, n_samples, seq_len, seed, bos), tokenizer)
 
 
 def write(path: Path, text: str) -> Path:
@@ -132,6 +143,7 @@ def test_provenance_is_json_and_says_asked_and_available(tmp_path: Path) -> None
         "n_available": 3,
         "seed": 3,
         "digest": tokens.digest,
+        "bos": None,
         "domains": {str(path): 2},
     }
 
@@ -172,7 +184,7 @@ def test_a_long_text_is_tokenized_in_pieces_that_add_up(tmp_path: Path) -> None:
     text = line * 150 + "a" * (3 * texts.CHUNK)  # ends in a line that is longer than a piece
     tokenizer = CharTokenizer()
     tokens = load(write(tmp_path / "a.txt", text), 1, 1_000, tokenizer=tokenizer)
-    assert tokenizer.n_calls == 2  # each about CHUNK or more, and 2M tokens are enough
+    assert tokenizer.n_calls == 3  # what texts start with, then CHUNK twice: 2M tokens are enough
     assert tokens.n_available == 2_000
     pieces = list(texts._read_path(tmp_path / "a.txt", CharTokenizer()))
     assert [len(piece) > texts.CHUNK for piece in pieces] == [True] * 3
@@ -225,20 +237,12 @@ def test_the_field_of_a_json_record(tmp_path: Path, record: object, tokens: list
     assert all_tokens(path, len(tokens)) == tokens
 
 
-def test_the_choice_among_several_strings_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    record = {"title": "a", "body": "b"}
-    assert all_tokens(write_lines(tmp_path / "a.jsonl", record, record), 4)[0] == ord("a")
-    assert [r.levelname for r in caplog.records if "'title'" in r.message] == ["WARNING"]
-
-
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         pytest.param('{"text": "ab"}\n\n{"text"\n', "line 3 is not JSON", id="broken JSON"),
-        pytest.param('["ab"]\n', r"line 1 is '\[\"ab\"\]'", id="not an object"),
-        pytest.param('{"n": 1}\n', r"fields \['n'\]", id="no string"),
+        pytest.param("5\n", "line 1 is 5 and not a JSON object", id="number"),
+        pytest.param('{"n": 1}\n', "fields 'n' and none", id="no string"),
         pytest.param('{"text": "a"}\n{"body": "b"}\n', "line 2: field 'text'", id="field missing"),
         pytest.param('{"tokens": "abcd"}\n', "list of integers", id="text instead of ids"),
         pytest.param('{"tokens": [1, true]}\n', "list of integers", id="not all integers"),
@@ -411,6 +415,116 @@ def test_shares_that_cannot_be_met(source: str, message: str) -> None:
 def test_a_path_may_contain_commas_and_equal_signs(tmp_path: Path) -> None:
     path = write(tmp_path / "a=0.5,b.txt", "abcdefgh")
     assert load(path).tokens[0].tolist() == [97, 98, 99, 100]
+
+
+def test_a_source_that_is_too_long_for_a_name_is_unknown_or_a_mixture(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a known name nor"):
+        load("x" * 5_000)
+    names = [write(tmp_path / f"{'n' * 100}{i}.txt", "abcd" * 4) for i in range(4)]
+    assert len(load(",".join(map(str, names)), 4).tokens) == 4
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.txt", "a\0b.txt"])
+def test_a_name_that_no_file_can_have_is_unknown(name: str) -> None:
+    with pytest.raises(DataError, match="neither a known name nor"):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("a.jsonl.gz", "unpack it"), ("a.parquet", "JSON lines"), ("a.npz", "numpy.save")],
+)
+def test_other_kinds_of_files_are_refused_with_the_way(
+    tmp_path: Path, name: str, advice: str
+) -> None:
+    with pytest.raises(DataError, match=rf"is a \.\w+ file; give a file in .*: .*{advice}"):
+        load(write(tmp_path / name, "x"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="is no regular file"):
+        load(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_texts_in_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("plain words\n".encode(encoding) * 9)
+    with pytest.raises(DataError, match=r"UTF-8.*iconv -f UTF-16"):
+        load(tmp_path / "a.txt")
+
+
+# The roles of a study
+
+
+def test_two_roles_with_one_file_are_refused_before_it_is_read(files: list[str]) -> None:
+    data.check_sources({"calibration": f"{files[0]},{files[1]}", "search": files[2]})
+    link = Path(files[0]).with_name("link.txt")
+    link.symlink_to(files[0])
+    for source in (files[0], f"{files[2]}=0.5,{link}=0.5"):
+        with pytest.raises(DataError, match=r"calibration text and heldout text overlap: both"):
+            data.check_sources({"calibration": f"{files[0]},{files[1]}", "heldout": source})
+    with pytest.raises(DataError, match="overlap"):
+        data.check_sources({"calibration": "demo", "search": "demo:calibration"})
+    data.check_sources({role: "demo=0.7,demo:code=0.3,c4=1" for role in texts.ROLES})
+
+
+# Beginning of text
+
+BOS = 1
+
+
+def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "abcdefghij")
+    tokens = load(path, n_samples=3, tokenizer=CharTokenizer(start=(BOS,)))
+    assert [bytes(row[1:]) for row in tokens.tokens.tolist()] == [b"abc", b"def", b"ghi"]
+    assert tokens.tokens[:, 0].tolist() == [BOS] * 3
+    assert (tokens.n_available, tokens.provenance()["bos"]) == (3, [BOS])
+
+
+def test_tokenizers_that_put_nothing_give_the_windows_of_before(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "abcdefghij")
+    auto, never = (load(path, bos=bos) for bos in ("auto", "never"))
+    assert auto == never and auto.bos == ()
+    with_start = CharTokenizer(start=(BOS,))
+    assert load(path, bos="never", tokenizer=with_start).digest == auto.digest
+
+
+def test_a_beginning_of_text_can_be_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "abcdefghij")
+    tokens = load(path, bos="always", tokenizer=CharTokenizer(bos_token_id=7))
+    assert tokens.tokens[:, 0].tolist() == [7, 7]
+    with pytest.raises(DataError, match="has no beginning-of-text token.*--bos auto"):
+        load(path, bos="always")
+    with pytest.raises(DataError, match="--bos 'on' is not known; use one of auto, always"):
+        load(path, bos="on")
+
+
+def test_rows_of_a_token_file_that_start_themselves_stay_whole(tmp_path: Path) -> None:
+    rows = np.array([[BOS, 40, 41, 42], [BOS, 50, 51, 52], [BOS, 60, BOS, 62]])
+    np.save(tmp_path / "a.npy", rows)
+    tokens = load(tmp_path / "a.npy", n_samples=3, tokenizer=CharTokenizer(start=(BOS,)))
+    assert tokens.tokens.tolist() == rows.tolist()
+
+
+def test_two_tokens_may_start_a_text_and_must_leave_room(tmp_path: Path) -> None:
+    path, tokenizer = write(tmp_path / "a.txt", "abcd"), CharTokenizer(start=(BOS, 2))
+    assert load(path, seq_len=4, tokenizer=tokenizer).tokens.tolist() == [
+        [BOS, 2, 97, 98],
+        [BOS, 2, 99, 100],
+    ]
+    with pytest.raises(DataError, match="windows of 2 tokens asked.*starts a text with 2"):
+        load(path, seq_len=2, tokenizer=tokenizer)
+
+
+def test_what_windows_start_with_neither_hides_nor_makes_an_overlap() -> None:
+    a = torch.arange(100, 163).view(1, 63)
+    front = torch.tensor([[BOS]])
+    started = replace(token_set(torch.cat([front, a], 1)), bos=(BOS,))
+    shifted = torch.cat([front, torch.tensor([[9] * 7]), a, torch.tensor([[9] * 9])], 1)
+    with pytest.raises(DataError, match="1 runs of 63 tokens"):
+        check_disjoint(started, replace(token_set(shifted), bos=(BOS,)))
+    check_disjoint(started, replace(token_set(torch.cat([front, a + 63], 1)), bos=(BOS,)))
 
 
 # The hub, without one

@@ -165,6 +165,29 @@ def test_random_states_and_tokenizer_are_left_as_they_were(
     assert tokenizer.pad_token is None
 
 
+def test_texts_start_as_asked_in_all_of_lm_eval(files: Path, tiny: Path, model: nn.Module) -> None:
+    tokenizer = load_tokenizer(tiny)
+    bos = tokenizer.bos_token_id
+    for mode in ("auto", "never", "always"):
+        made = HarnessEvaluator(HarnessRequest(("my_choices.yaml",)), tokenizer, mode)
+        lm = made._wrapped(Subject(model))
+        begins = lm.tok_encode("a")[0] == bos, int(lm.tok_batch_encode(["a"])[0][0, 0]) == bos
+        assert begins == (mode == "always",) * 2
+        found = made.evaluate(Subject(model))
+        assert found.details["bos"] == ([bos] if mode == "always" else None)
+    assert tokenizer.encode("a")[0] != bos
+    own = load_tokenizer(tiny)
+    own.add_bos_token = True  # as Llama's
+    for mode in ("auto", "never"):
+        made = HarnessEvaluator(HarnessRequest(("my_choices.yaml",)), own, mode)
+        assert (made._wrapped(Subject(model)).tok_encode("a")[0] == bos) == (mode == "auto")
+
+
+def test_tasks_need_a_tokenizer(files: Path) -> None:
+    with pytest.raises(DataError, match="the model has no tokenizer; copy"):
+        HarnessEvaluator(HarnessRequest(("my_choices.yaml",)), None)
+
+
 def test_packed_model_scores_as_its_weights_do(files: Path, tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"default": {"wq": "int8"}}')

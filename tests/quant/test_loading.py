@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.gptq import quantize_rtn
-from alphaquant.quant.loading import load_model
+from alphaquant.quant.loading import load_model, load_tokenizer
 from alphaquant.quant.models import map_model
 from alphaquant.spaces.formats import parse_format
+from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.models import tiny_model, tiny_tokens
 from alphaquant.testing.packed import save_packed
 
@@ -118,3 +119,29 @@ def test_to_run_it_a_checkpoint_of_another_quantizer_is_left_to_transformers(
     with pytest.raises(ModelError, match="quantized already"):
         load_model(folder)
     assert torch.equal(load_model(folder, quantized=True)(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "kept", [(), ("tokenizer_config.json",)], ids=["no file", "settings alone"]
+)
+def test_a_directory_without_a_vocabulary_has_no_tokenizer(
+    tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    folder = save_tiny(tmp_path / "bare")
+    assert len(load_tokenizer(folder)) == 4096
+    for file in folder.glob("tokenizer*"):
+        if file.name not in kept:
+            file.unlink()
+    assert load_tokenizer(folder) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '{"model": 5}', '{"model": {}}'])
+def test_a_tokenizer_that_cannot_be_read_is_an_error_and_not_none(
+    tmp_path: Path, content: str
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "olmoe"}')
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="broken is a directory, but transformers says"):
+        load_tokenizer(folder)

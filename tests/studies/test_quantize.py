@@ -75,6 +75,40 @@ def test_flags_win_over_the_summary_and_the_summary_over_defaults(
     assert changed["calibration"]["seq_len"] == 16
 
 
+@pytest.mark.parametrize(
+    ("recorded", "flag", "found"),
+    [
+        ({}, None, None),  # auto: the demo's tokenizer puts nothing
+        ({"bos": [0]}, None, [0]),
+        ({"bos": None}, None, None),
+        ({"bos": [0]}, "never", None),
+        ({}, "always", [0]),
+    ],
+)
+def test_windows_start_as_the_flag_then_as_the_summary_says(
+    make: MakeQuantize, recorded: dict[str, Any], flag: str | None, found: object
+) -> None:
+    config = {**INT4, "summary": {"calibration": recorded}}
+    report = report_of(quantize(make(config, bos=flag)).path)
+    assert report["calibration"]["bos"] == found
+
+
+def test_summaries_of_versions_without_bos_give_their_windows(
+    make: MakeQuantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def read(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        raise DataError("read")
+
+    monkeypatch.setattr(studies, "read_text", read)
+    for calibration in ({"digest": "abc"}, {"seed": 1}):
+        with pytest.raises(DataError, match="read"):
+            quantize(make({**INT4, "summary": {"calibration": calibration}}))
+    assert asked == ["never", "auto"]
+
+
 def test_rtn_needs_no_text(make: MakeQuantize) -> None:
     result = quantize(make(INT4, quant={"method": "rtn"}, calibration="nothing.txt"))
     assert report_of(result.path)["calibration"] is None
@@ -212,6 +246,9 @@ def test_configuration_of_other_weights_is_warned_of(
         (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
         (INT4, {"device": "quantum"}, ModelError, "quantum"),
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
+        (INT4, {"calibration": ""}, DataError, "source ''"),
+        (INT4, {"bos": ""}, DataError, "--bos '' is not known"),
+        (INT4, {"bos": "on"}, DataError, "--bos 'on' is not known"),
         (INT4, {"n_calibration": 100_000}, DataError, "too short"),
         (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
         ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "quantization: unknown .* x;"),

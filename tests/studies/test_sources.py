@@ -13,8 +13,10 @@ from alphaquant.studies.sources import (
     find_device,
     load_source,
     model_location,
+    read_text,
     seq_len_of,
 )
+from alphaquant.testing.checkpoints import save_tiny
 
 
 def model_of_length(limit: int | None) -> Any:
@@ -76,6 +78,35 @@ def test_source_says_what_it_is_and_runs_as(tiny: Path) -> None:
     half = load_source(str(tiny), "cpu", "bfloat16")
     assert half.runs_as == "bfloat16-cpu"
     assert half.digest == source.digest
+
+
+def test_a_text_needs_a_tokenizer_and_weights_do_not(tmp_path: Path) -> None:
+    bare = save_tiny(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    source = load_source(str(bare), "cpu", "auto")
+    assert source.tokenizer is None
+    with pytest.raises(ModelError, match=r"bare has no tokenizer.*copy .*tokenizer\.json"):
+        read_text(source, "demo", "search", 1, 8, 0)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", vocab_size=100)
+    source = load_source(str(small), "cpu", "auto")
+    with pytest.raises(
+        DataError, match=r"token id \d+, and .*small embeds the ids 0 to 99; .*4096"
+    ):
+        read_text(source, "demo", "search", 1, 8, 0)
+
+
+def test_windows_of_a_text_start_as_asked(tiny: Path) -> None:
+    source = load_source(str(tiny), "cpu", "auto")
+    auto, never, always = (
+        read_text(source, "demo", "search", 2, 8, 0, bos) for bos in ("auto", "never", "always")
+    )
+    assert auto == never and auto.bos == ()
+    assert always.bos == (source.tokenizer.bos_token_id,)
+    assert always.tokens.shape == (2, 8) and always.digest != auto.digest
 
 
 def test_cache_is_as_asked_then_of_the_environment_then_at_home(
