@@ -24,6 +24,7 @@ from alphaquant.cli.options import (
     StaticGroups,
     TaskData,
 )
+from alphaquant.cli.screen import say, screen_width
 
 _RESUME = "stopped; run the same command again to resume"
 
@@ -211,7 +212,7 @@ def command(
     study.db to --out.
     """
     set_up(debug)
-    with reported(debug, _RESUME):
+    with reported(debug, _RESUME, resumes=True):
         from alphaquant.studies.report import summary_text, trial_line, trial_note
         from alphaquant.studies.runner import search
         from alphaquant.studies.spec import DataSpec, ScoreSpec, SearchSpec, quant_settings
@@ -276,7 +277,7 @@ def command(
                 progress=bars,
                 on_trial=lambda row: bars.note(trial_line(row), trial_note(row)),
             )
-        print(summary_text(result))
+        say(summary_text(result, screen_width()))
 
 
 def main() -> None:
