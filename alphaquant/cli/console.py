@@ -44,6 +44,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "anchor": "costs at the best",
         "scores": "original's scores",
         "polish": "measured exchanges",
+        "evolution": "evolution: passes",
         "gate": "held-out comparison",
         "report": "report",
         "quantize": "quantize",
