@@ -25,6 +25,7 @@ from alphaquant.studies.report_sections import (
     coverage_text,
     domain_text,
     gains_table,
+    model_name,
     origin_of,
     published_table,
     scores_text,
@@ -188,7 +189,7 @@ def report_text(result: SearchResult) -> str:
     """report.md."""
     best = result.folder.path / "best.json"
     parts = [
-        f"# {result.facts['model']} at {result.spec.budget}",
+        f"# {model_name(result.facts['model'])} at {result.spec.budget}",
         winner_text(result) + ".",
         f"Why this one: {why_text(result)}.",
         "## Size of best.json",

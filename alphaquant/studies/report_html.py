@@ -25,6 +25,7 @@ from alphaquant.studies.report_sections import (
     coverage_text,
     domain_text,
     gains_table,
+    model_name,
     published_table,
     scores_text,
     search_text,
@@ -57,7 +58,7 @@ _CAPTIONS = {
 
 def report_html(result: SearchResult) -> str:
     """The whole report as one HTML file."""
-    title = f"{result.facts['model']} at {result.spec.budget}"
+    title = f"{model_name(result.facts['model'])} at {result.spec.budget}"
     shown = figures(result)
     body = [
         f"<header><h1>{escape(title)}</h1>",

@@ -1,6 +1,7 @@
 """The sentences and tables of `report.md`, each from one `SearchResult`."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from alphaquant.studies.gate import SEARCH, Comparison, HeldoutRow
@@ -20,6 +21,16 @@ RARE_TOKENS = 64
 _RARE_SHARE = 0.25
 _LEAST_WHOLE = 1e5
 _N_NAMED = 8
+
+
+def model_name(model: str) -> str:
+    """A model's name without the folders of this machine: `org/name` of the hub, or the last part.
+
+    Worked example: `/home/me/models/olmoe` and `../olmoe` are `olmoe`, `allenai/OLMoE` stays.
+    """
+    parts = [part for part in re.split(r"[/\\\\]", model) if part not in ("", ".", "..", "~")]
+    is_hub_id = model == "/".join(parts) and len(parts) == 2
+    return model if is_hub_id or not parts else parts[-1]
 
 
 def config_name(row: HeldoutRow) -> str:
