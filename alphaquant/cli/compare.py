@@ -8,6 +8,7 @@ import typer
 
 from alphaquant.cli.console import application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug
+from alphaquant.cli.screen import say
 
 First = Annotated[
     Path,
@@ -45,7 +46,7 @@ def command(
         if as_json:
             print(json.dumps(comparison_json(found), indent=1))
         else:
-            print(comparison_text(found, show_all=show_all))
+            say(comparison_text(found, show_all=show_all))
 
 
 def main() -> None:

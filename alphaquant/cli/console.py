@@ -1,12 +1,16 @@
 """What all commands share: progress on stderr, errors in one line, exit codes 0, 1, 2 and 130."""
 
+import inspect
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from importlib.metadata import version
 from types import MappingProxyType, TracebackType
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,8 +23,10 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
+from alphaquant.cli.screen import say
 from alphaquant.errors import AlphaQuantError
 
 STAGES: Mapping[str, str] = MappingProxyType(
@@ -38,6 +44,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "anchor": "costs at the best",
         "scores": "original's scores",
         "polish": "measured exchanges",
+        "evolution": "evolution: passes",
         "gate": "held-out comparison",
         "report": "report",
         "quantize": "quantize",
@@ -50,11 +57,18 @@ _MADE_OF_OTHERS = ("relinearize",)
 """Stages whose steps are other stages and trials: those have the seconds."""
 
 
+_SECONDS_BETWEEN_LINES = 30.0
+"""Without a terminal: how long a stage may be silent before its next step is a line."""
+
+_BAR_WIDTH, _NOTE_WIDTH = 58, 80
+"""Columns of a terminal from which on there is place for the bar itself, and for a note."""
+
+
 class Bars:
-    """One progress bar per stage on a terminal; elsewhere one line when a stage ends.
+    """One progress bar per stage on a terminal; elsewhere lines, a few a minute at most.
 
     A bar has the seconds that its stage took and an estimate of those that are left, see
-    `alphaquant.studies.progress`.
+    `alphaquant.studies.progress`. Counts and times need 49 columns.
     """
 
     def __init__(self) -> None:
@@ -63,16 +77,8 @@ class Bars:
 
         self._times = StageTimes()
         self._console = Console(stderr=True)
-        # 20 + 8 + 7 + 7 + 12 + 21 characters and five spaces are 80.
-        self._progress = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(),
-            _TimeColumn(self._elapsed_text),
-            _TimeColumn(self._remaining_text),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
+        self._progress = Progress(*self._columns(), console=self._console)
+        self._last_line: float | None = None
         self._tasks: dict[str, TaskID] = {}
         self._ended: set[str] = set()
         self._note = ""
@@ -95,14 +101,13 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is; see `alphaquant.quant.bank.Progress`."""
-        self._times.record(stage, done, total, time.monotonic())
+        now = time.monotonic()
+        self._times.record(stage, done, total, now)
         label = STAGES.get(stage, stage)
+        if self._last_line is None:
+            self._last_line = now
         if not self._console.is_terminal:
-            if done == total and stage not in self._ended:
-                self._ended.add(stage)
-                seconds = f", {self._times.seconds[stage]:.1f} s"
-                took = "" if stage in _MADE_OF_OTHERS else seconds
-                print(f"{label}: {done} of {total}{took}", file=sys.stderr)
+            self._print_line(stage, done, total, now)
             return
         if stage not in self._tasks:
             added = self._progress.add_task(label, total=total, note="", stage=stage)
@@ -119,7 +124,36 @@ class Bars:
         """
         self._note = short
         if not self._console.is_terminal:
-            print(line, file=sys.stderr)
+            self._last_line = time.monotonic()
+            say(line, sys.stderr)
+
+    def _columns(self) -> list[ProgressColumn]:
+        """Columns that fit the terminal; with all of them and five spaces a line has 80."""
+        width = self._console.width
+        found: list[ProgressColumn] = [_LabelColumn()]
+        if width >= _BAR_WIDTH:
+            found.append(BarColumn(bar_width=8))
+        found.append(MofNCompleteColumn(table_column=Column(no_wrap=True)))
+        found += [_TimeColumn(self._elapsed_text), _TimeColumn(self._remaining_text)]
+        if width >= _NOTE_WIDTH:
+            found.append(TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)))
+        return found
+
+    def _print_line(self, stage: str, done: int, total: int, now: float) -> None:
+        """A line at the end of a stage, and at a step after a silence."""
+        counts = f"{STAGES.get(stage, stage)}: {done} of {total}"
+        if done >= total:
+            if stage in self._ended:
+                return
+            self._ended.add(stage)
+            seconds = f"{self._times.seconds[stage]:.1f} s"
+            parts = [counts, "" if stage in _MADE_OF_OTHERS else seconds]
+        elif now - (self._last_line or 0.0) >= _SECONDS_BETWEEN_LINES:
+            parts = [counts, self._elapsed_text(stage), self._remaining_text(stage)]
+        else:
+            return
+        self._last_line = now
+        say(", ".join(part for part in parts if part), sys.stderr)
 
     def _elapsed_text(self, stage: str) -> str:
         if stage in _MADE_OF_OTHERS:
@@ -127,17 +161,25 @@ class Bars:
         return duration_text(self._times.elapsed(stage, time.monotonic()))
 
     def _remaining_text(self, stage: str) -> str:
-        seconds = self._times.remaining(stage, time.monotonic())
+        seconds = self._times.remaining_with_others(stage, time.monotonic())
         if seconds is None or stage in _MADE_OF_OTHERS:
             return ""
         return f"{duration_text(seconds)} left"
+
+
+class _LabelColumn(ProgressColumn):
+    """The stage's name; the only column that is cut where counts are longer than usual."""
+
+    def render(self, task: Task) -> Text:
+        """The name, to the left, as wide as the longest."""
+        return Text(f"{task.description:<20}", no_wrap=True, overflow="ellipsis")
 
 
 class _TimeColumn(ProgressColumn):
     """A duration of the task's stage, read anew at every refresh."""
 
     def __init__(self, text_of: Callable[[str], str]) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._text_of = text_of
 
     def render(self, task: Task) -> Text:
@@ -163,7 +205,7 @@ class _CurrentStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        print(self.format(record), file=sys.stderr)
+        say(self.format(record), sys.stderr)
 
 
 def set_up(debug: bool) -> None:
@@ -181,28 +223,62 @@ def set_up(debug: bool) -> None:
 
 
 @contextmanager
-def reported(debug: bool, interrupted: str) -> Iterator[None]:
-    """Turn our errors and those of disks into one line and exit code 1, Ctrl-C into 130.
+def reported(debug: bool, interrupted: str, resumes: bool = False) -> Iterator[None]:
+    """Turn what goes wrong into one line and exit code 1, Ctrl-C into 130.
 
-    Anything else is a bug and keeps its traceback.
+    Our errors say what to do, those of disks what they hit; anything else is a bug of ours, and
+    says so. A reader of stdout that goes away ends a command without a word.
 
     Args:
         debug: let tracebacks through.
         interrupted: what to tell the user after Ctrl-C.
+        resumes: whether the same command goes on where it stopped.
     """
     try:
         yield
-    except AlphaQuantError as error:
-        if debug:
-            raise
-        raise _failed(str(error)) from error
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        print(f"\n{interrupted}", file=sys.stderr)
+        say(f"\n{interrupted}", sys.stderr)
         raise typer.Exit(130) from stop
-    except _disk_errors() as error:
-        if debug:
+    except Exception as error:
+        if debug or isinstance(error, typer.Exit):
             raise
-        raise _failed(f"{error}; nothing is lost: mend this and run the same command") from error
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            raise typer.Exit(1) from error
+        raise _failed(_told(error, resumes)) from error
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more; if so, what is left to write goes nowhere."""
+    try:
+        print(flush=True)  # what could not be written is dropped, so a flush alone says nothing
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _told(error: Exception, resumes: bool) -> str:
+    """An error in one line."""
+    if isinstance(error, AlphaQuantError):
+        return str(error)
+    if isinstance(error, _disk_errors()):
+        again = "mend this and run the same command again"
+        return f"{_disk_text(error)}; {'nothing is lost: ' if resumes else ''}{again}"
+    if isinstance(error, MemoryError):
+        return "this machine has not enough memory; use a larger one, or fewer or shorter windows"
+    first = next(iter(str(error).strip().splitlines()), "")
+    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"this is a bug of AlphaQuant: {said}; run again with --debug and report it"
+
+
+def _disk_text(error: Exception) -> str:
+    """What a disk could not do, with the file where it has one."""
+    files = [getattr(error, name, None) for name in ("filename", "filename2")]
+    named = " and ".join(str(name) for name in files if name is not None)
+    reason = getattr(error, "strerror", None)
+    return f"{named}: {reason}" if named and reason else str(error) or type(error).__name__
 
 
 def quiet_libraries() -> None:
@@ -221,14 +297,46 @@ def quiet_libraries() -> None:
 
 
 def application(command: Callable[..., None]) -> typer.Typer:
-    """A single-command application."""
+    """A single-command application; `--version` is the same in all of them."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
+    app.command()(_with_version(command))
     return app
 
 
+def version_text() -> str:
+    """`aq-search 0.1.0 (torch 2.13.0, transformers 5.23.0)`, without loading any of them."""
+    parts = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"aq-search {version('aq-search')} ({parts})"
+
+
+def _with_version(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `--version` besides its own options."""
+    option = typer.Option(
+        "--version", help="Print the version and end.", is_eager=True, callback=_show_version
+    )
+    signature, keyword = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+    annotation = Annotated[bool, option]
+    added = inspect.Parameter("version", keyword, default=False, annotation=annotation)
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        options.pop("version")
+        command(**options)
+
+    parameters = [p.replace(kind=keyword) for p in signature.parameters.values()]
+    run.__signature__ = signature.replace(parameters=[*parameters, added])  # type: ignore[attr-defined]
+    run.__annotations__ = {**command.__annotations__, "version": annotation}
+    return run
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version_text())
+        raise typer.Exit
+
+
 def _failed(message: str) -> typer.Exit:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}", sys.stderr)
     return typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from alphaquant.cli.console import application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug
+from alphaquant.cli.screen import say
 
 ConfigPath = Annotated[
     Path,
@@ -39,7 +40,7 @@ def command(
 
         quiet_libraries()
         found = inspect_config(config, model)
-        print(json.dumps(inspection_json(found), indent=1) if as_json else inspection_text(found))
+        say(json.dumps(inspection_json(found), indent=1) if as_json else inspection_text(found))
 
 
 def main() -> None:

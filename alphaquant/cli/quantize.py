@@ -21,6 +21,7 @@ from alphaquant.cli.options import (
     ScaleSearch,
     StaticGroups,
 )
+from alphaquant.cli.screen import say
 
 _STOPPED = "stopped; nothing was written"
 
@@ -170,7 +171,7 @@ def command(
             overwrite=overwrite,
         )
         if dry_run:
-            print(studies.plan_text(studies.dry_run(spec)))
+            say(studies.plan_text(studies.dry_run(spec)))
             return
         with Bars() as bars:
             result = studies.quantize(spec, progress=bars)

@@ -25,6 +25,7 @@ from alphaquant.cli.options import (
     StaticGroups,
     TaskData,
 )
+from alphaquant.cli.screen import say, screen_width
 
 _RESUME = "stopped; run the same command again to resume"
 
@@ -46,7 +47,8 @@ Formats = Annotated[
     ),
 ]
 ProfileName = Annotated[
-    str, typer.Option(help="What the result must load in: any, vllm, sglang, transformers.")
+    str,
+    typer.Option(help="What the result must load in: any, kernels, vllm, sglang, transformers."),
 ]
 Mode = Annotated[
     str,
@@ -70,8 +72,9 @@ AllocatorName = Annotated[
     str | None,
     typer.Option(
         "--allocator",
-        help="Run one allocator alone, beside uniform formats: fisher, error, gemq, pmq, alphaq, "
-        "alpha-hill, evolution, ...; all by default.",
+        help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, "
+        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all but random "
+        "and evolution by default.",
     ),
 ]
 MaxFormats = Annotated[
@@ -209,11 +212,11 @@ def command(
 ) -> None:
     """Search number formats for every layer and expert of a model within a budget.
 
-    Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md and
-    study.db to --out.
+    Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md,
+    report.html and study.db to --out.
     """
     set_up(debug)
-    with reported(debug, _RESUME):
+    with reported(debug, _RESUME, resumes=True):
         from alphaquant.studies.report import summary_text, trial_line, trial_note
         from alphaquant.studies.runner import search
         from alphaquant.studies.spec import DataSpec, ScoreSpec, SearchSpec, quant_settings
@@ -279,7 +282,7 @@ def command(
                 progress=bars,
                 on_trial=lambda row: bars.note(trial_line(row), trial_note(row)),
             )
-        print(summary_text(result))
+        say(summary_text(result, screen_width()))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from alphaquant.cli.options import (
     SeqLen,
     StaticGroups,
 )
+from alphaquant.cli.screen import say
 
 _RESUME = "stopped; run the same command again to resume"
 
@@ -81,7 +82,7 @@ def command(
     costs stay in --cache, where aq-search finds them.
     """
     set_up(debug)
-    with reported(debug, _RESUME):
+    with reported(debug, _RESUME, resumes=True):
         from alphaquant.studies import expert_sensitivity as studies
         from alphaquant.studies.spec import DataSpec, quant_settings
 
@@ -114,7 +115,7 @@ def command(
         with Bars() as bars:
             found = studies.measure_expert_sensitivity(spec, progress=bars)
         studies.write_sensitivity(found, out)
-        print(studies.sensitivity_text(found))
+        say(studies.sensitivity_text(found))
 
 
 def main() -> None:

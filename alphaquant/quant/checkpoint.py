@@ -192,7 +192,7 @@ def is_packed(path: str | Path) -> bool:
 def load(
     path: str | Path,
     device: str = "cpu",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     *,
     dequant_cache: str | int = 0,
     kernels: bool | None = None,
@@ -226,6 +226,8 @@ def load(
         raise ModelError(
             f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
         )
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {device} was asked for, and torch finds no CUDA here; use cpu")
     wanted: str | torch.dtype = dtype if dtype == "auto" else named_dtype(dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32

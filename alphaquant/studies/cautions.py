@@ -32,8 +32,8 @@ def _withheld(result: SearchResult) -> str | None:
         return None
     said = "1 point of the front was" if n == 1 else f"{n} points of the front were"
     return (
-        f"{said} withheld, because a uniform format that is no larger is no worse on held-out "
-        "text; that format is published instead."
+        f"{said} withheld, because on held-out text the lead over a uniform format or another "
+        "point of at most the same size is within the noise; that one is published instead."
     )
 
 

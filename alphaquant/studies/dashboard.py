@@ -6,19 +6,22 @@ What is shown is written by the search: see `alphaquant.studies.notes` and
 The pages need nothing from the network: optuna-dashboard brings its scripts and fonts with it.
 """
 
+import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna.artifacts import FileSystemArtifactStore
 from optuna_dashboard import wsgi
 
 from alphaquant.errors import ConfigError, StoreError
+from alphaquant.studies.dashboard_guard import Guarded
 from alphaquant.studies.folder import RunFolder, storage_of
 from alphaquant.studies.storage import our_studies
 from alphaquant.studies.storages import open_storage, shown_url
@@ -83,7 +86,7 @@ def open_dashboard(spec: DashboardSpec) -> Iterator[WSGIServer]:
             )
         # The store makes nothing; a missing directory is an empty one.
         app = wsgi(storage, FileSystemArtifactStore(artifacts))
-        with _listening(spec, app) as server:
+        with _listening(spec, Guarded(app, spec.host)) as server:
             yield server
 
 
@@ -99,6 +102,10 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A request that could not be answered, such as one whose browser went away."""
+        logger.debug("request of %s failed", client_address, exc_info=sys.exc_info())
+
 
 class _Quiet(WSGIRequestHandler):
     """Requests are logged for debugging only; the page asks every few seconds."""
@@ -106,6 +113,20 @@ class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """One line per request."""
         logger.debug(format, *args)
+
+    def get_stderr(self) -> TextIO:
+        """Where the server and its application write tracebacks of bad requests."""
+        return _DebugLog()
+
+
+class _DebugLog(io.StringIO):
+    """A stream whose lines are logged for debugging."""
+
+    def write(self, text: str) -> int:
+        """Log a text."""
+        if text.strip():
+            logger.debug("%s", text.rstrip())
+        return len(text)
 
 
 def _listening(spec: DashboardSpec, app: Any) -> WSGIServer:

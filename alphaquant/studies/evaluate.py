@@ -23,6 +23,7 @@ from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import is_packed, load
 from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
+from alphaquant.studies.field_types import check_types
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import (
@@ -73,6 +74,14 @@ class EvaluateSpec:
     limit: int | None = None
     task_data: Path | None = None
     bos: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check_types(self)
 
     @property
     def window_tasks(self) -> list[str]:

@@ -14,6 +14,7 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.units import Inventory
 from alphaquant.studies.bitmaps import bits_by_role
+from alphaquant.studies.commands import quantize_command
 from alphaquant.studies.folder import CONFIG_FILE
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
@@ -182,4 +183,4 @@ def _limits_text(spec: SearchSpec) -> str:
 
 
 def _quantize_text(spec: SearchSpec) -> str:
-    return f"aq-quantize --model {spec.model} --config {CONFIG_FILE} --out DIR"
+    return quantize_command(spec.model, CONFIG_FILE)

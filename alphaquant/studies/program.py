@@ -313,13 +313,43 @@ def run_polish(run: Run) -> None:
     found = polish(
         run.problem,
         run.surrogate,
-        run.truth,
+        _CountedTruth(run.truth, lambda n: run.clock("polish", n, settings.n_evaluations)),
         run.best_choice(),
         run.proposer.limit_bits,
         settings,
     )
     run.clock("polish", settings.n_evaluations, settings.n_evaluations)
     run.fixed(Proposal(run.proposer.spread(found.choice), "polish"))
+
+
+@dataclass
+class _CountedTruth:
+    """The truth, told which candidate is measured.
+
+    Attributes:
+        truth: measures.
+        tell: called with the candidates that were measured before, the start left out.
+    """
+
+    truth: ChoiceTruth
+    tell: Callable[[int], None]
+    _seen: set[bytes] = field(default_factory=set)
+
+    @property
+    def n_windows(self) -> int:
+        """See `alphaquant.search.sweep.Truth`."""
+        return self.truth.n_windows
+
+    def measure(self, choice: IntArray, n_windows: int) -> FloatArray:
+        """Measure, and tell where the choice is another one."""
+        if choice.tobytes() not in self._seen:
+            self.tell(max(0, len(self._seen) - 1))
+            self._seen.add(choice.tobytes())
+        return self.truth.measure(choice, n_windows)
+
+    def accept(self, choice: IntArray) -> None:
+        """See `alphaquant.search.sweep.Truth`."""
+        self.truth.accept(choice)
 
 
 def run_knobs(run: Run) -> None:
@@ -354,16 +384,24 @@ def _enqueue_knobs(run: Run, bits: float) -> None:
 
 
 def _evolve(run: Run) -> Proposal:
-    n_windows = run.truth.n_windows
+    n_windows, n_passes, n_measured = run.truth.n_windows, run.spec.trials, 0
+
+    def measure(choice: IntArray, n: int) -> float:
+        nonlocal n_measured
+        run.clock("evolution", min(n_measured // n_windows, n_passes), n_passes)
+        n_measured += n
+        return float(run.truth.measure(choice, n).mean())
+
     rounds = tuple(max(1, n_windows // part) for part in (8, 2, 1))
     found = evolve(
         run.problem,
         run.proposer.limit_bits,
         run.spec.seed,
-        lambda choice, n: float(run.truth.measure(choice, n).mean()),
-        run.spec.trials,
+        measure,
+        n_passes,
         EvolutionSettings(windows=rounds),
     )
+    run.clock("evolution", n_passes, n_passes)
     return Proposal(run.proposer.spread(found.choice), "allocator:" + EVOLUTION)
 
 

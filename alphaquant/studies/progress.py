@@ -18,6 +18,10 @@ MIN_STEP_SECONDS = 0.001
 """Faster steps were found, in a cache or a study, and say nothing about those to come."""
 
 
+ALTERNATING = (("hessians", "bank"),)
+"""Stages whose steps take turns: what is left of one is left of both."""
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """Tell nobody; see `Progress`."""
 
@@ -38,6 +42,11 @@ class _Pace:
     total: int = 0
     seconds_at_done: float = 0.0
     recent: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done."""
+        return self.done >= self.total
 
     def reach(self, done: int, total: int, seconds: float) -> None:
         """Note how far the stage is after so many seconds of its own."""
@@ -104,6 +113,24 @@ class StageTimes:
     def remaining(self, stage: str, now: float) -> float | None:
         """Seconds that a stage will still take, None where nothing can be said or is left."""
         return self._paces[stage].remaining(self.elapsed(stage, now))
+
+    def remaining_with_others(self, stage: str, now: float) -> float | None:
+        """The same with the work of other stages that comes before its last step.
+
+        That is what is left of a stage that takes turns with it, and of one that runs in between.
+
+        Worked example: hessians 1 of 4 after 1 s, then bank 1 of 4 after another 9 s: 3 s and 27 s
+        are left, so both stages have 30 s left. While the bank's first step runs nothing is known.
+        """
+        pace = self._paces[stage]
+        if pace.is_over:
+            return None
+        others = {self._stage} if not self._is_over else set()
+        others |= {name for pair in ALTERNATING if stage in pair for name in pair}
+        open_ = [n for n in others if n in self._paces and not self._paces[n].is_over]
+        parts = [self.remaining(n, now) for n in {stage, *open_}]
+        known = [seconds for seconds in parts if seconds is not None]
+        return sum(known) if len(known) == len(parts) else None
 
     def _book(self, stage: str | None, now: float) -> None:
         if self._stage is not None and stage is not None:

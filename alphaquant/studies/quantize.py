@@ -20,6 +20,7 @@ from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.studies.field_types import check_types
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.sources import (
@@ -75,6 +76,14 @@ class QuantizeSpec:
     model_type: str = AUTO
     strict: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check_types(self)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from alphaquant.evaluators.base import Metric
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
+from alphaquant.studies.commands import evaluate_command, quantize_command
 from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.report_html import report_html
 from alphaquant.studies.report_sections import (
@@ -24,18 +25,20 @@ from alphaquant.studies.report_sections import (
     coverage_text,
     domain_text,
     gains_table,
+    model_name,
     origin_of,
     published_table,
     scores_text,
     search_text,
     uniform_table,
+    why_text,
     winner_text,
     withheld_text,
 )
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.storage import OBJECTIVES, TrialRow, find_duplicate
-from alphaquant.studies.tables import aligned, markdown, with_error
+from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error
 
 FRONT_VERSION = 2
 
@@ -74,6 +77,7 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "origin": origin_of(result, row),
         "scores": [] if trial is None else _scores(trial, result.scores.metrics),
         "heldout": [asdict(row)],
+        **({"why": why_text(result)} if row.digest == result.published.digest else {}),
         "assignment_digest": assignment.digest,
         "model": result.facts["model"],
         "model_digest": result.facts["model_digest"],
@@ -89,6 +93,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
     """The published front with everything that the report says, for programs."""
     gate = result.gate
     best = {"winner": gate.winner, "searched": gate.best_name, "config": "best.json"}
+    best["why"] = why_text(result)
     return {
         "version": FRONT_VERSION,
         "budget": result.spec.budget,
@@ -124,30 +129,45 @@ def trials_frame(result: SearchResult) -> pd.DataFrame:
     return frame
 
 
-def summary_text(result: SearchResult) -> str:
-    """What the command prints: the front, the three bit counts, the winner, the next step."""
-    head = ("trial", "bits", "MB", "KL +- stderr", "uniform", "its KL", "same top", "from")
-    rows = [_summary_row(result, row) for row in result.gate.points]
+def summary_text(result: SearchResult, width: int | None = None) -> str:
+    """What the command prints: the front, the three bit counts, the winner, the next step.
+
+    Args:
+        result: what was found.
+        width: characters of the screen; columns that do not fit are left out. None for all.
+    """
     is_above = any(not row.is_within_budget for row in result.gate.points)
     marks = "* best, ^ above the budget" if is_above else "* best"
     n_withheld = len(result.gate.withheld)
-    withheld = [f"withheld, because uniform is no worse: {n_withheld}; see report.md"]
+    withheld = [f"withheld, not better beyond noise: {n_withheld}; see report.md"]
     best = result.folder.path / "best.json"
+
+    def wrapped(text: str) -> list[str]:
+        return textwrap.wrap(text, min(width or 80, 80), break_long_words=False)
+
     return "\n".join(
         [
             f"front of {result.facts['model']} at {result.spec.budget} (held-out text; {marks})",
-            aligned(head, rows, left=("uniform", "from")),
+            _summary_table(result, width),
             *(withheld if n_withheld else []),
             f"configurations: {result.folder.path / 'configs'}/",
             "",
             *bit_lines(result.counts),
-            *textwrap.wrap(counting_rule(), 80),
+            *wrapped(counting_rule()),
             "",
-            *textwrap.wrap(winner_text(result), 80),
+            *wrapped(winner_text(result)),
             f"best: {best}",
-            f"next: aq-quantize --model {result.spec.model} --config {best} --out DIR",
+            *wrapped(f"why: {why_text(result)}"),
+            f"next: {quantize_command(result.spec.model, best)}",
         ]
     )
+
+
+def _summary_table(result: SearchResult, width: int | None) -> str:
+    head = ("trial", "bits", "MB", "KL +- stderr", "uniform", "its KL", "same top", "from")
+    rows = [_summary_row(result, row) for row in result.gate.points]
+    kept = narrowed(head, rows, width, ("from", "same top", "MB", "its KL", "uniform"))
+    return aligned(kept, columns(head, rows, kept), left=("uniform", "from"))
 
 
 def trial_line(row: TrialRow) -> str:
@@ -169,8 +189,9 @@ def report_text(result: SearchResult) -> str:
     """report.md."""
     best = result.folder.path / "best.json"
     parts = [
-        f"# {result.facts['model']} at {result.spec.budget}",
+        f"# {model_name(result.facts['model'])} at {result.spec.budget}",
         winner_text(result) + ".",
+        f"Why this one: {why_text(result)}.",
         "## Size of best.json",
         "\n".join(f"    {line}" for line in bit_lines(result.counts)),
         counting_rule(),
@@ -179,7 +200,9 @@ def report_text(result: SearchResult) -> str:
         "KL is to the original model, in nats per token, with the standard error over windows. "
         "`uniform` is the best uniform format of at most the same bits (of best.json: within the "
         "budget); `difference` is its KL minus that of the point over the same windows, above 0 "
-        "where the point is better, with a bootstrap interval that is stratified by domain.",
+        "where the point is better, with a bootstrap interval that is stratified by domain. Every "
+        "searched point has a whole interval above 0 against every uniform format, and against "
+        "every other published row, of at most its bits; best.json stays in any case.",
         "## Withheld points",
         withheld_text(result),
         "## The best trial by domain",
@@ -198,8 +221,8 @@ def report_text(result: SearchResult) -> str:
         "## Calibration coverage",
         coverage_text(result),
         "## Next",
-        f"    aq-quantize --model {result.spec.model} --config {best} --out DIR\n"
-        f"    aq-eval --model DIR --reference {result.spec.model}",
+        f"    {quantize_command(result.spec.model, best)}\n"
+        f"    {evaluate_command(result.spec.model)}",
     ]
     return "\n\n".join(parts) + "\n"
 

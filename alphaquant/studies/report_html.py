@@ -6,7 +6,6 @@ file once and is nearly all of its 5 MB. A content security policy forbids every
 """
 
 import json
-import shlex
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -17,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.profiles import Profile
 from alphaquant.studies.cautions import cautions
+from alphaquant.studies.commands import evaluate_command, quantize_command
 from alphaquant.studies.markup import to_html
 from alphaquant.studies.plots import figures
 from alphaquant.studies.report_sections import (
@@ -25,10 +25,12 @@ from alphaquant.studies.report_sections import (
     coverage_text,
     domain_text,
     gains_table,
+    model_name,
     published_table,
     scores_text,
     search_text,
     uniform_table,
+    why_text,
     winner_text,
     withheld_text,
 )
@@ -56,11 +58,12 @@ _CAPTIONS = {
 
 def report_html(result: SearchResult) -> str:
     """The whole report as one HTML file."""
-    title = f"{result.facts['model']} at {result.spec.budget}"
+    title = f"{model_name(result.facts['model'])} at {result.spec.budget}"
     shown = figures(result)
     body = [
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(winner_text(result))}.</p>',
+        f"<p>Why this one: {escape(why_text(result))}.</p>",
         _cards(result),
         "</header>",
         _warnings(result),
@@ -89,13 +92,8 @@ def report_html(result: SearchResult) -> str:
 def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
-    return {name: _quantize(result, name) for name in names}
-
-
-def _quantize(result: SearchResult, name: str) -> str:
-    path = str(result.folder.path / name)
-    call = ["aq-quantize", "--model", result.spec.model, "--config", path, "--out", "DIR"]
-    return shlex.join(call)
+    path = result.folder.path
+    return {name: quantize_command(result.spec.model, path / name) for name in names}
 
 
 def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
@@ -179,8 +177,8 @@ def _command_list(result: SearchResult) -> str:
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
-    steps = [_quantize(result, "best.json")]
-    steps.append(shlex.join(["aq-eval", "--model", "DIR", "--reference", result.spec.model]))
+    model = result.spec.model
+    steps = [quantize_command(model, result.folder.path / "best.json"), evaluate_command(model)]
     code = ["import alphaquant", "", 'model = alphaquant.load("DIR")  # a transformers model']
     parts = [
         "## Use best.json",

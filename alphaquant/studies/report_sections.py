@@ -1,6 +1,7 @@
 """The sentences and tables of `report.md`, each from one `SearchResult`."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from alphaquant.studies.gate import SEARCH, Comparison, HeldoutRow
@@ -9,6 +10,7 @@ from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import markdown, with_error
 from alphaquant.studies.trials import UNIFORM
+from alphaquant.studies.winner import best_reason
 
 LEAST_SPEARMAN = 0.6
 """Below this the costs are said not to be trusted."""
@@ -19,6 +21,16 @@ RARE_TOKENS = 64
 _RARE_SHARE = 0.25
 _LEAST_WHOLE = 1e5
 _N_NAMED = 8
+
+
+def model_name(model: str) -> str:
+    """A model's name without the folders of this machine: `org/name` of the hub, or the last part.
+
+    Worked example: `/home/me/models/olmoe` and `../olmoe` are `olmoe`, `allenai/OLMoE` stays.
+    """
+    parts = [part for part in re.split(r"[/\\\\]", model) if part not in ("", ".", "..", "~")]
+    is_hub_id = model == "/".join(parts) and len(parts) == 2
+    return model if is_hub_id or not parts else parts[-1]
 
 
 def config_name(row: HeldoutRow) -> str:
@@ -52,10 +64,27 @@ def winner_text(result: SearchResult) -> str:
             f"itself, {nothing}"
         )
     return (
-        f"best.json is uniform {uniform.name}: on held-out text its KL of "
-        f"{with_error(uniform.kl, uniform.kl_stderr)} is no higher than the {measured} of the "
-        f"best trial ({_difference_text(best.replaced_by.difference)}), {nothing}"
+        f"best.json is uniform {uniform.name}: on held-out text the {measured} of the best trial "
+        f"is not below its KL of {with_error(uniform.kl, uniform.kl_stderr)} beyond noise "
+        f"({_difference_text(best.replaced_by.difference)}), {nothing}"
     )
+
+
+def why_text(result: SearchResult) -> str:
+    """One sentence: why `best.json` is the one."""
+    gate = result.gate
+    if gate.winner != SEARCH:
+        return (
+            f"no point within the budget is better than uniform {gate.winner} beyond noise on "
+            "held-out text"
+        )
+    if gate.best_name != gate.first_name:
+        return (
+            f"the evaluation text chose {gate.first_name}; on held-out text {gate.best_name}, "
+            "which is within the budget, is better beyond noise than that or than what would "
+            "stand in its place"
+        )
+    return best_reason([row for row in result.rows if row.bits_per_weight <= result.limit])
 
 
 def published_table(result: SearchResult) -> str:
@@ -73,20 +102,24 @@ def published_table(result: SearchResult) -> str:
 
 
 def withheld_text(result: SearchResult) -> str:
-    """Points in whose place a uniform format is published."""
+    """Points in whose place another row is published, and why."""
     rows = [
         [
             row.name,
             f"{row.bits_per_weight:.4f}",
             with_error(row.kl, row.kl_stderr),
             *_cells(row.replaced_by),
+            row.reason.removeprefix("withheld: "),
         ]
         for row in result.gate.withheld
     ]
     if not rows:
-        return "None: no uniform format of the menu is as good at the size of any point."
+        return (
+            "None: every point is better beyond noise than every uniform format of the menu and "
+            "every published row of at most its bits."
+        )
     head = ["", "bits/weight", "KL", "published instead", "its KL", "difference", "95 % interval"]
-    return markdown(head, rows)
+    return markdown([*head, "why"], rows)
 
 
 def uniform_table(result: SearchResult) -> str:

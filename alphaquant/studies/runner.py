@@ -106,9 +106,7 @@ def search(
         run = _make_run(prepared, folder, study, clock, on_trial)
         for step in program_of(spec):
             step(run)
-    clock("gate", 0, 1)
     gate = _judge(run, prepared)
-    clock("gate", 1, 1)
     objective = run.truth.objective
     result = SearchResult(
         spec=spec,
@@ -185,7 +183,16 @@ def _judge(run: Run, prepared: Prepared) -> GateResult:
     points = [(row, run.loop.assignment(row)) for row in rows.values()]
     objective = Objective(run.truth.objective.swapper)
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
-    return judge(objective, heldout, prepared.space, points, names, prepared.log_of(heldout))
+    return judge(
+        objective,
+        heldout,
+        prepared.space,
+        points,
+        names,
+        prepared.log_of(heldout),
+        objectives=prepared.inputs.scores.objectives,
+        progress=run.clock,
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
+from alphaquant.studies.field_types import check_types
 
 REFERENCE_FORMATS = ("int4-g64", "mxfp4")
 """Uniform formats of exactly 4.25 bits that every search is compared with, whatever its menu."""
@@ -72,11 +73,12 @@ class DataSpec:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse counts that make no sense.
+        """Refuse wrong types and counts that make no sense.
 
         Raises:
             ConfigError: naming the count.
         """
+        check_types(self)
         _check_least("n_calibration", self.n_calibration, 1)
         _check_least("n_evaluation", self.n_evaluation, 2)
         _check_least("n_heldout", self.n_heldout, 2)
@@ -112,11 +114,12 @@ class ScoreSpec:
     task_limit: int = 20
 
     def __post_init__(self) -> None:
-        """Refuse counts that make no sense.
+        """Refuse wrong types and counts that make no sense.
 
         Raises:
             ConfigError: naming the count.
         """
+        check_types(self)
         _check_least("n_shots", self.n_shots, 0)
         _check_least("task_limit", self.task_limit, 1)
 
@@ -185,11 +188,12 @@ class SearchSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse counts and settings that make no sense.
+        """Refuse wrong types, counts and settings that make no sense.
 
         Raises:
             ConfigError: naming the field.
         """
+        check_types(self)
         if self.quant.sequential:
             raise ConfigError(
                 "sequential quantization needs the formats of the layers before, which a search "

@@ -311,9 +311,9 @@ class Prepared:
 def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
     """Teachers, spectra, bank, costs and problem of a search, in this order."""
     teachers = store_teachers(spec, inputs, clock)
-    clock("spectra", 0, 1)
-    spectra = unit_spectra(measure_spectra(inputs.source.map, seed=spec.seed), space.units)
-    clock("spectra", 1, 1)
+    clock("spectra", 0, len(inputs.source.map.layers))
+    measured = measure_spectra(inputs.source.map, seed=spec.seed, progress=clock)
+    spectra = unit_spectra(measured, space.units)
     bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
     costs = measure_unit_costs(spec, inputs, space, bank, clock)
     problem = problem_of(space, costs, spectra)

@@ -3,6 +3,36 @@
 from collections.abc import Sequence
 
 
+def narrowed(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, spare: Sequence[str]
+) -> tuple[str, ...]:
+    """The columns of an aligned table that fit a screen.
+
+    Worked example: columns (a, bb) of 1 and 2 characters are 5 wide with the space between them;
+    on 4 characters with the spare column bb only a is left.
+
+    Args:
+        head: names of the columns.
+        rows: cells.
+        width: characters of the screen; None for all columns.
+        spare: columns that may go, the first of them first.
+    """
+    widths = {name: max(map(len, (name, *(r[i] for r in rows)))) for i, name in enumerate(head)}
+    for name in spare:
+        if width is None or sum(widths.values()) + 2 * (len(widths) - 1) <= width:
+            break
+        del widths[name]
+    return tuple(widths)
+
+
+def columns(
+    head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[str]
+) -> list[list[str]]:
+    """The cells of some columns, in their order."""
+    places = [i for i, name in enumerate(head) if name in kept]
+    return [[row[i] for i in places] for row in rows]
+
+
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """Columns padded to their widest cell, two spaces apart.
 

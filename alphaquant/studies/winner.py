@@ -27,6 +27,27 @@ def best_of(rows: Sequence[TrialRow]) -> TrialRow:
     return next(row for row in complete if row is lowest or _is_as_good(row, lowest))
 
 
+def best_reason(rows: Sequence[TrialRow]) -> str:
+    """Why `best_of` takes the row that it takes, in one sentence without an end.
+
+    Args:
+        rows: trials within the budget.
+    """
+    best = best_of(rows)
+    complete = [row for row in rows if not row.is_pruned]
+    lowest = min(complete, key=lambda row: (row.kl, row.bits_per_weight, row.number))
+    if lowest is best:
+        return (
+            f"trial {best.number} has the lowest KL of all trials within the budget on the "
+            f"evaluation text ({best.kl:.6f})"
+        )
+    return (
+        f"trial {best.number} is the first whose KL on the evaluation text ({best.kl:.6f}) is "
+        f"within {NOISE:g} standard errors, paired, of the lowest ({lowest.kl:.6f}, trial "
+        f"{lowest.number}): the lowest of many trials is partly luck"
+    )
+
+
 def _is_as_good(row: TrialRow, lowest: TrialRow) -> bool:
     """Whether a row's KL is within the noise of the lowest."""
     found, least = torch.tensor(row.kl_per_window), torch.tensor(lowest.kl_per_window)

@@ -4,9 +4,11 @@ import ast
 import io
 import logging
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,15 @@ import typer
 from safetensors import SafetensorError
 
 from alphaquant.cli import console
-from alphaquant.cli.console import STAGES, Bars, duration_text, reported, set_up
+from alphaquant.cli.console import (
+    STAGES,
+    Bars,
+    duration_text,
+    reported,
+    set_up,
+    version_text,
+)
+from alphaquant.cli.screen import printable
 from alphaquant.errors import BudgetError
 
 
@@ -60,12 +70,75 @@ def test_interrupt_is_told_what_to_do_and_130(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "\nstopped here\n")
 
 
-def test_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), reported(False, ""):
-        raise ZeroDivisionError
+def test_only_what_resumes_says_that_nothing_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(28, "No space left on device", "/out/x")
+    assert fail(error).exit_code == 1
+    mend = "mend this and run the same command again\n"
+    assert capsys.readouterr().err == f"error: /out/x: No space left on device; {mend}"
+    with pytest.raises(typer.Exit), reported(False, "", resumes=True):
+        raise error
+    shown = capsys.readouterr().err
+    assert shown == f"error: /out/x: No space left on device; nothing is lost: {mend}"
 
 
-@pytest.mark.parametrize("error", [BudgetError("small"), OSError("full")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError("division by zero\nmore"), "ZeroDivisionError: division by zero;"),
+        (RecursionError("too deep"), "RecursionError: too deep;"),
+        (AssertionError(), "AssertionError;"),
+    ],
+)
+def test_bug_is_one_line_that_asks_for_a_report(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail(error).exit_code == 1
+    expected = f"this is a bug of AlphaQuant: {said} run again with --debug and report it"
+    assert capsys.readouterr() == ("", f"error: {expected}\n")
+
+
+def test_too_little_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail(MemoryError()).exit_code == 1
+    assert "not enough memory" in capsys.readouterr().err
+
+
+def test_reader_of_stdout_that_goes_away_is_no_error() -> None:
+    code = (
+        "import time\nfrom alphaquant.cli.console import reported\n"
+        "with reported(False, ''):\n    print('first', flush=True)\n    time.sleep(0.5)\n"
+        "    for _ in range(9999):\n        print('x' * 99)\n"
+    )
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import typer\ntry:\n{indent(code, '    ')}"
+            "except typer.Exit:\n    raise SystemExit(1)",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"first\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
+def test_control_characters_of_others_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\x1b[31m\r\x07\x9b\u202e\tb\nc") == (
+        "a\\x1b[31m\\x0d\\x07\\x9b\\u202e\tb\nc"
+    ).replace("\\x0d", "\\r")
+    fail(BudgetError("model \x1b]0;title\x07"))
+    assert capsys.readouterr().err == "error: model \\x1b]0;title\\x07\n"
+
+
+def test_version_is_that_of_the_package_and_of_what_it_rests_on() -> None:
+    assert re.fullmatch(
+        r"aq-search \d+\.\d+\.\d+ \(torch \d+\.\d+\S*, transformers \d+\.\d+\S*\)", version_text()
+    )
+
+
+@pytest.mark.parametrize("error", [BudgetError("small"), OSError("full"), KeyError("x")])
 def test_debug_keeps_every_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), reported(True, ""):
         raise error
@@ -95,6 +168,22 @@ def test_line_of_a_stage_has_the_seconds_that_it_took(
     assert capsys.readouterr().err == "costs of formats: 4 of 4, 12.3 s\n" + (
         "costs measured anew: 2 of 2\n"
     )
+
+
+def test_long_stage_is_a_line_at_the_first_step_after_half_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Bars() as display:
+        for done in range(9):
+            now[0] = 12.0 * done
+            display("gate", done, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "held-out comparison: 3 of 8, 0:36, 1:00 left",
+        "held-out comparison: 6 of 8, 1:12, 0:24 left",
+        "held-out comparison: 8 of 8, 96.0 s",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,3 +274,24 @@ def test_terminal_of_80_columns_gets_one_whole_bar_per_stage_on_stderr(
     assert last[1].rstrip().endswith(note)
     assert all(len(line.rstrip()) <= 80 for line in last)
     assert "all of it" not in err
+
+
+@pytest.mark.parametrize("width", [50, 58, 79])
+def test_counts_and_times_are_whole_on_narrow_terminals(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", str(width))):
+        monkeypatch.setenv(name, value)
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Bars() as display:
+        display("relinearize", 0, 2)
+        display("study", 0, 112)
+        now[0] = 4000.0
+        display("study", 50, 112)
+        display("gate", 1000, 1200)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()[-3:]
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert [line.split()[0] for line in lines] == ["costs", "study", "held-out"]
+    assert " 50/112 " in lines[1] and "1:06:40" in lines[1]
+    assert "1000/1200" in lines[2]

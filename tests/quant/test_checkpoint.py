@@ -378,3 +378,11 @@ def test_another_dtype_later_does_not_touch_the_scales(tmp_path: Path) -> None:
                 assert torch.equal(tensor.view(torch.uint8), stored.view(torch.uint8)), name
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert bool(torch.isfinite(model(tiny_tokens(1, 5)).logits).all())
+
+
+def test_a_dtype_of_torch_is_taken_and_a_missing_device_is_one_sentence(packed: Path) -> None:
+    model = load(packed, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="cuda:1 was asked for, and torch finds no CUDA"):
+            load(packed, device="cuda:1")

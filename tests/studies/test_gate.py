@@ -1,7 +1,7 @@
 """The gate: nothing published is worse than uniform of its size, and what is withheld is said."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Gate:
     """Judges with the KL that a test wants."""
 
     objective: Any = None
+    calls: list[tuple[str, int, int]] = field(default_factory=list)
 
     def __call__(
         self,
@@ -107,7 +108,13 @@ class Gate:
         ordered = sorted(assignments, key=lambda a: a.storage_bits(INVENTORY))
         front = [point(i, a, 1.0 - 0.1 * i) for i, a in enumerate(ordered)]
         return judge(
-            self.objective, heldout(domains), space or space_of("4.25bits"), front, names, log
+            self.objective,
+            heldout(domains),
+            space or space_of("4.25bits"),
+            front,
+            names,
+            log,
+            progress=lambda *call: self.calls.append(call),
         )
 
 
@@ -171,7 +178,9 @@ def test_uniform_wins_at_one_size_only(decide: Gate) -> None:
     assert withheld.replaced_by is not None
     assert withheld.replaced_by.name == "int2-g64"
     assert withheld.replaced_by.difference.mean == pytest.approx(-0.1)
-    assert withheld.reason == "withheld: uniform int2-g64 is no larger and no worse"
+    assert withheld.reason == (
+        "withheld: not better beyond noise than uniform int2-g64, which is no larger"
+    )
     assert gate.row("int2-g64").reason == "in the place of trial-000"
     assert gate.row("int2-g64").trial is None
 
@@ -226,7 +235,13 @@ def test_point_above_the_budget_is_withheld_where_uniform_is_better(decide: Gate
     gate = decide({**KL, "best": 0.1, "high": 0.25}, ("best", "high"))
     assert [row.name for row in gate.withheld] == ["trial-001"]
     assert gate.winner == "search"
-    assert [row.name for row in gate.points] == ["trial-000", "int4-g64"]
+    # int4-g64 would be in its place, but the best is smaller than that and better.
+    assert [row.name for row in gate.points] == ["trial-000"]
+    (withheld,) = gate.withheld
+    assert withheld.replaced_by is not None and withheld.replaced_by.name == "trial-000"
+    assert gate.row("int4-g64").reason == (
+        "not better beyond noise than trial-000, which is no larger"
+    )
 
 
 def test_uniform_over_the_budget_never_wins(decide: Gate) -> None:
@@ -263,6 +278,11 @@ def test_model_that_breaks_down_is_not_published(decide: Gate) -> None:
     assert broken.best.rival is not None and broken.best.rival.name == "int4-g64"
 
 
+def test_every_assignment_is_a_step_of_the_comparison(decide: Gate) -> None:
+    decide({**KL, "best": 0.1})
+    assert decide.calls == [("gate", n, 5) for n in range(6)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_published_is_worse_than_uniform_of_at_most_its_size(
     seed: int, decide: Gate
@@ -282,6 +302,10 @@ def test_nothing_published_is_worse_than_uniform_of_at_most_its_size(
         assert all(row.kl <= other.kl for other in smaller)
         # A tie goes to uniform.
         assert row.name in MENU or all(row.kl < other.kl for other in smaller)
+    for row in gate.points:
+        smaller = [o for o in gate.points if o.bits_per_weight <= row.bits_per_weight]
+        is_best = row.digest == gate.published.digest
+        assert all(row.kl <= o.kl if is_best else row.kl < o.kl for o in smaller if o is not row)
     for row in gate.withheld:
         assert row.replaced_by is not None
         assert gate.row(row.replaced_by.name).is_published

@@ -132,3 +132,22 @@ def test_stage_that_starts_again_goes_at_the_pace_of_before() -> None:
     )
     assert times.remaining("anchor", 21.0) == 8.0
     assert times.elapsed("anchor", 22.0) == 9.0
+
+
+def test_stages_that_take_turns_have_what_is_left_of_both() -> None:
+    times = recorded(("bank", 0, 4, 0.0), ("hessians", 0, 4, 0.0), ("hessians", 1, 4, 1.0))
+    times.record("bank", 0, 4, 1.0)
+    # The bank's first step runs: how long its steps take is not known, so nothing is.
+    assert times.remaining_with_others("hessians", 5.0) is None
+    times.record("bank", 1, 4, 10.0)
+    assert times.remaining_with_others("hessians", 10.0) == 3 * 1.0 + 3 * 9.0
+    assert times.remaining_with_others("bank", 10.0) == 3 * 1.0 + 3 * 9.0
+
+
+def test_stage_that_waits_for_another_one_has_what_is_left_of_that_too() -> None:
+    times = recorded(("study", 0, 9, 0.0), ("study", 1, 9, 2.0), ("sweep", 0, 10, 2.0))
+    times.record("sweep", 1, 10, 7.0)
+    assert times.remaining_with_others("sweep", 7.0) == 9 * 5.0
+    assert times.remaining_with_others("study", 7.0) == 8 * 2.0 + 9 * 5.0
+    times.record("sweep", 10, 10, 50.0)
+    assert times.remaining_with_others("study", 50.0) == 8 * 2.0

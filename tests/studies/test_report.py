@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from alphaquant.spaces.config import load_config, resolve
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.gate import Comparison, DomainScore, GateResult, HeldoutRow
 from alphaquant.studies.intervals import Difference
+from alphaquant.studies.notes import study_note
 from alphaquant.studies.report import (
     bit_lines,
     config_text,
@@ -36,6 +38,7 @@ from alphaquant.studies.report_sections import (
     published_table,
     search_text,
     uniform_table,
+    why_text,
     winner_text,
     withheld_text,
 )
@@ -120,7 +123,10 @@ def judged(found: SearchResult) -> SearchResult:
         ),
     )
     published = found.folder.load_assignment(rows[best].digest)
-    return replace(found, gate=GateResult(table, f"trial-{best:03d}", "search", published))
+    return replace(
+        found,
+        gate=GateResult(table, f"trial-{best:03d}", "search", published, f"trial-{best:03d}"),
+    )
 
 
 def with_row(result: SearchResult, name: str, **changes: Any) -> SearchResult:
@@ -162,9 +168,9 @@ def test_uniform_winner_is_said_in_report_and_summary(judged: SearchResult) -> N
     gate = replace(result.gate, winner="int4-g32", published=published)
     result = replace(result, gate=gate)
     text = (
-        "best.json is uniform int4-g32: on held-out text its KL of 0.004000 +- 0.000400 is no "
-        "higher than the 0.005000 +- 0.000100 of the best trial (paired difference -0.001000 +- "
-        "0.000200, 95 % interval -0.002000 to -0.000500)"
+        "best.json is uniform int4-g32: on held-out text the 0.005000 +- 0.000100 of the best "
+        "trial is not below its KL of 0.004000 +- 0.000400 beyond noise (paired difference "
+        "-0.001000 +- 0.000200, 95 % interval -0.002000 to -0.000500)"
     )
     assert text in report_text(result)
     assert text in summary_text(result).replace("\n", " ")
@@ -213,9 +219,9 @@ def test_withheld_point_is_listed_with_what_takes_its_place(judged: SearchResult
     (withheld,) = judged.gate.withheld
     assert cells(withheld_text(judged), withheld.name) == [
         *(withheld.name, "4.6000", "0.300000 +- 0.030000", "int3-g32", "0.200000"),
-        *("-0.100000 +- 0.010000", "-0.120000 to -0.080000"),
+        *("-0.100000 +- 0.010000", "-0.120000 to -0.080000", withheld.reason),
     ]
-    assert "withheld, because uniform is no worse: 1;" in summary_text(judged)
+    assert "withheld, not better beyond noise: 1;" in summary_text(judged)
     kept = with_row(judged, withheld.name, replaced_by=None, is_published=True)
     assert withheld_text(kept).startswith("None")
     assert "withheld" not in summary_text(kept)
@@ -434,6 +440,50 @@ def test_configuration_never_carries_the_numbers_of_a_trial_that_ended_early(
     early = [replace(r, is_pruned=r.digest == row.digest) for r in judged.rows]
     summary = json.loads(config_text(replace(judged, rows=tuple(early)), row))["summary"]
     assert summary["scores"] == []
+
+
+def test_why_best_json_is_the_one_is_said_on_screen_in_the_report_and_in_the_file(
+    judged: SearchResult,
+) -> None:
+    row = judged.gate.row(judged.gate.best_name)
+    (why,) = {why_text(judged), front_json(judged)["best"]["why"]}
+    assert why.startswith(f"trial {judged.best.number} ")
+    assert f"Why this one: {why}." in report_text(judged)
+    assert f"why: {why}" in " ".join(summary_text(judged).split())
+    if row.digest == judged.published.digest:
+        assert json.loads(config_text(judged, row))["summary"]["why"] == why
+    other = replace(judged, gate=replace(judged.gate, first_name="trial-999"))
+    assert why_text(other).startswith("the evaluation text chose trial-999; on held-out text")
+    uniform = replace(judged, gate=replace(judged.gate, winner="int4-g32"))
+    assert "no point within the budget is better than uniform int4-g32" in why_text(uniform)
+
+
+@pytest.mark.parametrize("width", [50, 60, 80])
+def test_front_on_a_narrow_screen_leaves_columns_out_and_wraps_nothing(
+    judged: SearchResult, width: int
+) -> None:
+    lines = summary_text(judged, width).splitlines()
+    table = lines[1 : 2 + len(judged.gate.points)]
+    assert all(len(line) <= width for line in table)
+    assert table[0].split()[:2] == ["trial", "bits"]
+    assert "KL +- stderr" in table[0]
+    for line, row in zip(table[1:], judged.gate.points, strict=True):
+        assert f"{row.kl:.6f} +- {row.kl_stderr:.6f}" in line
+
+
+def test_commands_to_copy_are_quoted_everywhere(judged: SearchResult) -> None:
+    model = "a 'model' $(touch x)"
+    result = replace(judged, spec=replace(judged.spec, model=model))
+    shown = [summary_text(result), report_text(result), study_note(result.spec, ("int4-g32",))]
+    for text in shown:
+        commands = [line for line in text.splitlines() if "aq-quantize --model" in line]
+        assert commands
+        for line in commands:
+            assert shlex.split(line.removeprefix("next: "))[:3] == [
+                "aq-quantize",
+                "--model",
+                model,
+            ]
 
 
 def test_front_json_has_points_withheld_and_the_work(judged: SearchResult) -> None:

@@ -20,6 +20,7 @@ from alphaquant.studies.report_sections import (
     costs_text,
     coverage_text,
     domain_text,
+    model_name,
     search_text,
     winner_text,
     withheld_text,
@@ -141,7 +142,7 @@ def test_names_that_users_chose_are_escaped(found: SearchResult) -> None:
     text = report_html(replace(found, facts=facts, spec=replace(found.spec, model=HOSTILE)))
     assert HOSTILE not in text
     assert "<script>alert" not in text
-    assert f"<h1>{escape(HOSTILE)} at 5.2bits</h1>" in text
+    assert f"<h1>{escape(model_name(HOSTILE))} at 5.2bits</h1>" in text
     assert HOSTILE in next(iter(data_of(text)["commands"].values()))
 
 
@@ -245,3 +246,28 @@ def test_where_nothing_copies_the_command_is_shown_to_be_copied_by_hand(
     page.evaluate("document.execCommand = () => false")
     command = commands(swept)[click_point(page)]
     assert page.locator("#said").inner_text() == f"Copy this: {command}"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("demo", "demo"),
+        ("allenai/OLMoE-1B-7B", "allenai/OLMoE-1B-7B"),
+        ("/home/me/my models/olmoe/", "olmoe"),
+        ("../olmoe", "olmoe"),
+        ("a/b/olmoe", "olmoe"),
+        (r"C:\\models\\olmoe", "olmoe"),
+        ("/", "/"),
+    ],
+)
+def test_name_of_a_model_has_no_folders_of_this_machine(model: str, name: str) -> None:
+    assert model_name(model) == name
+
+
+def test_title_and_heading_are_without_the_path(found: SearchResult) -> None:
+    page = report_html(found)
+    for part in (r"<title>(.*?)</title>", r"<h1>(.*?)</h1>"):
+        text = re.findall(part, page)[0]
+        assert "/" not in text
+        assert text.startswith(model_name(found.spec.model))
+    assert not report_text(found).splitlines()[0].startswith("# /")

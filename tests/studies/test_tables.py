@@ -1,10 +1,20 @@
 """Aligned text and Markdown of the same rows."""
 
-from alphaquant.studies.tables import aligned, markdown, with_error
+from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error
 
 
 def test_worked_example_is_aligned() -> None:
     assert aligned(("a", "name"), [["10", "x"]], left=("name",)) == " a  name\n10  x"
+
+
+def test_worked_example_of_a_narrow_screen() -> None:
+    head, rows = ("a", "bb"), [["1", "2"]]
+    assert [narrowed(head, rows, width, ("bb",)) for width in (None, 5, 4)] == [
+        ("a", "bb"),
+        ("a", "bb"),
+        ("a",),
+    ]
+    assert columns(head, rows, ("bb",)) == [["2"]]
 
 
 def test_wide_cells_widen_their_column_and_no_line_ends_in_spaces() -> None:

@@ -5,7 +5,7 @@ from statistics import fmean
 import numpy as np
 
 from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.winner import best_of
+from alphaquant.studies.winner import best_of, best_reason
 
 
 def rows_of(windows: list[tuple[float, ...]]) -> list[TrialRow]:
@@ -36,3 +36,17 @@ def test_among_trials_that_differ_by_noise_the_first_nearly_always_stays() -> No
         stays += best_of(rows_of(drawn)).number == 0
     # The lowest of ten is about 2.2 of its own errors below the first one in a fifth of draws.
     assert stays >= 30
+
+
+def test_why_it_is_the_best_names_the_lowest_and_the_noise() -> None:
+    within = rows_of([(1.0, 2.0, 3.0, 4.0), (1.3, 1.6, 3.2, 3.5)])
+    assert best_reason(within) == (
+        "trial 0 is the first whose KL on the evaluation text (2.500000) is within 2 standard "
+        "errors, paired, of the lowest (2.400000, trial 1): the lowest of many trials is partly "
+        "luck"
+    )
+    clear = rows_of([(1.0, 2.0, 3.0, 4.0), (0.9, 1.8, 2.8, 3.7)])
+    assert best_reason(clear) == (
+        "trial 1 has the lowest KL of all trials within the budget on the evaluation text "
+        "(2.300000)"
+    )

@@ -1,0 +1,22 @@
+"""Commands that people copy into a shell."""
+
+import shlex
+from pathlib import Path
+
+
+def command_text(*parts: str | Path) -> str:
+    """A command that a POSIX shell takes as it was meant, whatever stands in its parts.
+
+    Worked example: `aq-eval`, `--model`, `a $(b)` make `aq-eval --model 'a $(b)'`.
+    """
+    return shlex.join(str(part) for part in parts)
+
+
+def quantize_command(model: str, config: str | Path) -> str:
+    """How to quantize a model as a configuration says."""
+    return command_text("aq-quantize", "--model", model, "--config", config, "--out", "DIR")
+
+
+def evaluate_command(reference: str) -> str:
+    """How to measure what that made."""
+    return command_text("aq-eval", "--model", "DIR", "--reference", reference)
