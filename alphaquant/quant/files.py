@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
     """Keep other processes out, on this host and on those that share the file system's locks.
 
     The kernel frees the lock when the process ends, however it ends: a file that a killed one left
@@ -47,12 +47,13 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Args:
         path: the lock file; its folder is made if there is none.
         what: what is locked, for messages, such as `--out q`.
+        other: the option that gives another one.
 
     Raises:
         StoreError: another process holds it; the message names its host, number and start.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = _lock_file(path, what)
+    file = _lock_file(path, what, other)
     try:
         started = datetime.now(UTC).isoformat(" ", "seconds")
         file.truncate(0)
@@ -65,7 +66,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         file.close()
 
 
-def _lock_file(path: Path, what: str) -> TextIO:
+def _lock_file(path: Path, what: str, other: str) -> TextIO:
     """The lock file, opened and locked; another one that a holder removed meanwhile is no lock."""
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -77,7 +78,7 @@ def _lock_file(path: Path, what: str) -> TextIO:
             file.close()
             raise StoreError(
                 f"{what} is in use: {holder} works on it; wait until it ends, stop it, or give "
-                "another --out"
+                f"another {other}"
             ) from error
         if _is_file_at(file, path):
             return file

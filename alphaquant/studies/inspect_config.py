@@ -7,7 +7,6 @@ findings look is in `alphaquant.studies.inspect_text`.
 Letters: E routed experts of a layer, k of them per token.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from alphaquant.quant.quantization_config import PackedFormats, read_formats
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
 from alphaquant.spaces.formats import BF16
+from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.patterns import select_names
 from alphaquant.spaces.profiles import DOWN, GATE, PROFILES, UP, Profile, is_loadable, units_of
 from alphaquant.spaces.units import Inventory, Matrix
@@ -307,7 +307,7 @@ def read_statement(path: Path) -> Statement:
         StoreError: a packed checkpoint is of another version, or damaged.
     """
     if is_packed(path):
-        entry = json.loads((path / "config.json").read_text())["quantization_config"]
+        entry = read_object(path / "config.json")["quantization_config"]
         return Statement(path, read_formats(entry, str(path)), _packed_summary(path), str(path))
     file = path / _BEST if path.is_dir() else path
     if path.is_dir() and not file.exists():
@@ -377,10 +377,10 @@ def scheme_label(scheme: ResolvedScheme) -> str:
 def _packed_summary(path: Path) -> Mapping[str, Any]:
     """What a packed checkpoint's report says of where it comes from; empty without one."""
     try:
-        report = json.loads((path / "quantize_report.json").read_text(encoding="utf-8"))
+        report = read_object(path / "quantize_report.json")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except JsonError as error:
         raise ConfigError(
             f"{path}/quantize_report.json is damaged ({error}); remove it or quantize again"
         ) from error

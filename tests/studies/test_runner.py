@@ -471,7 +471,7 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
         ({"grouping": "name"}, ConfigError, "name.*layer, utilization"),
         ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
-        ({"active_budget": "3bits"}, BudgetError, "'3bits' is not in bytes"),
+        ({"active_budget": "3bits"}, BudgetError, "active budget '3bits'; write bytes"),
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
         ({"layer_minimum_bits": 6.0}, BudgetError, "layer_minimum_bits = 6.0 takes"),
         ({"active_budget": "1KB"}, BudgetError, "a token reads .* bits in the smallest"),

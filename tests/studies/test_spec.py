@@ -89,7 +89,7 @@ def test_side_constraints_are_those_asked_for_with_the_active_budget_in_bits() -
     spec = SearchSpec(max_formats_per_layer=2, layer_minimum_bits=3.5, active_budget="1KiB")
     assert spec.constraints == SideConstraints(2, 3.5, 8192)
     assert SearchSpec(active_budget="1KB").constraints == SideConstraints(active_bits=8000)
-    with pytest.raises(BudgetError, match="'4.25bits' is not in bytes; write 600MiB or 2GB"):
+    with pytest.raises(BudgetError, match="active budget '4.25bits'; write bytes, such as 600MiB"):
         _ = SearchSpec(active_budget="4.25bits").constraints
     with pytest.raises(ConfigError, match="layer_minimum_bits = -1.0"):
         _ = SearchSpec(layer_minimum_bits=-1.0).constraints
