@@ -32,6 +32,7 @@ from pydantic import ValidationError
 
 from alphaquant.errors import ConfigError, FormatError
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.foreign import READABLE, file_kind, tool_of, way_text
 from alphaquant.spaces.formats import (
     ASYMMETRIC_KINDS,
     BF16,
@@ -101,7 +102,7 @@ def load_config(path: str | Path) -> Config:
     """Read a configuration file.
 
     Raises:
-        ConfigError: the file cannot be read or is not a valid configuration.
+        ConfigError: the file cannot be read, is another tool's or is not a valid configuration.
     """
     try:
         data = read_json(Path(path))
@@ -110,7 +111,14 @@ def load_config(path: str | Path) -> Config:
             f"cannot read the configuration {path}: {error}; give a JSON file in UTF-8"
         ) from error
     except JsonError as error:
+        kind = file_kind(Path(path), error.start)
+        if kind is not None:
+            raise ConfigError(way_text(Path(path), kind, can_read=False)) from error
         raise ConfigError(f"{path}: {error}") from error
+    tool = tool_of(data)
+    if tool is not None:
+        what, can_read = f"a configuration of {tool}", tool in READABLE
+        raise ConfigError(way_text(Path(path), what, can_read=can_read))
     return _config_of(data, str(path))
 
 

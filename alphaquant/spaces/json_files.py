@@ -19,7 +19,16 @@ MAX_DEPTH = 64
 
 
 class JsonError(AlphaQuantError):
-    """A text that is not JSON as described above; the message has no name of a file."""
+    """A text that is not JSON as described above; the message has no name of a file.
+
+    Attributes:
+        start: the first bytes of the file that was read, to tell what it is instead.
+    """
+
+    def __init__(self, message: str, start: bytes = b"") -> None:
+        """Keep the message and the start."""
+        super().__init__(message)
+        self.start = start
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -61,11 +70,15 @@ def read_json(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            return parse_json(file.read(MAX_BYTES + 1))
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise JsonError(f"it cannot be read: {error.strerror}") from error
+    try:
+        return parse_json(content)
+    except JsonError as error:
+        raise JsonError(str(error), content[:4096]) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
