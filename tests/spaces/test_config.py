@@ -511,3 +511,15 @@ def test_consecutive_experts_share_a_range(olmoe: Inventory) -> None:
 def test_an_assignment_of_another_model_is_refused(olmoe: Inventory, mixtral: Inventory) -> None:
     with pytest.raises(ConfigError, match="the assignment has 56 matrices, the model has 2352"):
         config_from_assignment(uniform_assignment(mixtral, "mxfp4"), olmoe)
+
+
+@pytest.mark.parametrize("data", [{}, {"default": {}}, {"overrides": [{"pattern": "*"}]}])
+def test_a_configuration_that_changes_nothing_is_warned_of(data: Any, llama: Inventory) -> None:
+    plan = resolve(parse_config(json.dumps(data)), llama)
+    n = len(llama.matrices)
+    assert plan.warnings[-1].startswith(f"nothing is quantized: all {n} matrices stay bf16; name")
+
+
+def test_bf16_on_purpose_is_not_warned_of(llama: Inventory) -> None:
+    for default in ({"wq": "bf16"}, {"skip": True}):
+        assert resolve(parse_config(json.dumps({"default": default})), llama).warnings == ()

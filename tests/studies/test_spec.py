@@ -84,6 +84,11 @@ def test_impossible_specification_is_refused(change: dict[str, Any], words: str)
         SearchSpec(**change)
 
 
+def test_study_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--study NAME"):
+        SearchSpec(study=" ")
+
+
 def test_side_constraints_are_those_asked_for_with_the_active_budget_in_bits() -> None:
     assert SearchSpec().constraints == SideConstraints()
     spec = SearchSpec(max_formats_per_layer=2, layer_minimum_bits=3.5, active_budget="1KiB")
