@@ -45,7 +45,8 @@ Formats = Annotated[
     ),
 ]
 ProfileName = Annotated[
-    str, typer.Option(help="What the result must load in: any, vllm, sglang, transformers.")
+    str,
+    typer.Option(help="What the result must load in: any, kernels, vllm, sglang, transformers."),
 ]
 Mode = Annotated[
     str,
@@ -69,8 +70,9 @@ AllocatorName = Annotated[
     str | None,
     typer.Option(
         "--allocator",
-        help="Run one allocator alone, beside uniform formats: fisher, error, gemq, pmq, alphaq, "
-        "alpha-hill, evolution, ...; all by default.",
+        help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, error, "
+        "utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all by "
+        "default.",
     ),
 ]
 MaxFormats = Annotated[
@@ -207,8 +209,8 @@ def command(
 ) -> None:
     """Search number formats for every layer and expert of a model within a budget.
 
-    Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md and
-    study.db to --out.
+    Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md,
+    report.html and study.db to --out.
     """
     set_up(debug)
     with reported(debug, _RESUME):
