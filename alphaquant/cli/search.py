@@ -70,8 +70,8 @@ AllocatorName = Annotated[
     str | None,
     typer.Option(
         "--allocator",
-        help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, error, "
-        "utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all by "
+        help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, "
+        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all by "
         "default.",
     ),
 ]

@@ -79,7 +79,7 @@ def find_device(name: str) -> str:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # What follows the first sentence is a list of all of torch's backends.
-        said = str(error).splitlines()[0].split(". ")[0][:160]
+        said = str(error).splitlines()[0].split(". ")[0].split(" of cpu,")[0]
         raise ModelError(
             f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
         ) from error
