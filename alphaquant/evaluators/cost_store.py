@@ -6,8 +6,8 @@ formats and the layers::
     layer-003.safetensors                 what all formats share, arrays [m]: n_tokens, ...
     layer-003.int3-g64-asym.safetensors   costs in one format, arrays [m] or [m, ...]
 
-A file appears whole or not at all; a run that was killed measures what is missing. Nothing here
-knows what is measured.
+A file appears whole or not at all and carries the sha256 of its arrays; a run that was killed
+measures what is missing. Nothing here knows what is measured.
 
 Letters: m matrices of a layer, in inventory order; M of the model; F formats.
 """
@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from alphaquant.errors import StoreError
+from alphaquant.quant.checksums import SUM, content_sum
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.gradients import LayerTrace
 
@@ -139,17 +140,22 @@ class CostStore:
         shards: list[tuple[str | None, Arrays]] = [(None, costs.shared), *costs.formats.items()]
         for format_name, arrays in shards:
             with whole_file(self.file(layer, format_name)) as part:
-                save_file(arrays, part)
+                save_file(arrays, part, metadata={SUM: content_sum(sorted(arrays.items()))})
 
     def _read(self, file: Path, expected: Mapping[str, tuple[int, ...]]) -> Arrays:
         try:
-            arrays: Arrays = load_file(file)
+            with safe_open(file, "np") as opened:
+                stated = (opened.metadata() or {}).get(SUM)
+                arrays: Arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if content_sum(sorted(arrays.items())) != stated:
+                raise ValueError("its sha256 differs from the one written with it")
             shapes = {name: array.shape for name, array in arrays.items()}
             if shapes != expected:
                 raise ValueError(f"it holds {shapes}, not {expected}")
         except (OSError, SafetensorError, ValueError) as error:
             raise StoreError(
-                f"{file} is damaged ({error}); delete {file.parent} and run the same command again"
+                f"{file} is damaged ({error}); delete {file.parent} and run the same command "
+                "again: it is measured anew"
             ) from error
         return arrays
 

@@ -37,10 +37,14 @@ from alphaquant.evaluators.perplexity import (
     token_losses,
 )
 from alphaquant.quant.bank import Progress
+from alphaquant.quant.checksums import SUM, content_sum
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.walk import batches_of
+from alphaquant.spaces.json_files import JsonError, parse_json
 
 TOP_K = 4096
+_SUMMED_WINDOWS = 8
+"""Windows of a file that are in memory at once while its checksum is formed."""
 
 
 @dataclass(frozen=True)
@@ -166,29 +170,39 @@ def store_teacher(
             parts.setdefault(name, []).append(tensor.cpu())
     stored = {name: torch.cat(tensors) for name, tensors in parts.items()}
     facts = _facts(stored, tokens, vocabulary)
+    text = json.dumps(facts)
     with whole_file(path) as part:
-        save_file(stored, part, metadata={"facts": json.dumps(facts)})
+        save_file(stored, part, metadata={"facts": text, SUM: _sum(stored, len(tokens), text)})
     progress("teacher", len(tokens), len(tokens))
     return Teacher(path, facts)
 
 
 def open_teacher(path: Path) -> Teacher:
-    """Open stored predictions.
+    """Open stored predictions and compare them with their checksum.
 
     Raises:
         StoreError: the file is missing or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            stated: dict[str, str] = file.metadata() or {}
+            facts = parse_json(stated["facts"])
+            slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
+            shapes = {n: tuple(part.get_shape()) for n, part in slices.items()}
+            found = _sum(slices, facts["n_windows"], stated["facts"])
         n_windows, seq_len, k = facts["n_windows"], facts["seq_len"], facts["k"]
         expected = {"log_probs": (n_windows, seq_len, k), "rest": (n_windows, seq_len)}
         if k < facts["vocabulary"]:
             expected["tokens"] = (n_windows, seq_len, k)
         if shapes != expected or "data_digest" not in facts:
             raise ValueError(f"it holds {shapes}, not {expected}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if found != stated.get(SUM):
+            raise ValueError(
+                "its sha256 differs from the one written with it"
+                if SUM in stated
+                else "it has no checksum: an earlier version wrote it"
+            )
+    except (OSError, SafetensorError, JsonError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({error}); delete it and run the same command again"
         ) from error
@@ -262,6 +276,16 @@ def join(parts: Sequence[Divergence]) -> Divergence:
         parts[0].seq_len,
         sum(p.seconds for p in parts),
     )
+
+
+def _sum(stored: Mapping[str, Any], n_windows: int, text: str) -> str:
+    """Checksum of tensors or slices of a file, a few windows at a time, and of the facts."""
+    parts = (
+        (name, stored[name][start : start + _SUMMED_WINDOWS].numpy())
+        for name in sorted(stored)
+        for start in range(0, n_windows, _SUMMED_WINDOWS)
+    )
+    return content_sum(parts, text)
 
 
 def _facts(stored: Mapping[str, Tensor], tokens: Tensor, vocabulary: int) -> dict[str, Any]:

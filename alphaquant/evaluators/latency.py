@@ -23,7 +23,6 @@ at 4 tokens with 6 us it takes 3 + 17/15 = 4.1333 us, times P 3.875 us. Together
 
 import csv
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject
 from alphaquant.evaluators.footprint import Placed, active_shares, place
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_errors import validation_text
+from alphaquant.spaces.json_files import JsonError, parse_json
 
 
 def _check_canonical(value: str) -> str:
@@ -216,7 +216,7 @@ def read_latency_table(path: Path) -> LatencyTable:
     """
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); give a latency table") from error
     parse = _csv_rows if path.suffix == ".csv" else _json_rows
@@ -238,12 +238,11 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[LatencyRow]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-                yield LatencyRow.model_validate(row)
+                yield LatencyRow.model_validate(parse_json(line))
             except ValidationError as error:
                 raise _bad_row(path, number, validation_text(error, {"": _COLUMNS})) from error
-            except json.JSONDecodeError as error:
-                raise _bad_row(path, number, f"not JSON ({error.msg})") from error
+            except JsonError as error:
+                raise _bad_row(path, number, str(error)) from error
 
 
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterable[LatencyRow]:

@@ -55,7 +55,7 @@ from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.walk import batches_of
 from alphaquant.spaces.units import Unit
 
-COSTS_VERSION = 3
+COSTS_VERSION = 4
 """Part of the key of stored costs; another number measures them anew."""
 
 _SHARED = ("n_tokens", "routing_weight", "active_share")

@@ -5,6 +5,7 @@ A trial only swaps.
 Layout::
 
     <root>/<key>/bank.json                        what the bank belongs to (model, data, settings)
+    <root>/<key>/.lock                            while a process fills it
     <root>/<key>/<format>/layer-003.safetensors   packed tensors, <matrix>.<codes|scales|zeros|...>
     <root>/<key>/<format>/layer-003.json          sha256 of that file, records of its matrices
 
@@ -28,15 +29,19 @@ from torch import Tensor
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.engine import QuantSettings, quantize_layer
-from alphaquant.quant.files import whole_file
+from alphaquant.quant.files import locked, whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.walk import batches_of, observe_layer, walk
 from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Inventory, Matrix
 
 BANK_VERSION = 1
+LOCK_FILE = ".lock"
+"""In a bank's directory while a process fills it; a bank that lacks nothing is free for all."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -151,9 +156,9 @@ class Bank:
     def _sidecar(self, format_name: str, layer: int) -> dict[str, Any]:
         path = self.file(format_name, layer).with_suffix(".json")
         try:
-            content = json.loads(path.read_text())
+            content = read_object(path)
             return {key: content[key] for key in ("sha256", "utilization", "records")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, JsonError, KeyError) as error:
             raise damaged(path, str(error)) from error
 
 
@@ -186,10 +191,10 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
     index = path / "bank.json"
     if index.exists():
         try:
-            found = json.loads(index.read_text())
-        except ValueError as error:
+            found = read_object(index)
+        except JsonError as error:
             raise damaged(index, str(error)) from error
-        if not isinstance(found, dict) or found.get("inventory") != inventory.digest:
+        if found.get("inventory") != inventory.digest:
             raise damaged(index, "it lists another model's matrices")
     else:
         _write_text(index, json.dumps(stated, indent=1, sort_keys=True))
@@ -223,26 +228,49 @@ def fill_bank(
 
     Raises:
         ModelError: a module was never called, a Hessian cannot be factorized, or `sequential`.
+        StoreError: another process fills this bank.
     """
     if settings.sequential:
         raise ModelError(
             "a bank holds every matrix in every format, so no layer has quantized layers before "
             "it; use sequential=False, or quantize_to_checkpoint for one assignment"
         )
-    missing = {
-        layer.index: [n for n in format_names if not bank.has(n, layer.index)]
-        for layer in model_map.layers
-    }
-    if not any(missing.values()):
+    if not _missing(bank, format_names):
         return 0
-    last = max(index for index, names in missing.items() if names)
+    with locked(bank.path / LOCK_FILE, f"the bank {bank.path}", "--cache"):
+        return _fill(bank, model_map, tokens, format_names, settings, batch_size, progress)
+
+
+def _missing(bank: Bank, format_names: Sequence[str]) -> dict[int, list[str]]:
+    """Formats that layers lack, of the layers that lack any."""
+    lacking = {
+        layer: [name for name in format_names if not bank.has(name, layer)]
+        for layer in range(bank.inventory.n_layers)
+    }
+    return {layer: names for layer, names in lacking.items() if names}
+
+
+def _fill(
+    bank: Bank,
+    model_map: ModelMap,
+    tokens: Tensor,
+    format_names: Sequence[str],
+    settings: QuantSettings,
+    batch_size: int,
+    progress: Progress,
+) -> int:
+    """Quantize layer by layer up to the last that lacks a format; the number of files written."""
+    missing = _missing(bank, format_names)
+    if not missing:  # whoever had the lock before wrote them
+        return 0
+    last = max(missing)
     n_written = 0
     for step in walk(model_map, batches_of(tokens, batch_size)):
         layer = step.layer
         if layer.index > last:
             break
         progress("hessians", layer.index, len(model_map.layers))
-        names = missing[layer.index]
+        names = missing.get(layer.index, [])
         if not names:
             continue
         hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)

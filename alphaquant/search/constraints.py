@@ -59,9 +59,11 @@ class SideConstraints:
 
     @property
     def text(self) -> str:
-        """What is given, for messages: `active_bits = 9000, layer_minimum_bits = 3.0`."""
+        """What is given, for messages: `active budget of 1125 bytes, layer_minimum_bits = 3.0`."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        return ", ".join(f"{name} = {given[name]}" for name in sorted(given))
+        active_bits = given.pop("active_bits", None)
+        active = [] if active_bits is None else [f"active budget of {active_bits // 8} bytes"]
+        return ", ".join([*active, *(f"{name} = {given[name]}" for name in sorted(given))])
 
 
 def solve_constrained(
@@ -200,8 +202,8 @@ def _check_reachable(case: Case, problem: Problem, constraints: SideConstraints)
         lowest = float(case.limits.weights[:, 1] @ least)
         if lowest > case.limits.limits[1]:
             raise BudgetError(
-                f"{constraints.text}, but a token reads {lowest:.0f} bits in the smallest "
-                "formats; raise active_bits or add smaller formats"
+                f"{constraints.text}, but a token reads {lowest / 8:.0f} bytes in the "
+                "smallest formats; raise the active budget or add smaller formats"
             )
     if constraints.layer_minimum_bits is not None:
         _check_minimum(case, problem, constraints, least)

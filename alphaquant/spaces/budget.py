@@ -90,15 +90,20 @@ class Budget:
 def parse_budget(text: str) -> Budget:
     """Read a budget such as `4.25bits`, `4.25bpw`, `4.25`, `13GiB` or `13GB`, in any case.
 
+    Bytes alone are `5361664bytes` or, with a capital, `5361664B`.
+
     Raises:
         BudgetError: not a positive number with one of the known endings.
     """
     match = _TEXT.fullmatch(text)
     number, unit = (Fraction(match[1]), match[2].lower()) if match else (Fraction(0), "")
+    if match and match[2] == "B":  # a small b would be read as bits by some
+        unit = "bytes"
     if number == 0 or (unit not in BITS_UNITS and unit not in BYTES_UNITS):
         raise BudgetError(
             f"cannot read the budget {text!r}; write bits per weight (4.25bits, 4.25bpw, 4.25) or "
-            "the size of the whole checkpoint (13GiB, 13GB, also K, M, T, or bytes), above zero"
+            "the size of the whole checkpoint (13GiB, 13GB, also K, M, T, or 5361664bytes), "
+            "above zero"
         )
     if unit in BITS_UNITS:
         return Budget(text.strip(), "bits", float(number))
@@ -142,6 +147,43 @@ def check_reachable(
     raise BudgetError(
         f"budget {budget.text} cannot be reached; the formats at hand reach {reach}; "
         "give a larger budget, or smaller formats with --formats"
+    )
+
+
+def parse_byte_budget(text: str, what: str) -> int:
+    """Read a number of bytes such as `600MiB` or `2GB`, rounded down.
+
+    Args:
+        text: what the user wrote.
+        what: what is limited, for messages.
+
+    Raises:
+        BudgetError: not a positive number of bytes.
+    """
+    try:
+        budget = parse_budget(text)
+    except BudgetError:
+        budget = None
+    if budget is None or budget.kind != "bytes" or budget.value < 1:
+        raise BudgetError(
+            f"cannot read the {what} {text!r}; write bytes, such as 600MiB, 2GB or 5361664bytes"
+        )
+    return int(budget.value)
+
+
+def idle_text(budget: Budget, inventory: Inventory, high_bits: int) -> str | None:
+    """The sentence for a budget that is above the largest assignment; None for one that binds.
+
+    Args:
+        budget: the budget.
+        inventory: the model's matrices and kept tensors.
+        high_bits: most bits that the quantizable matrices can take, see `achievable_range`.
+    """
+    if budget.limit_bits(inventory) <= high_bits:
+        return None
+    return (
+        f"budget {budget.text} binds nothing: the largest formats at hand take "
+        f"{_reach_text(inventory, high_bits)}; give a smaller budget"
     )
 
 

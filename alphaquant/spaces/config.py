@@ -32,6 +32,7 @@ from pydantic import ValidationError
 
 from alphaquant.errors import ConfigError, FormatError
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.foreign import READABLE, file_kind, tool_of, way_text
 from alphaquant.spaces.formats import (
     ASYMMETRIC_KINDS,
     BF16,
@@ -42,7 +43,8 @@ from alphaquant.spaces.formats import (
     make_format,
     parse_format,
 )
-from alphaquant.spaces.json_errors import syntax_text, validation_text
+from alphaquant.spaces.json_errors import validation_text
+from alphaquant.spaces.json_files import JsonError, parse_json, read_json
 from alphaquant.spaces.patterns import escape_pattern, select_names
 from alphaquant.spaces.schema import KNOWN_KEYS, Config, Override, Scheme
 from alphaquant.spaces.units import Inventory, Matrix
@@ -100,15 +102,24 @@ def load_config(path: str | Path) -> Config:
     """Read a configuration file.
 
     Raises:
-        ConfigError: the file cannot be read or is not a valid configuration.
+        ConfigError: the file cannot be read, is another tool's or is not a valid configuration.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = read_json(Path(path))
+    except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error}; give a JSON file in UTF-8"
         ) from error
-    return parse_config(text, str(path))
+    except JsonError as error:
+        kind = file_kind(Path(path), error.start)
+        if kind is not None:
+            raise ConfigError(way_text(Path(path), kind, can_read=False)) from error
+        raise ConfigError(f"{path}: {error}") from error
+    tool = tool_of(data)
+    if tool is not None:
+        what, can_read = f"a configuration of {tool}", tool in READABLE
+        raise ConfigError(way_text(Path(path), what, can_read=can_read))
+    return _config_of(data, str(path))
 
 
 def parse_config(text: str, source: str = "config") -> Config:
@@ -122,11 +133,13 @@ def parse_config(text: str, source: str = "config") -> Config:
         ConfigError: not JSON, or not a configuration; the message carries source and JSON path.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source}: {syntax_text(error)}") from error
-    except ValueError as error:
+        data = parse_json(text)
+    except JsonError as error:
         raise ConfigError(f"{source}: {error}") from error
+    return _config_of(data, source)
+
+
+def _config_of(data: Any, source: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -182,7 +195,7 @@ def resolve(config: Config, inventory: Inventory, *, strict: bool = False) -> Pl
     return Plan(
         schemes,
         tuple(config.overrides[index].pattern for index in matches.unmatched),
-        (*unmatched, *kept, *_group_size_texts(ignored)),
+        (*unmatched, *kept, *_group_size_texts(ignored), *_nothing_texts(config, schemes)),
     )
 
 
@@ -342,6 +355,19 @@ def _group_size_texts(ignored: Sequence[str]) -> list[str]:
     ]
 
 
+def _nothing_texts(config: Config, schemes: Mapping[str, ResolvedScheme]) -> list[str]:
+    """A warning where a configuration changes nothing and its default does not ask for that."""
+    if config.default.wq is not None or config.default.skip:
+        return []
+    for scheme in schemes.values():
+        if scheme.weight_format.is_quantized or scheme.activation.is_quantized:
+            return []
+    return [
+        f"nothing is quantized: all {len(schemes)} matrices stay bf16; name a wq in default or "
+        'overrides, such as {"default": {"wq": "int4", "group_size": 64}}'
+    ]
+
+
 def _stem(matrix: Matrix) -> tuple[str, ...]:
     """What stands before and after the expert's index in a name; the name where it has none."""
     parts = matrix.name.split(".")
@@ -379,12 +405,3 @@ def _scheme_fields(fmt: Format, default: Format) -> dict[str, object]:
 
 def _has_usual_element(fmt: Format) -> bool:
     return not fmt.element or fmt.element == elements_of(fmt.kind)[0]
-
-
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object; remove one of the two")
-    return data

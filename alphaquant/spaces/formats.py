@@ -106,6 +106,10 @@ MX_BLOCK_SIZE = 32
 NV_BLOCK_SIZE = 16
 PER_ROW = -1
 MIN_GROUP_SIZE = 8
+MAX_GROUP_SIZE = 2**24
+"""Sixteen million inputs, far more than any matrix has: a larger number is a mistake."""
+GROUP_SIZES = f"-1 (one scale per row) or {MIN_GROUP_SIZE} to {MAX_GROUP_SIZE}"
+"""Group sizes that are possible, for messages."""
 FIXED_BLOCK_SIZES: dict[str, int] = {"mxfp": MX_BLOCK_SIZE, "nvfp": NV_BLOCK_SIZE}
 """Families whose group size is part of the format and cannot be chosen."""
 
@@ -241,8 +245,8 @@ def make_format(
         element: e2m1, e2m3, e3m2, e4m3 or e5m2; only for fp and mxfp of matching width.
 
     Raises:
-        FormatError: unknown kind, a group size below 8, or an element or zero point that the kind
-            cannot have.
+        FormatError: unknown kind, a group size that cannot be, or an element or zero point that
+            the kind cannot have.
     """
     possible = elements_of(kind)
     family = kind.rstrip("0123456789")
@@ -264,6 +268,11 @@ def make_format(
     return Format(family, bits, n_shared, True, element or _DEFAULT_ELEMENT[bits])
 
 
+def is_group_size(value: int) -> bool:
+    """Whether so many inputs can share a scale; see `GROUP_SIZES`."""
+    return value == PER_ROW or MIN_GROUP_SIZE <= value <= MAX_GROUP_SIZE
+
+
 def elements_of(kind: str) -> tuple[str, ...]:
     """Names of the elements that a kind can store, the default first; none for int and bf16.
 
@@ -282,10 +291,9 @@ def elements_of(kind: str) -> tuple[str, ...]:
 def _group_size(kind: str, group_size: int | None) -> int:
     if group_size is None:
         return DEFAULT_GROUP_SIZE
-    if group_size != PER_ROW and group_size < MIN_GROUP_SIZE:
+    if not is_group_size(group_size):
         raise FormatError(
-            f"{kind}: group size {group_size} is not possible; use -1 (one scale per row) or at "
-            f"least {MIN_GROUP_SIZE}, e.g. 32, 64, 128"
+            f"{kind}: group size {group_size} is not possible; use {GROUP_SIZES}, e.g. 32, 64, 128"
         )
     return group_size
 

@@ -14,6 +14,17 @@ from pydantic import ValidationError
 MAX_PROBLEMS = 5
 """Problems that one message lists; more are counted."""
 
+_NEEDED = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "an object {...}"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list [...]"),
+    "string_type": "a text in quotes",
+    "string_too_short": "a text that is not empty",
+    "bool_type": "true or false",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    "float_type": "a number",
+}
+"""What is needed where pydantic found another type, in words of JSON."""
+
 _UNION_TAGS = ("int", "float")
 """Parts that pydantic adds to the path of a field of two types."""
 
@@ -62,5 +73,7 @@ def _problem_text(problem: Any, known_keys: Mapping[str, Sequence[str]]) -> str:
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if problem["type"] == "value_error":
         return f"{where}: {message}"
+    if problem["type"] in _NEEDED:
+        message = f"must be {_NEEDED[problem['type']]}"
     given = json.dumps(problem["input"], ensure_ascii=False, default=str)
     return f"{where}: {message}, not {given[:60]}; correct it"

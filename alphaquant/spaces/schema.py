@@ -20,8 +20,8 @@ from alphaquant.spaces.formats import (
     ACTIVATION_KINDS,
     ELEMENTS,
     FORMAT_KINDS,
-    MIN_GROUP_SIZE,
-    PER_ROW,
+    GROUP_SIZES,
+    is_group_size,
     make_format,
 )
 from alphaquant.spaces.patterns import compile_pattern
@@ -46,10 +46,8 @@ def _check_member(value: str, known: tuple[str, ...]) -> str:
 
 
 def _check_group_size(value: int) -> int:
-    if value != PER_ROW and value < MIN_GROUP_SIZE:
-        raise ValueError(
-            f"{value} is not possible; use -1 (one scale per row) or at least {MIN_GROUP_SIZE}"
-        )
+    if not is_group_size(value):
+        raise ValueError(f"{value} is not possible; use {GROUP_SIZES}")
     return value
 
 

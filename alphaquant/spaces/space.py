@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.budget import Budget, achievable_range, check_reachable
+from alphaquant.spaces.budget import Budget, achievable_range, check_reachable, idle_text
 from alphaquant.spaces.profiles import (
     Profile,
     allowed_formats,
@@ -41,6 +41,17 @@ class SearchSpace:
     def profile_name(self) -> str:
         """Name of the profile, as `--profile` takes it."""
         return self.profile.name
+
+    @cached_property
+    def reach_bits(self) -> tuple[int, int]:
+        """Fewest and most bits that the quantizable matrices can take in the menu's formats."""
+        ranges = [achievable_range((unit,), self.allowed(unit)) for unit in self.units]
+        return sum(low for low, _ in ranges), sum(high for _, high in ranges)
+
+    @property
+    def idle_budget(self) -> str | None:
+        """The sentence for a budget that binds nothing; None for one that does."""
+        return idle_text(self.budget, self.inventory, self.reach_bits[1])
 
     @cached_property
     def limit_bits(self) -> int:
@@ -83,6 +94,5 @@ def make_space(
     space = SearchSpace(
         inventory, profile, units_of(inventory, profile), narrow_menu(menu, profile), budget
     )
-    ranges = [achievable_range((unit,), space.allowed(unit)) for unit in space.units]
-    check_reachable(budget, inventory, sum(r[0] for r in ranges), sum(r[1] for r in ranges))
+    check_reachable(budget, inventory, *space.reach_bits)
     return space

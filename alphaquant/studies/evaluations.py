@@ -9,7 +9,9 @@ text. Where two processes measured the same windows, the first line counts.
 Letters: N windows.
 """
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.divergence import Divergence, join
+from alphaquant.spaces.json_files import JsonError, parse_json
 
 _FIELDS = ("kl", "same_top", "nll")
 
@@ -54,8 +57,10 @@ class EvaluationLog:
         line: dict[str, Any] = {"digest": digest, "first": first, "seconds": part.seconds}
         line |= {name: getattr(part, name).tolist() for name in _FIELDS}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
         self._remember(digest, first, part)
 
     def _remember(self, digest: str, first: int, part: Divergence) -> None:
@@ -67,11 +72,13 @@ class EvaluationLog:
     def _read(self, number: int, text: bytes) -> None:
         """Take over one line of the file."""
         try:
-            line: Any = json.loads(text)
+            line: Any = parse_json(text)
             kl, same, nll = (torch.tensor(line[name], dtype=torch.float32) for name in _FIELDS)
             part = Divergence(kl, same, nll, self._seq_len, float(line["seconds"]))
             digest, first = str(line["digest"]), int(line["first"])
-        except (ValueError, TypeError, KeyError) as error:
+            if not len(kl) == len(same) == len(nll) > 0:
+                raise ValueError("its lists differ in length")
+        except (JsonError, ValueError, TypeError, KeyError, OverflowError) as error:
             raise StoreError(
                 f"{self._path}, line {number}, is damaged ({error}); delete the file and run "
                 "the same command again: what it held is measured anew"
@@ -82,11 +89,13 @@ class EvaluationLog:
         """The lines of the file; what a kill left of the last one is cut off."""
         if not self._path.exists():
             return []
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        with self._path.open("rb") as file:
+            # Whoever writes a line holds the lock to its end, so half a line is of a killed one.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(self._path, len(whole))
         return whole.splitlines()
 
 

@@ -2,6 +2,7 @@
 
 Layout::
 
+    .lock                        while a search works here, see `locked_folder`
     run.json                     what was asked, of which model and texts; marks it as ours
     study.db                     Optuna's storage, see `alphaquant.studies.storage`
     assignments/<digest>.json    every evaluated assignment
@@ -13,9 +14,11 @@ Layout::
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,12 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from alphaquant.errors import StoreError
+from alphaquant.quant.files import locked
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.studies.storages import kept_url, sqlite_url
 
+LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 """Name of a trial's artifact."""
@@ -95,9 +101,9 @@ class RunFolder:
         """
         path = self.path / _assignment_file(digest)
         try:
-            assignment = Assignment(json.loads(path.read_text(encoding="utf-8")))
+            assignment = Assignment(read_object(path))
             is_whole = assignment.digest == digest
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, JsonError, ValueError, TypeError) as error:
             raise StoreError(f"{path} cannot be read ({error}); {self.remedy}") from error
         if not is_whole:
             raise StoreError(f"{path} is damaged: its content is not of its name; {self.remedy}")
@@ -109,6 +115,48 @@ class RunFolder:
         return (
             f"delete {self.path} and run the same command again: banks, costs and predictions are "
             "kept in the cache"
+        )
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Keep other searches out of a directory; it is removed again if nothing was written to it.
+
+    The lock lies inside, so that it holds wherever the directory is mounted.
+
+    Raises:
+        StoreError: another process works on it; the message names that.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with locked(path / LOCK_FILE, f"--out {path}"):
+            yield
+    finally:
+        with suppress(OSError):  # one that holds something stays, and so do those around it
+            for folder in made:
+                folder.rmdir()
+
+
+def check_place(path: Path, option: str) -> None:
+    """Refuse a directory that cannot be made or written to; makes nothing.
+
+    Args:
+        path: the directory.
+        option: that it was asked for with, for messages.
+
+    Raises:
+        StoreError: a file is in the way, or a right is missing.
+    """
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise StoreError(
+            f"{option} {path}: {there} is no directory; give another {option} or move it away"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"{option} {path}: {there} cannot be written to; give another {option} or the right"
         )
 
 
@@ -131,8 +179,8 @@ def check_folder(path: Path, facts: Mapping[str, Any], *, overwrite: bool) -> No
     found = _read_run(path)
     if found is None and not _is_free(path):
         raise StoreError(
-            f"{path} exists and holds no search of ours; give another --out (--overwrite replaces "
-            "searches only)"
+            f"{path} exists and holds no search of ours{_why_not(path)}; give another "
+            "--out (--overwrite replaces searches only)"
         )
     if found is not None and not overwrite:
         changed = _changed(found, facts)
@@ -200,11 +248,22 @@ def _assignment_file(digest: str) -> str:
 def _read_run(path: Path) -> dict[str, Any] | None:
     """The content of a directory's `run.json` if one of our searches wrote it."""
     try:
-        content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_object(path / RUN_FILE)
+    except (OSError, JsonError):
         return None
-    is_ours = isinstance(content, dict) and content.get("tool") == _TOOL
+    is_ours = content.get("tool") == _TOOL
     return content if is_ours and isinstance(content.get("facts"), dict) else None
+
+
+def _why_not(path: Path) -> str:
+    """What is wrong with a `run.json` that cannot be read."""
+    try:
+        read_object(path / RUN_FILE)
+    except JsonError as error:
+        return f" ({RUN_FILE} is damaged: {error})"
+    except OSError:
+        return ""
+    return ""
 
 
 def _changed(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -216,10 +275,10 @@ def _changed(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is there but, at most, what a kill during `claim_folder` leaves."""
+    """Whether nothing is there but, at most, a lock and what a kill in `claim_folder` leaves."""
     if not path.exists():
         return True
-    return path.is_dir() and {f.name for f in path.iterdir()} <= {f"{RUN_FILE}.part"}
+    return path.is_dir() and {f.name for f in path.iterdir()} <= {f"{RUN_FILE}.part", LOCK_FILE}
 
 
 def _remove_own(path: Path) -> None:

@@ -7,7 +7,6 @@ findings look is in `alphaquant.studies.inspect_text`.
 Letters: E routed experts of a layer, k of them per token.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from alphaquant.quant.models import map_model
 from alphaquant.quant.quantization_config import PackedFormats, read_formats
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
+from alphaquant.spaces.foreign import Foreign, read_foreign, tool_of
 from alphaquant.spaces.formats import BF16
+from alphaquant.spaces.json_files import JsonError, read_json, read_object
 from alphaquant.spaces.patterns import select_names
 from alphaquant.spaces.profiles import DOWN, GATE, PROFILES, UP, Profile, is_loadable, units_of
 from alphaquant.spaces.units import Inventory, Matrix
@@ -45,13 +46,13 @@ class Statement:
 
     Attributes:
         path: of the file that was read.
-        content: a configuration, or the formats of a packed checkpoint.
+        content: a configuration, the formats of a packed checkpoint, or another tool's plan.
         summary: what the search or the quantization wrote beside it; may be empty.
         model: the model that it names, None where it names none.
     """
 
     path: Path
-    content: Config | PackedFormats
+    content: Config | PackedFormats | Foreign
     summary: Mapping[str, Any]
     model: str | None
 
@@ -63,6 +64,8 @@ class Statement:
         """
         if isinstance(self.content, PackedFormats):
             return self._packed_plan(self.content, model)
+        if isinstance(self.content, Foreign):
+            return self._foreign_plan(self.content, model.inventory)
         plan = resolve(self.content, model.inventory)
         n_unmatched, n_patterns = len(plan.unmatched_patterns), len(self.content.overrides)
         stated = self.summary.get("assignment_digest")
@@ -74,6 +77,14 @@ class Statement:
                 f"names look like {model.inventory.matrices[-1].name}; give its own --model"
             )
         return plan
+
+    def _foreign_plan(self, foreign: Foreign, inventory: Inventory) -> Plan:
+        schemes = {
+            m.name: ResolvedScheme(foreign.format_of((m.name, *m.aliases)))
+            for m in inventory.matrices
+        }
+        names = [name for m in inventory.matrices for name in (m.name, *m.aliases)]
+        return Plan(schemes, warnings=foreign.warnings(names, str(self.path)))
 
     def _packed_plan(self, packed: PackedFormats, model: "Skeleton") -> Plan:
         if packed.weights.keys() != model.inventory.by_name.keys():
@@ -307,7 +318,7 @@ def read_statement(path: Path) -> Statement:
         StoreError: a packed checkpoint is of another version, or damaged.
     """
     if is_packed(path):
-        entry = json.loads((path / "config.json").read_text())["quantization_config"]
+        entry = read_object(path / "config.json")["quantization_config"]
         return Statement(path, read_formats(entry, str(path)), _packed_summary(path), str(path))
     file = path / _BEST if path.is_dir() else path
     if path.is_dir() and not file.exists():
@@ -315,10 +326,22 @@ def read_statement(path: Path) -> Statement:
             f"{path} is a directory without {_BEST}, and no packed checkpoint; give a "
             "configuration file, the --out of aq-quantize, or that of a finished aq-search"
         )
+    foreign = _foreign(file)
+    if foreign is not None:
+        return Statement(file, foreign, {}, None)
     config = load_config(file)
     summary = config.summary or config.search_summary or {}
     model = summary.get("model")
     return Statement(file, config, summary, model if isinstance(model, str) else None)
+
+
+def _foreign(file: Path) -> Foreign | None:
+    """A configuration of another tool; None for any other file, which `load_config` judges."""
+    try:
+        data = read_json(file)
+    except (OSError, JsonError):
+        return None
+    return None if tool_of(data) is None else read_foreign(data, file)
 
 
 def read_skeleton(name: str) -> Skeleton:
@@ -377,10 +400,10 @@ def scheme_label(scheme: ResolvedScheme) -> str:
 def _packed_summary(path: Path) -> Mapping[str, Any]:
     """What a packed checkpoint's report says of where it comes from; empty without one."""
     try:
-        report = json.loads((path / "quantize_report.json").read_text(encoding="utf-8"))
+        report = read_object(path / "quantize_report.json")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except JsonError as error:
         raise ConfigError(
             f"{path}/quantize_report.json is damaged ({error}); remove it or quantize again"
         ) from error

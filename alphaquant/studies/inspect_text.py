@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from alphaquant.spaces.foreign import Foreign
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.inspect_config import Inspection, Loadable, Part
 from alphaquant.studies.sizes import bit_lines
@@ -19,7 +20,7 @@ _WIDTH = 80
 def inspection_text(found: Inspection) -> str:
     """Everything for people, in paragraphs."""
     parts = [
-        _wrapped(f"{found.statement.path} on {found.model.name}"),
+        _wrapped(f"{found.statement.path}{_owner_text(found)} on {found.model.name}"),
         summary_text(found.statement.summary),
         "\n".join([*bit_lines(found.counts), *_size_lines(found)]),
         _parts_table("role", found.roles),
@@ -30,6 +31,12 @@ def inspection_text(found: Inspection) -> str:
         warnings_text(found.warnings),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _owner_text(found: Inspection) -> str:
+    """Whose configuration it is where it is not ours."""
+    content = found.statement.content
+    return f", a configuration of {content.tool}," if isinstance(content, Foreign) else ""
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
+_LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
+
 
 @dataclass(frozen=True)
 class QuantizeSpec:
@@ -159,6 +161,7 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
         AlphaQuantError: a bad configuration or model.
     """
     config = load_config(spec.config)
+    _settings(spec, _read_summary(config.summary or {}, spec.config))
     skeleton = load_skeleton(model_location(spec.model))
     architecture = choose_architecture(skeleton, spec.model_type)
     inventory = map_model(skeleton).inventory
@@ -202,6 +205,11 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     """
     quantization = _part(summary, "quantization", {}, path)
     calibration = _part(summary, "calibration", _CALIBRATION_TYPES, path)
+    for name, least in _LEAST.items():
+        if calibration.get(name, least) < least:
+            raise ConfigError(
+                f"{path}: summary.calibration.{name} is {calibration[name]}; use {least} or more"
+            )
     digest = summary.get("model_digest")
     settings = _read_settings(quantization, path)
     return _Summary(settings, calibration, digest if isinstance(digest, str) else None)

@@ -20,6 +20,7 @@ import optuna
 from alphaquant.evaluators.data import check_sources
 from alphaquant.evaluators.sensitivity import rare_matrices
 from alphaquant.quant.bank import Progress
+from alphaquant.quant.loading import named_dtype
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.search.groups import check_grouping
@@ -32,9 +33,11 @@ from alphaquant.studies.decoration import decorate
 from alphaquant.studies.folder import (
     RunFolder,
     check_folder,
+    check_place,
     claim_folder,
     default_storage,
     facts_digest,
+    locked_folder,
 )
 from alphaquant.studies.gate import GateResult, judge
 from alphaquant.studies.loop import OnTrial, TrialLoop
@@ -46,7 +49,7 @@ from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
 from alphaquant.studies.report_sections import RARE_TOKENS
 from alphaquant.studies.result import SearchResult, front_of
-from alphaquant.studies.sources import find_device, load_source
+from alphaquant.studies.sources import cache_dir, find_device, load_source
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
     Anchor,
@@ -92,14 +95,23 @@ def search(
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
-    clock = StageClock(progress)
     request = _check(spec)
+    with locked_folder(spec.out):
+        return _search(spec, request, StageClock(progress), on_trial)
+
+
+def _search(
+    spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial
+) -> SearchResult:
+    """The stages, in an output directory that no other process works on."""
     clock("load", 0, 1)
     source = load_source(spec.model, request.device, spec.dtype)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, spec.constraints)
     inputs = load_inputs(spec, source)
     with _claimed(spec, inputs) as (folder, study):
+        if space.idle_budget is not None:
+            logger.warning("%s", space.idle_budget)
         begin_study_note(study, study_note(spec, space.menu))
         clock("load", 1, 1)
         prepared = prepare(spec, inputs, space, clock)
@@ -139,8 +151,12 @@ def _check(spec: SearchSpec) -> _Request:
     check_scores(spec.scores)
     check_sources(spec.data.sources, spec.data.bos)
     device = find_device(spec.device)
+    if spec.dtype != "auto":
+        named_dtype(spec.dtype)
     if spec.storage is not None:
         check_storage(spec.storage)
+    check_place(spec.out, "--out")
+    check_place(cache_dir(spec.cache), "--cache")
     check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
     return _Request(budget, profile, menu, device)
 

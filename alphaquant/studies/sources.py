@@ -78,9 +78,10 @@ def find_device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).splitlines()[0]
+        # What follows the first sentence is a list of all of torch's backends.
+        said = str(error).splitlines()[0].split(". ")[0].split(" of cpu,")[0]
         raise ModelError(
-            f"device {name!r} cannot be used ({first_line}); use cpu, cuda or auto"
+            f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
         ) from error
     return name
 

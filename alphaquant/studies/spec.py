@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import BudgetError, ConfigError
+from alphaquant.errors import ConfigError
 from alphaquant.evaluators.texts import ROLES
 from alphaquant.evaluators.tokens import BOS_MODES
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.search.constraints import SideConstraints
-from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.budget import parse_budget, parse_byte_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
 from alphaquant.studies.field_types import check_types
@@ -202,6 +202,8 @@ class SearchSpec:
         for name, value, known in (("mode", self.mode, MODES), ("sweep", self.sweep, SWEEPS)):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+        if not self.study.strip():
+            raise ConfigError("the study has no name; give --study NAME, or leave it out")
         _check_least("trials", self.trials, 1)
         _check_least("n_draws", self.n_draws, 1)
         _check_least("timeout", self.timeout, 0)
@@ -215,12 +217,7 @@ class SearchSpec:
         """
         active_bits = None
         if self.active_budget is not None:
-            budget = parse_budget(self.active_budget)
-            if budget.kind != "bytes":
-                raise BudgetError(
-                    f"active budget {self.active_budget!r} is not in bytes; write 600MiB or 2GB"
-                )
-            active_bits = int(8 * budget.value)
+            active_bits = 8 * parse_byte_budget(self.active_budget, "active budget")
         return SideConstraints(self.max_formats_per_layer, self.layer_minimum_bits, active_bits)
 
     def facts(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from alphaquant.evaluators.base import Metric
 from alphaquant.search.sampler import FINISHED, fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
-from alphaquant.studies.storages import explained, open_storage, shown_url
+from alphaquant.studies.storages import explained, locked_study, open_storage, shown_url
 
 OBJECTIVES = ("bits_per_weight", "kl")
 _DIGEST = "facts_digest"
@@ -84,7 +84,8 @@ def open_study(
 ) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
 
-    Trials that a killed process left running are failed; their parameters come again, because
+    No other search can open it meanwhile. Trials that a killed process left running are failed;
+    their parameters come again, because
     proposals depend on finished trials only.
 
     Args:
@@ -95,9 +96,9 @@ def open_study(
 
     Raises:
         StoreError: the storage is damaged or unreachable, also later while the study is open, or
-            the study belongs to another search.
+            the study belongs to another search or is in use by another process.
     """
-    with open_storage(url) as storage:
+    with locked_study(url, name), open_storage(url) as storage:
         with explained(url):
             study = _take_up(storage, (url, name), digest, objectives)
         yield study
@@ -138,7 +139,7 @@ def finished_rows(study: optuna.Study) -> list[TrialRow]:
     """
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     ordered = sorted(finished, key=lambda t: t.number)
-    return [_row(number, trial) for number, trial in enumerate(ordered)]
+    return [_row(number, trial, study.study_name) for number, trial in enumerate(ordered)]
 
 
 def make_row(number: int, origin: str, digest: str, counts: BitCount, found: Measured) -> TrialRow:
@@ -192,13 +193,13 @@ def _take_up(
     return study
 
 
-def _row(number: int, trial: FrozenTrial) -> TrialRow:
+def _row(number: int, trial: FrozenTrial, study_name: str) -> TrialRow:
     stored = trial.system_attrs.get(_ROW)
     wanted = {f.name for f in fields(TrialRow)} - {"number"}
     if not isinstance(stored, dict) or stored.keys() != wanted:
         raise StoreError(
-            f"trial {trial.number} of the study lacks its numbers; the study storage is damaged: "
-            "delete it and run the same command again"
+            f"trial {trial.number} of study {study_name!r} lacks its numbers: another program "
+            "changed the study; give another --study, and another --out"
         )
     values: dict[str, Any] = {**stored, "kl_per_window": tuple(stored["kl_per_window"])}
     return TrialRow(number=number, **values)

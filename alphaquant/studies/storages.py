@@ -7,24 +7,33 @@
                                           where SQLite's locks do not work
 ========================================  ======================================================
 
+A study is written by one process at a time, see `locked_study`; readers are never held up.
+
 Passwords are used and never shown: not in errors, and not in what `kept_url` gives to be stored.
 """
 
+import hashlib
 import logging
+import os
+import socket
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy
 import sqlalchemy.exc
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL
 
 from alphaquant.errors import StoreError
+from alphaquant.quant.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,14 @@ SERVER_SECONDS = 10
 
 _JOURNAL = "journal:"
 _JOURNAL_START = b'{"op_code":'
+_NAME_CONNECTION = sqlalchemy.text("SELECT set_config('application_name', :holder, false)")
+_TRY_LOCK = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)")
+_FIND_HOLDER = sqlalchemy.text(
+    "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
+    "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND (l.classid::bigint << 32) | l.objid::bigint = :key"
+)
 _BROKEN = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 # What a damaged file or an unreachable server raises while a storage is opened: journals are read
 # as they are, so anything that JSON can hold where a record should be.
@@ -89,12 +106,87 @@ def sqlite_url(path: Path) -> str:
 
 
 def check_storage(url: str) -> None:
-    """Refuse a URL that no storage of ours has; nothing is opened.
+    """Refuse a storage that a search cannot keep its study in; nothing is opened.
 
     Raises:
-        StoreError: an unknown kind, a URL that cannot be read, or a driver that is not installed.
+        StoreError: an unknown kind, a URL that cannot be read, a driver that is not installed, a
+            database in memory, or a file where none can be.
     """
-    _place(url)
+    place = _place(url)
+    if place.kind == "sqlite" and place.path is None:
+        raise StoreError(
+            f"{place.shown} is a database in memory: the study would be gone at the end; give "
+            "sqlite:///FILE, or leave --storage out"
+        )
+    if place.path is None:
+        return
+    if not place.path.parent.is_dir():
+        raise StoreError(
+            f"{place.shown}: there is no directory {place.path.parent}; make it, or give another "
+            "--storage"
+        )
+    if place.path.exists() and not place.path.is_file():
+        raise StoreError(f"{place.shown}: {place.path} is no file; give another --storage")
+
+
+@contextmanager
+def locked_study(url: str, name: str) -> Iterator[None]:
+    """Keep other searches out of a study while this one works on it.
+
+    A file has a lock file beside it, see `alphaquant.quant.files.locked`. A server gives a lock of
+    the connection, which ends with the process or when the connection is lost; a pooler that hands
+    one connection to several clients cannot keep it.
+
+    Args:
+        url: of the storage.
+        name: of the study.
+
+    Raises:
+        StoreError: another process works on the study; it is named.
+    """
+    place, what = _place(url), f"study {name!r} in {shown_url(url)}"
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    if place.path is not None:
+        lock = place.path.with_name(f".{place.path.name}.{digest[:8]}.lock")
+        with locked(lock, what, "--study"):
+            yield
+    elif place.kind == "postgresql":
+        with _server_lock(place, what, int(digest[:15], 16)):
+            yield
+    else:
+        yield  # in memory: nobody else sees it
+
+
+@contextmanager
+def _server_lock(place: _Place, what: str, key: int) -> Iterator[None]:
+    """PostgreSQL's advisory lock of a key, held by a connection of its own.
+
+    The connection's name is seen in `pg_stat_activity` and says who holds the lock, at most 63
+    characters of it.
+    """
+    assert place.url is not None, "servers have URLs"
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+    holder = f"process {os.getpid()} since {started} on {socket.gethostname()}"
+    engine = sqlalchemy.create_engine(
+        place.url, isolation_level="AUTOCOMMIT", **_engine_options(place)
+    )
+    try:
+        with _explained(place, _UNUSABLE):
+            connection = engine.connect()
+        with connection:
+            with _explained(place, _UNUSABLE):
+                values = {"key": key, "holder": holder}
+                connection.execute(_NAME_CONNECTION, values)
+                is_ours = connection.execute(_TRY_LOCK, values).scalar_one()
+                found = None if is_ours else connection.execute(_FIND_HOLDER, values).scalar()
+            if not is_ours:
+                raise StoreError(
+                    f"{what} is in use: {found or 'another process'} works on it; wait until it "
+                    "ends, stop it, or give another --study"
+                )
+            yield
+    finally:
+        engine.dispose()
 
 
 def kept_url(url: str) -> str:
@@ -205,27 +297,42 @@ def _open(place: _Place, must_exist: bool) -> BaseStorage:
         _check_journal(Path(path), mend=not must_exist)
         return JournalStorage(JournalFileBackend(path))
     url = place.url.render_as_string(hide_password=False)
-    options: dict[str, object] = {"connect_args": {"timeout": SQLITE_SECONDS}}
-    if place.kind == "postgresql":
-        wait = {} if "connect_timeout" in place.url.query else {"connect_timeout": SERVER_SECONDS}
-        # A server may drop a connection during a trial that takes minutes.
-        options = {"connect_args": wait, "pool_pre_ping": True}
-    if must_exist:
-        _check_tables(place, options)
+    options = _engine_options(place)
+    _check_tables(place, options, must_exist)
     template = url.replace("{", "{{").replace("}", "}}")  # Optuna fills templates
     return RDBStorage(template, engine_kwargs=options, skip_table_creation=must_exist)
 
 
-def _check_tables(place: _Place, options: dict[str, object]) -> None:
-    """Refuse a database that Optuna has not written, because opening it would."""
+def _engine_options(place: _Place) -> dict[str, Any]:
+    """How long to wait for a database."""
+    if place.kind == "sqlite":
+        return {"connect_args": {"timeout": SQLITE_SECONDS}}
+    assert place.url is not None, "servers have URLs"
+    wait = {} if "connect_timeout" in place.url.query else {"connect_timeout": SERVER_SECONDS}
+    # A server may drop a connection during a trial that takes minutes.
+    return {"connect_args": wait, "pool_pre_ping": True}
+
+
+def _check_tables(place: _Place, options: dict[str, Any], must_exist: bool) -> None:
+    """Refuse a database that Optuna has not written, because opening it would write there.
+
+    A new study takes an empty one; PostgreSQL's may hold other tables too.
+    """
     assert place.url is not None, "journals have no tables"
     engine = sqlalchemy.create_engine(place.url, **options)
     try:
-        is_there = sqlalchemy.inspect(engine).has_table("studies")
+        tables = sqlalchemy.inspect(engine).get_table_names()
     finally:
         engine.dispose()
-    if not is_there:
+    if "studies" in tables or (not must_exist and not tables):
+        return
+    if must_exist:
         raise StoreError(f"{place.shown} holds no study; run aq-search with this storage first")
+    if place.kind == "sqlite":
+        raise StoreError(
+            f"{place.shown} is the database of something else, with tables such as {tables[0]}; "
+            "give another --storage"
+        )
 
 
 def _check_journal(path: Path, *, mend: bool) -> None:
@@ -262,17 +369,25 @@ def _explained(place: _Place, kinds: tuple[type[Exception], ...]) -> Iterator[No
         if place.password is not None:
             said = said.replace(place.password, "***")
         raise StoreError(
-            f"the study storage {place.shown} cannot be used ({said}); {_remedy(place)}"
+            f"the study storage {place.shown} cannot be used ({said}); {_remedy(place, cause)}"
         ) from error
 
 
-def _remedy(place: _Place) -> str:
+def _remedy(place: _Place, cause: BaseException) -> str:
+    """What to do about it; to delete a study is advised only where its file is damaged."""
     if place.kind == "postgresql":
         return (
             "check that the server runs and that user, password and database are right; the same "
             "command resumes"
         )
+    if isinstance(cause, UpdateFinishedTrialError):
+        return "something else writes to this study; end that, then the same command resumes"
+    if isinstance(cause, OSError | sqlite3.OperationalError):
+        return (
+            "make sure that the file can be written, that its disk has room and that nothing else "
+            "keeps it busy; the same command resumes"
+        )
     return (
-        "if it is damaged, delete it and run the same command again: trials are run anew, banks "
-        "and costs are in the cache"
+        f"the file is damaged, or is not a study's: move {place.path} away and run the same "
+        "command again: trials are run anew, banks and costs are in the cache"
     )

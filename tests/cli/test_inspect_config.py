@@ -49,6 +49,8 @@ def test_weights_are_not_needed(inspect: Any, config: str, tiny: Path, tmp_path:
         (None, "demo", "cannot read the configuration"),
         ("{]", "demo", "line 1, column 2: not JSON"),
         ("[1]", "demo", "top level"),
+        ('{"default": ' + "[" * 1000 + "]" * 1000 + "}", "demo", "nested more than 64 deep"),
+        ('{"default": {"wq": "int4", "group_size": 1' + "0" * 30 + "}}", "demo", "8 to 16777216"),
         ('{"defaults": {}}', "demo", "did you mean default?"),
         ("{}", "/nowhere", "'/nowhere'"),
         ("{}", None, "give --model"),

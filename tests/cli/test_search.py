@@ -1,6 +1,8 @@
 """`aq-search`: results on stdout, the rest on stderr; wrong input leaves nothing."""
 
 import json
+import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -158,7 +160,7 @@ def test_damaged_study_is_one_line(run: Any, small: tuple[str, ...], tmp_path: P
     out = tmp_path / "out"
     assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
     (out / "study.db").write_bytes(b"this is no database" * 99)
-    assert_one_line_error(run("aq-search", *small, "--out", str(out)), "study.db", "delete it")
+    assert_one_line_error(run("aq-search", *small, "--out", str(out)), "study.db", "move", "away")
     (out / "study.db").unlink()
     assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
 
@@ -171,6 +173,33 @@ def test_damaged_bank_is_one_line(run: Any, small: tuple[str, ...], tmp_path: Pa
     content[-1] ^= 1
     file.write_bytes(content)
     assert_one_line_error(run("aq-search", *small, *options), str(file), "damaged", "delete")
+
+
+@pytest.mark.slow
+def test_search_killed_at_twenty_random_points_does_no_finished_trial_again(
+    start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    out, rng, seen = tmp_path / "out", random.Random(7), []
+    formats = ("--formats", "int3-g32,int4-g32", "--budget", "4.2bits", "--trials", "40")
+    options = (*small, *formats, "--out", str(out), "--cache", str(tmp_path / "cache"))
+    for _ in range(20):
+        n_lines, seconds = rng.randint(0, 12), rng.uniform(0, 1)
+        process, lines = start("aq-search", *options), []
+        while len(lines) < n_lines and (line := process.stderr.readline()):
+            lines.append(line)
+        time.sleep(seconds)
+        process.kill()
+        lines += process.communicate(timeout=60)[1].splitlines()
+        assert process.returncode in (0, -signal.SIGKILL), lines
+        seen += re.findall(r"^trial (\d+):", "\n".join(lines), re.MULTILINE)
+    done = run("aq-search", *options)
+    assert done.code == 0, done.err
+    seen += re.findall(r"^trial (\d+):", done.err, re.MULTILINE)
+    assert len(seen) == len(set(seen))
+    assert len(seen) >= 20  # what was killed between its end and its line is not seen
+    whole = run("aq-search", *small, *formats, "--out", str(tmp_path / "whole"))
+    assert whole.code == 0
+    pd.testing.assert_frame_equal(read_trials(out), read_trials(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -146,6 +146,13 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"garbage")
 
 
+def flip_a_bit(path: Path) -> None:
+    """Of the last number: a cost that is only a little wrong."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
 def drop_tensor(path: Path) -> None:
     tensors = load_file(path)
     del tensors[sorted(tensors)[0]]
@@ -156,7 +163,7 @@ def drop_row(path: Path) -> None:
     save_file({name: tensor[1:] for name, tensor in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, overwrite, drop_tensor, drop_row])
+@pytest.mark.parametrize("damage", [truncate, overwrite, flip_a_bit, drop_tensor, drop_row])
 @pytest.mark.parametrize("stem", ["layer-001", "layer-001.int8-g32"])
 def test_a_damaged_file_is_a_store_error(
     case: CostCase, damage: Callable[[Path], None], stem: str

@@ -261,6 +261,18 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"garbage")
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def drop_checksum(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        facts = {"facts": file.metadata()["facts"]}
+    save_file(load_file(path), path, metadata=facts)
+
+
 def drop_facts(path: Path) -> None:
     save_file(load_file(path), path)
 
@@ -278,7 +290,10 @@ def drop_digest(path: Path) -> None:
     save_file(load_file(path), path, metadata={"facts": json.dumps(facts)})
 
 
-@pytest.mark.parametrize("damage", [truncate, overwrite, drop_facts, drop_rows, drop_digest])
+DAMAGE = (*(truncate, overwrite, flip_a_bit, drop_checksum, drop_facts, drop_rows, drop_digest),)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_a_store_error(
     tmp_path: Path, table_model: Make, damage: Callable[[Path], None]
 ) -> None:

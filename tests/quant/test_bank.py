@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from alphaquant.errors import FormatError, ModelError, StoreError
-from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
+from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
+from alphaquant.quant.files import locked
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
@@ -284,3 +285,13 @@ def test_a_bank_cannot_be_sequential(tmp_path: Path) -> None:
     bank = open_bank(tmp_path, "bank", model_map.inventory, {})
     with pytest.raises(ModelError, match="use sequential=False"):
         fill_bank(bank, model_map, tiny_tokens(2, 8), ["int4-g32"], QuantSettings(sequential=True))
+
+
+def test_a_bank_that_another_process_fills_is_refused_and_a_full_one_is_not(
+    bank: Bank, model_map: ModelMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = bank.formats()
+    with locked(bank.path / LOCK_FILE, "it"):
+        assert fill_bank(bank, model_map, TOKENS, have, SETTINGS) == 0
+        with pytest.raises(StoreError, match="the bank .* is in use: process .*another --cache"):
+            fill_bank(bank, model_map, TOKENS, [*have, "int5-g32"], SETTINGS)

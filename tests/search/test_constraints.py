@@ -241,7 +241,7 @@ def test_an_active_limit_counts_shares_and_may_not_bind() -> None:
         ),
         pytest.param(
             TWO_LAYERS, 999, {"active_bits": 255}, BudgetError,
-            r"active_bits = 255, but a token reads 256 bits in the smallest",
+            r"active budget of 31 bytes, but a token reads 32 bytes in the smallest",
             id="an active limit below the smallest formats",
         ),
         pytest.param(
@@ -316,7 +316,7 @@ def test_a_choice_is_kept_exactly_when_a_count_says_so() -> None:
     [
         (TWO_LAYERS, 383, {"layer_minimum_bits": 3.0}, "takes 384 bits, and the budget is 383"),
         (TWO_LAYERS, 999, {"layer_minimum_bits": 4.01}, "layer 0 reaches 4.0000 bits"),
-        ([*TWO_LAYERS, ("expert", 0, [(64, 1)] * 3)], 999, {"active_bits": 255}, "reads 256 bits"),
+        ([*TWO_LAYERS, ("expert", 0, [(64, 1)] * 3)], 999, {"active_bits": 255}, "reads 32 bytes"),
     ],
 )
 def test_sizes_alone_show_what_is_out_of_reach(
@@ -335,5 +335,5 @@ def test_what_sizes_alone_allow_passes_where_experts_may_be_read_by_none() -> No
     check_reachable(case.problem, 999, case.constraints)
     check_reachable(case.problem, 999, SideConstraints())
     shares = replace(case.problem, features={"active_share": np.array([1.0, 1.0, 0.5])})
-    with pytest.raises(BudgetError, match="reads 288 bits"):
+    with pytest.raises(BudgetError, match="reads 36 bytes"):
         check_reachable(shares, 999, case.constraints)

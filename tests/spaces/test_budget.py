@@ -11,7 +11,9 @@ from alphaquant.spaces.budget import (
     achievable_range,
     check_reachable,
     counting_rule,
+    idle_text,
     parse_budget,
+    parse_byte_budget,
 )
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import PROFILES, units_of
@@ -46,6 +48,7 @@ TOY = Inventory(
         ("1.5TiB", "bytes", 1.5 * 2**40),
         ("2TB", "bytes", 2e12),
         ("4096 bytes", "bytes", 4096),
+        ("1096192B", "bytes", 1096192),
     ],
 )
 def test_a_budget_is_read(text: str, kind: str, value: float) -> None:
@@ -167,3 +170,17 @@ def test_the_counting_rule_is_one_sentence() -> None:
     assert rule.endswith(".")
     for word in ("scales", "zero points", "padding", "routers", "lm_head", "checkpoint"):
         assert word in rule
+
+
+def test_a_budget_of_bytes_alone_has_its_own_words() -> None:
+    assert parse_byte_budget("1.5KiB", "active budget") == 1536
+    for text in ("foo", "4.25bits", "0.5bytes"):
+        with pytest.raises(BudgetError, match=f"the active budget '{text}'; write bytes, such as"):
+            parse_byte_budget(text, "active budget")
+
+
+def test_a_budget_above_the_largest_formats_binds_nothing() -> None:
+    assert idle_text(parse_budget("8bits"), TOY, 8_000_000) is None
+    said = idle_text(parse_budget("8.1"), TOY, 8_000_000)
+    assert said is not None
+    assert said.startswith("budget 8.1 binds nothing: the largest formats at hand take 8 bits per")

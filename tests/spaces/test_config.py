@@ -334,13 +334,13 @@ def test_leaving_the_router_alone_does_not_warn(
         ),
         ({"default": {"aq": "int4-g128"}}, "default.aq: unknown value 'int4-g128'"),
         ({"default": {"wq": None}}, "default.wq: null is not a value; leave the key out"),
-        ({"default": {"wq": 4}}, "default.wq: should be a valid string, not 4"),
-        ({"default": {"group_size": "128"}}, "default.group_size: should be a valid integer"),
-        ({"default": {"group_size": 64.0}}, "default.group_size: should be a valid integer"),
-        ({"default": {"group_size": True}}, "default.group_size: should be a valid integer"),
+        ({"default": {"wq": 4}}, "default.wq: must be a text in quotes, not 4"),
+        ({"default": {"group_size": "128"}}, "default.group_size: must be a whole number"),
+        ({"default": {"group_size": 64.0}}, "default.group_size: must be a whole number"),
+        ({"default": {"group_size": True}}, "default.group_size: must be a whole number"),
         ({"default": {"group_size": 4}}, "default.group_size: 4 is not possible; use -1"),
-        ({"default": {"skip": 1}}, "default.skip: should be a valid boolean, not 1"),
-        ({"default": {"symmetric": "no"}}, 'default.symmetric: should be a valid boolean, not "n'),
+        ({"default": {"skip": 1}}, "default.skip: must be true or false, not 1"),
+        ({"default": {"symmetric": "no"}}, 'default.symmetric: must be true or false, not "n'),
         ({"default": {"pattern": "*"}}, "default.pattern: unknown key; known are wq, aq, group_s"),
         ({"default": {"groupsize": 64}}, "default.groupsize: unknown key; known are wq, aq, "),
         ({"default": {"groupsize": 64}}, "did you mean group_size?"),
@@ -348,9 +348,9 @@ def test_leaving_the_router_alone_does_not_warn(
         ({"override": []}, "override: unknown key; known are description, comment, default, "),
         ({"default": {"extra": {"fmt": 1}}}, "default.extra.fmt: unknown key; known are format;"),
         ({"default": {"extra": {"format": "e1m2"}}}, "default.extra.format: unknown value 'e1m2'"),
-        ({"default": {"alpha_hill": "3"}}, "default.alpha_hill: should be a valid"),
-        ({"default": {"category": 3}}, "default.category: should be a valid string, not 3"),
-        ({"summary": "good"}, "summary: should be a valid dictionary"),
+        ({"default": {"alpha_hill": "3"}}, "default.alpha_hill: must be a "),
+        ({"default": {"category": 3}}, "default.category: must be a text in quotes, not 3"),
+        ({"summary": "good"}, "summary: must be an object {...}, not"),
         (
             {"overrides": [{"pattern": "*", "wq": "int4", "extra": {"format": "e2m1"}}]},
             "overrides[0]: int4 cannot store e2m1 elements; drop the element",
@@ -455,7 +455,7 @@ def test_a_file_is_read_and_a_missing_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the configuration .*absent.json"):
         load_config(tmp_path / "absent.json")
     path.write_bytes(b'{"comment": "\xff"}')
-    with pytest.raises(ConfigError, match="give a JSON file in UTF-8"):
+    with pytest.raises(ConfigError, match="config.json: it is not UTF-8 .*; save it as UTF-8"):
         load_config(path)
     path.write_text("{")
     with pytest.raises(ConfigError, match=re.escape(f"{path}: line 1, column 2")):
@@ -511,3 +511,15 @@ def test_consecutive_experts_share_a_range(olmoe: Inventory) -> None:
 def test_an_assignment_of_another_model_is_refused(olmoe: Inventory, mixtral: Inventory) -> None:
     with pytest.raises(ConfigError, match="the assignment has 56 matrices, the model has 2352"):
         config_from_assignment(uniform_assignment(mixtral, "mxfp4"), olmoe)
+
+
+@pytest.mark.parametrize("data", [{}, {"default": {}}, {"overrides": [{"pattern": "*"}]}])
+def test_a_configuration_that_changes_nothing_is_warned_of(data: Any, llama: Inventory) -> None:
+    plan = resolve(parse_config(json.dumps(data)), llama)
+    n = len(llama.matrices)
+    assert plan.warnings[-1].startswith(f"nothing is quantized: all {n} matrices stay bf16; name")
+
+
+def test_bf16_on_purpose_is_not_warned_of(llama: Inventory) -> None:
+    for default in ({"wq": "bf16"}, {"skip": True}):
+        assert resolve(parse_config(json.dumps({"default": default})), llama).warnings == ()

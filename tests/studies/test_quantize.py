@@ -297,3 +297,20 @@ def test_calibration_text_that_changed_since_the_search_is_refused(
     with pytest.raises(ConfigError, match="other calibration text"):
         quantize(make(config, **unset))
     quantize(make(config))
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        ({"quantization": {"x": 1}}, "quantization: unknown .* x;"),
+        ({"calibration": {"n_samples": -4}}, "n_samples is -4; use 1 or more"),
+        ({"calibration": {"seq_len": 1}}, "seq_len is 1; use 2 or more"),
+    ],
+)
+def test_dry_run_refuses_the_summary_that_a_run_refuses(
+    summary: dict[str, Any], words: str, make: MakeQuantize
+) -> None:
+    spec = make({**INT4, "summary": summary})
+    for ask in (dry_run, quantize):
+        with pytest.raises(ConfigError, match=words):
+            ask(spec)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -471,10 +472,10 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
         ({"grouping": "name"}, ConfigError, "name.*layer, utilization"),
         ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
-        ({"active_budget": "3bits"}, BudgetError, "'3bits' is not in bytes"),
+        ({"active_budget": "3bits"}, BudgetError, "active budget '3bits'; write bytes"),
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
         ({"layer_minimum_bits": 6.0}, BudgetError, "layer_minimum_bits = 6.0 takes"),
-        ({"active_budget": "1KB"}, BudgetError, "a token reads .* bits in the smallest"),
+        ({"active_budget": "1KB"}, BudgetError, "a token reads .* bytes in the smallest"),
         ({"device": "quantum"}, ModelError, "quantum.*cpu"),
         ({"device": "meta"}, ModelError, "meta.*cpu"),
         ({"dtype": "int8"}, ModelError, "int8.*float32"),
@@ -626,7 +627,55 @@ def test_study_elsewhere_that_belongs_to_another_search_leaves_no_directory(
 def test_external_storage_that_cannot_be_opened_leaves_no_directory(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    for url in ("sqlite:////nowhere/x.db", "mongodb://x", "no url"):
-        with pytest.raises(StoreError, match="cannot be used"):
+    for url in ("sqlite:////nowhere/x.db", "mongodb://x", "no url", "sqlite://"):
+        with pytest.raises(StoreError, match="cannot be used|no directory /nowhere|in memory"):
             search(make_spec(tmp_path / "out", storage=url))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is_loaded(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "load_source", no_work)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for changes, words in (
+        ({"out": file / "x" / "y"}, "--out .*: .*file is no directory"),
+        ({"cache": file}, "--cache .*file is no directory"),
+        ({"storage": f"sqlite:///{tmp_path}"}, "is no file; give another --storage"),
+        ({"storage": f"journal:{tmp_path}/no/s"}, "there is no directory .*no"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            search(make_spec(**{"out": tmp_path / "out", **changes}))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_second_search_of_an_out_or_a_study_is_refused_and_the_first_goes_on(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    spec = make_spec(tmp_path / "out", storage=url)
+    refused: list[str] = []
+
+    def start_others(row: TrialRow) -> None:
+        if row.number in (3, 9):
+            for other in (spec, replace(spec, out=tmp_path / "other")):
+                with pytest.raises(StoreError, match=f"in use: process {os.getpid()} ") as caught:
+                    search(other)
+                refused.append(str(caught.value).split(" is in use")[0])
+
+    result = search(spec, on_trial=start_others)
+    assert comparable(result.rows) == comparable(found.rows)
+    assert refused == [f"--out {spec.out}", f"study 'aq-search' in {url}"] * 2
+    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.rglob("*.lock"))
+    assert comparable(search(spec).rows) == comparable(found.rows)
+
+
+def test_budget_that_binds_nothing_is_said_once(
+    make_spec: MakeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search(make_spec(tmp_path / "out", budget="16bits", trials=1))
+    said = [r.message for r in caplog.records if "binds nothing" in r.message]
+    assert len(said) == 1
+    assert said[0].startswith("budget 16bits binds nothing: the largest formats at hand take 8")

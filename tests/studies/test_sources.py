@@ -55,7 +55,7 @@ def test_auto_and_cpu_are_devices() -> None:
     assert find_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", ["quantum", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["quantum", "meta", "mps", "cuda:99", ""])
 def test_device_that_holds_no_numbers_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ModelError, match=r"device .* cannot be used .*; use cpu") as caught:
         find_device(name)

@@ -84,12 +84,17 @@ def test_impossible_specification_is_refused(change: dict[str, Any], words: str)
         SearchSpec(**change)
 
 
+def test_study_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--study NAME"):
+        SearchSpec(study=" ")
+
+
 def test_side_constraints_are_those_asked_for_with_the_active_budget_in_bits() -> None:
     assert SearchSpec().constraints == SideConstraints()
     spec = SearchSpec(max_formats_per_layer=2, layer_minimum_bits=3.5, active_budget="1KiB")
     assert spec.constraints == SideConstraints(2, 3.5, 8192)
     assert SearchSpec(active_budget="1KB").constraints == SideConstraints(active_bits=8000)
-    with pytest.raises(BudgetError, match="'4.25bits' is not in bytes; write 600MiB or 2GB"):
+    with pytest.raises(BudgetError, match="active budget '4.25bits'; write bytes, such as 600MiB"):
         _ = SearchSpec(active_budget="4.25bits").constraints
     with pytest.raises(ConfigError, match="layer_minimum_bits = -1.0"):
         _ = SearchSpec(layer_minimum_bits=-1.0).constraints

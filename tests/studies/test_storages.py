@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -370,3 +372,65 @@ def test_sqlite_waits_while_somebody_reads(tmp_path: Path) -> None:
         for reader in readers:
             assert reader.stdout is not None
             reader.stdout.close()
+
+
+HOLDING = """
+import sys
+sys.path.insert(0, {root!r})
+from alphaquant.studies.storages import locked_study
+with locked_study({url!r}, "s"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_study_in_use_names_its_holder_and_is_free_when_that_is_killed(url: str) -> None:
+    code = HOLDING.format(root=str(ROOT), url=url)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        words = rf"study 's' in .* is in use: process {holder.pid} .*another --study"
+        with pytest.raises(StoreError, match=words) as caught, open_study(url, "s", "f"):
+            pass
+        assert "secret" not in str(caught.value)
+        assert "delete" not in str(caught.value)
+        with open_study(url, "another", "f") as study:
+            add_row(study, ROW)
+        with open_storage(url, must_exist=True) as storage:  # readers are never refused
+            assert our_studies(storage) == ["another"]
+        holder.kill()
+    for _ in range(50):  # a server needs a moment to see that a connection is gone
+        try:
+            with open_study(url, "s", "f") as study:
+                add_row(study, ROW)
+            break
+        except StoreError:
+            time.sleep(0.1)
+    with open_study(url, "s", "f") as study:
+        assert len(finished_rows(study)) == 1
+
+
+def test_database_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE photos (id INTEGER)")
+    connection.close()
+    before = file.read_bytes()
+    words = "database of something else, with tables such as photos; give another --storage"
+    with pytest.raises(StoreError, match=words), open_study(sqlite_url(file), "s", "f"):
+        pass
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated"])
+def test_damaged_sqlite_file_is_one_line_with_what_to_do(damage: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.db"
+    with open_study(sqlite_url(file), "s", "f") as study:
+        add_row(study, ROW)
+    content = file.read_bytes()
+    file.write_bytes(b"no database" * 99 if damage == "garbage" else content[: len(content) // 2])
+    words = f"s.db cannot be used .* move {file} away"
+    with pytest.raises(StoreError, match=words) as caught, open_study(sqlite_url(file), "s", "f"):
+        pass
+    assert "\n" not in str(caught.value)

@@ -165,7 +165,7 @@ def test_unknown_allocator_is_refused_by_name() -> None:
     [
         ({"mode": "groups"}, "mode groups keeps the budget but not max_formats_per_layer = 2"),
         ({"allocator": "evolution"}, "allocator evolution .*use another allocator"),
-        ({"active_budget": "4bits"}, "'4bits' is not in bytes"),
+        ({"active_budget": "4bits"}, "active budget '4bits'; write bytes"),
         ({"max_formats_per_layer": 0}, "max_formats_per_layer = 0; give 1 or more"),
     ],
 )
