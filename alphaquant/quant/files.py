@@ -1,9 +1,16 @@
-"""Files that appear whole or not at all, also when several processes write the same one."""
+"""Files that appear whole or not at all, and folders that one process works on at a time."""
 
+import fcntl
+import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
+
+from alphaquant.errors import StoreError
 
 
 @contextmanager
@@ -27,3 +34,59 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Keep other processes out, on this host and on those that share the file system's locks.
+
+    The kernel frees the lock when the process ends, however it ends: a file that a killed one left
+    behind holds nobody up. On leaving, the file is removed; what moved it meanwhile removes it
+    itself.
+
+    Args:
+        path: the lock file; its folder is made if there is none.
+        what: what is locked, for messages, such as `--out q`.
+
+    Raises:
+        StoreError: another process holds it; the message names its host, number and start.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _lock_file(path, what)
+    try:
+        started = datetime.now(UTC).isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}")
+        file.flush()
+        yield
+    finally:
+        if _is_file_at(file, path):
+            path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock_file(path: Path, what: str) -> TextIO:
+    """The lock file, opened and locked; another one that a holder removed meanwhile is no lock."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise StoreError(
+                f"{what} is in use: {holder} works on it; wait until it ends, stop it, or give "
+                "another --out"
+            ) from error
+        if _is_file_at(file, path):
+            return file
+        file.close()
+
+
+def _is_file_at(file: TextIO, path: Path) -> bool:
+    """Whether an open file is the one that a path names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
