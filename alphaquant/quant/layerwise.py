@@ -6,7 +6,7 @@ quantized layers before it; memory then holds one layer's original weights more.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,9 +16,13 @@ from torch import Tensor
 from alphaquant.errors import ModelError
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
+from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.walk import LayerInputs, batches_of, capture_inputs, observe_layer, run_layer
 from alphaquant.spaces.assignment import Assignment
+
+Finished = Mapping[int, Callable[[], Mapping[str, PackedMatrix]]]
+NONE_FINISHED: Finished = {}
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ def quantize_layers(
     settings: QuantSettings,
     tokens: Tensor | None,
     batch_size: int = 16,
+    finished: Finished = NONE_FINISHED,
 ) -> Iterator[QuantizedLayer]:
     """Quantize every matrix to its format; the model has its original weights after every layer.
+
+    What is finished is not quantized again: the hidden states go through it as before.
 
     Args:
         model_map: the original model.
@@ -54,21 +61,30 @@ def quantize_layers(
         settings: method and options; `rtn` needs no tokens.
         tokens: calibration windows, int64 [N, T].
         batch_size: windows per forward pass.
+        finished: layers that are quantized already, by number, each with what reads its matrices.
 
     Yields:
-        The layers, first to last.
+        The other layers, first to last.
 
     Raises:
         ModelError: GPTQ without tokens, or what the engine raises.
     """
+    unfinished = [layer.index for layer in model_map.layers if layer.index not in finished]
     inputs = None
     if settings.method == "gptq":
         if tokens is None:
             raise ModelError(
                 "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
             )
-        inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
-    for layer in model_map.layers:
+        if unfinished:
+            inputs = capture_inputs(model_map, batches_of(tokens, batch_size))
+    for layer in model_map.layers[: max(unfinished, default=-1) + 1]:
+        if layer.index in finished:
+            if inputs is not None:
+                weights = finished[layer.index]() if settings.sequential else {}
+                with written(model_map, weights):
+                    _advance(layer, inputs)
+            continue
         started = time.perf_counter()
         hessians: list[HessianBatch] | None = None
         used: dict[str, list[int]] = {}
@@ -76,18 +92,18 @@ def quantize_layers(
             hessians, used = _observe(layer, settings, inputs)
         items = _quantize(model_map, layer, assignment, settings, hessians)
         if inputs is not None and settings.sequential:
-            with written(model_map, items):
+            with written(model_map, {item.matrix.name: item.packed for item in items}):
                 _advance(layer, inputs)
         yield QuantizedLayer(layer, items, used, time.perf_counter() - started)
 
 
 @contextmanager
-def written(model_map: ModelMap, items: list[QuantizedMatrix]) -> Iterator[None]:
-    """Quantized weights in the model; the original ones come back on leaving."""
-    original = {i.matrix.name: model_map.view(i.matrix.name).clone() for i in items}
+def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterator[None]:
+    """Quantized weights, by matrix name, in the model; the original ones come back on leaving."""
+    original = {name: model_map.view(name).clone() for name in weights}
     try:
-        for item in items:
-            model_map.view(item.matrix.name).copy_(item.packed.dequantize())
+        for name, packed in weights.items():
+            model_map.view(name).copy_(packed.dequantize())
         yield
     finally:
         for name, weight in original.items():
