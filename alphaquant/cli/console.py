@@ -48,6 +48,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "gate": "held-out comparison",
         "report": "report",
         "quantize": "quantize",
+        "first_run": "run the checkpoint",
         "evaluate": "evaluate",
     }
 )

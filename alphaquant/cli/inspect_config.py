@@ -26,15 +26,39 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Check every file of a packed checkpoint against its sha256, and every scale; prints "
+        "one line.",
+    ),
+]
+
+
 def command(
-    config: ConfigPath, model: Model = None, as_json: AsJson = False, debug: Debug = False
+    config: ConfigPath,
+    model: Model = None,
+    as_json: AsJson = False,
+    verify: Verify = False,
+    debug: Debug = False,
 ) -> None:
     """Show bits, bytes, formats by role and layer, and which engines load them.
 
-    No weights are loaded: a model's config.json is enough, whatever its size.
+    No weights are loaded: a model's config.json is enough, whatever its size. --verify reads the
+    files of a packed checkpoint instead.
     """
+    if verify and model is not None:
+        raise typer.BadParameter("--verify looks at files only", param_hint="--model")
     set_up(debug)
     with reported(debug, "stopped"):
+        if verify:
+            from alphaquant.quant.integrity import verify_checkpoint
+            from alphaquant.studies.inspect_text import verified_json, verified_text
+
+            checked = verify_checkpoint(config)
+            print(json.dumps(verified_json(checked)) if as_json else verified_text(checked))
+            return
         from alphaquant.studies.inspect_config import inspect_config
         from alphaquant.studies.inspect_text import inspection_json, inspection_text
 

@@ -23,7 +23,7 @@ from alphaquant.cli.options import (
 )
 from alphaquant.cli.screen import say
 
-_STOPPED = "stopped; nothing was written"
+_STOPPED = "stopped; the same command goes on with the layers that are finished"
 
 Model = Annotated[str, typer.Option(help="demo, a local directory, or a hub id.")]
 ConfigFile = Annotated[Path, typer.Option(help="Configuration, e.g. best.json of aq-search.")]
@@ -99,7 +99,12 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its bits without loading weights.")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a packed checkpoint in --out.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace a packed checkpoint in --out when the new one is complete, and drop an "
+        "unfinished one of another job.",
+    ),
 ]
 
 

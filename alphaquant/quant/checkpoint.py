@@ -8,19 +8,21 @@ Layout::
                                      <matrix>.<codes|scales|zeros|global_scale|weight>
     model-kept.safetensors           everything else, in the original checkpoint's dtype
     model.safetensors.index.json     tensor name -> file, total bytes
-    quantize_report.json             one row per matrix, provenance
+    quantize_report.json             one row per matrix, provenance, how a first run went
+    SHA256SUMS                       of every other file, see `alphaquant.quant.integrity`
     tokenizer files, generation_config.json
 
-A directory is written under another name and renamed when it is complete. What transformers'
-`save_pretrained` writes from a loaded one is a packed checkpoint too: the same tensors in files of
-its own naming, without the report. It reads both through `alphaquant.quant.transformers_plugin`.
+A directory is written under another name and renamed when it is complete (see
+`alphaquant.quant.parts`). What transformers' `save_pretrained` writes from a loaded one is a
+packed checkpoint too: the same tensors in files of its own naming, without the report and
+SHA256SUMS. It reads both through `alphaquant.quant.transformers_plugin`.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -31,20 +33,23 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.dequant_cache import parse_cache_size
 from alphaquant.quant.engine import QuantizedMatrix
+from alphaquant.quant.files import sha256_of, whole_file, writing
 from alphaquant.quant.kernel_use import IMPLEMENTATION
 from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
+from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
 from alphaquant.quant.modules import PackedLinear, cache_dequantized, install_packed_modules
 from alphaquant.quant.quantization_config import (
-    QUANT_METHOD,
     PackedFormats,
+    is_packed,
     make_quantization_config,
 )
-from alphaquant.quant.sites import ModelMap
-from alphaquant.spaces.formats import Format
+from alphaquant.quant.sites import LayerSite, ModelMap
+from alphaquant.spaces.formats import Format, parse_format
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_KEPT_FILE = "model-kept.safetensors"
 
 _DTYPE_NAMES = {
     torch.uint8: "U8",
@@ -76,117 +81,113 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-@dataclass
-class CheckpointWriter:
-    """Writes a packed checkpoint layer by layer; nothing appears at the target before `finish`.
+@dataclass(frozen=True)
+class LayerFile:
+    """A layer's packed matrices on disk.
 
     Attributes:
-        target: the directory to make.
-        overwrite: replace an existing one.
-        activations: what the inputs of matrices are rounded to, by matrix name.
-        quantized_bytes: of the packed matrices so far.
+        file: name of the file.
+        sha256: of its content.
+        formats: of the matrices, by name.
+        tensors: names of the tensors.
+        n_bytes: of the tensors.
     """
 
-    target: Path
-    overwrite: bool = False
+    file: str
+    sha256: str
+    formats: Mapping[str, str]
+    tensors: tuple[str, ...]
+    n_bytes: int
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes a packed checkpoint layer by layer into a directory that is there.
+
+    Attributes:
+        folder: the directory; `alphaquant.quant.parts` moves it to its target.
+        activations: what the inputs of matrices are rounded to, by matrix name.
+        layers: the layers so far, by number, those of an earlier run too.
+    """
+
+    folder: Path
     activations: Mapping[str, Format] = field(default_factory=dict)
-    _files: dict[str, str] = field(default_factory=dict)
-    _formats: dict[str, Format] = field(default_factory=dict)
-    _n_bytes: int = 0
-    quantized_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse an existing target early, before hours are spent.
-
-        Raises:
-            StoreError: the target exists and `overwrite` is off.
-        """
-        if self.target.exists() and not self.overwrite:
-            raise StoreError(
-                f"{self.target} exists already; give another --out, or --overwrite to replace it"
-            )
-        shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(parents=True)
+    layers: dict[int, LayerFile] = field(default_factory=dict)
 
     @property
-    def _part(self) -> Path:
-        return self.target.with_name(self.target.name + ".part")
+    def quantized_bytes(self) -> int:
+        """Of the packed matrices so far."""
+        return sum(layer.n_bytes for layer in self.layers.values())
 
-    def add_layer(self, index: int, items: list[QuantizedMatrix]) -> None:
-        """Write one layer's packed matrices."""
-        tensors: dict[str, Tensor] = {}
-        for item in items:
-            self._formats[item.matrix.name] = item.packed.format
-            self.quantized_bytes += item.packed.n_bytes
-            tensors |= {
-                f"{item.matrix.name}.{k}": t.cpu().contiguous()
-                for k, t in item.packed.tensors.items()
-            }
-        self._save(f"model-layer-{index:03d}.safetensors", tensors)
+    def add_layer(self, index: int, items: list[QuantizedMatrix]) -> LayerFile:
+        """Write one layer's packed matrices.
 
-    def finish(
-        self, model_map: ModelMap, report: Mapping[str, Any], tokenizer: Any = None
-    ) -> Path:
-        """Write everything else and move the directory to its target.
+        Raises:
+            StoreError: the disk is full, or the directory cannot be written.
+        """
+        formats = {item.matrix.name: item.packed.format.name for item in items}
+        tensors = {
+            f"{item.matrix.name}.{k}": t.cpu().contiguous()
+            for item in items
+            for k, t in item.packed.tensors.items()
+        }
+        file = f"model-layer-{index:03d}.safetensors"
+        n_bytes = self._save(file, tensors)
+        sha256 = sha256_of(self.folder / file)
+        self.layers[index] = LayerFile(file, sha256, formats, tuple(tensors), n_bytes)
+        return self.layers[index]
+
+    def finish(self, model_map: ModelMap, tokenizer: Any = None) -> None:
+        """Write everything but the report.
 
         Args:
             model_map: the original model.
-            report: content of `quantize_report.json`.
             tokenizer: saved beside the weights, if given.
 
-        Returns:
-            The target.
+        Raises:
+            StoreError: the disk is full, or the directory cannot be written.
         """
-        dtype = checkpoint_dtype(model_map.model)
+        model: Any = model_map.model
+        dtype = checkpoint_dtype(model)
         kept = {
-            k: t.to("cpu", stored_dtype(t, dtype))
-            for k, t in kept_state(model_map.model, model_map.layers).items()
+            k: t.to("cpu", stored_dtype(t, dtype)).contiguous().clone()
+            for k, t in kept_state(model, model_map.layers).items()
         }
-        self._save("model-kept.safetensors", {k: t.contiguous().clone() for k, t in kept.items()})
-        index = {
-            "metadata": {"total_size": self._n_bytes},
-            "weight_map": dict(sorted(self._files.items())),
-        }
-        self._write_json(_INDEX, index)
-        config = json.loads(model_map.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
+        layers = [self.layers[index] for index in sorted(self.layers)]
+        total = self._save(_KEPT_FILE, kept) + self.quantized_bytes
+        files = dict.fromkeys(kept, _KEPT_FILE)
+        for layer in layers:
+            files |= dict.fromkeys(layer.tensors, layer.file)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        self.write_json(_INDEX, index)
+        formats = {name: parse_format(f) for layer in layers for name, f in layer.formats.items()}
+        config = json.loads(model.config.to_json_string(use_diff=False))
         # transformers would take the dtype of the first tensor for that of a model without one.
         config["dtype"] = str(dtype).removeprefix("torch.")
         config["quantization_config"] = make_quantization_config(
-            PackedFormats(self._formats, self.activations)
+            PackedFormats(formats, self.activations)
         )
-        self._write_json("config.json", config)
-        self._write_json("quantize_report.json", report)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self._part)
-        if model_map.model.can_generate():  # type: ignore[operator]
-            model_map.model.generation_config.save_pretrained(self._part)  # type: ignore[union-attr,operator]
-        if self.target.exists():
-            shutil.rmtree(self.target)
-        self._part.rename(self.target)
-        return self.target
+        self.write_json("config.json", config)
+        with writing(self.folder / "tokenizer"):
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self.folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(self.folder)
 
-    def discard(self) -> None:
-        """Remove what was written, after a failure."""
-        shutil.rmtree(self._part, ignore_errors=True)
+    def write_json(self, file: str, content: Mapping[str, Any]) -> None:
+        """Write a file of text, whole or not at all."""
+        text = json.dumps(content, indent=1) + "\n"
+        with writing(self.folder / file, len(text)), whole_file(self.folder / file) as part:
+            part.write_text(text)
 
-    def _save(self, file: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, self._part / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; a checkpoint is served by others.
-        (self._part / file).chmod(0o644)
-        self._files |= dict.fromkeys(tensors, file)
-        self._n_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-
-    def _write_json(self, file: str, content: Mapping[str, Any]) -> None:
-        (self._part / file).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether a directory is a packed checkpoint of ours."""
-    try:
-        config = json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD)
+    def _save(self, file: str, tensors: Mapping[str, Tensor]) -> int:
+        """Write tensors; their bytes."""
+        n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        with writing(self.folder / file, n_bytes), whole_file(self.folder / file) as part:
+            save_file(dict(tensors), part, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read; others serve a checkpoint.
+            part.chmod(0o644)
+        return n_bytes
 
 
 def load(
@@ -257,20 +258,53 @@ def tensor_files(directory: Path) -> list[Path]:
     """The files with the tensors of a packed checkpoint, sorted.
 
     Raises:
-        StoreError: one is missing, or their index is missing or damaged.
+        StoreError: one is missing or outside the directory, or their index is missing or damaged.
     """
     single = directory / _SINGLE_FILE
     if single.exists():
         return [single]
     try:
         index = json.loads((directory / _INDEX).read_text())
-        files = sorted({directory / file for file in index["weight_map"].values()})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(directory, error) from error
-    missing = [file.name for file in files if not file.exists()]
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise _damaged(
+            directory, f"{_INDEX} must be an object whose weight_map is tensor -> name of a file"
+        )
+    names = sorted(set(places.values()))
+    for name in names:
+        if not is_inside(name):
+            raise _damaged(directory, f"{_INDEX} names {name!r}, outside the checkpoint")
+    missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise _damaged(directory, f"{', '.join(missing[:3])} missing")
-    return files
+    return [directory / name for name in names]
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a file stays inside the directory that it is read from."""
+    path = PurePath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def read_layer(directory: Path, file: LayerFile, layer: LayerSite) -> dict[str, PackedMatrix]:
+    """A layer's packed matrices, by name.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    try:
+        tensors = load_file(directory / file.file)
+        found = {}
+        for matrix in layer.matrices():
+            fmt = parse_format(file.formats[matrix.name])
+            parts = packed_shapes(fmt, matrix.rows, matrix.cols)
+            own = {part: tensors[f"{matrix.name}.{part}"] for part in parts}
+            found[matrix.name] = PackedMatrix(fmt, matrix.rows, matrix.cols, own)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _damaged(directory / file.file, error) from error
+    return found
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -286,6 +320,12 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise _damaged(directory, error) from error
     return tensors
+
+
+def file_of(tensor: str, files: Sequence[str]) -> str:
+    """The file that holds a tensor; all of them where none does under this name."""
+    holding = (file for file in files if tensor in read_headers([file], file))
+    return next(holding, ", ".join(files))
 
 
 def read_headers(files: Iterable[str | Path], source: str) -> dict[str, StoredTensor]:
@@ -374,6 +414,10 @@ def check_files(
             f"{source}: a packed checkpoint is loaded from its files, not from a state_dict; give "
             "its directory to from_pretrained"
         )
+    for file in files:
+        # transformers follows an index out of the directory.
+        if Path(source).is_dir() and not is_inside(os.path.relpath(file, source)):
+            raise _damaged(source, f"{file}, which {_INDEX} names, is outside the checkpoint")
     found = read_headers(files, source)
     tied: Any = model.all_tied_weights_keys
     places = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, and folders that one process works on at a time."""
 
 import fcntl
+import hashlib
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
+
+from safetensors import SafetensorError
 
 from alphaquant.errors import StoreError
 
@@ -37,6 +41,35 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+    """Name the file and what it needs where a disk is full, a quota reached or a right missing.
+
+    Args:
+        path: what is being written.
+        n_bytes: how large it becomes, where that is known.
+
+    Raises:
+        StoreError: instead of an error of the system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        needed = "" if n_bytes is None else f"it needs {n_bytes} bytes, "
+        free = shutil.disk_usage(path.parent).free
+        raise StoreError(
+            f"cannot write {path} ({error}): {needed}{free} are free in {path.parent}; free "
+            "space there or mend the reason, then run the same command, which goes on with what "
+            "is finished"
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
 def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
     """Keep other processes out, on this host and on those that share the file system's locks.
 
@@ -52,7 +85,6 @@ def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
     Raises:
         StoreError: another process holds it; the message names its host, number and start.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = _lock_file(path, what, other)
     try:
         started = datetime.now(UTC).isoformat(" ", "seconds")
@@ -69,6 +101,7 @@ def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
 def _lock_file(path: Path, what: str, other: str) -> TextIO:
     """The lock file, opened and locked; another one that a holder removed meanwhile is no lock."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

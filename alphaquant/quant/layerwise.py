@@ -6,7 +6,7 @@ quantized layers before it; memory then holds one layer's original weights more.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,9 +16,13 @@ from torch import Tensor
 from alphaquant.errors import ModelError
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
+from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.walk import LayerStep, batches_of, observe_layer, walk
 from alphaquant.spaces.assignment import Assignment
+
+Finished = Mapping[int, Callable[[], Mapping[str, PackedMatrix]]]
+NONE_FINISHED: Finished = {}
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ def quantize_layers(
     settings: QuantSettings,
     tokens: Tensor | None,
     batch_size: int = 16,
+    finished: Finished = NONE_FINISHED,
 ) -> Iterator[QuantizedLayer]:
     """Quantize every matrix to its format; the model has its original weights after every layer.
+
+    What is finished is not quantized again: the hidden states go through it as before.
 
     Args:
         model_map: the original model.
@@ -54,9 +61,10 @@ def quantize_layers(
         settings: method and options; `rtn` needs no tokens.
         tokens: calibration windows, int64 [N, T].
         batch_size: windows per forward pass.
+        finished: layers that are quantized already, by number, each with what reads its matrices.
 
     Yields:
-        The layers, first to last.
+        The other layers, first to last.
 
     Raises:
         ModelError: GPTQ without tokens, or what the engine raises.
@@ -65,7 +73,18 @@ def quantize_layers(
         raise ModelError(
             "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
         )
+    last = max((x.index for x in model_map.layers if x.index not in finished), default=-1)
+    if last < 0:
+        return
     for layer, step in _steps(model_map, settings, tokens, batch_size):
+        if layer.index > last:
+            break
+        if layer.index in finished:
+            if step is not None:
+                weights = finished[layer.index]() if settings.sequential else {}
+                with written(model_map, weights):
+                    step.run()
+            continue
         started = time.perf_counter()
         hessians: list[HessianBatch] | None = None
         used: dict[str, list[int]] = {}
@@ -73,18 +92,18 @@ def quantize_layers(
             hessians, used = _observe(step, settings)
         items = _quantize(model_map, layer, assignment, settings, hessians)
         if step is not None and settings.sequential:
-            with written(model_map, items):
+            with written(model_map, {item.matrix.name: item.packed for item in items}):
                 step.run()
         yield QuantizedLayer(layer, items, used, time.perf_counter() - started)
 
 
 @contextmanager
-def written(model_map: ModelMap, items: list[QuantizedMatrix]) -> Iterator[None]:
-    """Quantized weights in the model; the original ones come back on leaving."""
-    original = {i.matrix.name: model_map.view(i.matrix.name).clone() for i in items}
+def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterator[None]:
+    """Quantized weights, by matrix name, in the model; the original ones come back on leaving."""
+    original = {name: model_map.view(name).clone() for name in weights}
     try:
-        for item in items:
-            model_map.view(item.matrix.name).copy_(item.packed.dequantize())
+        for name, packed in weights.items():
+            model_map.view(name).copy_(packed.dequantize())
         yield
     finally:
         for name, weight in original.items():

@@ -8,8 +8,10 @@
 Standard library only: it is read while transformers is being imported.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import FormatError, StoreError
@@ -30,6 +32,16 @@ class PackedFormats:
 
     weights: Mapping[str, Format]
     activations: Mapping[str, Format] = field(default_factory=dict)
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a directory is a packed checkpoint of ours."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
 
 
 def make_quantization_config(formats: PackedFormats) -> dict[str, Any]:

@@ -9,6 +9,7 @@ middle of an import of ours that begins with `import transformers`, so what need
 models is imported inside the methods: at the top it could meet a half-imported module.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaquant.quant.quantization_config import QUANT_METHOD, read_formats
+from alphaquant.spaces.formats import Format
 
 _ALIGNMENT_BYTES = 64
 """Of torch's memory on a CPU."""
@@ -60,6 +62,8 @@ class AlphaQuantizer(HfQuantizer):
         """
         super().__init__(quantization_config, **kwargs)
         self._packed_names: frozenset[str] = frozenset()
+        self._formats: Mapping[str, Format] = {}
+        self._files: tuple[str, ...] = ()
         self._can_compile = False
 
     def _process_model_before_weight_loading(
@@ -77,8 +81,9 @@ class AlphaQuantizer(HfQuantizer):
         config: Any = model.config
         source = str(config.name_or_path)
         formats = read_formats(self.quantization_config.to_dict(), source)
+        self._formats, self._files = formats.weights, tuple(checkpoint_files or ())
         self._packed_names = make_packed(model, formats, source)
-        check_files(model, self._packed_names, checkpoint_files, source)
+        check_files(model, self._packed_names, self._files, source)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -88,12 +93,26 @@ class AlphaQuantizer(HfQuantizer):
         products on a CPU add in another order for other alignments: without it the same
         numbers saved into files of another layout can give other last bits of the logits. Packed
         tensors may stay in the file; they are dequantized into new memory anyway.
+
+        Raises:
+            StoreError: scales or other numbers are NaN, infinite, or of a wrong sign.
         """
+        self._check_numbers(model)
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT_BYTES:
                 parameter.data = parameter.data.clone()
         self._choose_kernels(model)
         return model
+
+    def _check_numbers(self, model: nn.Module) -> None:
+        from alphaquant.quant.checkpoint import file_of
+        from alphaquant.quant.integrity import bad_span, numbers_error, span_of
+
+        state = ((name, t) for name, t in model.state_dict().items() if not t.is_meta)
+        spans = (span_of(name, tensor, self._formats) for name, tensor in state)
+        bad = bad_span(span for span in spans if span is not None)
+        if bad is not None:
+            raise numbers_error(*bad, file_of(bad[0], self._files))
 
     def _choose_kernels(self, model: nn.Module) -> None:
         """Let kernels run the model, as `experts_implementation` says.

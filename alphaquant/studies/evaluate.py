@@ -20,9 +20,11 @@ from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.checkpoint import is_packed, load
+from alphaquant.quant.checkpoint import load
+from alphaquant.quant.integrity import verify_checksums
 from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
+from alphaquant.quant.quantization_config import is_packed
 from alphaquant.studies.field_types import check_types
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
@@ -204,8 +206,12 @@ def open_model(name: str, device: str, dtype: str) -> nn.Module:
     """A packed checkpoint or any model that transformers loads.
 
     Packed ones run in plain torch everywhere, so that scores are those of the search's trials.
+
+    Raises:
+        StoreError: a file of a packed checkpoint is not what was written.
     """
     if is_packed(name):
+        verify_checksums(Path(name))
         return load(name, device, dtype, kernels=False)
     return load_model(model_location(name), device, dtype, quantized=True)
 

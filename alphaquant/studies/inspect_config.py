@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError, ModelError
-from alphaquant.quant.checkpoint import is_packed
 from alphaquant.quant.loading import load_skeleton
 from alphaquant.quant.models import map_model
-from alphaquant.quant.quantization_config import PackedFormats, read_formats
+from alphaquant.quant.quantization_config import PackedFormats, is_packed, read_formats
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
 from alphaquant.spaces.foreign import Foreign, read_foreign, tool_of

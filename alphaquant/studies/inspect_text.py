@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from alphaquant.quant.integrity import CHECKSUMS, Verified
 from alphaquant.spaces.foreign import Foreign
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.inspect_config import Inspection, Loadable, Part
@@ -64,6 +65,22 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
         "summary": dict(found.statement.summary),
         "warnings": list(found.warnings),
     }
+
+
+def verified_text(checked: Verified) -> str:
+    """What was checked of a packed checkpoint, in one line."""
+    files = f"{checked.n_files} files of {checked.n_bytes} bytes are what was written (sha256)"
+    if not checked.n_files:
+        files = f"no {CHECKSUMS} of its files, so only numbers were checked"
+    return (
+        f"{checked.path}: {files}; {checked.n_scales} tensors of scales and {checked.n_kept} "
+        f"other tensors hold usable numbers; {checked.seconds:.1f} s"
+    )
+
+
+def verified_json(checked: Verified) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(checked)
 
 
 def part_json(part: Part) -> dict[str, Any]:

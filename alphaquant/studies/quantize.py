@@ -3,18 +3,18 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import ConfigError, StoreError
+from alphaquant.errors import ConfigError
 from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.quant.architectures import AUTO, check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.checkpoint import is_packed
 from alphaquant.quant.engine import QuantSettings
-from alphaquant.quant.loading import load_skeleton
+from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
+from alphaquant.quant.parts import open_part
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
@@ -126,32 +126,34 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
     check_architecture(spec.model_type)
+    if spec.dtype != "auto":
+        named_dtype(spec.dtype)
     device = find_device(spec.device)
-    _check_target(spec.out, overwrite=spec.overwrite)
     if settings.method == "gptq":
         text, bos = _calibration_text(spec, summary), "auto" if spec.bos is None else spec.bos
         check_sources({"calibration": text}, bos)
-    progress("load", 0, 1)
-    source = load_source(spec.model, device, spec.dtype)
-    architecture = choose_architecture(source.map.model, spec.model_type)
-    plan = resolve(config, source.map.inventory, strict=spec.strict)
-    warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
-    for warning in warnings:
-        logger.warning("%s", warning)
-    tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
-    progress("load", 1, 1)
-    return quantize_to_checkpoint(
-        source.map,
-        plan.assignment,
-        spec.out,
-        settings,
-        None if tokens is None else tokens.tokens,
-        facts=_facts(source, config, plan, tokens, warnings) | {"architecture": architecture.name},
-        activations=_activations(plan),
-        tokenizer=source.tokenizer,
-        overwrite=spec.overwrite,
-        progress=progress,
-    )
+    with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
+        progress("load", 0, 1)
+        source = load_source(spec.model, device, spec.dtype)
+        architecture = choose_architecture(source.map.model, spec.model_type)
+        plan = resolve(config, source.map.inventory, strict=spec.strict)
+        warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
+        for warning in warnings:
+            logger.warning("%s", warning)
+        tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
+        progress("load", 1, 1)
+        facts = _facts(source, config, plan, tokens, warnings)
+        return quantize_to_checkpoint(
+            source.map,
+            plan.assignment,
+            part,
+            settings,
+            None if tokens is None else tokens.tokens,
+            facts=facts | {"architecture": architecture.name},
+            activations=_activations(plan),
+            tokenizer=source.tokenizer,
+            progress=progress,
+        )
 
 
 def dry_run(spec: QuantizeSpec) -> DryRun:
@@ -252,23 +254,25 @@ def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     return quant_settings(summary.settings, **spec.quant)
 
 
-def _check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write where something else is; `overwrite` replaces packed checkpoints only.
-
-    Raises:
-        StoreError: the directory is taken.
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not is_packed(path):
-        raise StoreError(
-            f"{path} exists and is no packed checkpoint; give another --out (--overwrite replaces "
-            "packed checkpoints only)"
-        )
-    if not overwrite:
-        raise StoreError(
-            f"{path} exists already; give another --out, or --overwrite to replace it"
-        )
+def _asked(
+    spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
+) -> dict[str, Any]:
+    """What decides the checkpoint and is known before anything is loaded, see `Part.claim`."""
+    found = summary.calibration
+    calibration = {
+        "source": spec.calibration or found.get("source"),
+        "n_samples": spec.n_calibration or found.get("n_samples"),
+        "seq_len": spec.seq_len or found.get("seq_len"),
+        "seed": found.get("seed") if spec.seed is None else spec.seed,
+    }
+    return {
+        "model": spec.model,
+        "configuration": config.model_dump(exclude_none=True, exclude={"summary", "comment"}),
+        "settings": asdict(settings),
+        "calibration": calibration if settings.method == "gptq" else None,
+        "dtype": spec.dtype,
+        "device": spec.device,
+    }
 
 
 def _facts(

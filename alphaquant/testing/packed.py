@@ -9,7 +9,9 @@ from torch import nn
 
 from alphaquant.quant.checkpoint import CheckpointWriter
 from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
+from alphaquant.quant.integrity import write_checksums
 from alphaquant.quant.models import map_model
+from alphaquant.quant.parts import open_part
 from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import MENUS
@@ -49,7 +51,11 @@ def save_packed(model: nn.Module, folder: Path) -> Path:
         The folder.
     """
     model_map = map_model(model)
-    writer = CheckpointWriter(folder)
-    for index, items in quantize_mixed(model_map).items():
-        writer.add_layer(index, items)
-    return writer.finish(model_map, {"matrices": []})
+    with open_part(folder) as part:
+        writer = CheckpointWriter(part.checkpoint)
+        for index, items in quantize_mixed(model_map).items():
+            writer.add_layer(index, items)
+        writer.finish(model_map)
+        writer.write_json("quantize_report.json", {"matrices": []})
+        write_checksums(part.checkpoint)
+        return part.place()

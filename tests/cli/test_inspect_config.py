@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from alphaquant.testing.models import tiny_model
+from alphaquant.testing.packed import save_packed
+
 
 @pytest.fixture
 def inspect(run: Any) -> Any:
@@ -74,3 +77,19 @@ def test_no_configuration_is_a_usage_error(inspect: Any) -> None:
     code, out, err = inspect("--model", "demo")
     assert (code, out) == (2, "")
     assert "CONFIG" in err
+
+
+def test_verify_prints_one_line_or_names_the_damaged_file(inspect: Any, tmp_path: Path) -> None:
+    packed = save_packed(tiny_model("olmoe"), tmp_path / "packed")
+    code, out, err = inspect(str(packed), "--verify")
+    assert (code, err) == (0, "") and out.count("\n") == 1
+    assert out.startswith(f"{packed}: 7 files of ") and "are what was written (sha256)" in out
+    assert json.loads(inspect(str(packed), "--verify", "--json")[1])["n_files"] == 7
+    file = packed / "model-layer-001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    code, out, err = inspect(str(packed), "--verify")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith(f"error: {file} is not what aq-quantize wrote")
+    assert inspect(str(packed), "--verify", "--model", "demo")[0] == 2

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.checkpoint import (
-    CheckpointWriter,
-    is_packed,
     load,
     quantized_bytes,
     read_tensors,
@@ -23,6 +21,7 @@ from alphaquant.quant.loading import load_model
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedLinear
 from alphaquant.quant.pipeline import quantize_to_checkpoint
+from alphaquant.quant.quantization_config import is_packed
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
@@ -273,27 +272,6 @@ def test_a_lost_buffer_is_seen_too(tmp_path: Path) -> None:
     save_file(tensors, path / "model-kept.safetensors")
     with pytest.raises(StoreError, match="e_score_correction_bias"):
         load(path)
-
-
-def test_an_existing_target_is_refused_before_anything_is_written(packed: Path) -> None:
-    before = {p.name: p.read_bytes() for p in packed.iterdir()}
-    with pytest.raises(StoreError, match="exists already; give another --out, or --overwrite"):
-        CheckpointWriter(packed)
-    assert {p.name: p.read_bytes() for p in packed.iterdir()} == before
-    assert [p.name for p in packed.parent.iterdir()] == ["packed"]
-
-
-def test_overwriting_replaces_the_old_one_only_at_the_end(packed: Path) -> None:
-    (packed / "stray.txt").write_text("old")
-    writer = CheckpointWriter(packed, overwrite=True)
-    assert (packed / "stray.txt").exists()
-    model_map = map_model(tiny_model("llama"))
-    for index, items in quantize_mixed(model_map).items():
-        writer.add_layer(index, items)
-    writer.finish(model_map, {})
-    assert not (packed / "stray.txt").exists()
-    assert [p.name for p in packed.parent.iterdir()] == ["packed"]
-    assert type(load(packed)).__name__ == "LlamaForCausalLM"
 
 
 def test_others_can_read_every_file(packed: Path) -> None:

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from alphaquant.errors import FormatError, ModelError, StoreError
+from alphaquant.quant import checkpoint, layerwise, pipeline
 from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.checkpoint import load, quantized_bytes
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
-from alphaquant.quant.sites import ModelMap
+from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.formats import MENUS, parse_format
@@ -128,16 +130,15 @@ def test_bytes_are_those_of_the_assignment(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rtn_needs_no_tokens_no_forward_pass_and_rounds_matrix_by_matrix(
+def test_rtn_needs_no_tokens_no_hidden_states_and_rounds_matrix_by_matrix(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(family)
-    model_map = map_model(model)
+    model_map = map_model(tiny_model(family))
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a forward pass")
+        raise AssertionError("hidden states")
 
-    monkeypatch.setattr(model, "forward", refuse)
+    monkeypatch.setattr(layerwise, "capture_inputs", refuse)
     assignment = uniform_assignment(model_map.inventory, "int4-g32")
     settings = QuantSettings(method="rtn")
     result = run(
@@ -180,28 +181,139 @@ def test_experts_that_no_token_reached_are_listed_when_pooling_is_off(tmp_path: 
     assert len(empty) == 2 * 5 * 3 and dict(result.fallbacks) == expected
 
 
-def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
+def test_nothing_is_left_after_a_failure_in_the_first_layer(tmp_path: Path) -> None:
     model_map = map_model(tiny_model("olmoe"))
-    model_map.view("model.layers.1.mlp.experts.2.up_proj")[0, 0] = float("nan")
+    model_map.view("model.layers.0.mlp.experts.2.up_proj")[0, 0] = float("nan")
     with pytest.raises(FormatError, match=r"experts\.2\.up_proj has"):
-        run(model_map, tmp_path / "packed")
+        run(model_map, tmp_path / "new" / "packed")
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_after_an_interruption(tmp_path: Path) -> None:
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
+def stop_after_one(stage: str, done: int, total: int) -> None:
+    if (stage, done) == ("quantize", 1):
+        raise KeyboardInterrupt
 
+
+def made_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the layers that are quantized from now on."""
+    made: list[int] = []
+    plain = layerwise.quantize_layer
+
+    def spy(model_map: ModelMap, layer: LayerSite, *args: Any) -> Any:
+        made.append(layer.index)
+        return plain(model_map, layer, *args)
+
+    monkeypatch.setattr(layerwise, "quantize_layer", spy)
+    return made
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_stopped_run_goes_on_with_what_is_finished_and_comes_to_the_same_bytes(
+    sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = QuantSettings(refine_sweeps=0, sequential=sequential)
+    model_map = map_model(tiny_model("olmoe"))
+    whole = run(model_map, tmp_path / "whole", settings=settings)
+    made = made_layers(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        run(map_model(tiny_model("llama")), tmp_path / "packed", progress=interrupt)
-    assert not list(tmp_path.iterdir())
+        run(model_map, tmp_path / "packed", settings=settings, progress=stop_after_one)
+    assert made == [0]
+    result = run(model_map, tmp_path / "packed", settings=settings)
+    assert made == [0, 1]
+    for file in sorted(whole.path.iterdir()):
+        if file.name not in ("quantize_report.json", "SHA256SUMS"):
+            assert file.read_bytes() == (result.path / file.name).read_bytes(), file.name
+    first, second = report_of(whole), report_of(result)
+    assert [r["output_error"] for r in first["matrices"]] == [
+        r["output_error"] for r in second["matrices"]
+    ]
+    assert first["utilization"] == second["utilization"]
+    assert result.quantized_bytes == whole.quantized_bytes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "whole"]
+
+
+def test_a_finished_layer_that_was_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_map = map_model(tiny_model("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        run(model_map, tmp_path / "packed", progress=stop_after_one)
+    file = tmp_path / "packed.part" / "checkpoint" / "model-layer-000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    made = made_layers(monkeypatch)
+    run(model_map, tmp_path / "packed")
+    assert made == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": QuantSettings(refine_sweeps=1)}, "settings.refine_sweeps was 0, now 1"),
+        ({"tokens": tiny_tokens(4, 16, 3)}, "windows was"),
+        ({"batch_size": 4}, "batch_size was 2, now 4"),
+        ({"facts": {"model_digest": "ab"}}, "model_digest was"),
+    ],
+)
+def test_an_unfinished_checkpoint_of_another_job_is_refused_and_dropped_on_request(
+    changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_map = map_model(tiny_model("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        run(model_map, tmp_path / "packed", progress=stop_after_one)
+    with pytest.raises(StoreError, match=f"another job .{words}"):
+        run(model_map, tmp_path / "packed", **changes)
+    assert (tmp_path / "packed.part" / "layers" / "000.json").exists()
+    made = made_layers(monkeypatch)
+    run(model_map, tmp_path / "packed", overwrite=True, **changes)
+    assert made == [0, 1] and [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_a_layer_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_map = map_model(tiny_model("llama"))
+    n_bytes = mixed_assignment(model_map).count_bits(model_map.inventory).checkpoint_bytes
+    made = made_layers(monkeypatch)
+    monkeypatch.setattr(
+        pipeline.shutil, "disk_usage", lambda path: SimpleNamespace(free=n_bytes - 1)
+    )
+    with pytest.raises(StoreError, match=f"packed.part needs {n_bytes} bytes more and .* free"):
+        run(model_map, tmp_path / "packed")
+    assert not made and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_becomes_full_keeps_what_is_finished_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_map = map_model(tiny_model("llama"))
+    plain = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if "model.norm.weight" in tensors:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        plain(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(
+            StoreError, match=r"checkpoint/model-kept\.safetensors .* needs \d+ by"
+        ):
+            run(model_map, tmp_path / "packed")
+    folder = tmp_path / "packed.part"
+    assert len(list((folder / "layers").iterdir())) == 2
+    assert not list((folder / "checkpoint").glob("*.part"))
+    made = made_layers(monkeypatch)
+    load(run(model_map, tmp_path / "packed").path)
+    assert not made
 
 
 def test_an_existing_target_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "mine.txt").write_text("precious")
-    with pytest.raises(StoreError, match="exists already"):
+    with pytest.raises(StoreError, match="exists and is no packed checkpoint"):
         run(map_model(tiny_model("llama")), tmp_path / "packed")
     assert (tmp_path / "packed" / "mine.txt").read_text() == "precious"
 

@@ -1,6 +1,7 @@
 """From configurations to packed checkpoints: flags over summary over default."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from alphaquant.errors import ConfigError, DataError, ModelError, StoreError
+from alphaquant.quant import pipeline
 from alphaquant.quant.checkpoint import quantized_bytes
 from alphaquant.studies import quantize as studies
 from alphaquant.studies.quantize import QuantizeSpec, dry_run, plan_text, quantize, result_json
@@ -175,9 +177,6 @@ def test_existing_out_is_refused_before_the_model_is_loaded(
     quantize(make(INT4, quant={"method": "rtn"}))
     before = (tmp_path / "out" / "config.json").read_bytes()
 
-    def no_load(*args: Any) -> Any:
-        raise AssertionError("loaded")
-
     with monkeypatch.context() as patch:
         patch.setattr(studies, "load_source", no_load)
         with pytest.raises(StoreError, match="exists already.*--overwrite"):
@@ -195,14 +194,117 @@ def test_overwrite_replaces_packed_checkpoints_only(make: MakeQuantize, tmp_path
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_stopped_quantization_leaves_nothing(make: MakeQuantize, tmp_path: Path) -> None:
+def test_a_stopped_quantization_is_gone_on_with_and_another_is_refused_before_loading(
+    make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "quantize" and done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantize(make(INT4), progress=stop)
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["config.json", "out.part"]
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "load_source", no_load)
+        with pytest.raises(StoreError, match="another job .settings.percdamp was 0.01, now 0.5"):
+            quantize(make(INT4, quant={"percdamp": 0.5}))
+        with pytest.raises(StoreError, match="another job .calibration.seed was None, now 3"):
+            quantize(make(INT4, seed=3))
+        with pytest.raises(StoreError, match="another job .configuration.default.wq was int4"):
+            quantize(make({"default": {"wq": "int8", "group_size": 32}}))
+    stages: list[tuple[str, int, int]] = []
+    quantize(make(INT4), progress=lambda *step: stages.append(step))
+    assert [s for s in stages if s[0] == "quantize"] == [("quantize", 1, 2), ("quantize", 2, 2)]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["config.json", "out"]
+
+
+def no_load(*args: Any) -> Any:
+    raise AssertionError("loaded")
+
+
+@pytest.mark.parametrize(
+    ("out", "changes", "error", "words"),
+    [
+        ("config.json", {}, StoreError, "exists and is no packed checkpoint"),
+        ("config.json/x", {}, StoreError, "config.json is a file"),
+        ("config.json/x/y", {}, StoreError, "config.json is a file"),
+        (".", {}, StoreError, "is the working directory"),
+        (".", {"overwrite": True}, StoreError, "is the working directory"),
+        ("..", {"overwrite": True}, StoreError, "is the working directory"),
+        ("/", {"overwrite": True}, StoreError, "is the working directory or holds it"),
+        ("/proc", {"overwrite": True}, StoreError, "is the root of a file system"),
+        ("/proc/x", {}, StoreError, "/proc"),
+        ("theirs", {}, StoreError, "theirs.part is in the way"),
+        ("theirs", {"overwrite": True}, StoreError, "theirs.part is in the way"),
+        ("loop", {}, StoreError, "cannot be used"),
+        ("a" * 300, {}, StoreError, "cannot be used"),
+        ("a/" * 2500, {}, StoreError, "bytes"),
+        ("new", {"dtype": "foo"}, ModelError, "unknown dtype 'foo'"),
+        ("new", {"device": "foo"}, ModelError, "device 'foo'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_loading(
+    out: str,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    make: MakeQuantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(studies, "load_source", no_load)
+    spec = make(INT4, out=Path(out), config=tmp_path / "config.json", **changes)
+    (tmp_path / "theirs.part").mkdir()
+    (tmp_path / "theirs.part" / "precious").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(error, match=words) as caught:
+        quantize(spec)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_empty_directories_links_and_deep_places_are_written(
+    make: MakeQuantize, tmp_path: Path
+) -> None:
+    quant = {"method": "rtn"}
+    (tmp_path / "empty").mkdir()
+    quantize(make(INT4, quant=quant, out=tmp_path / "empty"))
+    assert quantized_bytes(tmp_path / "empty")
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(StoreError, match="link exists already"):
+        quantize(make(INT4, quant=quant, out=tmp_path / "link"))
+    int8 = make({"default": {"wq": "int8"}}, quant=quant, out=tmp_path / "link", overwrite=True)
+    result = quantize(int8)
+    assert result.path == tmp_path / "link" and (tmp_path / "link").is_symlink()
+    assert quantized_bytes(tmp_path / "empty") == result.quantized_bytes
+    (tmp_path / "later").symlink_to("not/yet")
+    quantize(make(INT4, quant=quant, out=tmp_path / "later"))
+    assert quantized_bytes(tmp_path / "not" / "yet")
+    deep = tmp_path.joinpath(*["a"] * 1200)
+    assert quantize(make(INT4, quant=quant, out=deep)).path == deep
+    deep.rename(tmp_path / "up")
+    os.removedirs(deep.parent)  # too deep for what cleans up after tests
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
+    make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(make(INT4, quant={"method": "rtn"}))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    int8 = make({"default": {"wq": "int8"}}, quant={"method": "rtn"}, overwrite=True)
+
+    def fail(*args: Any) -> Any:
+        raise ModelError("wrong numbers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "first_run", fail)
+        with pytest.raises(ModelError, match="wrong numbers"):
+            quantize(int8)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert quantize(int8).quantized_bytes == quantized_bytes(tmp_path / "out")
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
