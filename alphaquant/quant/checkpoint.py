@@ -7,6 +7,7 @@ Layout::
     model-layer-003.safetensors      packed matrices of a layer,
                                      <matrix>.<codes|scales|zeros|global_scale|weight>
     model-kept.safetensors           everything else, in the original checkpoint's dtype
+    model-carried.safetensors        tensors of the original that the model does not load, as is
     model.safetensors.index.json     tensor name -> file, total bytes
     quantize_report.json             one row per matrix, provenance, how a first run went
     SHA256SUMS                       of every other file, see `alphaquant.quant.integrity`
@@ -20,6 +21,7 @@ SHA256SUMS. It reads both through `alphaquant.quant.transformers_plugin`.
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -35,7 +37,7 @@ from alphaquant.quant.dequant_cache import parse_cache_size
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.files import sha256_of, whole_file, writing
 from alphaquant.quant.kernel_use import IMPLEMENTATION
-from alphaquant.quant.loading import model_problem, named_dtype, register_architectures
+from alphaquant.quant.loading import auto_class, model_problem, named_dtype, register_architectures
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
 from alphaquant.quant.modules import PackedLinear, cache_dequantized, install_packed_modules
@@ -45,11 +47,14 @@ from alphaquant.quant.quantization_config import (
     make_quantization_config,
 )
 from alphaquant.quant.sites import LayerSite, ModelMap
+from alphaquant.quant.source_files import read_carried
 from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.spaces.json_files import read_object
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _KEPT_FILE = "model-kept.safetensors"
+_CARRIED_FILE = "model-carried.safetensors"
 
 _DTYPE_NAMES = {
     torch.uint8: "U8",
@@ -156,16 +161,23 @@ class CheckpointWriter:
         layers = [self.layers[index] for index in sorted(self.layers)]
         total = self._save(_KEPT_FILE, kept) + self.quantized_bytes
         files = dict.fromkeys(kept, _KEPT_FILE)
+        carried = read_carried(model_map)
+        if carried:
+            total += self._save(_CARRIED_FILE, carried)
+            files |= dict.fromkeys(carried, _CARRIED_FILE)
         for layer in layers:
             files |= dict.fromkeys(layer.tensors, layer.file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         self.write_json(_INDEX, index)
         formats = {name: parse_format(f) for layer in layers for name, f in layer.formats.items()}
         config = json.loads(model.config.to_json_string(use_diff=False))
+        if model_map.source is not None:  # every field of the source, whatever transformers keeps
+            config |= read_object(model_map.source / "config.json")
+            _copy_processors(model_map.source, self.folder)
         # transformers would take the dtype of the first tensor for that of a model without one.
         config["dtype"] = str(dtype).removeprefix("torch.")
         config["quantization_config"] = make_quantization_config(
-            PackedFormats(formats, self.activations)
+            PackedFormats(formats, self.activations, tuple(sorted(carried)))
         )
         self.write_json("config.json", config)
         with writing(self.folder / "tokenizer"):
@@ -220,7 +232,7 @@ def load(
         ModelError: it is no packed checkpoint, kernels were asked for and cannot run here, or a
             kernel gives other numbers than torch.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     directory, cache_bytes = Path(path), parse_cache_size(dequant_cache)
     if not is_packed(directory):
@@ -235,8 +247,9 @@ def load(
     register_architectures()
     tensor_files(directory)
     try:
-        stated = AutoConfig.from_pretrained(directory).dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(directory)
+        stated = config.dtype
+        model: Any = auto_class(config).from_pretrained(
             directory,
             dtype=wanted,
             device_map=None if device == "cpu" else {"": device},
@@ -395,7 +408,11 @@ def make_packed(model: nn.Module, formats: PackedFormats, source: str) -> frozen
 
 
 def check_files(
-    model: nn.Module, packed_names: frozenset[str], files: Sequence[str] | None, source: str
+    model: nn.Module,
+    packed_names: frozenset[str],
+    files: Sequence[str] | None,
+    source: str,
+    carried: Sequence[str] = (),
 ) -> None:
     """Check that files hold exactly the tensors of a packed model; only their headers are read.
 
@@ -404,6 +421,7 @@ def check_files(
         packed_names: what `make_packed` gave; these must have their dtype too.
         files: safetensors.
         source: the checkpoint, for messages.
+        carried: tensors that may be there and belong to no module.
 
     Raises:
         StoreError: a file is damaged, a tensor is missing, extra or of another shape or dtype.
@@ -418,7 +436,7 @@ def check_files(
         # transformers follows an index out of the directory.
         if Path(source).is_dir() and not is_inside(os.path.relpath(file, source)):
             raise _damaged(source, f"{file}, which {_INDEX} names, is outside the checkpoint")
-    found = read_headers(files, source)
+    found = {n: t for n, t in read_headers(files, source).items() if n not in carried}
     tied: Any = model.all_tied_weights_keys
     places = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     extra, lost = sorted(found.keys() - places.keys()), sorted(places.keys() - found.keys())
@@ -436,6 +454,19 @@ def check_files(
                 source,
                 f"{name} is {dtype} {list(shape)}, expected {expected} {list(tensor.shape)}",
             )
+
+
+def _copy_processors(source: Path, folder: Path) -> None:
+    """Copy what turns images and chats into tokens, where the tokenizer does not write it."""
+    for pattern in (
+        "*processor_config.json",
+        "processor_config.json",
+        "chat_template*",
+        "*.jinja",
+    ):
+        for file in source.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)
 
 
 def _damaged(source: str | Path, reason: object) -> StoreError:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from alphaquant.errors import ModelError
+from alphaquant.quant.source_files import check_source
 
 
 def register_architectures() -> None:
@@ -37,23 +38,30 @@ def load_model(
     Raises:
         ModelError: the model cannot be found or read, or is quantized already.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     register_architectures()
+    if Path(name).is_dir():
+        check_source(Path(name))
     wanted: str | torch.dtype = "auto" if dtype == "auto" else named_dtype(dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
         dequantizing = _dequantizing(config, name, refuse=not quantized)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             str(name),
             dtype=wanted,
             trust_remote_code=trust_remote_code,
             quantization_config=dequantizing,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
+    _check_complete(name, report)
     if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and
         # saved in the checkpoint's own.
@@ -63,6 +71,52 @@ def load_model(
         loaded.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
     loaded.requires_grad_(False)
     return loaded.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that loads a model whole: with its vision tower, if any.
+
+    Args:
+        config: of transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    stated = next(iter(config.architectures or ()), None)
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    only_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    is_whole = with_images is not None and stated in (with_images, None)
+    if is_whole and (stated is not None or only_text is None):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _check_complete(name: str | Path, report: dict[str, Any]) -> None:
+    """Refuse a model that transformers filled up with random numbers.
+
+    Raises:
+        ModelError: tensors are missing or of another shape than config.json says.
+    """
+    misfits = [
+        f"{key} {list(found)} instead of {list(wanted)}"
+        for key, found, wanted in sorted(report.get("mismatched_keys") or ())
+    ]
+    if misfits:
+        raise ModelError(
+            f"{name}: {len(misfits)} tensors have other shapes than config.json says: "
+            f"{'; '.join(misfits[:3])}; give the configuration that belongs to these files"
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    broken = sorted(str(e) for e in report.get("error_msgs") or ())
+    if missing or broken:
+        raise ModelError(
+            f"{name}: {len(missing) + len(broken)} tensors that config.json promises are not "
+            f"whole in its safetensors, e.g. {', '.join([*missing, *broken][:3])}; they would be "
+            "random numbers: fetch what is missing, or correct config.json"
+        )
 
 
 def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
@@ -78,7 +132,7 @@ def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     stated = getattr(config, "quantization_config", None)
     if stated is None:
         return None
-    method = str(stated.get("quant_method"))
+    method = stated.get("quant_method")
     if method == "mxfp4":
         return Mxfp4Config(dequantize=True)
     if method == "fp8":
@@ -86,9 +140,16 @@ def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     if not refuse:
         return None
     raise ModelError(
-        f"{name} is quantized already (quant_method {method}); quantizing starts from the "
+        f"{name} is quantized already ({stated_text(stated)}); quantizing starts from the "
         "original weights, or from published mxfp4 or fp8 ones: give those"
     )
+
+
+def stated_text(stated: Any) -> str:
+    """How a quantization_config says that a model is quantized."""
+    method = stated.get("quant_method")
+    fields = ", ".join(sorted(stated))
+    return f"quant_method {method}" if method else f"its quantization_config has {fields}"
 
 
 def named_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -109,14 +170,19 @@ def load_skeleton(name: str | Path) -> nn.Module:
     Raises:
         ModelError: no configuration can be found or read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     register_architectures()
+    if Path(name).is_dir():
+        check_source(Path(name))
     try:
         config = AutoConfig.from_pretrained(str(name))
+        _dequantizing(config, name, refuse=True)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
+            model: nn.Module = auto_class(config).from_config(config)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
     return model
 

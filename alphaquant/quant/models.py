@@ -202,6 +202,21 @@ def kept_state(model: nn.Module, layers: tuple[LayerSite, ...]) -> dict[str, Ten
     return kept
 
 
+def check_finite(model_map: ModelMap) -> None:
+    """Refuse NaN and infinite numbers in what stays as it is; matrices are checked one by one.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    for name, tensor in kept_state(model_map.model, model_map.layers).items():
+        is_infinite = name.endswith("bias") or not tensor.is_floating_point()
+        if not is_infinite and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"{name} holds NaN or infinite numbers, so every output would; give a checkpoint "
+                "whose tensors are finite"
+            )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its tokens: the device of its first tensor."""
     return next(chain(model.parameters(), model.buffers())).device

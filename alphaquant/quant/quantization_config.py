@@ -1,9 +1,10 @@
 """What `quantization_config` in the config.json of a packed checkpoint says.
 
     {"quant_method": "alphaquant", "version": 1, "formats": {"<matrix>": "<format>", ...},
-     "activations": {"<matrix>": "<format>", ...}}
+     "activations": {"<matrix>": "<format>", ...}, "carried": ["<tensor>", ...]}
 
 `activations` names what the inputs of a matrix are rounded to; it is absent where none are.
+`carried` names tensors in the files that are no part of the model, absent where there are none.
 
 Standard library only: it is read while transformers is being imported.
 """
@@ -28,10 +29,12 @@ class PackedFormats:
     Attributes:
         weights: format of every matrix, by name.
         activations: what the inputs of a matrix are rounded to; those not named are left alone.
+        carried: tensors in the files that are no part of the model.
     """
 
     weights: Mapping[str, Format]
     activations: Mapping[str, Format] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
 
 
 def is_packed(path: str | Path) -> bool:
@@ -53,6 +56,8 @@ def make_quantization_config(formats: PackedFormats) -> dict[str, Any]:
     }
     if formats.activations:
         entry["activations"] = _names(formats.activations)
+    if formats.carried:
+        entry["carried"] = list(formats.carried)
     return entry
 
 
@@ -72,7 +77,7 @@ def read_formats(entry: Mapping[str, Any], source: str) -> PackedFormats:
             f"{CHECKPOINT_VERSION}; update it"
         )
     parts = [entry.get("formats"), entry.get("activations", {})]
-    unknown = sorted(set(entry) - {"quant_method", "version", "formats", "activations"})
+    unknown = sorted(set(entry) - {"quant_method", "version", "formats", "activations", "carried"})
     if unknown or not all(isinstance(part, Mapping) for part in parts):
         raise StoreError(
             f"{source}: quantization_config in config.json has {', '.join(sorted(entry))}; it "
@@ -89,7 +94,10 @@ def read_formats(entry: Mapping[str, Any], source: str) -> PackedFormats:
             f"{source}: config.json is damaged (activations of {lost}, which is no matrix of it); "
             "quantize again"
         )
-    return PackedFormats(weights, activations)
+    carried = entry.get("carried", [])
+    if not isinstance(carried, list):
+        raise StoreError(f"{source}: config.json is damaged (carried); quantize again")
+    return PackedFormats(weights, activations, tuple(map(str, carried)))
 
 
 def _formats(names: Any) -> dict[str, Format]:

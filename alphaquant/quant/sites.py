@@ -10,6 +10,7 @@ Letters: E experts, H hidden size, I expert width, n tokens, k experts per token
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +209,23 @@ class Staying:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A tensor of a checkpoint that its model does not load.
+
+    Attributes:
+        name: in the checkpoint.
+        file: that holds it.
+        n_weights: its size.
+        n_bytes: likewise.
+    """
+
+    name: str
+    file: Path
+    n_weights: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
 class ModelMap:
     """A model with its inventory and the place of every matrix.
 
@@ -217,6 +235,8 @@ class ModelMap:
         layers: its decoder layers, in order.
         views: weights by matrix name.
         staying: what is not quantized although it has two or more dimensions.
+        carried: tensors of the checkpoint that are no part of the model.
+        source: the checkpoint's directory, where it is known.
     """
 
     model: nn.Module
@@ -224,6 +244,8 @@ class ModelMap:
     layers: tuple[LayerSite, ...]
     views: dict[str, Tensor] = field(repr=False)
     staying: tuple[Staying, ...] = ()
+    carried: tuple[Carried, ...] = ()
+    source: Path | None = None
 
     def view(self, matrix_name: str) -> Tensor:
         """The weight of a matrix, [rows, cols]; writing it writes the model."""

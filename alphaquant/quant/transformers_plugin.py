@@ -83,7 +83,7 @@ class AlphaQuantizer(HfQuantizer):
         formats = read_formats(self.quantization_config.to_dict(), source)
         self._formats, self._files = formats.weights, tuple(checkpoint_files or ())
         self._packed_names = make_packed(model, formats, source)
-        check_files(model, self._packed_names, self._files, source)
+        check_files(model, self._packed_names, self._files, source, formats.carried)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

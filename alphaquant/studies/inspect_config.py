@@ -20,6 +20,7 @@ from alphaquant.errors import ConfigError, ModelError
 from alphaquant.quant.loading import load_skeleton
 from alphaquant.quant.models import map_model
 from alphaquant.quant.quantization_config import PackedFormats, is_packed, read_formats
+from alphaquant.quant.source_files import with_source
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
 from alphaquant.spaces.foreign import Foreign, read_foreign, tool_of
@@ -353,7 +354,7 @@ def read_skeleton(name: str) -> Skeleton:
     text_config = model.config.get_text_config()
     found = [getattr(text_config, field, None) for field in _TOP_K_FIELDS]
     numbers = [value for value in found if isinstance(value, int)]
-    inventory = map_model(model).inventory
+    inventory = with_source(map_model(model), model_location(name)).inventory
     has_experts = any(m.expert is not None for m in inventory.matrices)
     return Skeleton(name, inventory, numbers[0] if numbers and has_experts else None)
 

@@ -16,6 +16,8 @@ from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.quant.sites import ModelMap
+from alphaquant.quant.source_files import carried_text, with_source
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
@@ -34,6 +36,9 @@ from alphaquant.studies.spec import DEMO_TEXT, quant_settings
 from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
+
+_LARGE = 200
+"""A parameter that stays is told from one 200th of all decoder layers' weights on."""
 
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
@@ -138,6 +143,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
         warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
+        warnings += model_notes(source.map)
         for warning in warnings:
             logger.warning("%s", warning)
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
@@ -166,9 +172,10 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
     _settings(spec, _read_summary(config.summary or {}, spec.config))
     skeleton = load_skeleton(model_location(spec.model))
     architecture = choose_architecture(skeleton, spec.model_type)
-    inventory = map_model(skeleton).inventory
+    model_map = with_source(map_model(skeleton), model_location(spec.model))
+    inventory = model_map.inventory
     plan = resolve(config, inventory, strict=spec.strict)
-    for warning in (*plan.warnings, *architecture.warnings):
+    for warning in (*plan.warnings, *architecture.warnings, *model_notes(model_map)):
         logger.warning("%s", warning)
     return DryRun(plan, inventory, plan.assignment.count_bits(inventory))
 
@@ -254,6 +261,23 @@ def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     return quant_settings(summary.settings, **spec.quant)
 
 
+def model_notes(model_map: ModelMap) -> list[str]:
+    """What a user should know of a model: large parameters that stay, and what is carried."""
+    layers = [p for layer in model_map.layers for p in layer.module.parameters()]
+    n_all = sum(p.numel() for p in layers)
+    large = [s for s in model_map.staying if s.n_weights * _LARGE > n_all]
+    notes = []
+    if large:
+        share = 100 * sum(s.n_weights for s in large) / n_all
+        first = max(large, key=lambda s: s.n_weights)
+        notes.append(
+            f"{len(large)} large parameters of decoder layers stay unquantized, {share:.1f} % of "
+            f"their weights, e.g. {first.name} ({first.n_weights} weights: {first.reason})"
+        )
+    carried = carried_text(model_map)
+    return notes if carried is None else [*notes, carried]
+
+
 def _asked(
     spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
 ) -> dict[str, Any]:
@@ -264,6 +288,7 @@ def _asked(
         "n_samples": spec.n_calibration or found.get("n_samples"),
         "seq_len": spec.seq_len or found.get("seq_len"),
         "seed": found.get("seed") if spec.seed is None else spec.seed,
+        "bos": spec.bos or found.get("bos"),
     }
     return {
         "model": spec.model,
@@ -282,6 +307,8 @@ def _facts(
     return {
         **source.facts(),
         "config": config.model_dump(exclude_none=True, exclude={"summary"}),
+        "staying": [asdict(s) for s in source.map.staying],
+        "carried": sorted(c.name for c in source.map.carried),
         "assignment_digest": plan.assignment.digest,
         "calibration": None if tokens is None else tokens.provenance(),
         "warnings": warnings,

@@ -12,8 +12,9 @@ from alphaquant import demo
 from alphaquant.errors import DataError, ModelError
 from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
 from alphaquant.quant.loading import load_model, load_tokenizer, tokenizer_missing
-from alphaquant.quant.models import map_model, weights_digest
+from alphaquant.quant.models import check_finite, map_model, weights_digest
 from alphaquant.quant.sites import ModelMap
+from alphaquant.quant.source_files import with_source
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
@@ -58,7 +59,8 @@ def load_source(name: str, device: str, dtype: str) -> Source:
         ModelError: it cannot be found, read or quantized.
     """
     path = model_location(name)
-    model_map = map_model(load_model(path, device, dtype))
+    model_map = with_source(map_model(load_model(path, device, dtype)), path)
+    check_finite(model_map)
     return Source(name, model_map, load_tokenizer(path), weights_digest(model_map))
 
 
