@@ -33,7 +33,7 @@ from alphaquant.quant.files import locked, whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import batches_of, observe_layer, walk
+from alphaquant.quant.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Inventory, Matrix
@@ -264,8 +264,9 @@ def _fill(
     if not missing:  # whoever had the lock before wrote them
         return 0
     last = max(missing)
-    n_written = 0
-    for step in walk(model_map, batches_of(tokens, batch_size)):
+    n_written, batches = 0, batches_of(tokens, batch_size)
+    check_walk(model_map, batches)
+    for step in walk(model_map, batches):
         layer = step.layer
         if layer.index > last:
             break

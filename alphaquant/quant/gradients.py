@@ -25,7 +25,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
-from alphaquant.quant.walk import LayerCall, hidden_of, observe_layer, shared_state, walk
+from alphaquant.quant.walk import (
+    LayerCall,
+    check_walk,
+    hidden_of,
+    observe_layer,
+    shared_state,
+    walk,
+)
 
 
 class Quantity(Protocol):
@@ -162,6 +169,7 @@ def trace_layers(
     Yields:
         Traces from the last layer to the first.
     """
+    check_walk(model_map, batches)
     tapes = [_Tape(len(model_map.layers)) for _ in batches]
     results: list[Any] = []
     with torch.enable_grad():

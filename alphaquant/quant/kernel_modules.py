@@ -84,7 +84,8 @@ class KernelExperts(PackedExperts):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H]; see `PackedExperts`."""
         output = self.add_experts(*self.site.route(args, kwargs))
-        return output if self.reduce is None else self.reduce(output)
+        output = output if self.reduce is None else self.reduce(output)
+        return output.view(next(iter((*args, *kwargs.values()))).shape)
 
     def add_experts(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum of the owned experts' outputs, weighted, before `reduce`.

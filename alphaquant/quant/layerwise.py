@@ -18,7 +18,7 @@ from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_lay
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import LayerStep, batches_of, observe_layer, walk
+from alphaquant.quant.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.spaces.assignment import Assignment
 
 Finished = Mapping[int, Callable[[], Mapping[str, PackedMatrix]]]
@@ -117,7 +117,9 @@ def _steps(
     if settings.method != "gptq" or tokens is None:
         yield from ((layer, None) for layer in model_map.layers)
         return
-    for step in walk(model_map, batches_of(tokens, batch_size)):
+    batches = batches_of(tokens, batch_size)
+    check_walk(model_map, batches)
+    for step in walk(model_map, batches):
         yield step.layer, step
 
 

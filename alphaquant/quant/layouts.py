@@ -5,6 +5,7 @@
                     transposed (`[E, H, 2I]`), interleaved (gate and up rows alternate) and with
                     biases, as in gpt-oss.
     ListedExperts   a ModuleList of experts with three linears each, as in older and remote code.
+    RowExperts      DBRX: three 2-D parameters with the experts' rows one after the other.
 
 Letters: E experts, H hidden size, I expert width, n tokens, k experts per token.
 """
@@ -285,7 +286,47 @@ class ListedExperts(ExpertsSite):
         return self.module[expert]  # type: ignore[index,no-any-return]
 
 
-LAYOUTS: tuple[type[ExpertsSite], ...] = (FusedExperts, ListedExperts)
+class RowExperts(ExpertsSite):
+    """Experts in three 2-D parameters [E * I, H], one after the other: DBRX.
+
+    `w1` is gate, `v1` is up, `w2` is down, transposed.
+    """
+
+    @classmethod
+    def sizes(cls, module: nn.Module, name: str) -> ExpertSizes | None:
+        """Sizes from `mlp.w1` and the module's number of experts; see the base class."""
+        parts = [getattr(getattr(module, "mlp", None), n, None) for n in ("w1", "v1", "w2")]
+        n_experts = getattr(module, "num_experts", None)
+        if not isinstance(n_experts, int) or not all(isinstance(p, nn.Parameter) for p in parts):
+            return None
+        rows, hidden = parts[0].shape  # type: ignore[union-attr]
+        return ExpertSizes(n_experts, hidden, rows // n_experts)
+
+    def views(self, expert: int) -> ExpertViews:
+        """Rows of the parameters; those of `w2` transposed."""
+        gate, up, down = (
+            parameter.data.view(self.n_experts, -1, parameter.shape[-1])[expert]
+            for parameter in (self.module.get_parameter(f"mlp.{n}") for n in ("w1", "v1", "w2"))
+        )
+        return ExpertViews(gate, up, down.T)
+
+    def apply_gate(self, gate_up: Tensor) -> Tensor:
+        """activation(gate) * up."""
+        gate, up = gate_up.chunk(2, -1)
+        features: Tensor = self.module.get_submodule("mlp").activation_fn(gate) * up  # type: ignore[operator]
+        return features
+
+    def state_names(self) -> set[str]:
+        """The three parameters."""
+        return {f"{self.name}.mlp.{n}" for n in ("w1", "v1", "w2")}
+
+    def route(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
+        """As the base class; hidden states come as [B, T, H]."""
+        hidden, expert_ids, weights = super().route(args, kwargs)
+        return RoutedTokens(hidden.reshape(-1, hidden.shape[-1]), expert_ids, weights)
+
+
+LAYOUTS: tuple[type[ExpertsSite], ...] = (FusedExperts, ListedExperts, RowExperts)
 """All of them."""
 
 

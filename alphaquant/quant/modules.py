@@ -159,7 +159,9 @@ class PackedExperts(nn.Module):
                 y = self._run_expert(tokens.expert, inputs[tokens.rows])
                 weighted = (y * tokens.weights.unsqueeze(-1)).to(output.dtype)
                 output.index_add_(0, tokens.rows, weighted)
-        return output if self.reduce is None else self.reduce(output)
+        output = output if self.reduce is None else self.reduce(output)
+        # DBRX hands over [B, T, H] and gets it back so.
+        return output.view(next(iter((*args, *kwargs.values()))).shape)
 
     def expert(self, number: int) -> PackedExpert:
         """One of the owned experts."""

@@ -188,7 +188,7 @@ def _unread(model: nn.Module, files: list[Path]) -> tuple[Carried, ...]:
                 place, _ = rename_source_key(
                     name, renamings, converters, typed.base_model_prefix, state
                 )
-                if place not in state:
+                if place not in state and name not in state:
                     part = opened.get_tensor(name)
                     found.append(Carried(name, file, part.numel(), part.nbytes))
     return tuple(found)
