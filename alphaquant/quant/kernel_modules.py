@@ -40,6 +40,7 @@ class KernelLinear(PackedLinear):
         nn.Module.__init__(self)
         self.format, self.rows, self.cols = packed.format, packed.rows, packed.cols
         self.activation, self.bias, self.cache = packed.activation, packed.bias, None
+        self.dtype = packed.dtype
         self.n_parts, self.facts = _keep_parts(self, order_matrix(packed.packed()))
 
     def packed(self) -> PackedMatrix:

@@ -17,6 +17,7 @@ Letters: E experts, T tokens.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,11 +78,15 @@ def probe_model(model: nn.Module, layers: str, experts: Sequence[ExpertsSite]) -
     for site in experts:
         _silence(twin, site, watch)
     problem = None
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True  # it prints tracebacks of what is caught here
     with mode, torch.no_grad(), watch:
         try:
             twin(torch.zeros(1, N_TOKENS, dtype=torch.int64), use_cache=False)
         except Exception as error:  # code that needs data; what was seen before it counts
             problem = _first_line(error)
+        finally:
+            log.disabled = was_disabled
     return watch.verdict(problem)
 
 
@@ -225,7 +230,11 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             stand_ins[id(parameter)] = nn.Parameter(empty, requires_grad=False)
         for buffer in model.buffers():
             stand_ins[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-    return copy.deepcopy(model, stand_ins)
+    twin = copy.deepcopy(model, stand_ins)
+    for module in twin.modules():  # hooks are of whoever set them on the model
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
 
 
 def _first_line(error: Exception) -> str:

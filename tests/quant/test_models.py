@@ -188,15 +188,33 @@ def test_a_model_without_matrices_is_refused() -> None:
         map_model(model)
 
 
-def test_a_linear_beside_experts_with_one_or_e_outputs_is_a_router() -> None:
+def test_what_the_code_of_a_model_uses_otherwise_stays_and_is_listed() -> None:
     model = tiny_model("olmoe")
     block = model.model.layers[0].mlp
-    block.router = nn.Linear(40, 8)
-    block.scorer = nn.Linear(40, 1)
-    block.project = nn.Linear(40, 9)
-    names = {m.name for m in map_model(model).inventory.matrices}
-    assert "model.layers.0.mlp.project" in names
-    assert not {"model.layers.0.mlp.router", "model.layers.0.mlp.scorer"} & names
+    block.unused = nn.Linear(40, 9)
+
+    class Router(nn.Module):
+        """Two products before the choice: no name and no size tells it apart."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(40, 40), nn.Linear(40, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scores = self.second(torch.relu(self.first(x.reshape(-1, 40)))).softmax(-1)
+            weights, ids = scores.topk(3, -1)
+            return scores, weights, ids
+
+    block.gate = Router()
+    found = map_model(model)
+    names = {m.name for m in found.inventory.matrices}
+    reasons = {part.name: part.reason for part in found.staying}
+    prefix = "model.layers.0.mlp"
+    for name in (f"{prefix}.gate.first", f"{prefix}.gate.second"):
+        assert name not in names
+        assert reasons[f"{name}.weight"] == "it chooses or weighs, and computes nothing else"
+    assert reasons[f"{prefix}.unused.weight"] == "it is never called"
+    assert "model.layers.0.self_attn.q_proj" in names
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_rtn_needs_no_tokens_no_hidden_states_and_rounds_matrix_by_matrix(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("hidden states")
 
-    monkeypatch.setattr(layerwise, "capture_inputs", refuse)
+    monkeypatch.setattr(layerwise, "walk", refuse)
     assignment = uniform_assignment(model_map.inventory, "int4-g32")
     settings = QuantSettings(method="rtn")
     result = run(
