@@ -226,7 +226,7 @@ def tokenizer_missing(name: str | Path) -> str:
 
 def model_problem(name: str | Path, error: Exception) -> str:
     """One line that says why a model could not be loaded and what to give instead."""
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    first_line = " ".join(str(error).split())[:300] or type(error).__name__
     where = (
         f"{name} is a directory, but"
         if Path(name).is_dir()

@@ -70,7 +70,7 @@ def test_a_model_that_would_be_random_or_broken_is_refused(
     [
         ({"num_hidden_layers": 3}, r"tensors that config\.json promises .* model\.layers\.2\."),
         ({"vocab_size": 5000}, r"2 tensors have other shapes .* instead of \[5000, 32\]"),
-        ({"hidden_size": "32"}, r"cannot load model .* hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
         ({"num_attention_heads": 0}, "cannot load model"),
         ({"hidden_act": "nonesuch"}, "nonesuch"),
         ({"num_experts_per_tok": 0}, r"num_experts_per_tok is 0; with 4 experts it is 1 to 4"),
