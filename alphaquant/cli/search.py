@@ -72,8 +72,8 @@ AllocatorName = Annotated[
     typer.Option(
         "--allocator",
         help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, "
-        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all but random "
-        "and evolution by default.",
+        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all but "
+        "random and evolution by default.",
     ),
 ]
 MaxFormats = Annotated[
