@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from alphaquant.errors import ModelError
+from alphaquant.quant.quantization_config import QUANT_METHOD
 from alphaquant.quant.source_files import check_source
 
 
@@ -177,7 +178,8 @@ def load_skeleton(name: str | Path) -> nn.Module:
         check_source(Path(name))
     try:
         config = AutoConfig.from_pretrained(str(name))
-        _dequantizing(config, name, refuse=True)
+        stated = getattr(config, "quantization_config", None) or {}
+        _dequantizing(config, name, refuse=stated.get("quant_method") != QUANT_METHOD)
         with torch.device("meta"):
             model: nn.Module = auto_class(config).from_config(config)
     except (ModelError, MemoryError):
