@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.walk import batches_of, shared_state, walk
+from alphaquant.quant.walk import batches_of, replaced_forwards, shared_state, walk
 
 
 class SuffixModel:
@@ -101,8 +101,11 @@ def _replaying(
 
     Given and told are pairs: a layer's output, and the `shared_state` that it left.
     """
+    places = {module: index for index, module in enumerate(modules)}
 
-    def replaced(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def replaced(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        index = places[module]
+
         def run(*args: Any, **kwargs: Any) -> Any:
             if index < len(given):
                 output, state = given[index]
@@ -115,13 +118,5 @@ def _replaying(
 
         return run
 
-    own = [module.__dict__.get("forward") for module in modules]  # None: the class's
-    try:
-        for index, module in enumerate(modules):
-            module.forward = replaced(index, module.forward)
+    with replaced_forwards(modules, replaced):
         yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward

@@ -458,12 +458,7 @@ def check_files(
 
 def _copy_processors(source: Path, folder: Path) -> None:
     """Copy what turns images and chats into tokens, where the tokenizer does not write it."""
-    for pattern in (
-        "*processor_config.json",
-        "processor_config.json",
-        "chat_template*",
-        "*.jinja",
-    ):
+    for pattern in ("*processor_config.json", "chat_template*", "*.jinja"):
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)

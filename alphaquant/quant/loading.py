@@ -89,8 +89,8 @@ def auto_class(config: Any) -> Any:
     stated = next(iter(config.architectures or ()), None)
     with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     only_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    is_whole = with_images is not None and stated in (with_images, None)
-    if is_whole and (stated is not None or only_text is None):
+    names_whole = stated == with_images or (stated is None and only_text is None)
+    if with_images is not None and names_whole:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

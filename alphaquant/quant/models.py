@@ -82,7 +82,7 @@ def map_model(model: nn.Module, layouts: Sequence[type[ExpertsSite]] | None = No
     inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
     views = dict(pair for layer in layers for pair in layer.views())
     staying = tuple(part for layer in layers for part in _staying(layer, probe))
-    return ModelMap(model, inventory, layers, views, staying)
+    return ModelMap(model, inventory, layers, views, staying, probe.problem)
 
 
 def map_layer(
@@ -208,9 +208,13 @@ def check_finite(model_map: ModelMap) -> None:
     Raises:
         ModelError: naming the tensor.
     """
+    parameters = dict(model_map.model.named_parameters())
     for name, tensor in kept_state(model_map.model, model_map.layers).items():
-        is_infinite = name.endswith("bias") or not tensor.is_floating_point()
-        if not is_infinite and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            continue
+        # Buffers may hold masks of minus infinity.
+        is_bad = tensor.isnan() if name not in parameters else ~tensor.isfinite()
+        if bool(is_bad.any()):
             raise ModelError(
                 f"{name} holds NaN or infinite numbers, so every output would; give a checkpoint "
                 "whose tensors are finite"

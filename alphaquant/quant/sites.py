@@ -235,6 +235,8 @@ class ModelMap:
         layers: its decoder layers, in order.
         views: weights by matrix name.
         staying: what is not quantized although it has two or more dimensions.
+        not_probed: why its code could not be run without numbers, so that routers were told by
+            their place and size; None where it was.
         carried: tensors of the checkpoint that are no part of the model.
         source: the checkpoint's directory, where it is known.
     """
@@ -244,6 +246,7 @@ class ModelMap:
     layers: tuple[LayerSite, ...]
     views: dict[str, Tensor] = field(repr=False)
     staying: tuple[Staying, ...] = ()
+    not_probed: str | None = None
     carried: tuple[Carried, ...] = ()
     source: Path | None = None
 

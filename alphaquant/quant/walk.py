@@ -269,11 +269,25 @@ def _pausing(model_map: ModelMap) -> Iterator[None]:
 
         return run
 
-    modules = [layer.module for layer in model_map.layers]
+    with replaced_forwards([layer.module for layer in model_map.layers], pausing):
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module],
+    replace: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Give modules other forward functions for a while.
+
+    Args:
+        modules: in any order.
+        replace: called with a module and its own function; gives the other one.
+    """
     own = [module.__dict__.get("forward") for module in modules]  # None: the class's
     try:
         for module in modules:
-            module.forward = pausing(module, module.forward)
+            module.forward = replace(module, module.forward)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):

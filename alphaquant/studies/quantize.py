@@ -16,8 +16,7 @@ from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
-from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.source_files import carried_text, with_source
+from alphaquant.quant.source_files import with_source
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
@@ -30,15 +29,13 @@ from alphaquant.studies.sources import (
     find_device,
     load_source,
     model_location,
+    model_notes,
     read_text,
 )
 from alphaquant.studies.spec import DEMO_TEXT, quant_settings
 from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
-
-_LARGE = 200
-"""A parameter that stays is told from one 200th of all decoder layers' weights on."""
 
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
@@ -259,23 +256,6 @@ def _part(
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     """Flag over summary over default."""
     return quant_settings(summary.settings, **spec.quant)
-
-
-def model_notes(model_map: ModelMap) -> list[str]:
-    """What a user should know of a model: large parameters that stay, and what is carried."""
-    layers = [p for layer in model_map.layers for p in layer.module.parameters()]
-    n_all = sum(p.numel() for p in layers)
-    large = [s for s in model_map.staying if s.n_weights * _LARGE > n_all]
-    notes = []
-    if large:
-        share = 100 * sum(s.n_weights for s in large) / n_all
-        first = max(large, key=lambda s: s.n_weights)
-        notes.append(
-            f"{len(large)} large parameters of decoder layers stay unquantized, {share:.1f} % of "
-            f"their weights, e.g. {first.name} ({first.n_weights} weights: {first.reason})"
-        )
-    carried = carried_text(model_map)
-    return notes if carried is None else [*notes, carried]
 
 
 def _asked(

@@ -14,11 +14,14 @@ from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
 from alphaquant.quant.loading import load_model, load_tokenizer, tokenizer_missing
 from alphaquant.quant.models import check_finite, map_model, weights_digest
 from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.source_files import with_source
+from alphaquant.quant.source_files import carried_text, with_source
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
 DEFAULT_SEQ_LEN = 1024
+
+_LARGE = 200
+"""A parameter that stays is told from one 200th of all decoder layers' weights on."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,28 @@ def load_source(name: str, device: str, dtype: str) -> Source:
     model_map = with_source(map_model(load_model(path, device, dtype)), path)
     check_finite(model_map)
     return Source(name, model_map, load_tokenizer(path), weights_digest(model_map))
+
+
+def model_notes(model_map: ModelMap) -> list[str]:
+    """What a user should know of a model: large parameters that stay, and what is carried."""
+    layers = [p for layer in model_map.layers for p in layer.module.parameters()]
+    n_all = sum(p.numel() for p in layers)
+    large = [s for s in model_map.staying if s.n_weights * _LARGE > n_all]
+    notes = []
+    if large:
+        share = 100 * sum(s.n_weights for s in large) / n_all
+        first = max(large, key=lambda s: s.n_weights)
+        notes.append(
+            f"{len(large)} large parameters of decoder layers stay unquantized, {share:.1f} % of "
+            f"their weights, e.g. {first.name} ({first.n_weights} weights: {first.reason})"
+        )
+    if model_map.not_probed is not None:
+        notes.append(
+            "the model's code could not be run without numbers, so routers were told by their "
+            f"place and size ({model_map.not_probed}); look at the dry run"
+        )
+    carried = carried_text(model_map)
+    return notes if carried is None else [*notes, carried]
 
 
 def model_location(name: str) -> str:
