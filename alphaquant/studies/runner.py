@@ -49,7 +49,7 @@ from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
 from alphaquant.studies.report_sections import RARE_TOKENS
 from alphaquant.studies.result import SearchResult, front_of
-from alphaquant.studies.sources import cache_dir, find_device, load_source
+from alphaquant.studies.sources import cache_dir, find_device, load_source, model_notes
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
     Anchor,
@@ -106,6 +106,8 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     clock("load", 0, 1)
     source = load_source(spec.model, request.device, spec.dtype)
+    for note in model_notes(source.map):
+        logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, spec.constraints)
     inputs = load_inputs(spec, source)
