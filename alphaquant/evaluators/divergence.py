@@ -16,6 +16,7 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored token
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_a
 from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.perplexity import (
     PERPLEXITY,
+    perplexity_of,
     perplexity_score,
     predict,
     token_losses,
@@ -55,11 +57,18 @@ class Teacher:
         path: safetensors file with `log_probs` float32 [N, T, k], `rest` float32 [N, T]
             (log-probability of all other tokens, -inf when k = V) and, when k < V, `tokens` int32
             [N, T, k].
-        facts: n_windows, seq_len, k, vocabulary, mean stored mass, data_digest of the windows.
+        facts: n_windows, seq_len, k, vocabulary, mean stored mass, data_digest of the windows,
+            mean nll of the next token (null where it is not finite, or a window is one token).
     """
 
     path: Path
     facts: Mapping[str, Any]
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the original on these windows; None where it is not known."""
+        nll = self.facts.get("nll")
+        return None if nll is None else perplexity_of(nll)
 
     def batches(self, batch_size: int, first: int = 0) -> Iterator[dict[str, Tensor]]:
         """The stored tensors, `batch_size` windows at a time, from window `first` on."""
@@ -161,15 +170,18 @@ def store_teacher(
         check_windows(teacher, tokens)
         return teacher
     parts: dict[str, list[Tensor]] = {}
-    vocabulary = 0
+    losses, vocabulary = [], 0
     for start in range(0, len(tokens), batch_size):
         progress("teacher", start, len(tokens))
         log_probs = predict(model, tokens[start : start + batch_size])  # [B, T, V]
         vocabulary = log_probs.shape[-1]
+        if tokens.shape[1] > 1:
+            losses.append(token_losses(log_probs, tokens[start : start + batch_size]).mean(-1))
         for name, tensor in _top(log_probs, min(top_k, vocabulary)).items():
             parts.setdefault(name, []).append(tensor.cpu())
     stored = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    facts = _facts(stored, tokens, vocabulary)
+    nll = float(torch.cat(losses).double().mean()) if losses else math.nan
+    facts = _facts(stored, tokens, vocabulary) | {"nll": nll if math.isfinite(nll) else None}
     text = json.dumps(facts)
     with whole_file(path) as part:
         save_file(stored, part, metadata={"facts": text, SUM: _sum(stored, len(tokens), text)})

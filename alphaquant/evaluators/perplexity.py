@@ -78,7 +78,7 @@ def perplexity_score(nll: Tensor, seq_len: int, seconds: float, data_digest: str
         data_digest: of the tokens.
     """
     mean, error = mean_and_stderr(nll)
-    value = math.inf if mean > _MAX_EXPONENT else math.exp(mean)
+    value = perplexity_of(mean)
     return Score(
         metric="perplexity",
         value=value,
@@ -90,6 +90,11 @@ def perplexity_score(nll: Tensor, seq_len: int, seconds: float, data_digest: str
         seconds=seconds,
         data_digest=data_digest,
     )
+
+
+def perplexity_of(nll: float) -> float:
+    """Perplexity of a mean loss in nats; infinite beyond float64."""
+    return math.inf if nll > _MAX_EXPONENT else math.exp(nll)
 
 
 def measure_perplexity(

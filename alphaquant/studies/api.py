@@ -22,14 +22,14 @@ from alphaquant.quant.bank import Progress
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.field_types import shown
-from alphaquant.studies.gate import HeldoutRow
+from alphaquant.studies.front import FrontRow, front_rows
 from alphaquant.studies.loop import OnTrial
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.report import summary_text, trials_frame
-from alphaquant.studies.report_sections import config_name, origin_of, winner_text
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search as run_search
 from alphaquant.studies.spec import DataSpec, ScoreSpec, SearchSpec, quant_settings
+from alphaquant.studies.verdict import headline, winner_text
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -63,7 +63,7 @@ class Study:
         `low` to `high`, `same_top`, `perplexity`, `origin`, `is_within_budget`, `is_best`,
         `config` (path).
         """
-        rows = [self._front_row(row) for row in self.result.gate.points]
+        rows = [self._front_row(row) for row in front_rows(self.result)]
         return pd.DataFrame(rows).set_index("name")
 
     @property
@@ -88,12 +88,13 @@ class Study:
     def _repr_html_(self) -> str:
         front = self.front.drop(columns=["config", "checkpoint_bytes"])
         return (
+            f"<p><b>{escape(headline(self.result).text)}</b></p>"
             f"<p>{escape(winner_text(self.result))}</p>"
             f"{front.to_html(float_format='{:.6g}'.format, border=0)}"
             f"<p>best: <code>{escape(str(self.best))}</code></p>"
         )
 
-    def _front_row(self, row: HeldoutRow) -> dict[str, Any]:
+    def _front_row(self, row: FrontRow) -> dict[str, Any]:
         rival = row.rival
         difference = None if rival is None else rival.difference
         return {
@@ -109,10 +110,10 @@ class Study:
             "high": None if difference is None else difference.high,
             "same_top": row.same_top,
             "perplexity": row.perplexity,
-            "origin": origin_of(self.result, row),
+            "origin": row.origin,
             "is_within_budget": row.is_within_budget,
-            "is_best": row.digest == self.result.published.digest,
-            "config": self.result.folder.path / config_name(row),
+            "is_best": row.is_best,
+            "config": self.result.folder.path / row.config,
         }
 
 

@@ -6,17 +6,19 @@ import optuna
 import plotly.graph_objects as go
 from optuna_dashboard import save_plotly_graph_object
 
+from alphaquant.studies.front import front_rows
 from alphaquant.studies.notes import save_study_note, study_note
 from alphaquant.studies.plots import figures
-from alphaquant.studies.report_sections import config_name, winner_text
 from alphaquant.studies.result import SearchResult
-from alphaquant.studies.tables import markdown, with_error
+from alphaquant.studies.tables import markdown
+from alphaquant.studies.verdict import headline, winner_text
 
 FIGURE_ID = "alphaquant-"
 """Start of the ids of our figures; a figure of the same id is replaced, not added."""
 
 _TITLES: Mapping[str, str] = {
-    "front": "Front: size and divergence",
+    "front": "Front: size and divergence, held-out text",
+    "trials": "All trials: size and divergence, evaluation text",
     "layers": "Bits per weight by layer and role, best.json",
     "experts": "Bits per weight and calibration tokens by expert, best.json",
     "costs": "Predicted and measured divergence",
@@ -33,8 +35,8 @@ def decorate(study: optuna.Study, result: SearchResult) -> None:
     Raises:
         optuna.exceptions.OptunaError: the storage is unreachable.
     """
-    winner = winner_text(result)
-    found = f"{winner[0].upper()}{winner[1:]}.\n\n{_front_table(result)}"
+    said = (headline(result).text, winner_text(result))
+    found = "\n\n".join([*(f"{t[0].upper()}{t[1:]}." for t in said), _front_table(result)])
     save_study_note(study, study_note(result.spec, result.space.menu, found))
     for name, figure in figures(result).items():
         card = _as_card(figure, _TITLES.get(name, name))
@@ -45,18 +47,17 @@ def _front_table(result: SearchResult) -> str:
     """Published points, in fewer columns than report.md: a page of the dashboard is narrow."""
     head = ["", "bits per weight", "MB", "KL (held-out text)", "best uniform, no larger", "its KL"]
     rows = []
-    for row in result.gate.points:
-        mark = " (best)" if row.digest == result.published.digest else ""
+    for row in front_rows(result):
+        mark = " (best)" if row.is_best else ""
         mark += "" if row.is_within_budget else " (above the budget)"
-        rival = row.rival
         rows.append(
             [
-                f"`{config_name(row)}`{mark}",
+                f"`{row.config}`{mark}",
                 f"{row.bits_per_weight:.4f}",
-                f"{row.checkpoint_bytes / 1e6:.2f}",
-                with_error(row.kl, row.kl_stderr),
-                "none" if rival is None else rival.name,
-                "" if rival is None else f"{rival.kl:.6f}",
+                row.megabytes,
+                row.kl_text,
+                row.rival_name,
+                row.rival_kl,
             ]
         )
     return markdown(head, rows)

@@ -132,6 +132,15 @@ class GateResult:
         """What is published, by bits."""
         return tuple(row for row in self.rows if row.is_published)
 
+    def is_best(self, row: HeldoutRow) -> bool:
+        """Whether a row is `best.json`."""
+        return row.is_published and row.digest == self.published.digest
+
+    @property
+    def published_row(self) -> HeldoutRow:
+        """The row of `best.json`."""
+        return next(row for row in self.rows if self.is_best(row))
+
     @property
     def withheld(self) -> tuple[HeldoutRow, ...]:
         """Points of the front in whose place another row is published."""

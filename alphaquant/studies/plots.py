@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from scipy.stats import t as student
 
+from alphaquant.studies.cautions import correlation_caution, rho_interval_text, rho_text
+from alphaquant.studies.front import config_name, origin_of
 from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.intervals import LEVEL
 from alphaquant.studies.plots_maps import experts_figure, layers_figure
@@ -28,7 +29,6 @@ from alphaquant.studies.plots_style import (
     styled,
 )
 from alphaquant.studies.program import rank_correlation
-from alphaquant.studies.report_sections import config_name, origin_of
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import with_error
@@ -38,6 +38,9 @@ PUBLISHED = "published"
 """Name of the points that have a configuration; their `customdata` is its file."""
 
 _LOG_KL = "KL, nats per token"
+_SIZES_PIXELS = 430
+_GAP = "\N{NO-BREAK SPACE}" * 4
+"""Between a point and its name."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ _EVALUATED: tuple[tuple[_Look, Callable[[TrialRow], bool]], ...] = (
 
 
 def figures(result: SearchResult) -> dict[str, go.Figure]:
-    """All of `front`, `layers`, `experts` (where a model has some), `costs` and `stages`."""
+    """`front`, `trials`, `layers`, `experts` (where a model has some), `costs` and `stages`."""
     found = {
         "front": front_figure(result),
+        "trials": trials_figure(result),
         "layers": layers_figure(result),
         "experts": experts_figure(result),
         "costs": costs_figure(result),
@@ -75,26 +79,27 @@ def figures(result: SearchResult) -> dict[str, go.Figure]:
 
 
 def front_figure(result: SearchResult) -> go.Figure:
-    """Size against divergence: held-out text above, evaluation text below."""
-    figure = make_subplots(
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.08,
-        subplot_titles=["Held-out text: what is published", "Evaluation text: all trials"],
-    )
-    for trace in _heldout_traces(result):
-        figure.add_trace(trace, 1, 1)
-    for trace in _evaluated_traces(result):
-        figure.add_trace(trace, 2, 1)
-    figure = styled(figure, 860)
-    for row, values in ((1, [r.kl for r in result.gate.rows]), (2, [r.kl for r in result.rows])):
-        figure.update_yaxes(**log_scale(values).axis(_LOG_KL), row=row, col=1)
-    figure.update_xaxes(title={"text": "stored bits per weight"}, row=2, col=1)
-    for row in (1, 2):
-        figure.add_vline(
-            x=result.limit, row=row, col=1, line={"color": INK, "width": 1, "dash": "dash"}
-        )
+    """Size against divergence on held-out text: what is published, beside uniform formats."""
+    traces = _heldout_traces(result)
+    scale = log_scale([row.kl for row in result.gate.rows])
+    return _sizes_figure(result, traces, scale, "KL to the original, nats per token")
+
+
+def trials_figure(result: SearchResult) -> go.Figure:
+    """Size against divergence of all trials, on the evaluation text."""
+    traces = _evaluated_traces(result)
+    return _sizes_figure(result, traces, log_scale([row.kl for row in result.rows]), _LOG_KL)
+
+
+def _sizes_figure(
+    result: SearchResult, traces: Sequence[go.Scatter], scale: LogScale, title: str
+) -> go.Figure:
+    """Divergence over bits per weight, with the budget as a line."""
+    figure = styled(go.Figure(list(traces)), _SIZES_PIXELS)
+    figure.update_layout(margin={"t": 12})
+    figure.update_yaxes(**scale.axis(title))
+    figure.update_xaxes(title={"text": "stored bits per weight"})
+    figure.add_vline(x=result.limit, line={"color": INK, "width": 1, "dash": "dash"})
     figure.add_annotation(
         x=result.limit,
         y=1,
@@ -126,7 +131,7 @@ def costs_figure(result: SearchResult) -> go.Figure:
     figure = styled(figure, 460)
     figure.update_xaxes(**predicted.axis("predicted KL (sum of costs)"))
     figure.update_yaxes(**seen.axis("measured KL"))
-    figure.update_layout(margin={"t": 62}, title=_small_title(_correlations(result)))
+    figure.update_layout(margin={"t": 96}, title=_small_title(_correlations(result)))
     return figure
 
 
@@ -187,11 +192,31 @@ def _heldout_traces(result: SearchResult) -> list[go.Scatter]:
     for look, inside in groups:
         if inside:
             traces.append(_heldout_points(result, look, inside, scale))
-    return traces
+    return [*traces, _names(result, scale)]
 
 
 def _best(result: SearchResult) -> list[HeldoutRow]:
-    return [row for row in result.gate.points if row.digest == result.published.digest]
+    return [row for row in result.gate.points if result.gate.is_best(row)]
+
+
+def _names(result: SearchResult, scale: LogScale) -> go.Scatter:
+    """What the headline speaks of, named beside its points."""
+    best = result.gate.published_row
+    named = [(best, "<b>best.json</b>" + _GAP, "middle left")]
+    if best.rival is not None:
+        rival = result.gate.row(best.rival.name)
+        named.append((rival, f"{_GAP}uniform {rival.name}", "top right"))
+    return go.Scatter(
+        x=[row.bits_per_weight for row, _, _ in named],
+        y=[scale.place(row.kl) for row, _, _ in named],
+        mode="text",
+        name="names",
+        text=[text for _, text, _ in named],
+        textposition=[position for _, _, position in named],
+        textfont={"size": 13, "color": INK},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def _staircase(uniform: Iterable[HeldoutRow], scale: LogScale) -> go.Scatter:
@@ -308,16 +333,21 @@ def _correlations(result: SearchResult) -> str:
     """The rank correlations, of the trials and of random assignments."""
     rows = [row for row in result.rows if not row.is_pruned]
     rho = rank_correlation([r.predicted_kl for r in rows], [r.kl for r in rows])
-    lines = [f"Spearman rho of {len(rows)} complete trials: {_rho(rho)}"]
+    lines = [f"Spearman rho of {len(rows)} complete trials: {_rho(rho, len(rows))}"]
     if result.probe is not None:
         default = result.probe.spearman.get("default", math.nan)
         n = result.probe.n_assignments
-        lines.append(f"of {n} random assignments (default costs): {_rho(default)}")
+        lines.append(f"of {n} random assignments (default costs): {_rho(default, n)}")
     return "<br>".join(lines)
 
 
-def _rho(value: float) -> str:
-    return "not defined" if math.isnan(value) else f"{value:.3f}"
+def _rho(value: float, n: int) -> str:
+    """A correlation with its interval, or why it says little, in two short lines."""
+    if math.isnan(value):
+        return rho_text(value)
+    caution = correlation_caution(value, n)
+    found = f"{rho_text(value)},<br>95 % interval {rho_interval_text(value, n)}"
+    return found if caution is None else f"{found}: {caution}"
 
 
 def _small_title(text: str) -> dict[str, object]:

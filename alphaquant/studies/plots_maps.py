@@ -21,7 +21,7 @@ _LEAST_PIXELS, _MOST_PIXELS = 150, 620
 def layers_figure(result: SearchResult) -> go.Figure:
     """Bits of `best.json` by layer and role."""
     bits = bits_by_role(result.published, result.space.inventory)
-    heat = _heat(bits, "bits", _BITS_COLOURS, "%{x}<br>%{z:.3f} bits per weight")
+    heat = _heat(bits, "bits", _BITS_COLOURS, "%{x}<br>%{z:.3f} bits per weight", ".2f")
     figure = go.Figure(heat)
     figure = styled(figure, _pixels(bits) + 130)
     figure.update_xaxes(tickangle=-40)
@@ -49,10 +49,10 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
         vertical_spacing=min(0.3, 75 / (len(maps) * pixels + 75)),
     )
     hover = "expert %{x}<br>%{z:.3f} bits per weight"
-    figure.add_trace(_heat(bits, "bits", _BITS_COLOURS, hover), 1, 1)
+    figure.add_trace(_heat(bits, "bits", _BITS_COLOURS, hover, ".2f"), 1, 1)
     if tokens is not None:
         hover = "expert %{x}<br>%{z:,.0f} tokens"
-        figure.add_trace(_heat(tokens, "tokens", _TOKEN_COLOURS, hover), 2, 1)
+        figure.add_trace(_heat(tokens, "tokens", _TOKEN_COLOURS, hover, ",.0f"), 2, 1)
     figure = styled(figure, len(maps) * pixels + 75 + 95)
     _place_bars(figure)
     figure.update_xaxes(title={"text": "expert"}, row=len(maps), col=1)
@@ -61,10 +61,18 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
     return figure
 
 
-def _heat(found: BitMap, name: str, colours: str, shown: str) -> go.Heatmap:
-    """A map; few columns leave room for the numbers in the cells, also on a phone."""
+def _heat(found: BitMap, name: str, colours: str, shown: str, number: str) -> go.Heatmap:
+    """A map; few columns leave room for the numbers in the cells, also on a phone.
+
+    Args:
+        found: rows and columns.
+        name: of what is counted.
+        colours: scale.
+        shown: what a cell says under the pointer.
+        number: how a cell's number is written, as d3-format says it.
+    """
     values = [[None if math.isnan(v) else float(v) for v in row] for row in found.values]
-    label = {"texttemplate": "%{z:.2f}"} if len(found.columns) <= _MOST_LABELLED else {}
+    label = {"texttemplate": f"%{{z:{number}}}"} if len(found.columns) <= _MOST_LABELLED else {}
     return go.Heatmap(
         name=name,
         x=list(found.columns),

@@ -90,8 +90,9 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
         dragmode=False,
     )
     axis = {"gridcolor": GRID, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
-    figure.update_xaxes(**axis, zeroline=False, automargin=True, title={"standoff": 6})
-    figure.update_yaxes(**axis, zeroline=False, automargin=True)
+    title = {"standoff": 6, "font": {"size": 13}}
+    figure.update_xaxes(**axis, zeroline=False, automargin=True, title=title)
+    figure.update_yaxes(**axis, zeroline=False, automargin=True, title={"font": {"size": 13}})
     return figure
 
 

@@ -17,28 +17,27 @@ from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
 from alphaquant.studies.commands import evaluate_command, quantize_command
+from alphaquant.studies.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.report_html import report_html
 from alphaquant.studies.report_sections import (
-    config_name,
     costs_text,
     coverage_text,
     domain_text,
+    files_table,
     gains_table,
     model_name,
-    origin_of,
     published_table,
     scores_text,
     search_text,
     uniform_table,
-    why_text,
-    winner_text,
     withheld_text,
 )
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.storage import OBJECTIVES, TrialRow, find_duplicate
 from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error
+from alphaquant.studies.verdict import headline, why_text, winner_text
 
 FRONT_VERSION = 2
 
@@ -48,7 +47,7 @@ def write_configs(result: SearchResult) -> None:
     folder = result.folder
     for row in result.gate.points:
         folder.write_text(config_name(row), config_text(result, row))
-        if row.digest == result.published.digest:
+        if result.gate.is_best(row):
             folder.write_text("best.json", config_text(result, row))
     wanted = {folder.path / config_name(row) for row in result.gate.points}
     for pattern in ("trial-*.json", "uniform-*.json"):
@@ -77,7 +76,7 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "origin": origin_of(result, row),
         "scores": [] if trial is None else _scores(trial, result.scores.metrics),
         "heldout": [asdict(row)],
-        **({"why": why_text(result)} if row.digest == result.published.digest else {}),
+        **({"why": why_text(result)} if result.gate.is_best(row) else {}),
         "assignment_digest": assignment.digest,
         "model": result.facts["model"],
         "model_digest": result.facts["model_digest"],
@@ -103,6 +102,8 @@ def front_json(result: SearchResult) -> dict[str, Any]:
         "menu": list(result.space.menu),
         "n_units": len(result.space.units),
         "best": {**best, **asdict(result.counts)},
+        "headline": headline(result).text,
+        "original": {"bf16_bytes": result.bf16_bytes, "perplexity": result.original_perplexity},
         "front": [_point(result, row) for row in gate.points],
         "withheld": [row.name for row in gate.withheld],
         "heldout": [asdict(row) for row in gate.rows],
@@ -155,6 +156,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *bit_lines(result.counts),
             *wrapped(counting_rule()),
             "",
+            *wrapped(headline(result).text),
             *wrapped(winner_text(result)),
             f"best: {best}",
             *wrapped(f"why: {why_text(result)}"),
@@ -165,7 +167,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
 
 def _summary_table(result: SearchResult, width: int | None) -> str:
     head = ("trial", "bits", "MB", "KL +- stderr", "uniform", "its KL", "same top", "from")
-    rows = [_summary_row(result, row) for row in result.gate.points]
+    rows = [_summary_row(row) for row in front_rows(result)]
     kept = narrowed(head, rows, width, ("from", "same top", "MB", "its KL", "uniform"))
     return aligned(kept, columns(head, rows, kept), left=("uniform", "from"))
 
@@ -187,9 +189,11 @@ def trial_note(row: TrialRow) -> str:
 
 def report_text(result: SearchResult) -> str:
     """report.md."""
+    said = headline(result).text
     best = result.folder.path / "best.json"
     parts = [
         f"# {model_name(result.facts['model'])} at {result.spec.budget}",
+        f"{said[0].upper()}{said[1:]}.",
         winner_text(result) + ".",
         f"Why this one: {why_text(result)}.",
         "## Size of best.json",
@@ -197,6 +201,7 @@ def report_text(result: SearchResult) -> str:
         counting_rule(),
         "## Published points (held-out text)",
         published_table(result),
+        files_table(result),
         "KL is to the original model, in nats per token, with the standard error over windows. "
         "`uniform` is the best uniform format of at most the same bits (of best.json: within the "
         "budget); `difference` is its KL minus that of the point over the same windows, above 0 "
@@ -262,18 +267,16 @@ def _probe_json(result: SearchResult) -> dict[str, Any] | None:
     return {**asdict(result.probe), "spearman": spearman}
 
 
-def _summary_row(result: SearchResult, row: HeldoutRow) -> list[str]:
-    mark = "*" if row.digest == result.published.digest else ""
-    mark += "" if row.is_within_budget else "^"
+def _summary_row(row: FrontRow) -> list[str]:
     return [
-        f"{mark}{'-' if row.trial is None else row.trial}",
+        f"{row.mark}{'-' if row.trial is None else row.trial}",
         f"{row.bits_per_weight:.3f}",
-        f"{row.checkpoint_bytes / 1e6:.2f}",
-        with_error(row.kl, row.kl_stderr),
-        "none" if row.rival is None else row.rival.name,
-        "" if row.rival is None else f"{row.rival.kl:.6f}",
+        row.megabytes,
+        row.kl_text,
+        row.rival_name,
+        row.rival_kl,
         f"{100 * row.same_top:.2f} %",
-        origin_of(result, row),
+        row.origin,
     ]
 
 

@@ -6,6 +6,7 @@ file once and is nearly all of its 5 MB. A content security policy forbids every
 """
 
 import json
+import math
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -17,26 +18,27 @@ from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.profiles import Profile
 from alphaquant.studies.cautions import cautions
 from alphaquant.studies.commands import evaluate_command, quantize_command
+from alphaquant.studies.front import config_name
+from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.markup import to_html
-from alphaquant.studies.plots import figures
+from alphaquant.studies.plots import figures, interval_half
 from alphaquant.studies.report_sections import (
-    config_name,
     costs_text,
     coverage_text,
     domain_text,
+    files_table,
     gains_table,
     model_name,
     published_table,
     scores_text,
     search_text,
     uniform_table,
-    why_text,
-    winner_text,
     withheld_text,
 )
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.tables import markdown
+from alphaquant.studies.verdict import headline, why_text, winner_text
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -44,9 +46,10 @@ _POLICY = (
 _LONG_FACTS = ("calibration_tokens_per_expert", "rare_matrices")
 
 _CAPTIONS = {
-    "front": "Bars are 95 % intervals over windows. A KL of 0 is drawn at the lower edge. Click a "
-    "published point to copy the command that quantizes to it; all commands are in the list "
-    "below.",
+    "front": "Lower is closer to the original, further left is smaller; on held-out text, which "
+    "the search never saw. Bars are 95 % intervals over windows. A KL of 0 is drawn at the lower "
+    "edge. Click a published point to copy the command that quantizes to it.",
+    "trials": "All that was tried, on the evaluation text, which the search saw.",
     "layers": "Mean stored bits per weight of best.json, by layer and role.",
     "experts": "Mean stored bits per weight of every routed expert in best.json, and the tokens "
     "that calibrated it.",
@@ -61,11 +64,7 @@ def report_html(result: SearchResult) -> str:
     title = f"{model_name(result.facts['model'])} at {result.spec.budget}"
     shown = figures(result)
     body = [
-        f"<header><h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(winner_text(result))}.</p>',
-        f"<p>Why this one: {escape(why_text(result))}.</p>",
-        _cards(result),
-        "</header>",
+        _header(result, title),
         _warnings(result),
         *(f"<section>{part}</section>" for part in _sections(result, shown)),
     ]
@@ -89,6 +88,23 @@ def report_html(result: SearchResult) -> str:
     )
 
 
+def _header(result: SearchResult, title: str) -> str:
+    """What one reads who reads no more: the headline, and its numbers with their errors."""
+    said = headline(result)
+    facts = [said.perplexity.replace("->", "\N{RIGHTWARDS ARROW}"), said.size]
+    items = "".join(f"<span>{escape(_sentence(text))}</span>" for text in facts if text)
+    return (
+        f"<header><h1>{escape(title)}</h1>"
+        f'<p class="claim">{escape(_sentence(said.claim))}</p>'
+        f'<p class="lead">{items}</p>'
+        f"{_cards(result)}</header>"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
 def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
@@ -103,17 +119,22 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
         for name, caption in _CAPTIONS.items()
     }
     return [
-        "<h2>The front</h2>" + text["front"] + _command_list(result),
-        to_html(f"## Published points (held-out text)\n\n{published_table(result)}"),
+        "<h2>The front: size and closeness</h2>" + text["front"],
+        _use(result),
+        to_html(f"## Published points (held-out text)\n\n{published_table(result)}")
+        + to_html(files_table(result))
+        + _command_list(result),
+        to_html(f"## Why this one\n\n{winner_text(result)}.\n\n{why_text(result)}.")
+        + _sizes(result),
         to_html(f"## The best trial by domain\n\n{domain_text(result)}"),
         *_scores(result),
         to_html(f"## Withheld points\n\n{withheld_text(result)}"),
         "<h2>Where the bits went</h2>" + text["layers"] + text["experts"],
-        _use(result),
+        "<h2>All trials</h2>" + text["trials"],
+        "<h2>What each stage gained</h2>" + text["stages"] + to_html(gains_table(result)),
         "<h2>Costs and truth</h2>"
         + text["costs"]
         + to_html(f"### Random assignments\n\n{costs_text(result)}"),
-        "<h2>What each stage gained</h2>" + text["stages"] + to_html(gains_table(result)),
         _details("Other uniform formats", uniform_table(result)),
         _details("Calibration coverage", coverage_text(result)),
         _details("The search", f"{search_text(result)}\n\n{_seconds(result)}"),
@@ -128,33 +149,46 @@ def _scores(result: SearchResult) -> list[str]:
 
 
 def _cards(result: SearchResult) -> str:
-    """Sizes at a glance, then the three counts in full."""
-    counts, best = result.counts, result.gate.row(_published_name(result))
-    cards = {
-        "bits per weight": (f"{counts.bits_per_weight:.3f}", f"budget {result.limit:.3f}"),
-        "checkpoint": (f"{counts.checkpoint_bytes / 1e6:,.2f} MB", "all tensors"),
-        "KL, held-out text": (f"{best.kl:.6f}", f"+- {best.kl_stderr:.6f}"),
-        "same first token": (f"{100 * best.same_top:.2f} %", "of positions"),
-    }
+    """Four numbers at a glance; the first is the one that matters."""
+    best = result.gate.published_row
+    cards = {"KL to the original": (f"{best.kl:.6f}", _kl_interval(best))}
+    if best.rival is not None:
+        name, size = best.rival.name, f"{best.rival.bits_per_weight:.3f} bits per weight"
+        cards[f"KL of uniform {name}"] = (f"{best.rival.kl:.6f}", size)
+    cards["same first token"] = (f"{100 * best.same_top:.2f} %", "of positions")
+    bits = f"{result.counts.bits_per_weight:.3f}"
+    cards["bits per weight"] = (bits, f"budget {result.limit:.3f}")
     inside = "".join(
-        f"<div><dt>{name}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>"
         for name, (value, note) in cards.items()
     )
+    return f'<dl class="cards">{inside}</dl>'
+
+
+def _kl_interval(row: HeldoutRow) -> str:
+    half = interval_half(row)
+    if not math.isfinite(half):
+        return "of one window"
+    return f"95 % interval {max(0.0, row.kl - half):.6f} to {row.kl + half:.6f}"
+
+
+def _sizes(result: SearchResult) -> str:
+    """The three counts in full."""
     lines = "\n".join(f"    {line}" for line in bit_lines(result.counts))
-    sizes = _details("Size of best.json", f"{lines}\n\n{counting_rule()}")
-    return f'<dl class="cards">{inside}</dl>{sizes}'
-
-
-def _published_name(result: SearchResult) -> str:
-    return next(r.name for r in result.gate.points if r.digest == result.published.digest)
+    return _details("Size of best.json", f"{lines}\n\n{counting_rule()}")
 
 
 def _warnings(result: SearchResult) -> str:
     """One box with everything to beware of; nothing where there is nothing."""
-    found = "".join(f"<li>{escape(text)}</li>" for text in cautions(result))
+    found = cautions(result)
     if not found:
         return ""
-    return f'<aside class="warnings"><h2>Before you trust this</h2><ul>{found}</ul></aside>'
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    count = f"{len(found)} caution{'s' if len(found) > 1 else ''}"
+    return (
+        f'<details class="warnings"><summary>Before you trust this: {count}</summary>'
+        f"<ul>{items}</ul></details>"
+    )
 
 
 def _figure(name: str, caption: str) -> str:
@@ -165,30 +199,34 @@ def _figure(name: str, caption: str) -> str:
 
 
 def _command_list(result: SearchResult) -> str:
-    """Every command with a button that copies it, for who does not click points."""
-    items = "".join(
-        f"<li><code>{escape(command)}</code> "
-        f'<button type="button" class="copy" data-config="{escape(name)}">copy</button></li>'
-        for name, command in commands(result).items()
+    """The command of every point, for who does not click points."""
+    items = "".join(map(_command, commands(result).values()))
+    return f"<details><summary>Commands</summary>{items}</details>"
+
+
+def _command(text: str) -> str:
+    """A command with a button that copies it."""
+    shown = escape(text)
+    return (
+        f'<div class="command"><code>{shown}</code>'
+        f'<button type="button" class="copy" data-command="{shown}">copy</button></div>'
     )
-    return f"<details><summary>Commands</summary><ul>{items}</ul></details>"
 
 
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
     model = result.spec.model
-    steps = [quantize_command(model, result.folder.path / "best.json"), evaluate_command(model)]
-    code = ["import alphaquant", "", 'model = alphaquant.load("DIR")  # a transformers model']
+    steps = (quantize_command(model, result.folder.path / "best.json"), evaluate_command(model))
+    code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
     parts = [
-        "## Use best.json",
-        "\n".join(f"    {step}" for step in steps),
-        f"The profile is {profile.name} ({profile.description}).{_engine_text(profile)}",
         "The directory DIR loads with",
-        "\n".join(f"    {line}" for line in code).replace("\n    \n", "\n"),
+        "\n".join(f"    {line}" for line in code),
         "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of transformers.",
+        f"The profile is {profile.name} ({profile.description}).{_engine_text(profile)}",
     ]
-    return to_html("\n\n".join(parts))
+    shown, text = "".join(map(_command, steps)), "\n\n".join(parts)
+    return f"<h2>What to run</h2>{shown}{to_html(text)}"
 
 
 def _engine_text(profile: Profile) -> str:

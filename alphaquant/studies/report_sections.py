@@ -2,25 +2,26 @@
 
 import math
 import re
-from collections.abc import Sequence
 
-from alphaquant.studies.gate import SEARCH, Comparison, HeldoutRow
-from alphaquant.studies.intervals import Difference
+from alphaquant.studies.cautions import (
+    RARE_TOKENS,
+    costs_caution,
+    rare_caution,
+    rho_interval_text,
+    rho_text,
+)
+from alphaquant.studies.front import (
+    COMPARISON_HEAD,
+    comparison_cells,
+    front_rows,
+    interval_text,
+)
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import markdown, with_error
-from alphaquant.studies.trials import UNIFORM
-from alphaquant.studies.winner import best_reason
-
-LEAST_SPEARMAN = 0.6
-"""Below this the costs are said not to be trusted."""
-
-RARE_TOKENS = 64
-"""Calibration tokens below which a matrix's own costs count less than its group's by default."""
 
 _RARE_SHARE = 0.25
 _LEAST_WHOLE = 1e5
-_N_NAMED = 8
 
 
 def model_name(model: str) -> str:
@@ -33,72 +34,35 @@ def model_name(model: str) -> str:
     return model if is_hub_id or not parts else parts[-1]
 
 
-def config_name(row: HeldoutRow) -> str:
-    """File of a published point: `configs/trial-012.json`, `configs/uniform-int4-g64.json`."""
-    if row.trial is not None:
-        return f"configs/trial-{row.trial:03d}.json"
-    return f"configs/uniform-{row.name}.json"
-
-
-def origin_of(result: SearchResult, row: HeldoutRow) -> str:
-    """Where a published point comes from."""
-    return UNIFORM + row.name if row.trial is None else result.rows[row.trial].origin
-
-
-def winner_text(result: SearchResult) -> str:
-    """One sentence: who won on held-out text, by how much."""
-    gate = result.gate
-    best, measured = gate.best, with_error(gate.best.kl, gate.best.kl_stderr)
-    if gate.winner == SEARCH:
-        if best.rival is None:
-            return (
-                f"held-out KL {measured}; no uniform format fits this budget, so there is nothing "
-                "to beat"
-            )
-        return f"held-out KL {measured}: {_comparison_text(result, best, best.rival)}"
-    uniform = gate.row(gate.winner)
-    nothing = "so the search found nothing better within this budget"
-    if best.replaced_by is None:
-        return (
-            f"best.json is uniform {uniform.name}, held-out KL {measured}: that is the best trial "
-            f"itself, {nothing}"
-        )
-    return (
-        f"best.json is uniform {uniform.name}: on held-out text the {measured} of the best trial "
-        f"is not below its KL of {with_error(uniform.kl, uniform.kl_stderr)} beyond noise "
-        f"({_difference_text(best.replaced_by.difference)}), {nothing}"
-    )
-
-
-def why_text(result: SearchResult) -> str:
-    """One sentence: why `best.json` is the one."""
-    gate = result.gate
-    if gate.winner != SEARCH:
-        return (
-            f"no point within the budget is better than uniform {gate.winner} beyond noise on "
-            "held-out text"
-        )
-    if gate.best_name != gate.first_name:
-        return (
-            f"the evaluation text chose {gate.first_name}; on held-out text {gate.best_name}, "
-            "which is within the budget, is better beyond noise than that or than what would "
-            "stand in its place"
-        )
-    return best_reason([row for row in result.rows if row.bits_per_weight <= result.limit])
-
-
 def published_table(result: SearchResult) -> str:
     """Published points beside the uniform format of the same size."""
-    head = ["", "bits/weight", "bytes", "KL", "uniform", "its KL", "difference", "95 % interval"]
-    head += ["same top", "perplexity", "origin", "config"]
-    rows = []
-    for row in result.gate.points:
-        counts = [f"{row.bits_per_weight:.4f}", str(row.checkpoint_bytes)]
-        scores = [f"{100 * row.same_top:.2f} %", f"{row.perplexity:.3f}"]
-        where = [origin_of(result, row), config_name(row)]
-        kl = with_error(row.kl, row.kl_stderr)
-        rows.append([_mark(result, row), *counts, kl, *_cells(row.rival), *scores, *where])
-    return markdown(head, rows)
+    rows = [
+        [
+            row.label,
+            row.kl_text,
+            f"{row.bits_per_weight:.4f}",
+            row.megabytes,
+            *comparison_cells(row.rival),
+        ]
+        for row in front_rows(result)
+    ]
+    return markdown(["", "KL", "bits/weight", "MB", "uniform", *COMPARISON_HEAD], rows)
+
+
+def files_table(result: SearchResult) -> str:
+    """What else is known of the published points, and their files."""
+    rows = [
+        [
+            row.name,
+            row.config,
+            row.origin,
+            str(row.checkpoint_bytes),
+            f"{100 * row.same_top:.2f} %",
+            f"{row.perplexity:.3f}",
+        ]
+        for row in front_rows(result)
+    ]
+    return markdown(["", "file", "origin", "bytes", "same top", "perplexity"], rows)
 
 
 def withheld_text(result: SearchResult) -> str:
@@ -108,7 +72,7 @@ def withheld_text(result: SearchResult) -> str:
             row.name,
             f"{row.bits_per_weight:.4f}",
             with_error(row.kl, row.kl_stderr),
-            *_cells(row.replaced_by),
+            *comparison_cells(row.replaced_by),
             row.reason.removeprefix("withheld: "),
         ]
         for row in result.gate.withheld
@@ -118,7 +82,7 @@ def withheld_text(result: SearchResult) -> str:
             "None: every point is better beyond noise than every uniform format of the menu and "
             "every published row of at most its bits."
         )
-    head = ["", "bits/weight", "KL", "published instead", "its KL", "difference", "95 % interval"]
+    head = ["", "bits/weight", "KL", "published instead", *COMPARISON_HEAD]
     return markdown([*head, "why"], rows)
 
 
@@ -149,7 +113,7 @@ def domain_text(result: SearchResult) -> str:
             kl = result.gate.row(best.rival.name).domains[name].kl
             ratios[name] = score.kl / kl if kl > 0 else math.inf
             difference = best.rival.domains[name]
-            cells += [f"{kl:.6f}", f"{difference.mean:.6f}", _interval(difference)]
+            cells += [f"{kl:.6f}", f"{difference.mean:.6f}", interval_text(difference)]
         rows.append(cells)
     if best.rival is None:
         return markdown(["domain", "windows", "KL"], rows)
@@ -171,11 +135,11 @@ def scores_text(result: SearchResult) -> str:
         return ""
     optimized = {metric.name for metric in result.scores.objectives}
     rows = []
-    for point in result.gate.points:
+    for point in front_rows(result):
         trial = None if point.trial is None else result.rows[point.trial]
         if trial is not None and not trial.is_pruned:
             cells = [_score_cell(trial, metric.name) for metric in metrics]
-            rows.append([_mark(result, point), f"{point.bits_per_weight:.4f}", *cells])
+            rows.append([point.label, f"{point.bits_per_weight:.4f}", *cells])
     head = [f"{m.name}{' (objective)' if m.name in optimized else ''}, {m.unit}" for m in metrics]
     return markdown(["", "bits/weight", *head], rows)
 
@@ -222,19 +186,17 @@ def costs_text(result: SearchResult) -> str:
     probe = result.probe
     if probe is None:
         return "Not measured in this search."
-    rows = [[k, _rho(v)] for k, v in sorted(probe.spearman.items(), key=lambda item: item[0])]
+    rows = [
+        [name, rho_text(rho), rho_interval_text(rho, probe.n_assignments)]
+        for name, rho in sorted(probe.spearman.items())
+    ]
     text = (
         f"Spearman correlation of predicted and measured KL over {probe.n_assignments} random "
         f"assignments within the budget, {probe.n_windows} windows each:\n\n"
-        + markdown(["costs", "rho"], rows)
+        + markdown(["costs", "rho", "95 % interval"], rows)
     )
-    default = probe.spearman.get("default", math.nan)
-    if default >= LEAST_SPEARMAN:
-        return text
-    return (
-        f"{text}\n\nThe default costs are not to be trusted on this model: rho is "
-        f"{_rho(default)}, less than {LEAST_SPEARMAN}. What was measured on the text decides."
-    )
+    caution = costs_caution(probe)
+    return text if caution is None else f"{text}\n\n{caution}"
 
 
 def coverage_text(result: SearchResult) -> str:
@@ -250,58 +212,5 @@ def coverage_text(result: SearchResult) -> str:
         rows.append([name, *map(str, numbers), ", ".join(rare) or "none"])
     rare_head = f"under {_RARE_SHARE:.0%} of the uniform share"
     table = markdown(["experts", "routed tokens", "fewest", "most", rare_head], rows)
-    return f"{table}\n\n{_rare_text(result.facts['rare_matrices'])}"
-
-
-def _rare_text(names: Sequence[str]) -> str:
-    """Which matrices have costs that rest on few tokens."""
-    if not names:
-        return f"Every matrix was reached by {RARE_TOKENS} tokens or more."
-    named = ", ".join(names[:_N_NAMED]) + (", ..." if len(names) > _N_NAMED else "")
-    return (
-        f"{len(names)} matrices were reached by fewer than {RARE_TOKENS} tokens, so their costs "
-        f"are mostly their group's: {named}. More calibration windows, or text of another domain, "
-        "reach them."
-    )
-
-
-def _mark(result: SearchResult, row: HeldoutRow) -> str:
-    """The name of a published point, and what is special about it."""
-    notes = ["best.json"] if row.digest == result.published.digest else []
-    if not row.is_within_budget:
-        notes.append("above the budget")
-    return f"{row.name} ({', '.join(notes)})" if notes else row.name
-
-
-def _cells(rival: Comparison | None) -> list[str]:
-    """Name, KL, difference and interval of a comparison."""
-    if rival is None:
-        return ["none", "", "", ""]
-    difference = rival.difference
-    error = "" if difference.stderr is None else f" +- {difference.stderr:.6f}"
-    mean = f"{difference.mean:.6f}{error}"
-    return [rival.name, f"{rival.kl:.6f}", mean, _interval(difference)]
-
-
-def _comparison_text(result: SearchResult, best: HeldoutRow, rival: Comparison) -> str:
-    ratio = f"{best.kl / rival.kl:.3f} x " if rival.kl > 0 else "beside "
-    outside = "" if rival.name in result.space.menu else ", which is not in --formats"
-    return (
-        f"{ratio}uniform {rival.name} ({rival.kl:.6f} at {rival.bits_per_weight:.3f} bits"
-        f"{outside}), {_difference_text(rival.difference)}"
-    )
-
-
-def _difference_text(difference: Difference) -> str:
-    error = "" if difference.stderr is None else f" +- {difference.stderr:.6f}"
-    return f"paired difference {difference.mean:.6f}{error}, 95 % interval {_interval(difference)}"
-
-
-def _interval(difference: Difference) -> str:
-    if difference.low is None or difference.high is None:
-        return "of one window"
-    return f"{difference.low:.6f} to {difference.high:.6f}"
-
-
-def _rho(value: float) -> str:
-    return "not defined" if math.isnan(value) else f"{value:.3f}"
+    reached = f"Every matrix was reached by {RARE_TOKENS} tokens or more."
+    return f"{table}\n\n{rare_caution(result.facts['rare_matrices']) or reached}"

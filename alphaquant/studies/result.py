@@ -9,7 +9,7 @@ import numpy as np
 
 from alphaquant.evaluators.base import Metric
 from alphaquant.search.pareto import nondominated
-from alphaquant.spaces.assignment import Assignment, BitCount
+from alphaquant.spaces.assignment import Assignment, BitCount, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.gate import GateResult
@@ -69,6 +69,7 @@ class SearchResult:
         facts: provenance.
         folder: where everything is written.
         scores: what was measured besides bits and KL.
+        original_perplexity: of the original on the held-out text; None where it is not known.
     """
 
     spec: SearchSpec
@@ -82,6 +83,7 @@ class SearchResult:
     facts: Mapping[str, Any]
     folder: RunFolder
     scores: ScorePlan = field(default_factory=ScorePlan)
+    original_perplexity: float | None = None
 
     @property
     def limit(self) -> float:
@@ -107,6 +109,12 @@ class SearchResult:
     def counts(self) -> BitCount:
         """Bits and bytes of `best.json`."""
         return self.published.count_bits(self.space.inventory)
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes of the model with every quantizable matrix in bf16."""
+        original = uniform_assignment(self.space.inventory, "bf16")
+        return original.count_bits(self.space.inventory).checkpoint_bytes
 
 
 def front_of(rows: Sequence[TrialRow], objectives: Sequence[Metric] = ()) -> tuple[TrialRow, ...]:

@@ -29,6 +29,7 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.studies.cautions import RARE_TOKENS
 from alphaquant.studies.decoration import decorate
 from alphaquant.studies.folder import (
     RunFolder,
@@ -47,7 +48,6 @@ from alphaquant.studies.objectives import check_scores
 from alphaquant.studies.program import Run, program_of
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
-from alphaquant.studies.report_sections import RARE_TOKENS
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sources import cache_dir, find_device, load_source, model_notes
 from alphaquant.studies.spec import SearchSpec, menu_of
@@ -134,6 +134,7 @@ def _search(
         facts=_provenance(prepared, request.device),
         folder=folder,
         scores=inputs.scores,
+        original_perplexity=prepared.teachers.heldout.teacher.perplexity,
     )
     return _decorated(_write(result, clock), inputs)
 

@@ -1,4 +1,4 @@
-"""The three bit counts in words, as every output of a search prints them."""
+"""Sizes in words, as every output of a search prints them."""
 
 from alphaquant.spaces.assignment import BitCount
 
@@ -13,3 +13,8 @@ def bit_lines(counts: BitCount) -> list[str]:
         f"whole checkpoint {counts.checkpoint_bits_per_weight:.4f} bits per weight, "
         f"{counts.checkpoint_bytes} bytes",
     ]
+
+
+def of_original(n_bytes: int, bf16_bytes: int) -> str:
+    """A size beside that of the original: `8.14 MB of 18.94 MB in bf16`."""
+    return f"{n_bytes / 1e6:,.2f} MB of {bf16_bytes / 1e6:,.2f} MB in bf16"

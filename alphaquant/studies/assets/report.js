@@ -50,5 +50,5 @@ for (const [name, figure] of Object.entries(content.figures)) {
   }
 }
 for (const button of document.querySelectorAll("button.copy")) {
-  button.addEventListener("click", () => copy(content.commands[button.dataset.config]));
+  button.addEventListener("click", () => copy(button.dataset.command));
 }
