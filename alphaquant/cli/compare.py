@@ -8,7 +8,7 @@ import typer
 
 from alphaquant.cli.console import application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug
-from alphaquant.cli.screen import say
+from alphaquant.cli.screen import say, screen_width
 
 First = Annotated[
     Path,
@@ -46,7 +46,7 @@ def command(
         if as_json:
             print(json.dumps(comparison_json(found), indent=1))
         else:
-            say(comparison_text(found, show_all=show_all))
+            say(comparison_text(found, show_all=show_all, width=screen_width()))
 
 
 def main() -> None:

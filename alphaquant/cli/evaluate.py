@@ -7,7 +7,7 @@ import typer
 
 from alphaquant.cli.console import Bars, application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Bos, Debug, Device, Dtype, Shots, TaskData
-from alphaquant.cli.screen import say
+from alphaquant.cli.screen import say, screen_width
 
 Model = Annotated[str, typer.Option(help="Packed checkpoint, local directory, hub id, or demo.")]
 Reference = Annotated[
@@ -91,7 +91,7 @@ def command(
         if as_json:
             print(json.dumps(studies.evaluation_json(found), indent=1))
         else:
-            say(studies.evaluation_text(found))
+            say(studies.evaluation_text(found, screen_width()))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import typer
 
 from alphaquant.cli.console import application, quiet_libraries, reported, set_up
 from alphaquant.cli.options import Debug
-from alphaquant.cli.screen import say
+from alphaquant.cli.screen import say, screen_width
 
 ConfigPath = Annotated[
     Path,
@@ -64,7 +64,8 @@ def command(
 
         quiet_libraries()
         found = inspect_config(config, model)
-        say(json.dumps(inspection_json(found), indent=1) if as_json else inspection_text(found))
+        as_text = json.dumps(inspection_json(found), indent=1) if as_json else None
+        say(as_text or inspection_text(found, screen_width()))
 
 
 def main() -> None:

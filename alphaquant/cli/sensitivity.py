@@ -23,7 +23,7 @@ from alphaquant.cli.options import (
     SeqLen,
     StaticGroups,
 )
-from alphaquant.cli.screen import say
+from alphaquant.cli.screen import say, screen_width
 
 _RESUME = "stopped; run the same command again to resume"
 
@@ -115,7 +115,7 @@ def command(
         with Bars() as bars:
             found = studies.measure_expert_sensitivity(spec, progress=bars)
         studies.write_sensitivity(found, out)
-        say(studies.sensitivity_text(found))
+        say(studies.sensitivity_text(found, screen_width()))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from alphaquant.studies.inspect_text import (
     source_text,
     warnings_text,
 )
-from alphaquant.studies.tables import aligned
+from alphaquant.studies.tables import aligned, fitted, is_wider, wrapped
 
 MAX_CHANGES = 24
 """Changes of format that the text lists; `--all` and JSON have every matrix."""
@@ -38,6 +38,25 @@ MAP_WIDTH = 64
 
 MORE, FEWER, OTHER, EQUAL = "+", "-", "~", "."
 """What the map shows of an expert: bits in B against those in A."""
+
+
+@dataclass(frozen=True)
+class _Count:
+    """A line of the counts: a field of `BitCount`, its name, a shorter one, decimals."""
+
+    key: str
+    name: str
+    short: str
+    digits: int
+
+
+_COUNTS = (
+    _Count("routed_bits_per_weight", "routed experts, bits per weight", "bits, routed", 4),
+    _Count("bits_per_weight", "all quantizable, bits per weight", "bits, quantizable", 4),
+    _Count("checkpoint_bits_per_weight", "whole checkpoint, bits per weight", "bits, whole", 4),
+    _Count("quantized_bytes", "quantizable bytes", "bytes, quantizable", 0),
+    _Count("checkpoint_bytes", "checkpoint bytes", "bytes, whole", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -134,12 +153,13 @@ def compare(first: Path, second: Path, model: str | None = None) -> Comparison:
     return Comparison(a, b)
 
 
-def comparison_text(found: Comparison, *, show_all: bool = False) -> str:
+def comparison_text(found: Comparison, *, show_all: bool = False, width: int | None = None) -> str:
     """Everything for people; one line where nothing differs.
 
     Args:
         found: the two.
         show_all: list every matrix that differs.
+        width: characters of the screen; columns that do not fit are left out. None for all.
     """
     if found.is_equal:
         counts = found.a.counts
@@ -149,14 +169,14 @@ def comparison_text(found: Comparison, *, show_all: bool = False) -> str:
         )
     parts = [
         f"A {found.a.statement.path}\nB {found.b.statement.path}",
-        _counts_table(found),
-        _scores_text(found),
-        _parts_table(found, "role"),
-        _changes_table(found),
-        _parts_table(found, "layer"),
-        _experts_text(found),
-        _matrices_table(found) if show_all else "",
-        *(warnings_text(side.warnings) for side in (found.a, found.b)),
+        _counts_table(found, width),
+        _scores_text(found, width),
+        _parts_table(found, "role", width),
+        _changes_table(found, width),
+        _parts_table(found, "layer", width),
+        _experts_text(found, width),
+        _matrices_table(found, width) if show_all else "",
+        *(warnings_text(side.warnings, width) for side in (found.a, found.b)),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -200,29 +220,26 @@ def _mark(more_bits: int, n_changed: int) -> str:
     return OTHER if n_changed else EQUAL
 
 
-def _counts_table(found: Comparison) -> str:
+def _counts_table(found: Comparison, width: int | None) -> str:
     a, b = asdict(found.a.counts), asdict(found.b.counts)
-    rows = []
-    for key, name, digits in (
-        ("routed_bits_per_weight", "routed experts, bits per weight", 4),
-        ("bits_per_weight", "all quantizable, bits per weight", 4),
-        ("checkpoint_bits_per_weight", "whole checkpoint, bits per weight", 4),
-        ("quantized_bytes", "quantizable bytes", 0),
-        ("checkpoint_bytes", "checkpoint bytes", 0),
-    ):
-        if a[key] is not None:
-            rows.append([name, *_side_by_side(a[key], b[key], digits)])
-    return aligned(("", "A", "B", "B - A"), rows, left=("",))
+    counts = [row for row in _COUNTS if a[row.key] is not None]
+    cells = [_side_by_side(a[row.key], b[row.key], row.digits) for row in counts]
+    head, names = ("", "A", "B", "B - A"), [row.name for row in counts]
+    table = aligned(head, [[n, *c] for n, c in zip(names, cells, strict=True)], left=("",))
+    if not is_wider(table, width):
+        return table
+    short = [[row.short, *c] for row, c in zip(counts, cells, strict=True)]
+    return fitted(head, short, width, ("B - A",), left=("",))
 
 
 def _side_by_side(a: float, b: float, digits: int) -> list[str]:
     return [f"{a:.{digits}f}", f"{b:.{digits}f}", f"{b - a:+.{digits}f}"]
 
 
-def _scores_text(found: Comparison) -> str:
+def _scores_text(found: Comparison, width: int | None) -> str:
     why = found.why_not_comparable
     if why is not None:
-        return f"scores are not comparable: {why}"
+        return wrapped(f"scores are not comparable: {why}", width)
     a, b = (scores_of(side.statement.summary) for side in (found.a, found.b))
     rows = [
         [
@@ -234,7 +251,8 @@ def _scores_text(found: Comparison) -> str:
         if name in b
     ]
     head = f"on {source_text(found.a.statement.summary['evaluation'])}"
-    return f"{head}\n{aligned(('score', 'A', 'B', 'B - A'), rows, left=('score',))}"
+    columns = ("score", "A", "B", "B - A")
+    return f"{head}\n{fitted(columns, rows, width, ('B - A',), left=('score',))}"
 
 
 def _error_text(score: Mapping[str, Any]) -> str:
@@ -242,7 +260,7 @@ def _error_text(score: Mapping[str, Any]) -> str:
     return "" if stderr is None else f" +- {stderr:.6f}"
 
 
-def _parts_table(found: Comparison, title: str) -> str:
+def _parts_table(found: Comparison, title: str, width: int | None) -> str:
     """Bits of the roles or layers where something changed."""
     is_role = title == "role"
     n_changed = found.n_changed(role_of if is_role else lambda m: str(m.layer))
@@ -258,32 +276,40 @@ def _parts_table(found: Comparison, title: str) -> str:
         for a, b in pairs
         if n_changed[a.name]
     ]
-    return aligned((title, "changed", "A bits", "B bits", "B - A", "bytes"), rows, left=("role",))
+    head = (title, "changed", "A bits", "B bits", "B - A", "bytes")
+    return fitted(head, rows, width, ("bytes", "B - A", "changed"), left=("role",))
 
 
-def _changes_table(found: Comparison) -> str:
+def _changes_table(found: Comparison, width: int | None) -> str:
     """How many matrices of each role went from which format to which, the most first."""
     counts = Counter((role_of(m), *found.change(m)) for m in found.changed)
     order = sorted(counts, key=lambda c: (-counts[c], c[0], label_order(c[1]), label_order(c[2])))
     rows = [[*change, str(counts[change])] for change in order[:MAX_CHANGES]]
-    table = aligned(("role", "A", "B", "matrices"), rows, left=("role", "A", "B"))
+    left = ("role", "A", "B")
+    table = aligned((*left, "matrices"), rows, left=left)
+    if is_wider(table, width):
+        table = aligned((*left, "n"), rows, left=left)
     rest = len(order) - len(rows)
     return table + (f"\nand {rest} more kinds of change; --all lists matrices" if rest else "")
 
 
-def _experts_text(found: Comparison) -> str:
+def _experts_text(found: Comparison, width: int | None) -> str:
     """A map of the routed experts: a line per layer where something changed."""
-    lines = []
+    lines, size = [], MAP_WIDTH if width is None else max(8, min(MAP_WIDTH, width - 7))
     for layer, marks in found.experts.items():
         if set(marks) != {EQUAL}:
-            pieces = [marks[i : i + MAP_WIDTH] for i in range(0, len(marks), MAP_WIDTH)]
+            pieces = [marks[i : i + size] for i in range(0, len(marks), size)]
             lines += [f"{'' if i else layer:>5}  {piece}" for i, piece in enumerate(pieces)]
     if not lines:
         return ""
     legend = f"{MORE} more bits in B, {FEWER} fewer, {OTHER} as many, {EQUAL} same formats"
-    return "\n".join([f"layer  experts ({legend})", *lines])
+    return "\n".join([wrapped(f"layer  experts ({legend})", width), *lines])
 
 
-def _matrices_table(found: Comparison) -> str:
+def _matrices_table(found: Comparison, width: int | None) -> str:
+    """Every changed matrix; where that is too wide, the formats below the name."""
     rows = [[m.name, *found.change(m)] for m in found.changed]
-    return aligned(("matrix", "A", "B"), rows, left=("matrix", "A", "B"))
+    table = aligned(("matrix", "A", "B"), rows, left=("matrix", "A", "B"))
+    if not is_wider(table, width):
+        return table
+    return "\n".join(f"{name}\n    {a} -> {b}" for name, a, b in rows)

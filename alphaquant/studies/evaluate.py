@@ -35,7 +35,7 @@ from alphaquant.studies.sources import (
     model_location,
     seq_len_of,
 )
-from alphaquant.studies.tables import aligned
+from alphaquant.studies.tables import fitted, wrapped
 
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
@@ -216,8 +216,13 @@ def open_model(name: str, device: str, dtype: str) -> nn.Module:
     return load_model(model_location(name), device, dtype, quantized=True)
 
 
-def evaluation_text(found: Evaluation) -> str:
-    """The scores for people, one per line, and what they were measured on."""
+def evaluation_text(found: Evaluation, width: int | None = None) -> str:
+    """The scores for people, one per line, and what they were measured on.
+
+    Args:
+        found: what was measured.
+        width: characters of the screen; columns that do not fit are left out. None for all.
+    """
     compared = {m for task in TASKS.values() if task.compares for m in task.metrics}
     reference = {s.metric: s for s in found.reference_scores if s.metric not in compared}
     rows = []
@@ -227,7 +232,7 @@ def evaluation_text(found: Evaluation) -> str:
         original = "" if beside is None else f"original {beside.value:.6f}"
         rows.append([score.metric, f"{score.value:.6f}", stderr, score.unit, original])
     head = ("metric", "value", "stderr", "unit", "")
-    lines = [aligned(head, rows, left=("metric", "unit", ""))]
+    lines = [fitted(head, rows, width, ("unit",), left=("metric", "unit", ""))]
     if found.tokens is not None:
         n_samples, seq_len = found.tokens.tokens.shape
         lines.append(
@@ -235,7 +240,7 @@ def evaluation_text(found: Evaluation) -> str:
             f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
         )
     lines += [_harness_text(d) for d in found.details.values() if "lm_eval" in d]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, width) for line in lines)
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:

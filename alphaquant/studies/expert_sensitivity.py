@@ -28,7 +28,7 @@ from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import Source, find_device, load_source, read_text
 from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.stages import fill_source_bank
-from alphaquant.studies.tables import aligned
+from alphaquant.studies.tables import fitted, wrapped
 
 N_SHOWN = 5
 """Experts at either end of the printed table."""
@@ -127,21 +127,26 @@ def measure_expert_sensitivity(
     return FoundSensitivity(spec, source, calibration, bank, found)
 
 
-def sensitivity_text(found: FoundSensitivity) -> str:
-    """The most and the least sensitive experts and the totals, for people."""
+def sensitivity_text(found: FoundSensitivity, width: int | None = None) -> str:
+    """The most and the least sensitive experts and the totals, for people.
+
+    Args:
+        found: what was measured.
+        width: characters of the screen; columns that do not fit are left out. None for all.
+    """
     experts, total = found.sensitivity.experts, found.sensitivity.total
     shown = list(dict.fromkeys([*experts[:N_SHOWN], *experts[-N_SHOWN:]]))
     n_samples, seq_len = found.calibration.tokens.shape
     lines = [
         f"{total.n_experts} experts in {found.sensitivity.format} against "
         f"{found.sensitivity.against}, cost per bit in nats/token per bit/weight",
-        aligned(_HEAD, [_cells(experts.index(e) + 1, e) for e in shown]),
+        fitted(_HEAD, [_cells(experts.index(e) + 1, e) for e in shown], width, _SPARE),
         f"sum over experts: Fisher cost {total.fisher:.6f} nats/token, "
         f"{total.saved_bits} bits saved",
         f"{n_samples} windows of {seq_len} tokens of {found.calibration.name}, "
         f"digest {found.calibration.digest[:12]}",
     ]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, width) for line in lines)
 
 
 def sensitivity_json(found: FoundSensitivity) -> dict[str, Any]:
@@ -165,6 +170,7 @@ def write_sensitivity(found: FoundSensitivity, path: Path) -> None:
 
 
 _HEAD = ("rank", "layer", "expert", "tokens", "use %", "cost per bit", "fragility")
+_SPARE = ("use %", "tokens")
 
 
 def _cells(rank: int, row: SensitiveExpert) -> list[str]:

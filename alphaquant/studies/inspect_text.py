@@ -10,7 +10,7 @@ from alphaquant.spaces.foreign import Foreign
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.inspect_config import Inspection, Loadable, Part
 from alphaquant.studies.sizes import bit_lines
-from alphaquant.studies.tables import aligned, with_error
+from alphaquant.studies.tables import aligned, fitted, with_error
 
 MAX_WARNINGS = 8
 """Warnings that the text lists; more are counted, and JSON has all."""
@@ -18,18 +18,24 @@ MAX_WARNINGS = 8
 _WIDTH = 80
 
 
-def inspection_text(found: Inspection) -> str:
-    """Everything for people, in paragraphs."""
+def inspection_text(found: Inspection, width: int | None = None) -> str:
+    """Everything for people, in paragraphs.
+
+    Args:
+        found: what was inspected.
+        width: characters of the screen; columns that do not fit are left out. None for all.
+    """
+    whose = f"{found.statement.path}{_owner_text(found)} on {found.model.name}"
     parts = [
-        _wrapped(f"{found.statement.path}{_owner_text(found)} on {found.model.name}"),
+        _indented(whose, width),
         summary_text(found.statement.summary),
         "\n".join([*bit_lines(found.counts), *_size_lines(found)]),
-        _parts_table("role", found.roles),
-        _formats_table(found.roles),
-        _parts_table("layer", found.layers),
+        _parts_table("role", found.roles, width),
+        _formats_table(found.roles, width),
+        _parts_table("layer", found.layers, width),
         _unnamed_text(found),
-        "\n".join(_engine_text(engine) for engine in found.engines),
-        warnings_text(found.warnings),
+        "\n".join(_engine_text(engine, width) for engine in found.engines),
+        warnings_text(found.warnings, width),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -143,7 +149,7 @@ def _size_lines(found: Inspection) -> list[str]:
     ]
 
 
-def _parts_table(title: str, parts: Sequence[Part]) -> str:
+def _parts_table(title: str, parts: Sequence[Part], width: int | None) -> str:
     head = (title, "matrices", "weights", "bits", "bytes", "formats")
     rows = [
         [
@@ -152,10 +158,10 @@ def _parts_table(title: str, parts: Sequence[Part]) -> str:
         ]
         for part in parts
     ]
-    return aligned(head, rows, left=("role",))
+    return fitted(head, rows, width, ("formats", "weights", "matrices"), left=("role",))
 
 
-def _formats_table(roles: Sequence[Part]) -> str:
+def _formats_table(roles: Sequence[Part], width: int | None) -> str:
     """Shares of each role's weights in every format, the smallest format first."""
     labels = {label for role in roles for label in role.weights_by_format}
     rows = [
@@ -170,7 +176,7 @@ def _formats_table(roles: Sequence[Part]) -> str:
         ]
         for label in sorted(labels, key=label_order)
     ]
-    return aligned(["format", *(role.name for role in roles)], rows, left=("format",))
+    return fitted(["format", *(role.name for role in roles)], rows, width, left=("format",))
 
 
 def label_order(label: str) -> tuple[float, str]:
@@ -186,28 +192,33 @@ def _unnamed_text(found: Inspection) -> str:
     return f"no pattern names these, so they take the default\n{table}"
 
 
-def _engine_text(engine: Loadable) -> str:
+def _engine_text(engine: Loadable, width: int | None) -> str:
     """Whether an engine loads it; more than one reason makes more than one paragraph."""
     if not engine.reasons:
         return f"{engine.engine:<13}loads these formats and shapes"
     lines = [f"{engine.engine:<13}does not: {engine.reasons[0]}"]
     lines += [f"{'':<13}and: {reason}" for reason in engine.reasons[1:]]
-    return "\n".join(_wrapped(line, 13) for line in lines)
+    return "\n".join(_indented(line, width, 13) for line in lines)
 
 
-def warnings_text(warnings: Sequence[str]) -> str:
-    """The first warnings, and how many more there are."""
-    lines = [_wrapped(f"warning: {text}", 9) for text in warnings[:MAX_WARNINGS]]
+def warnings_text(warnings: Sequence[str], width: int | None = None) -> str:
+    """The first warnings, and how many more there are.
+
+    Args:
+        warnings: all.
+        width: characters of the screen; None for 80.
+    """
+    lines = [_indented(f"warning: {text}", width, 9) for text in warnings[:MAX_WARNINGS]]
     if len(warnings) > MAX_WARNINGS:
         lines.append(f"and {len(warnings) - MAX_WARNINGS} more warnings; --json has all")
     return "\n".join(lines)
 
 
-def _wrapped(text: str, indent: int = 0) -> str:
-    """Lines of 80 columns; names longer than that are not broken."""
+def _indented(text: str, width: int | None, indent: int = 0) -> str:
+    """Lines of at most 80 columns; names longer than that are not broken."""
     return textwrap.fill(
         text,
-        _WIDTH,
+        min(width or _WIDTH, _WIDTH),
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,

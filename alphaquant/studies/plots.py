@@ -39,6 +39,7 @@ PUBLISHED = "published"
 
 _LOG_KL = "KL, nats per token"
 _SIZES_PIXELS = 430
+_TITLE_PIXELS = 18
 _GAP = "\N{NO-BREAK SPACE}" * 4
 """Between a point and its name."""
 
@@ -131,7 +132,9 @@ def costs_figure(result: SearchResult) -> go.Figure:
     figure = styled(figure, 460)
     figure.update_xaxes(**predicted.axis("predicted KL (sum of costs)"))
     figure.update_yaxes(**seen.axis("measured KL"))
-    figure.update_layout(margin={"t": 96}, title=_small_title(_correlations(result)))
+    said = _correlations(result)
+    room = _TITLE_PIXELS * (2 + said.count("<br>"))
+    figure.update_layout(margin={"t": room}, title=_small_title(said))
     return figure
 
 
@@ -156,7 +159,7 @@ def stages_figure(result: SearchResult) -> go.Figure:
         )
     )
     figure = styled(figure, 130 + 34 * len(gains))
-    figure.update_layout(showlegend=False, margin={"r": 70})
+    figure.update_layout(showlegend=False, margin={"r": 70, "t": 12})
     figure.update_xaxes(**scale.axis("lowest KL within the budget"))
     order = [gain.stage for gain in gains]
     figure.update_yaxes(

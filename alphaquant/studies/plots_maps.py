@@ -23,7 +23,8 @@ def layers_figure(result: SearchResult) -> go.Figure:
     bits = bits_by_role(result.published, result.space.inventory)
     heat = _heat(bits, "bits", _BITS_COLOURS, "%{x}<br>%{z:.3f} bits per weight", ".2f")
     figure = go.Figure(heat)
-    figure = styled(figure, _pixels(bits) + 130)
+    figure = styled(figure, _pixels(bits) + 108)
+    figure.update_layout(margin={"t": 12})
     figure.update_xaxes(tickangle=-40)
     _label_layers(figure)
     return figure

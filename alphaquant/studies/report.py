@@ -21,6 +21,7 @@ from alphaquant.studies.front import FrontRow, config_name, front_rows, origin_o
 from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.report_html import report_html
 from alphaquant.studies.report_sections import (
+    FRONT_NOTE,
     costs_text,
     coverage_text,
     domain_text,
@@ -194,7 +195,7 @@ def report_text(result: SearchResult) -> str:
     parts = [
         f"# {model_name(result.facts['model'])} at {result.spec.budget}",
         f"{said[0].upper()}{said[1:]}.",
-        winner_text(result) + ".",
+        f"The result: {winner_text(result)}.",
         f"Why this one: {why_text(result)}.",
         "## Size of best.json",
         "\n".join(f"    {line}" for line in bit_lines(result.counts)),
@@ -202,12 +203,7 @@ def report_text(result: SearchResult) -> str:
         "## Published points (held-out text)",
         published_table(result),
         files_table(result),
-        "KL is to the original model, in nats per token, with the standard error over windows. "
-        "`uniform` is the best uniform format of at most the same bits (of best.json: within the "
-        "budget); `difference` is its KL minus that of the point over the same windows, above 0 "
-        "where the point is better, with a bootstrap interval that is stratified by domain. Every "
-        "searched point has a whole interval above 0 against every uniform format, and against "
-        "every other published row, of at most its bits; best.json stays in any case.",
+        FRONT_NOTE,
         "## Withheld points",
         withheld_text(result),
         "## The best trial by domain",

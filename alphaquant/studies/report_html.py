@@ -23,6 +23,7 @@ from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.markup import to_html
 from alphaquant.studies.plots import figures, interval_half
 from alphaquant.studies.report_sections import (
+    FRONT_NOTE,
     costs_text,
     coverage_text,
     domain_text,
@@ -122,9 +123,12 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
         "<h2>The front: size and closeness</h2>" + text["front"],
         _use(result),
         to_html(f"## Published points (held-out text)\n\n{published_table(result)}")
-        + to_html(files_table(result))
+        + to_html(f"{FRONT_NOTE}\n\n{files_table(result)}")
         + _command_list(result),
-        to_html(f"## Why this one\n\n{winner_text(result)}.\n\n{why_text(result)}.")
+        to_html(
+            f"## Why this one\n\nThe result: {winner_text(result)}.\n\n"
+            f"Why this one: {why_text(result)}."
+        )
         + _sizes(result),
         to_html(f"## The best trial by domain\n\n{domain_text(result)}"),
         *_scores(result),

@@ -20,6 +20,16 @@ from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import markdown, with_error
 
+FRONT_NOTE = (
+    "KL is to the original model, in nats per token, with the standard error over windows. "
+    "Beside it is the best uniform format of at most the same bits (of best.json: within the "
+    "budget); the difference is its KL minus that of the point over the same windows, above 0 "
+    "where the point is better, with a bootstrap interval that is stratified by domain. Every "
+    "searched point has a whole interval above 0 against every uniform format, and against "
+    "every other published row, of at most its bits; best.json stays in any case."
+)
+"""What the columns of the front mean."""
+
 _RARE_SHARE = 0.25
 _LEAST_WHOLE = 1e5
 

@@ -1,5 +1,6 @@
-"""Aligned plain text and Markdown from the same rows; no box characters, no wrapping."""
+"""Aligned plain text and Markdown from the same rows, as wide as a screen; no box characters."""
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -31,6 +32,54 @@ def columns(
     """The cells of some columns, in their order."""
     places = [i for i, name in enumerate(head) if name in kept]
     return [[row[i] for i in places] for row in rows]
+
+
+def fitted(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None,
+    spare: Sequence[str] = (),
+    left: Sequence[str] = (),
+) -> str:
+    """An aligned table that fits a screen.
+
+    Spare columns go first. What is still too wide is continued below, each part with the first
+    column; a part of two columns is as wide as it is.
+
+    Worked example: columns (a, bb, ccc) of these widths are 10 wide; on 7 characters (a, bb), then
+    (a, ccc) below.
+
+    Args:
+        head: names of the columns.
+        rows: cells.
+        width: characters of the screen; None for one table of all columns.
+        spare: columns that may go, the first of them first.
+        left: columns that are aligned to the left.
+    """
+    first, *others = narrowed(head, rows, width, spare)
+
+    def table(names: Sequence[str]) -> str:
+        shown = [first, *names]
+        return aligned(shown, columns(head, rows, shown), left=left)
+
+    parts: list[list[str]] = [[]]
+    for name in others:
+        if parts[-1] and is_wider(table([*parts[-1], name]), width):
+            parts.append([])
+        parts[-1].append(name)
+    return "\n".join(map(table, parts))
+
+
+def is_wider(text: str, width: int | None) -> bool:
+    """Whether a line of a text does not fit a screen; None is as wide as can be."""
+    return width is not None and max(map(len, text.splitlines()), default=0) > width
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """A line that fits a screen; what has several lines already stays as it is."""
+    if width is None or "\n" in text:
+        return text
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alphaquant.errors import DataError, StoreError
 from alphaquant.evaluators.divergence import (
     Divergence,
+    Teacher,
     measure_divergence,
     open_teacher,
     store_teacher,
@@ -195,6 +196,9 @@ def test_the_file_says_what_it_holds(tmp_path: Path, original: nn.Module) -> Non
         "k": 10,
         "vocabulary": VOCABULARY,
     }
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert teacher.perplexity == pytest.approx(float(losses.exp()), rel=1e-5)
+    assert Teacher(path, {}).perplexity is None  # of an earlier version
     assert open_teacher(path) == teacher
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 

@@ -16,8 +16,8 @@ from optuna_dashboard._custom_plot_data import (  # type: ignore[import-untyped]
 from alphaquant.studies import runner
 from alphaquant.studies.decoration import FIGURE_ID, decorate
 from alphaquant.studies.folder import storage_of
+from alphaquant.studies.front import config_name
 from alphaquant.studies.plots import figures
-from alphaquant.studies.report_sections import config_name
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search
 from alphaquant.studies.spec import SearchSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from alphaquant.studies.intervals import bootstrap_interval, compare_kl
+from alphaquant.studies.intervals import bootstrap_interval, compare_kl, spearman_interval
 
 
 def test_difference_is_above_zero_where_the_row_is_better() -> None:
@@ -53,3 +53,11 @@ def test_domains_of_one_window_are_resampled_together() -> None:
 def test_the_same_windows_give_the_same_interval() -> None:
     values = np.random.default_rng(0).normal(size=20)
     assert bootstrap_interval(values, ["a"] * 20) == bootstrap_interval(values, ["a"] * 20)
+
+
+def test_worked_example_of_a_rank_correlation() -> None:
+    found = spearman_interval(0.5, 28)
+    assert found is not None and found == pytest.approx((0.133, 0.747), abs=5e-4)
+    low, high = spearman_interval(1.0, 30) or (0.0, 0.0)
+    assert 0.99 < low < high <= 1.0
+    assert spearman_interval(0.5, 3) is None and spearman_interval(math.nan, 30) is None

@@ -47,7 +47,7 @@ def lone(found: SearchResult) -> SearchResult:
 
 
 def test_the_figures_are_named_and_ordered(found: SearchResult) -> None:
-    assert list(figures(found)) == ["front", "layers", "experts", "costs", "stages"]
+    assert list(figures(found)) == ["front", "trials", "layers", "experts", "costs", "stages"]
 
 
 def test_published_points_are_those_of_front_json(found: SearchResult) -> None:
@@ -72,20 +72,26 @@ def test_every_row_of_the_gate_is_drawn_once_on_held_out_text(swept: SearchResul
 
 
 def test_every_trial_is_drawn_once_on_evaluation_text(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
+    front = figures(swept)["trials"]
     assert sorted(points(front, TRIALS)) == sorted((r.bits_per_weight, r.kl) for r in swept.rows)
     pruned = [(r.bits_per_weight, r.kl) for r in swept.rows if r.is_pruned]
     assert pruned and sorted(points(front, ("ended early",))) == sorted(pruned)
 
 
-def test_the_two_texts_have_axes_of_their_own(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
+def test_the_two_texts_have_figures_of_their_own(swept: SearchResult) -> None:
+    shown = figures(swept)
     held = {"best uniform of at most the size", "uniform formats", "withheld", PUBLISHED}
-    for drawn in front.data:
-        is_held = drawn.name in held | {"best.json"}
-        assert drawn.yaxis == ("y" if is_held else "y2"), drawn.name
-    said = [a.text for a in front.layout.annotations]
-    assert "Held-out text: what is published" in said and "Evaluation text: all trials" in said
+    assert set(names(shown["front"])) <= held | {"best.json", "names"}
+    assert set(names(shown["trials"])) <= {*TRIALS, "front of the trials"}
+
+
+def test_the_best_and_its_rival_are_named_beside_their_points(found: SearchResult) -> None:
+    named, best = trace(figures(found)["front"], "names"), found.gate.published_row
+    assert best.rival is not None
+    assert [text.strip("\N{NO-BREAK SPACE}") for text in named.text] == [
+        *("<b>best.json</b>", f"uniform {best.rival.name}")
+    ]
+    assert list(named.y) == [best.kl, best.rival.kl]
 
 
 def test_intervals_are_students_for_the_windows_of_the_text(found: SearchResult) -> None:
@@ -122,8 +128,9 @@ def test_withheld_points_are_drawn_and_offer_no_configuration(found: SearchResul
 
 
 def test_the_budget_is_a_line_on_both_texts(found: SearchResult) -> None:
-    shapes = figures(found)["front"].layout.shapes
-    assert [(s.x0, s.x1) for s in shapes] == [(found.limit, found.limit)] * 2
+    for name in ("front", "trials"):
+        (line,) = figures(found)[name].layout.shapes
+        assert (line.x0, line.x1) == (found.limit, found.limit)
 
 
 def test_maps_are_the_bits_and_tokens_of_best_json(found: SearchResult) -> None:
@@ -136,6 +143,8 @@ def test_maps_are_the_bits_and_tokens_of_best_json(found: SearchResult) -> None:
     assert list(layers.x) == list(roles.columns)
     bits, tokens = shown["experts"].data
     assert [list(row) for row in bits.z] == experts.values.tolist()
+    assert layers.texttemplate == "%{z:.2f}" and bits.texttemplate == "%{z:.2f}"
+    assert tokens.texttemplate == "%{z:,.0f}"  # counts have no decimals
     counts = found.facts["calibration_tokens_per_expert"].values()
     assert [list(row) for row in tokens.z] == [list(map(float, row)) for row in counts]
 
@@ -146,7 +155,7 @@ def test_a_model_without_routed_experts_has_no_figure_of_experts(found: SearchRe
     inventory = replace(space.inventory, matrices=dense)
     facts = {**found.facts, "calibration_tokens_per_expert": {}}
     result = replace(found, space=replace(space, inventory=inventory), facts=facts)
-    assert list(figures(result)) == ["front", "layers", "costs", "stages"]
+    assert list(figures(result)) == ["front", "trials", "layers", "costs", "stages"]
 
 
 def test_costs_are_predicted_against_measured_with_both_correlations(found: SearchResult) -> None:
@@ -156,7 +165,10 @@ def test_costs_are_predicted_against_measured_with_both_correlations(found: Sear
     assert sorted(points(costs, TRIALS)) == pairs
     title = costs.layout.title.text
     assert f"of {len(found.rows)} complete trials: 0.9" in title
-    assert "of 16 random assignments (default costs): 0.812" in title
+    assert "of 16 random assignments (default costs): 0.812,<br>95 % interval 0." in title
+    assert "too few" not in title.partition("<br>of 16")[2]
+    few = figures(replace(found, probe=Probe(6, 6, {"default": 0.8})))["costs"].layout.title.text
+    assert few.endswith(": 6 are too few to judge costs by")
 
 
 def test_correlations_that_are_not_defined_are_said_to_be(lone: SearchResult) -> None:

@@ -14,6 +14,7 @@ import pytest
 from alphaquant.spaces.assignment import BitCount, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.studies.folder import RunFolder
+from alphaquant.studies.front import config_name
 from alphaquant.studies.gate import Comparison, DomainScore, GateResult, HeldoutRow
 from alphaquant.studies.intervals import Difference
 from alphaquant.studies.notes import study_note
@@ -30,19 +31,18 @@ from alphaquant.studies.report import (
     write_report,
 )
 from alphaquant.studies.report_sections import (
-    config_name,
     costs_text,
     coverage_text,
     domain_text,
+    files_table,
     gains_table,
     published_table,
     search_text,
     uniform_table,
-    why_text,
-    winner_text,
     withheld_text,
 )
 from alphaquant.studies.result import Probe, SearchResult
+from alphaquant.studies.verdict import headline, why_text, winner_text
 
 BETTER = Difference(0.001, 0.0001, 0.0008, 0.0012)
 
@@ -167,6 +167,9 @@ def test_uniform_winner_is_said_in_report_and_summary(judged: SearchResult) -> N
     result = with_best(judged, kl=0.005, replaced_by=worse, is_published=False)
     gate = replace(result.gate, winner="int4-g32", published=published)
     result = replace(result, gate=gate)
+    assert headline(result).claim.endswith(
+        "closer to the original than uniform int4-g32 beyond noise"
+    )
     text = (
         "best.json is uniform int4-g32: on held-out text the 0.005000 +- 0.000100 of the best "
         "trial is not below its KL of 0.004000 +- 0.000400 beyond noise (paired difference "
@@ -197,6 +200,41 @@ def test_perfect_rival_gives_no_ratio(judged: SearchResult) -> None:
     assert "Worst domain" not in domain_text(with_row(result, "int4-g32", domains=perfect))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param({"kl": 0.00036}, "11 times closer to the original than", id="many times"),
+        pytest.param({}, "4.0 times closer to the original than", id="times"),
+        pytest.param({"kl": 0.0038}, "5.3 % closer to the original than", id="percent"),
+        pytest.param({"kl": 0.0}, "closer to the original than", id="equal to the original"),
+    ],
+)
+def test_headline_says_how_many_times_closer_at_which_size(
+    judged: SearchResult, changes: Mapping[str, Any], said: str
+) -> None:
+    result = replace(with_best(judged, **changes), original_perplexity=49.966)
+    assert headline(result).claim == f"{said} uniform int4-g32 at the same bytes"
+    assert headline(result).perplexity == "perplexity 49.97 -> 50.00"
+    megabytes = result.bf16_bytes / 1e6
+    assert headline(result).size == f"0.50 MB of {megabytes:.2f} MB in bf16"
+    (text,) = {headline(result).text, front_json(result)["headline"]}
+    assert text.capitalize()[:40] in report_text(result)
+    assert text in " ".join(summary_text(result).split())
+    assert "perplexity" not in headline(judged).text
+
+
+def test_headline_claims_nothing_that_the_noise_does_not_let(judged: SearchResult) -> None:
+    def claim(low: float, high: float, **changes: Any) -> str:
+        rival = beside("int4-g32", 0.0005, difference=Difference(0.0, 0.1, low, high))
+        return headline(with_best(judged, rival=rival, **changes)).claim
+
+    assert claim(-0.1, 0.1).startswith("as close to the original, within noise, as uniform int4")
+    assert claim(-0.2, -0.1).startswith("2.0 times farther from the original than uniform int4")
+    assert claim(-0.2, -0.1, checkpoint_bytes=450_000).endswith("in 10.0 % fewer bytes")
+    assert claim(-0.2, -0.1, checkpoint_bytes=510_000).endswith("in 2.0 % more bytes")
+    assert "where no uniform format fits" in headline(with_best(judged, rival=None)).claim
+
+
 # Tables
 
 
@@ -204,13 +242,14 @@ def test_published_points_stand_beside_uniform_of_their_size(judged: SearchResul
     table, name = published_table(judged), judged.gate.best_name
     assert len(table.splitlines()) == 2 + 4
     row = cells(table, f"{name} (best.json)")
-    assert row[1:8] == [
-        *("5.1000", "500000", "0.001000 +- 0.000100", "int4-g32", "0.004000"),
-        *("0.001000 +- 0.000100", "0.000800 to 0.001200"),
+    assert row[1:] == [
+        *("0.001000 +- 0.000100", "5.1000", "0.50", "int4-g32", "0.004000"),
+        *("0.001000", "0.000800 to 0.001200"),
     ]
-    assert row[10:] == ["knobs", f"configs/{name}.json"]
     assert cells(table, "int3-g32")[4] == "none"
-    assert cells(table, "int4-g32")[10:] == ["uniform:int4-g32", "configs/uniform-int4-g32.json"]
+    files = files_table(judged)
+    assert cells(files, name)[1:4] == [f"configs/{name}.json", "knobs", "500000"]
+    assert cells(files, "int4-g32")[1:3] == ["configs/uniform-int4-g32.json", "uniform:int4-g32"]
     high = judged.gate.rows[-1]
     assert cells(table, high.name)[0] == f"{high.name} (above the budget)"
 
@@ -219,7 +258,7 @@ def test_withheld_point_is_listed_with_what_takes_its_place(judged: SearchResult
     (withheld,) = judged.gate.withheld
     assert cells(withheld_text(judged), withheld.name) == [
         *(withheld.name, "4.6000", "0.300000 +- 0.030000", "int3-g32", "0.200000"),
-        *("-0.100000 +- 0.010000", "-0.120000 to -0.080000", withheld.reason),
+        *("-0.100000", "-0.120000 to -0.080000", withheld.reason),
     ]
     assert "withheld, not better beyond noise: 1;" in summary_text(judged)
     kept = with_row(judged, withheld.name, replaced_by=None, is_published=True)
@@ -290,7 +329,7 @@ def test_costs_that_do_not_rank_are_said_not_to_be_trusted(
     assert "over 30 random assignments within the budget, 16 windows each" in text
     assert ("not to be trusted" in text) is not is_trusted
     for name, value in spearman.items():
-        assert cells(text, name) == [name, "not defined" if math.isnan(value) else f"{value:.3f}"]
+        assert cells(text, name)[1] == ("not defined" if math.isnan(value) else f"{value:.3f}")
 
 
 def test_search_without_a_probe_says_so_and_its_json_is_valid(judged: SearchResult) -> None:
@@ -454,6 +493,10 @@ def test_why_best_json_is_the_one_is_said_on_screen_in_the_report_and_in_the_fil
         assert json.loads(config_text(judged, row))["summary"]["why"] == why
     other = replace(judged, gate=replace(judged.gate, first_name="trial-999"))
     assert why_text(other).startswith("the evaluation text chose trial-999; on held-out text")
+    lower = with_row(judged, judged.gate.rows[3].name, kl=0.0009)
+    assert f"; {judged.gate.rows[3].name} has a lower KL on held-out text (0.0009" in why_text(
+        lower
+    )
     uniform = replace(judged, gate=replace(judged.gate, winner="int4-g32"))
     assert "no point within the budget is better than uniform int4-g32" in why_text(uniform)
 

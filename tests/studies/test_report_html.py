@@ -22,11 +22,11 @@ from alphaquant.studies.report_sections import (
     domain_text,
     model_name,
     search_text,
-    winner_text,
     withheld_text,
 )
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.sizes import bit_lines
+from alphaquant.studies.verdict import headline, why_text, winner_text
 
 pytest_plugins = ("tests.browser",)
 
@@ -88,7 +88,15 @@ def test_every_cell_of_report_md_is_in_it(swept: SearchResult) -> None:
 
 def test_every_section_of_report_md_is_in_it(found: SearchResult) -> None:
     text = unescape(report_html(found))
-    for part in (winner_text, withheld_text, domain_text, costs_text, coverage_text, search_text):
+    for part in (
+        winner_text,
+        why_text,
+        withheld_text,
+        domain_text,
+        costs_text,
+        coverage_text,
+        search_text,
+    ):
         for said in part(found).split("\n\n"):
             assert said.startswith("| ") or said in text, part.__name__
     for line in bit_lines(found.counts):
@@ -152,6 +160,25 @@ def test_plotly_is_inside_once(page_file: Path) -> None:
     assert len(text) < 6_000_000
 
 
+def test_the_page_begins_with_headline_picture_and_what_to_run(found: SearchResult) -> None:
+    text = unescape(report_html(replace(found, original_perplexity=56.03)))
+    said = headline(found)
+    order = [
+        text.index(part)
+        for part in (
+            *(
+                said.claim[1:],
+                "Perplexity 56.03 \N{RIGHTWARDS ARROW} ",
+                said.size,
+                "KL to the original",
+            ),
+            *('id="figure-front"', "What to run", "aq-quantize --model", "Published points"),
+        )
+    ]
+    assert order == sorted(order)
+    assert "Perplexity" not in report_html(found)
+
+
 def test_warnings_are_in_one_box_and_provenance_is_folded(found: SearchResult) -> None:
     text = report_html(found)
     assert text.count('class="warnings"') == 1
@@ -168,11 +195,12 @@ def test_it_draws_all_figures_without_errors_requests_or_sideways_scrolling(
     page_file: Path, open_page: Any, width: int
 ) -> None:
     opened = open_page(page_file.as_uri(), width=width)
-    for name in ("front", "layers", "experts", "costs", "stages"):
+    for name in ("front", "trials", "layers", "experts", "costs", "stages"):
         place = opened.page.locator(f"#figure-{name}")
         assert place.locator("svg.main-svg").count() > 0, name
         assert place.bounding_box()["width"] <= width
-    assert opened.page.locator("#figure-front .scatterlayer .point").count() > 10
+    assert opened.page.locator("#figure-front .scatterlayer .point").count() > 5
+    assert opened.page.locator("#figure-trials .scatterlayer .point").count() > 10
     for folded in opened.page.locator("summary").all():
         folded.click()
     assert opened.errors == []
@@ -180,10 +208,37 @@ def test_it_draws_all_figures_without_errors_requests_or_sideways_scrolling(
     assert opened.overflow == 0
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 700)])
+def test_the_first_screen_has_the_headline_and_the_kl_with_its_interval(
+    page_file: Path, swept: SearchResult, open_page: Any, width: int, height: int
+) -> None:
+    page = open_page(page_file.as_uri(), width=width, height=height).page
+    claim, first = page.locator(".claim"), page.locator(".cards div").first
+    said = headline(swept).claim
+    assert claim.inner_text() == f"{said[0].upper()}{said[1:]}"
+    assert re.search(
+        rf"{swept.gate.published_row.kl:.6f}\s+95 % interval 0\.\d+ to", first.inner_text()
+    )
+    for place in (claim, first):
+        box = place.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        assert box["y"] + box["height"] <= height
+
+
+def test_no_table_of_the_front_is_cut_on_a_wide_screen(page_file: Path, open_page: Any) -> None:
+    page = open_page(page_file.as_uri(), width=1280).page
+    hidden = "[...document.querySelectorAll('.scroll')].map(t => t.scrollWidth - t.clientWidth)"
+    assert set(page.evaluate(hidden)[:2]) == {0}
+    page.set_viewport_size({"width": 390, "height": 844})
+    cells = page.locator("table").first.locator("tr").nth(1).locator("td")
+    box = cells.nth(1).bounding_box()
+    assert box["x"] + box["width"] <= 390  # the KL with its error
+
+
 def test_it_is_readable_without_javascript(page_file: Path, open_page: Any) -> None:
     opened = open_page(page_file.as_uri(), java_script_enabled=False)
     assert opened.page.get_by_role("heading", name="Published points").is_visible()
-    assert opened.page.get_by_text("This figure needs JavaScript.").count() == 5
+    assert opened.page.get_by_text("This figure needs JavaScript.").count() == 6
 
 
 def click_point(page: Any) -> str:
