@@ -289,6 +289,8 @@ def _changes_table(found: Comparison, width: int | None) -> str:
     table = aligned((*left, "matrices"), rows, left=left)
     if is_wider(table, width):
         table = aligned((*left, "n"), rows, left=left)
+    if is_wider(table, width):
+        table = "\n".join(f"{n} x {role}\n    {a} -> {b}" for role, a, b, n in rows)
     rest = len(order) - len(rows)
     return table + (f"\nand {rest} more kinds of change; --all lists matrices" if rest else "")
 

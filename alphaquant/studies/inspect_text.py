@@ -10,12 +10,14 @@ from alphaquant.spaces.foreign import Foreign
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.inspect_config import Inspection, Loadable, Part
 from alphaquant.studies.sizes import bit_lines
-from alphaquant.studies.tables import aligned, fitted, with_error
+from alphaquant.studies.tables import aligned, fitted, with_error, wrapped
 
 MAX_WARNINGS = 8
 """Warnings that the text lists; more are counted, and JSON has all."""
 
 _WIDTH = 80
+_NAMES = 17
+"""Columns of the names before sizes."""
 
 
 def inspection_text(found: Inspection, width: int | None = None) -> str:
@@ -29,7 +31,10 @@ def inspection_text(found: Inspection, width: int | None = None) -> str:
     parts = [
         _indented(whose, width),
         summary_text(found.statement.summary),
-        "\n".join([*bit_lines(found.counts), *_size_lines(found)]),
+        "\n".join(
+            wrapped(line, width, _NAMES)
+            for line in [*bit_lines(found.counts), *_size_lines(found)]
+        ),
         _parts_table("role", found.roles, width),
         _formats_table(found.roles, width),
         _parts_table("layer", found.layers, width),

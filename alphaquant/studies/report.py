@@ -37,7 +37,7 @@ from alphaquant.studies.report_sections import (
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.storage import OBJECTIVES, TrialRow, find_duplicate
-from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error
+from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error, wrapped
 from alphaquant.studies.verdict import headline, why_text, winner_text
 
 FRONT_VERSION = 2
@@ -144,7 +144,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
     withheld = [f"withheld, not better beyond noise: {n_withheld}; see report.md"]
     best = result.folder.path / "best.json"
 
-    def wrapped(text: str) -> list[str]:
+    def paragraph(text: str) -> list[str]:
         return textwrap.wrap(text, min(width or 80, 80), break_long_words=False)
 
     return "\n".join(
@@ -154,13 +154,13 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *(withheld if n_withheld else []),
             f"configurations: {result.folder.path / 'configs'}/",
             "",
-            *bit_lines(result.counts),
-            *wrapped(counting_rule()),
+            *(wrapped(line, width, len("whole checkpoint ")) for line in bit_lines(result.counts)),
+            *paragraph(counting_rule()),
             "",
-            *wrapped(headline(result).text),
-            *wrapped(winner_text(result)),
+            *paragraph(headline(result).text),
+            *paragraph(winner_text(result)),
             f"best: {best}",
-            *wrapped(f"why: {why_text(result)}"),
+            *paragraph(f"why: {why_text(result)}"),
             f"next: {quantize_command(result.spec.model, best)}",
         ]
     )

@@ -75,11 +75,20 @@ def is_wider(text: str, width: int | None) -> bool:
     return width is not None and max(map(len, text.splitlines()), default=0) > width
 
 
-def wrapped(text: str, width: int | None) -> str:
-    """A line that fits a screen; what has several lines already stays as it is."""
-    if width is None or "\n" in text:
+def wrapped(text: str, width: int | None, indent: int = 0) -> str:
+    """A line that fits a screen; what has several lines, or fits, stays as it is.
+
+    Args:
+        text: the line.
+        width: characters of the screen; None for any.
+        indent: spaces before all lines but the first.
+    """
+    if width is None or "\n" in text or len(text) <= width:
         return text
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    space = " " * indent
+    return textwrap.fill(
+        text, width, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:

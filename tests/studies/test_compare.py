@@ -93,6 +93,19 @@ def test_text_shows_what_changed_and_only_that(found: Comparison) -> None:
     assert ["checkpoint", "bytes", *words] in lines
 
 
+def test_on_a_narrow_screen_nothing_is_wider_and_every_number_of_a_side_is_there(
+    found: Comparison,
+) -> None:
+    text = comparison_text(found, show_all=True, width=50)
+    named = [m.name for m in found.changed]
+    for line in text.splitlines()[2:]:  # below the two paths
+        assert len(line) <= 50 or line in named, line
+    for side in (found.a, found.b):
+        assert str(side.counts.checkpoint_bytes) in text
+        assert f"{side.layers[1].bits_per_weight:.4f}" in text
+    assert "int4-g32 -> int8-g32" in text
+
+
 def test_all_lists_every_matrix(found: Comparison) -> None:
     lines = [line.split() for line in comparison_text(found, show_all=True).splitlines()]
     for matrix in found.changed:

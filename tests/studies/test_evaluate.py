@@ -75,6 +75,9 @@ def test_text_and_json_say_the_same(spec: EvaluateSpec) -> None:
         assert f"{score['value']:.6f}" in text
     assert "4 of " in text.splitlines()[-1]
     assert max(map(len, text.splitlines()[:-1])) <= 80
+    narrow = evaluation_text(found, 50)
+    assert max(map(len, narrow.splitlines())) <= 50
+    assert narrow.count("original") == text.count("original")
 
 
 def test_every_task_measures_both_models(spec: EvaluateSpec) -> None:

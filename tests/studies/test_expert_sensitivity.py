@@ -92,6 +92,9 @@ def test_text_shows_both_ends_and_no_expert_twice(found: FoundSensitivity) -> No
     ranks = [line.split()[0] for line in text.splitlines()[2:-2]]
     assert ranks == [str(n) for n in (*range(1, 6), *range(12, 17))]
     assert found.calibration.digest[:12] in lines[-1]
+    narrow = sensitivity_text(found, 50).splitlines()
+    assert all(len(line) <= 50 or str(found.spec.calibration) in line for line in narrow)
+    assert any("fragility" in line for line in narrow)
 
 
 def _renamed(expert: Any) -> Any:

@@ -70,6 +70,16 @@ def test_lines_without_long_names_have_80_columns(found: Inspection) -> None:
         assert len(line) <= 80 or str(found.statement.path.parent) in line
 
 
+def test_on_a_narrow_screen_nothing_is_wider_and_no_share_is_lost(found: Inspection) -> None:
+    text = inspection_text(found, 50)
+    for line in text.splitlines():
+        assert len(line) <= 50 or str(found.statement.path.parent) in line, line
+    lines = [line.split() for line in text.splitlines()]
+    for part in (*found.roles, *found.layers):
+        assert any(f"{part.bits_per_weight:.4f}" in line for line in lines)
+    assert text.count(" %") == inspection_text(found).count(" %")
+
+
 def test_json_has_what_the_text_has(found: Inspection) -> None:
     content = json.loads(json.dumps(inspection_json(found)))
     assert [part["name"] for part in content["roles"]] == [part.name for part in found.roles]

@@ -1,6 +1,15 @@
 """Aligned text and Markdown of the same rows."""
 
-from alphaquant.studies.tables import aligned, columns, markdown, narrowed, with_error
+from alphaquant.studies.tables import (
+    aligned,
+    columns,
+    fitted,
+    is_wider,
+    markdown,
+    narrowed,
+    with_error,
+    wrapped,
+)
 
 
 def test_worked_example_is_aligned() -> None:
@@ -15,6 +24,21 @@ def test_worked_example_of_a_narrow_screen() -> None:
         ("a",),
     ]
     assert columns(head, rows, ("bb",)) == [["2"]]
+
+
+def test_worked_example_of_a_table_that_is_continued_below() -> None:
+    head, rows = ("a", "bb", "ccc"), [["1", "2", "3"]]
+    assert fitted(head, rows, 7) == "a  bb\n1   2\na  ccc\n1    3"
+    assert fitted(head, rows, 7, ("bb",)) == "a  ccc\n1    3"
+    assert fitted(head, rows, 10) == fitted(head, rows, None) == aligned(head, rows)
+    assert fitted(head, rows, 2).split() == [*"a", "bb", *"12a", "ccc", *"13"]
+    assert is_wider("ab\nabc", 2) and not is_wider("ab", 2) and not is_wider("ab", None)
+
+
+def test_only_lines_that_do_not_fit_are_wrapped() -> None:
+    assert wrapped("size  8 bytes of 16", 12, 6) == "size  8\n      bytes\n      of 16"
+    for width in (None, 19):
+        assert wrapped("size  8 bytes of 16", width) == "size  8 bytes of 16"
 
 
 def test_wide_cells_widen_their_column_and_no_line_ends_in_spaces() -> None:
