@@ -58,6 +58,9 @@ _MADE_OF_OTHERS = ("relinearize",)
 """Stages whose steps are other stages and trials: those have the seconds."""
 
 
+_UNEVEN = ("load",)
+"""Stages whose steps differ so much that the last ones say nothing about the next."""
+
 _SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal: how long a stage may be silent before its next step is a line."""
 
@@ -68,8 +71,9 @@ _BAR_WIDTH, _NOTE_WIDTH = 58, 80
 class Bars:
     """One progress bar per stage on a terminal; elsewhere lines, a few a minute at most.
 
-    A bar has the seconds that its stage took and an estimate of those that are left, see
-    `alphaquant.studies.progress`. Counts and times need 49 columns.
+    A bar has the seconds that its stage took and an estimate of those that are left in it, see
+    `alphaquant.studies.progress`; how long stages take that have not begun is not known. Counts
+    and times need 49 columns.
     """
 
     def __init__(self) -> None:
@@ -150,7 +154,8 @@ class Bars:
             seconds = f"{self._times.seconds[stage]:.1f} s"
             parts = [counts, "" if stage in _MADE_OF_OTHERS else seconds]
         elif now - (self._last_line or 0.0) >= _SECONDS_BETWEEN_LINES:
-            parts = [counts, self._elapsed_text(stage), self._remaining_text(stage)]
+            left = self._remaining_text(stage)
+            parts = [counts, self._elapsed_text(stage), left and f"{left} in this stage"]
         else:
             return
         self._last_line = now
@@ -163,7 +168,7 @@ class Bars:
 
     def _remaining_text(self, stage: str) -> str:
         seconds = self._times.remaining_with_others(stage, time.monotonic())
-        if seconds is None or stage in _MADE_OF_OTHERS:
+        if seconds is None or stage in _MADE_OF_OTHERS + _UNEVEN:
             return ""
         return f"{duration_text(seconds)} left"
 

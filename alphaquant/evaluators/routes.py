@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.data import token_digest
+from alphaquant.quant.bank import Progress
 from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.models import device_of, find_layers, known_layouts
 from alphaquant.quant.modules import PackedExperts, PackedLinear
@@ -154,26 +155,34 @@ def route_batches(
         yield _route_batch(body, sites, batch.to(device))
 
 
-def keep_routes(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Routes:
+def keep_routes(
+    model: nn.Module,
+    tokens: Tensor,
+    batch_size: int = 8,
+    progress: Progress = lambda stage, done, total: None,
+) -> Routes:
     """Run a model over windows and keep its routes.
 
     Args:
         model: as in `route_batches`; its routers' logits must be known.
         tokens: int64 [N, T].
         batch_size: windows per forward pass.
+        progress: called with ("scores", windows done, windows).
 
     Raises:
         ModelError: as `route_batches`, or the logits of a router are not known.
     """
     sizes = {site.name: site.n_experts for site in find_routed(model)}
-    batches = tuple(
-        tuple(
-            KeptRoutes(routes.expert_ids.to("cpu", torch.int16), pack(known_log_probs(routes)))
-            for routes in batch
-        )
-        for batch in route_batches(model, tokens, batch_size)
-    )
-    return Routes(sizes, batches, batch_size, token_digest(tokens))
+    batches = []
+    for batch in route_batches(model, tokens, batch_size):
+        batches.append(tuple(map(_kept, batch)))
+        progress("scores", min(batch_size * len(batches), len(tokens)), len(tokens))
+    return Routes(sizes, tuple(batches), batch_size, token_digest(tokens))
+
+
+def _kept(routes: LayerRoutes) -> KeptRoutes:
+    """The routes of a layer as they are kept."""
+    return KeptRoutes(routes.expert_ids.to("cpu", torch.int16), pack(known_log_probs(routes)))
 
 
 def pack(log_probs: Tensor) -> Tensor:

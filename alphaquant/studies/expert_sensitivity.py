@@ -25,7 +25,7 @@ from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.sources import Source, find_device, load_source, read_text
+from alphaquant.studies.sources import SOURCE_STEPS, Source, find_device, load_source, read_text
 from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.tables import fitted, wrapped
@@ -106,8 +106,14 @@ def measure_expert_sensitivity(
     """
     names = measured_formats(spec.format, spec.against)
     check_sources({"calibration": spec.calibration}, spec.bos)
-    progress("load", 0, 1)
-    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    n_steps = SOURCE_STEPS + 1
+    progress("load", 0, n_steps)
+    source = load_source(
+        spec.model,
+        find_device(spec.device),
+        spec.dtype,
+        lambda n_done: progress("load", n_done, n_steps),
+    )
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
     calibration = read_text(
@@ -119,7 +125,7 @@ def measure_expert_sensitivity(
         spec.seed,
         spec.bos,
     )
-    progress("load", 1, 1)
+    progress("load", n_steps, n_steps)
     bank = fill_source_bank(source, calibration, names, spec.quant, spec.cache, progress)
     settings = CostSettings(spec.seed, spec.n_draws)
     table = measure_costs(source.map, bank, calibration.tokens, names, settings, progress=progress)

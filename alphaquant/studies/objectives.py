@@ -25,8 +25,10 @@ from alphaquant.evaluators.harness_tasks import HarnessRequest
 from alphaquant.evaluators.latency import LatencyEvaluator, read_latency_table
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
+from alphaquant.quant.bank import Progress
 from alphaquant.quant.sites import ModelMap
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
+from alphaquant.studies.progress import no_progress
 from alphaquant.studies.spec import ScoreSpec
 
 ALWAYS = ("bits", "kl")
@@ -166,7 +168,11 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan
 
 
 def open_scores(
-    plan: ScorePlan, model_map: ModelMap, tokens: Tensor, active_share: Mapping[str, float]
+    plan: ScorePlan,
+    model_map: ModelMap,
+    tokens: Tensor,
+    active_share: Mapping[str, float],
+    progress: Progress = no_progress,
 ) -> Scorer:
     """Make the evaluators of a plan.
 
@@ -175,6 +181,7 @@ def open_scores(
         model_map: the original model, its weights in place.
         tokens: int64 [N, T], windows of the evaluation text.
         active_share: matrix name -> share of tokens that reach it, of routed experts.
+        progress: called with ("scores", windows done, windows) where the original is run.
 
     Raises:
         ModelError: the model has no routed experts, and drift or utilization is asked for.
@@ -182,7 +189,8 @@ def open_scores(
     made: list[Evaluator] = []
     for name in plan.windows:
         if name == "drift":
-            made.append(RoutingDriftEvaluator(tokens, keep_routes(model_map.model, tokens)))
+            routes = keep_routes(model_map.model, tokens, progress=progress)
+            made.append(RoutingDriftEvaluator(tokens, routes))
         elif name == "utilization":
             made.append(UtilizationEvaluator(tokens))
         elif name == "footprint":

@@ -5,6 +5,7 @@ for every step that is missing.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from alphaquant.quant.bank import Progress
@@ -159,6 +160,10 @@ class StageClock:
         """See `Progress`: the stage that runs from now on, and how far it is."""
         self.times.record(stage, done, total, time.perf_counter())
         self.forward(stage, done, total)
+
+    def counted(self, stage: str, total: int) -> Callable[[int], None]:
+        """Progress of a stage for what knows only how many of its steps are done."""
+        return lambda done: self(stage, done, total)
 
     def shifted(self, offset: int, total: int) -> Progress:
         """Progress of one part of a stage: `offset` steps were done before it, of `total`."""

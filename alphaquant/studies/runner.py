@@ -52,6 +52,7 @@ from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sources import cache_dir, find_device, load_source, model_notes
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
+    LOAD_STEPS,
     Anchor,
     Inputs,
     Prepared,
@@ -104,18 +105,19 @@ def _search(
     spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial
 ) -> SearchResult:
     """The stages, in an output directory that no other process works on."""
-    clock("load", 0, 1)
-    source = load_source(spec.model, request.device, spec.dtype)
+    clock("load", 0, LOAD_STEPS)
+    steps = clock.counted("load", LOAD_STEPS)
+    source = load_source(spec.model, request.device, spec.dtype, steps)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, spec.constraints)
-    inputs = load_inputs(spec, source)
+    inputs = load_inputs(spec, source, clock)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
             logger.warning("%s", space.idle_budget)
         begin_study_note(study, study_note(spec, space.menu))
-        clock("load", 1, 1)
+        clock("load", LOAD_STEPS, LOAD_STEPS)
         prepared = prepare(spec, inputs, space, clock)
         run = _make_run(prepared, folder, study, clock, on_trial)
         for step in program_of(spec):

@@ -1,6 +1,7 @@
 """Names to things: models, devices, texts and the cache directory that a command line asks for."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from alphaquant.quant.loading import load_model, load_tokenizer, tokenizer_missi
 from alphaquant.quant.models import check_finite, map_model, weights_digest
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.source_files import carried_text, with_source
+
+SOURCE_STEPS = 3
+"""Steps of loading a model: its weights, what is in them, their digest."""
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
@@ -55,16 +59,30 @@ class Source:
         }
 
 
-def load_source(name: str, device: str, dtype: str) -> Source:
+def load_source(
+    name: str, device: str, dtype: str, on_step: Callable[[int], None] = lambda n_done: None
+) -> Source:
     """Load a model and its tokenizer.
+
+    Args:
+        name: `demo`, a directory or a hub id.
+        device: `cpu`, `cuda`, ...
+        dtype: of the computation.
+        on_step: called with the steps done of `SOURCE_STEPS`.
 
     Raises:
         ModelError: it cannot be found, read or quantized.
     """
     path = model_location(name)
-    model_map = with_source(map_model(load_model(path, device, dtype)), path)
+    model = load_model(path, device, dtype)
+    on_step(1)
+    model_map = with_source(map_model(model), path)
     check_finite(model_map)
-    return Source(name, model_map, load_tokenizer(path), weights_digest(model_map))
+    tokenizer = load_tokenizer(path)
+    on_step(2)
+    digest = weights_digest(model_map)
+    on_step(3)
+    return Source(name, model_map, tokenizer, digest)
 
 
 def model_notes(model_map: ModelMap) -> list[str]:

@@ -35,9 +35,12 @@ from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.objectives import ScorePlan, Scorer, open_scores, plan_scores
-from alphaquant.studies.progress import StageClock
-from alphaquant.studies.sources import Source, cache_dir, read_text
+from alphaquant.studies.progress import StageClock, no_progress
+from alphaquant.studies.sources import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec
+
+LOAD_STEPS = SOURCE_STEPS + 4
+"""Steps of loading: those of the model, three texts, the output directory with its study."""
 
 ANCHOR_WINDOWS = 64
 ANCHOR_TOP_K = 256
@@ -97,22 +100,27 @@ class Costs:
         return float(self.units.fisher[np.arange(len(chosen)), chosen].sum())
 
 
-def load_inputs(spec: SearchSpec, source: Source) -> Inputs:
+def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progress) -> Inputs:
     """Find the scores that are asked for, read the three texts, check that they share nothing.
+
+    Args:
+        spec: what was asked.
+        source: the model.
+        progress: called with ("load", steps done, `LOAD_STEPS`) after each text.
 
     Raises:
         ConfigError: a score that does not exist.
         DataError: a text cannot be found, is too short or overlaps with another.
     """
     data, scores = spec.data, plan_scores(spec.scores, source.tokenizer, spec.data.bos)
-    texts = [
-        read_text(source, text, role, n_samples, data.seq_len, spec.seed, data.bos)
-        for text, role, n_samples in (
-            (data.calibration, "calibration", data.n_calibration),
-            (data.evaluation, "search", data.n_evaluation),
-            (data.heldout, "heldout", data.n_heldout),
-        )
-    ]
+    texts: list[TokenSet] = []
+    for text, role, n_samples in (
+        (data.calibration, "calibration", data.n_calibration),
+        (data.evaluation, "search", data.n_evaluation),
+        (data.heldout, "heldout", data.n_heldout),
+    ):
+        texts.append(read_text(source, text, role, n_samples, data.seq_len, spec.seed, data.bos))
+        progress("load", SOURCE_STEPS + len(texts), LOAD_STEPS)
     for i, a in enumerate(texts):
         for b in texts[i + 1 :]:
             check_disjoint(a, b)
@@ -325,10 +333,11 @@ def open_scorer(prepared: Prepared, clock: StageClock) -> Scorer:
     source, table, plan = prepared.inputs.source, prepared.costs.table, prepared.inputs.scores
     if not plan.measured:
         return Scorer(plan)
-    clock("scores", 0, 1)
+    tokens = prepared.teachers.evaluation.tokens.tokens
+    clock("scores", 0, len(tokens))
     shares = dict(zip(table.matrices, table.active_share.tolist(), strict=True))
-    scorer = open_scores(plan, source.map, prepared.teachers.evaluation.tokens.tokens, shares)
-    clock("scores", 1, 1)
+    scorer = open_scores(plan, source.map, tokens, shares, clock)
+    clock("scores", len(tokens), len(tokens))
     return scorer
 
 

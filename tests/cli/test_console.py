@@ -180,10 +180,16 @@ def test_long_stage_is_a_line_at_the_first_step_after_half_a_minute(
             now[0] = 12.0 * done
             display("gate", done, 8)
     assert capsys.readouterr().err.splitlines() == [
-        "held-out comparison: 3 of 8, 0:36, 1:00 left",
-        "held-out comparison: 6 of 8, 1:12, 0:24 left",
+        "held-out comparison: 3 of 8, 0:36, 1:00 left in this stage",
+        "held-out comparison: 6 of 8, 1:12, 0:24 left in this stage",
         "held-out comparison: 8 of 8, 96.0 s",
     ]
+    with Bars() as display:
+        for done in range(3):
+            now[0] += 40.0
+            display("load", done, 6)
+    said = capsys.readouterr().err
+    assert "load model and texts: 1 of 6, 0:40\n" in said  # steps that differ foretell nothing
 
 
 @pytest.mark.parametrize(

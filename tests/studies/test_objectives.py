@@ -121,7 +121,12 @@ def test_a_trial_has_the_drift_that_its_weights_have(drifting: SearchResult) -> 
     spec = drifting.spec
     source = load_source(spec.model, "cpu", "auto")
     tokens = load_inputs(spec, source).evaluation.tokens
-    evaluator = RoutingDriftEvaluator(tokens, keep_routes(source.map.model, tokens))
+    calls: list[tuple[str, int, int]] = []
+    routes = keep_routes(source.map.model, tokens, 4, lambda *call: calls.append(call))
+    assert calls == [
+        ("scores", min(n, len(tokens)), len(tokens)) for n in range(4, len(tokens) + 4, 4)
+    ]
+    evaluator = RoutingDriftEvaluator(tokens, routes)
     row = max(drifting.rows, key=lambda r: r.extra["router_kl"])
     assignment = drifting.folder.load_assignment(row.digest)
     assert row.extra["router_kl"] > 0

@@ -9,6 +9,7 @@ from torch import nn
 
 from alphaquant.errors import DataError, ModelError
 from alphaquant.studies.sources import (
+    SOURCE_STEPS,
     cache_dir,
     find_device,
     load_source,
@@ -68,7 +69,9 @@ def test_demo_is_the_embedded_model_and_anything_else_is_itself() -> None:
 
 
 def test_source_says_what_it_is_and_runs_as(tiny: Path) -> None:
-    source = load_source(str(tiny), "cpu", "auto")
+    steps: list[int] = []
+    source = load_source(str(tiny), "cpu", "auto", steps.append)
+    assert steps == list(range(1, SOURCE_STEPS + 1))
     assert source.runs_as == "float32-cpu"
     assert source.facts() == {
         "model": str(tiny),

@@ -21,6 +21,7 @@ from alphaquant.studies.sources import load_source
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
     ANCHOR_TOP_K,
+    LOAD_STEPS,
     Anchor,
     Inputs,
     Prepared,
@@ -61,7 +62,9 @@ def test_texts_have_their_roles_and_counts(inputs: Inputs, spec: SearchSpec) -> 
         "heldout": 6,
     }
     assert inputs.digests()["heldout_text"] == inputs.heldout.digest
-    other = load_inputs(replace(spec, seed=1), inputs.source)
+    calls: list[tuple[str, int, int]] = []
+    other = load_inputs(replace(spec, seed=1), inputs.source, lambda *call: calls.append(call))
+    assert calls == [("load", n, LOAD_STEPS) for n in range(LOAD_STEPS - 3, LOAD_STEPS)]
     assert other.digests()["evaluation_text"] != inputs.digests()["evaluation_text"]
 
 
