@@ -42,8 +42,9 @@ def test_weights_are_not_needed(inspect: Any, config: str, tiny: Path, tmp_path:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((tiny / "config.json").read_text())
-    whole = inspect(config, "--model", str(tiny))[1]
-    assert inspect(config, "--model", str(bare))[1].replace(str(bare), str(tiny)) == whole
+    whole, shown = (inspect(config, "--model", str(model))[1] for model in (tiny, bare))
+    # Where lines break depends on the lengths of the paths.
+    assert shown.replace(str(bare), str(tiny)).split() == whole.split()
 
 
 @pytest.mark.parametrize(
