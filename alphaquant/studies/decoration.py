@@ -8,7 +8,7 @@ from optuna_dashboard import save_plotly_graph_object
 
 from alphaquant.studies.notes import save_study_note, study_note
 from alphaquant.studies.plots import figures
-from alphaquant.studies.report_sections import config_name, winner_text
+from alphaquant.studies.report_sections import config_name, stop_text, winner_text
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.tables import markdown, with_error
 
@@ -34,7 +34,7 @@ def decorate(study: optuna.Study, result: SearchResult) -> None:
         optuna.exceptions.OptunaError: the storage is unreachable.
     """
     winner = winner_text(result)
-    found = f"{winner[0].upper()}{winner[1:]}.\n\n{_front_table(result)}"
+    found = f"{winner[0].upper()}{winner[1:]}.\n\n{_front_table(result)}\n\n{stop_text(result)}"
     save_study_note(study, study_note(result.spec, result.space.menu, found))
     for name, figure in figures(result).items():
         card = _as_card(figure, _TITLES.get(name, name))

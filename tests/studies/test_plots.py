@@ -64,22 +64,22 @@ def test_published_points_are_those_of_front_json(found: SearchResult) -> None:
     assert list(best.x) == [front_json(found)["best"]["bits_per_weight"]]
 
 
-def test_every_row_of_the_gate_is_drawn_once_on_held_out_text(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
+def test_every_row_of_the_gate_is_drawn_once_on_held_out_text(long: SearchResult) -> None:
+    front = figures(long)["front"]
     drawn = points(front, ("uniform formats", "withheld", PUBLISHED))
-    rows = front_json(swept)["heldout"]
+    rows = front_json(long)["heldout"]
     assert sorted(drawn) == sorted((r["bits_per_weight"], r["kl"]) for r in rows)
 
 
-def test_every_trial_is_drawn_once_on_evaluation_text(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
-    assert sorted(points(front, TRIALS)) == sorted((r.bits_per_weight, r.kl) for r in swept.rows)
-    pruned = [(r.bits_per_weight, r.kl) for r in swept.rows if r.is_pruned]
+def test_every_trial_is_drawn_once_on_evaluation_text(long: SearchResult) -> None:
+    front = figures(long)["front"]
+    assert sorted(points(front, TRIALS)) == sorted((r.bits_per_weight, r.kl) for r in long.rows)
+    pruned = [(r.bits_per_weight, r.kl) for r in long.rows if r.is_pruned]
     assert pruned and sorted(points(front, ("ended early",))) == sorted(pruned)
 
 
-def test_the_two_texts_have_axes_of_their_own(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
+def test_the_two_texts_have_axes_of_their_own(long: SearchResult) -> None:
+    front = figures(long)["front"]
     held = {"best uniform of at most the size", "uniform formats", "withheld", PUBLISHED}
     for drawn in front.data:
         is_held = drawn.name in held | {"best.json"}

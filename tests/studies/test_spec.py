@@ -40,7 +40,6 @@ def test_how_long_and_where_are_no_facts(field: str, value: Any) -> None:
         ("profile", "vllm"),
         ("mode", "groups"),
         ("grouping", "utilization"),
-        ("sweep", "never"),
         ("allocator", "fisher"),
         ("max_formats_per_layer", 2),
         ("layer_minimum_bits", 3.0),
@@ -74,8 +73,7 @@ def test_a_budget_in_other_words_is_the_same_search() -> None:
         ({"timeout": -1.0}, "timeout is -1.0; use 0 or more"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"n_draws": 0}, "n_draws is 0"),
-        ({"mode": "manual"}, "mode 'manual' is not known; use one of auto, knobs, groups"),
-        ({"sweep": "often"}, "sweep 'often' is not known; use one of auto, always, never"),
+        ({"mode": "manual"}, "mode 'manual' is not known; use one of knobs, groups"),
         ({"quant": QuantSettings(sequential=True)}, "use it with aq-quantize"),
     ],
 )
