@@ -2,8 +2,8 @@
 
 The rule has the form of Optuna's terminators (Makarova et al., Automatic termination for
 hyperparameter optimization, 2022): stop where the room for improvement is less than the error of
-the measurement. Theirs are not used: optuna.terminator is deprecated since 4.9, goes with 6, and is
-for studies of one objective. Here the room is taken from the trials themselves:
+the measurement. Theirs are not used: optuna.terminator is deprecated since 4.9, goes with 6, and
+is for studies of one objective. Here the room is taken from the trials themselves:
 
     lead    how far the lowest KL, if a sampled trial has it, is below the lowest of all others
     room    lead * ROUND / n: if the sampled trials could have come in any order, the last of them
