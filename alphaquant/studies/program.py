@@ -124,12 +124,12 @@ def run_uniform(run: Run) -> None:
     """The uniform formats that can win: of those that fit, the ones of least predicted cost."""
     space, predicted = run.proposer.space, run.proposer.base_cost.sum(axis=0)
     fitting = [
-        (predicted[column], name)
+        column
         for column, name in enumerate(space.menu)
         if uniform_fits(space, name) and run.proposer.keeps_uniform(name)
     ]
-    for _, name in sorted(fitting)[:N_UNIFORM]:
-        run.fixed(run.proposer.uniform(name))
+    for column in sorted(sorted(fitting, key=lambda column: predicted[column])[:N_UNIFORM]):
+        run.fixed(run.proposer.uniform(space.menu[column]))
 
 
 def run_default(run: Run) -> None:

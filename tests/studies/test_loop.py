@@ -69,7 +69,7 @@ def test_trial_of_another_program_is_refused(make_run: MakeRun) -> None:
     first = make_run()
     with_choice(first, 0)
     second = make_run(study=first.loop.study)
-    with pytest.raises(StoreError, match="trial 0 .*'knobs' where this version has 'uniform:int3"):
+    with pytest.raises(StoreError, match="trial 0 .*'knobs' where this version has 'uniform:int2"):
         carry_out(second)
 
 

@@ -41,6 +41,7 @@ def test_how_long_and_where_are_no_facts(field: str, value: Any) -> None:
         ("mode", "groups"),
         ("grouping", "utilization"),
         ("allocator", "fisher"),
+        ("allocators", "pmq"),
         ("max_formats_per_layer", 2),
         ("layer_minimum_bits", 3.0),
         ("active_budget", "1MiB"),
