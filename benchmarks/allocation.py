@@ -3,9 +3,8 @@
 One model, one evaluator, one held-out text. All allocators choose from one bank; the peers bring
 their own quantized weights. For each budget:
 
-    allocators   each published and plain one over the bank; evolution with as many evaluations as
-                 a search has
-    stages       the best assignment of a search after each of its stages, sweep included
+    allocators   each published and plain one over the bank; evolution with `--evaluations`
+    stages       the best assignment of a search after each of its stages
     ours         `best.json` of the search, quantized anew to a packed checkpoint and loaded again;
                  its bytes are those of the file
     peers        AutoScheme with RTN and with AutoRound's 200 iterations, ModelOpt auto_quantize;
@@ -273,6 +272,8 @@ def run_search(bench: Bench, budget: float, folder: Path) -> None:
         "winner": found.gate.winner,
         "stages": [asdict(gain) for gain in stage_gains(found.rows, found.limit)],
         "probe": None if found.probe is None else asdict(found.probe),
+        "n_trials": len(found.rows),
+        "stopped": found.stopped,
         "n_measured": found.n_measured,
         "n_passes": found.n_passes,
         "largest_gap": max((r.gap or 0.0) for r in found.rows),
@@ -383,7 +384,6 @@ def make_spec(args: argparse.Namespace, folder: Path) -> SearchSpec:
         model=args.model,
         budget=f"{args.budgets[0]}bits",
         trials=args.trials,
-        sweep=args.sweep,
         data=replace(BOOKS, heldout=args.heldout, seq_len=args.seq_len),
         out=folder / "search",
         cache=args.cache or folder / "cache",
@@ -397,8 +397,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, help="tokens per window")
     parser.add_argument("--heldout", default="demo")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--trials", type=int, default=48)
-    parser.add_argument("--sweep", default="always")
+    parser.add_argument("--trials", type=int, help="of a search; its own rule by default")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to run")
     parser.add_argument("--evaluations", type=int, default=60, help="of evolution")
     parser.add_argument("--peer-python", help="interpreter that has the peers")

@@ -39,11 +39,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "costs": "costs of formats",
         "study": "study",
         "probe": "random assignments",
-        "sweep": "sweep of blocks",
-        "relinearize": "costs measured anew",
-        "anchor": "costs at the best",
         "scores": "original's scores",
-        "polish": "measured exchanges",
         "evolution": "evolution: passes",
         "gate": "held-out comparison",
         "report": "report",
@@ -53,10 +49,6 @@ STAGES: Mapping[str, str] = MappingProxyType(
     }
 )
 """What people read for each stage that reports progress, at most 20 characters."""
-
-_MADE_OF_OTHERS = ("relinearize",)
-"""Stages whose steps are other stages and trials: those have the seconds."""
-
 
 _UNEVEN = ("load",)
 """Stages whose steps differ so much that the last ones say nothing about the next."""
@@ -151,8 +143,7 @@ class Bars:
             if stage in self._ended:
                 return
             self._ended.add(stage)
-            seconds = f"{self._times.seconds[stage]:.1f} s"
-            parts = [counts, "" if stage in _MADE_OF_OTHERS else seconds]
+            parts = [counts, f"{self._times.seconds[stage]:.1f} s"]
         elif now - (self._last_line or 0.0) >= _SECONDS_BETWEEN_LINES:
             left = self._remaining_text(stage)
             parts = [counts, self._elapsed_text(stage), left and f"{left} in this stage"]
@@ -162,13 +153,11 @@ class Bars:
         say(", ".join(part for part in parts if part), sys.stderr)
 
     def _elapsed_text(self, stage: str) -> str:
-        if stage in _MADE_OF_OTHERS:
-            return ""
         return duration_text(self._times.elapsed(stage, time.monotonic()))
 
     def _remaining_text(self, stage: str) -> str:
         seconds = self._times.remaining_with_others(stage, time.monotonic())
-        if seconds is None or stage in _MADE_OF_OTHERS + _UNEVEN:
+        if seconds is None or stage in _UNEVEN:
             return ""
         return f"{duration_text(seconds)} left"
 

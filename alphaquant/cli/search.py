@@ -53,28 +53,26 @@ ProfileName = Annotated[
 Mode = Annotated[
     str,
     typer.Option(
-        help="auto: sweep where needed, refinement, then sampled knobs of the allocator; knobs: "
-        "sampled knobs alone; groups: sampled formats of groups of units."
+        help="What is sampled: knobs of the allocator, or groups: formats of groups of units."
     ),
 ]
 Grouping = Annotated[
     str,
     typer.Option(help="Units that share a format in mode groups: layer (and role), utilization."),
 ]
-Sweep = Annotated[
-    str,
-    typer.Option(
-        help="Sweep between blocks on the true divergence: always, never, or auto: where the "
-        "costs of random assignments rank unlike their divergence."
-    ),
-]
 AllocatorName = Annotated[
     str | None,
     typer.Option(
         "--allocator",
         help="Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, "
-        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; all "
-        "but random and evolution by default.",
+        "error, utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution.",
+    ),
+]
+AllocatorNames = Annotated[
+    str,
+    typer.Option(
+        help="Allocators among the first trials, of the same names, comma-separated; all: every "
+        "published and plain one but random and evolution; none by default."
     ),
 ]
 MaxFormats = Annotated[
@@ -95,9 +93,11 @@ ActiveBudget = Annotated[
     ),
 ]
 Trials = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, help="Assignments to evaluate, planned ones (uniform, allocators) included."
+        min=1,
+        help="Assignments to evaluate, planned ones included; by default as many as the gain that "
+        "is still expected is worth, 48 at most.",
     ),
 ]
 Timeout = Annotated[
@@ -166,14 +166,14 @@ def command(
     model: Model = "demo",
     formats: Formats = "auto",
     profile: ProfileName = "any",
-    mode: Mode = "auto",
+    mode: Mode = "knobs",
     grouping: Grouping = "layer",
-    sweep: Sweep = "auto",
     allocator: AllocatorName = None,
+    allocators: AllocatorNames = "",
     max_formats_per_layer: MaxFormats = None,
     layer_minimum_bits: LayerMinimum = None,
     active_budget: ActiveBudget = None,
-    trials: Trials = 48,
+    trials: Trials = None,
     timeout: Timeout = None,
     seed: Seed = 0,
     calibration: Calibration = _DEMO_TEXT,
@@ -229,8 +229,8 @@ def command(
             profile=profile,
             mode=mode,
             grouping=grouping,
-            sweep=sweep,
             allocator=allocator,
+            allocators=allocators,
             max_formats_per_layer=max_formats_per_layer,
             layer_minimum_bits=layer_minimum_bits,
             active_budget=active_budget,

@@ -194,12 +194,6 @@ def shuffled(windows: TokenSet) -> TokenSet:
     return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
 
 
-def first_windows(windows: TokenSet, n_samples: int) -> TokenSet:
-    """The first windows of a set, all if there are fewer."""
-    tokens, domains = windows.tokens[:n_samples], windows.domains[:n_samples]
-    return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
-
-
 def check_disjoint(a: TokenSet, b: TokenSet) -> None:
     """Refuse two sets that have text in common.
 

@@ -43,7 +43,7 @@ class Range:
     is_log: bool = False
 
 
-_SHARES = ("error_weight", "token_weight", "sweep_strength")
+_SHARES = ("error_weight", "token_weight")
 
 UNSEEN_TOKENS = 3.0
 """95 % upper bound on the mean of a count that was seen to be zero (the rule of three)."""
@@ -58,7 +58,6 @@ KNOB_RANGES: dict[str, Range] = {
     "depth_slope": Range(-1.0, 1.0),
     "edge_multiplier": Range(0.5, 2.0, is_log=True),
     "shared_multiplier": Range(0.5, 2.0, is_log=True),
-    "sweep_strength": Range(0.0, 1.0),
 }
 """What `suggest_knobs` searches besides `bits`."""
 
@@ -79,8 +78,6 @@ class Knobs:
         depth_slope: log of the last layer's weight over the first's.
         edge_multiplier: weight of the first and last layer.
         shared_multiplier: weight of shared experts and dense MLPs relative to w13.
-        sweep_strength: exponent of the weights that a sweep on the true divergence found, 0 to 1;
-            without a sweep it plays no part.
     """
 
     bits: float
@@ -93,7 +90,6 @@ class Knobs:
     depth_slope: float = 0.0
     edge_multiplier: float = 1.0
     shared_multiplier: float = 1.0
-    sweep_strength: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no formula above can take.

@@ -1,4 +1,4 @@
-"""Pareto fronts: which points no other point beats, and the best one within a limit.
+"""Pareto fronts: which points no other point beats.
 
 All coordinates are minimized. A point is dominated if another one is nowhere larger and somewhere
 smaller; of equal points the first counts. Letters: N points, D coordinates.
@@ -7,7 +7,7 @@ smaller; of equal points the first counts. Letters: N points, D coordinates.
 import numpy as np
 import numpy.typing as npt
 
-from alphaquant.errors import BudgetError, ConfigError
+from alphaquant.errors import ConfigError
 from alphaquant.search.arrays import BoolArray, FloatArray
 
 
@@ -50,26 +50,6 @@ def nondominated_reference(points: FloatArray) -> BoolArray:
         is_earlier = np.arange(len(points)) < n
         keep[n] = not (is_no_larger & (is_smaller | is_earlier)).any()
     return keep
-
-
-def best_within(bits: npt.ArrayLike, values: npt.ArrayLike, limit: float) -> int:
-    """The index of the least value within a limit; equal values prefer fewer bits, then the first.
-
-    Args:
-        bits: [N], in the unit of the limit.
-        values: [N], minimized.
-        limit: most bits allowed.
-
-    Raises:
-        BudgetError: no point is within the limit.
-    """
-    stored, scores = np.asarray(bits, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    fitting = np.flatnonzero(stored <= limit)
-    if not fitting.size:
-        least = f"{stored.min():g} is the least" if stored.size else "there is none"
-        raise BudgetError(f"no point within {limit:g} bits; {least}, so raise the limit")
-    order = np.lexsort((fitting, stored[fitting], scores[fitting]))
-    return int(fitting[order[0]])
 
 
 def _nondominated_pairs(points: FloatArray) -> BoolArray:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, achievable_range, check_reachable, idle_text
 from alphaquant.spaces.profiles import (
     Profile,
     allowed_formats,
-    is_loadable,
     narrow_menu,
     units_of,
 )
@@ -61,19 +59,6 @@ class SearchSpace:
     def allowed(self, unit: Unit) -> tuple[str, ...]:
         """Names of the menu's formats that the profile loads for a unit; never empty."""
         return allowed_formats(unit, self.menu, self.profile)
-
-    def is_feasible(self, assignment: Assignment) -> bool:
-        """Whether an assignment is within the budget and can be loaded.
-
-        The menu does not count, so that a baseline in another format can be compared.
-        """
-        for unit in self.units:
-            names = {assignment.formats[matrix.name] for matrix in unit.matrices}
-            if len(names) > 1:
-                return False
-            if not is_loadable(unit, assignment.format_of(unit.matrices[0].name), self.profile):
-                return False
-        return assignment.storage_bits(self.inventory) <= self.limit_bits
 
 
 def make_space(

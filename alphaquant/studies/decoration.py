@@ -9,6 +9,7 @@ from optuna_dashboard import save_plotly_graph_object
 from alphaquant.studies.front import front_rows
 from alphaquant.studies.notes import save_study_note, study_note
 from alphaquant.studies.plots import figures
+from alphaquant.studies.report_sections import stop_text
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.tables import markdown
 from alphaquant.studies.verdict import headline, winner_text
@@ -36,7 +37,8 @@ def decorate(study: optuna.Study, result: SearchResult) -> None:
         optuna.exceptions.OptunaError: the storage is unreachable.
     """
     said = (headline(result).text, winner_text(result))
-    found = "\n\n".join([*(f"{t[0].upper()}{t[1:]}." for t in said), _front_table(result)])
+    sentences = [f"{text[0].upper()}{text[1:]}." for text in said]
+    found = "\n\n".join([*sentences, _front_table(result), stop_text(result)])
     save_study_note(study, study_note(result.spec, result.space.menu, found))
     for name, figure in figures(result).items():
         card = _as_card(figure, _TITLES.get(name, name))

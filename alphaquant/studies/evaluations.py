@@ -1,7 +1,7 @@
 """Every measurement that searches paid for, kept in a file and never repeated.
 
 One line of JSON per measured batch of windows, appended as it comes; a line that a kill cut short
-is dropped. Races, sweeps and trials all read from here first, so a search that was stopped goes
+is dropped. Races, probes and trials all read from here first, so a search that was stopped goes
 through its steps again without running the model, and searches of other budgets start from what
 was measured before. The file lies beside the bank that the weights are from; its name carries the
 text. Where two processes measured the same windows, the first line counts.

@@ -25,6 +25,7 @@ from alphaquant.studies.objective import Measured, SearchObjective
 from alphaquant.studies.objectives import Scorer
 from alphaquant.studies.pruning import is_hopeless
 from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.stopping import MOST_TRIALS
 from alphaquant.studies.storage import (
     TrialRow,
     find_duplicate,
@@ -34,6 +35,9 @@ from alphaquant.studies.storage import (
 )
 
 logger = logging.getLogger(__name__)
+
+N_LEAST_EXPECTED = 16
+"""Trials that a search without a given number is first expected to have."""
 
 OnTrial = Callable[[TrialRow], None]
 
@@ -100,18 +104,51 @@ class TrialLoop:
             )
 
     @property
+    def most_trials(self) -> int:
+        """Trials at most: as many as were asked for, else `MOST_TRIALS`."""
+        return MOST_TRIALS if self.spec.trials is None else self.spec.trials
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a rule may end the search: no number of trials was given."""
+        return self.spec.trials is None
+
+    @property
+    def is_all_new(self) -> bool:
+        """Whether all trials of earlier runs were handed back."""
+        return len(self.rows) >= len(self._stored)
+
+    @property
     def is_over(self) -> bool:
         """Whether no further trial may run."""
-        n_done, n_stored = len(self.rows), len(self._stored)
-        if n_done < n_stored:
+        if not self.is_all_new:
             return False
-        if n_done >= self.spec.trials:
-            return True
-        late = self.spec.timeout is not None and self._seconds > self.spec.timeout
-        if late and n_done and not self._is_stopped:
-            logger.warning("timeout after %d of %d trials", n_done, self.spec.trials)
+        reason = self.limit_reason
+        if reason is not None and self._is_late and not self._is_stopped:
+            logger.warning("%s; trials so far: %d", reason, len(self.rows))
             self._is_stopped = True
-        return late and n_done > 0
+        return reason is not None
+
+    @property
+    def limit_reason(self) -> str | None:
+        """Which limit ends the search here, a sentence without an end; None where none does."""
+        if len(self.rows) >= self.most_trials:
+            asked = f"--trials asked for {self.spec.trials}"
+            return f"{MOST_TRIALS} are the most without --trials" if self.is_open else asked
+        return f"the timeout of {self.spec.timeout:g} s is over" if self._is_late else None
+
+    @property
+    def _is_late(self) -> bool:
+        """Whether the time is over; the first trial always runs."""
+        timeout = self.spec.timeout
+        return timeout is not None and self._seconds > timeout and len(self.rows) > 0
+
+    @property
+    def _n_expected(self) -> int:
+        """Trials in all, for whoever waits; one more at a time while a rule may end them."""
+        n_done = len(self.rows)
+        n_new = max(N_LEAST_EXPECTED, n_done + 1) if self.is_open else self.most_trials
+        return max(min(n_new, self.most_trials), len(self._stored), n_done)
 
     @property
     def _seconds(self) -> float:
@@ -136,8 +173,12 @@ class TrialLoop:
             row = self._measure(propose, fixed)
             self.on_trial(row)
         self.rows.append(row)
-        self.progress("study", len(self.rows), max(self.spec.trials, len(self._stored)))
+        self.progress("study", len(self.rows), self._n_expected)
         return row
+
+    def end(self) -> None:
+        """Say that there are no further trials."""
+        self.progress("study", len(self.rows), len(self.rows))
 
     def assignment(self, row: TrialRow) -> Assignment:
         """The assignment of a trial."""

@@ -26,10 +26,6 @@ _ORIGINS: Mapping[str, str] = {
     "uniform:FORMAT": "one format for every matrix, to compare with",
     "allocator:NAME": "the assignment that one allocation rule chooses within the budget",
     "level": "the solver's optimum at another size than the budget, for the front",
-    "sweep": "after a sweep over blocks of the model on the measured divergence",
-    "surrogate": "the optimum of costs that were fitted to the trials before",
-    "relinearize": "the optimum of costs that were measured anew at the best trial",
-    "polish": "the best trial after exchanges of formats between pairs of units",
     "knobs": "the solver's optimum of costs that Optuna's parameters bend",
     "groups": "formats that Optuna chose for groups of units",
 }

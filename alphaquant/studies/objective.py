@@ -12,9 +12,10 @@ from alphaquant.evaluators.divergence import (
     compare_predictions,
     measure_divergence,
 )
-from alphaquant.evaluators.suffix import SuffixModel
+from alphaquant.evaluators.perplexity import predict
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
+from alphaquant.quant.walk import batches_of
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.evaluations import EvaluationLog, first_windows
 
@@ -50,19 +51,17 @@ class Measured:
         return stderr
 
 
-@dataclass
+@dataclass(frozen=True)
 class Objective:
-    """Evaluates assignments on one model; counts the evaluations that ran the model.
+    """Evaluates assignments on one model.
 
     Attributes:
         swapper: the model.
         batch_size: windows per forward pass.
-        n_evaluations: how often the model ran over a text.
     """
 
     swapper: Swapper
     batch_size: int = 8
-    n_evaluations: int = field(default=0)
 
     def measure(self, assignment: Assignment, on: EvaluationSet) -> Measured:
         """Scores of an assignment on a text."""
@@ -72,7 +71,6 @@ class Objective:
     def divergence(self, assignment: Assignment, on: EvaluationSet) -> Divergence:
         """What `measure` summarizes, per window."""
         self.swapper.apply(assignment)
-        self.n_evaluations += 1
         return measure_divergence(
             self.swapper.model, on.tokens.tokens, on.teacher, batch_size=self.batch_size
         )
@@ -82,9 +80,8 @@ class Objective:
 class SearchObjective:
     """Evaluates assignments on the text that a search sees, as cheaply as it can.
 
-    What was measured before is read from the log; layers below the first one in which an
-    assignment differs from the incumbent are not run; a measurement can be of the first windows
-    only and go on later. Numbers depend on the assignment alone, not on the incumbent.
+    What was measured before is read from the log; a measurement can be of the first windows only
+    and go on later.
 
     Attributes:
         model_map: the model.
@@ -103,18 +100,11 @@ class SearchObjective:
     batch_size: int = 8
     n_evaluations: int = field(default=0)
     n_passes: float = field(default=0.0)
-    _incumbent: Assignment | None = field(default=None)
-    _remembered: Assignment | None = field(default=None)
-    _suffix: SuffixModel | None = field(default=None)
 
     @property
     def n_windows(self) -> int:
         """Windows of the text."""
         return len(self.on.tokens.tokens)
-
-    def accept(self, assignment: Assignment) -> None:
-        """Make an assignment the incumbent: the next ones differ from it in few layers."""
-        self._incumbent = assignment  # its hidden states are made when a measurement needs them
 
     def measure(self, assignment: Assignment, n_windows: int | None = None) -> Measured:
         """Scores over the first windows, rounded up to whole batches; None for all."""
@@ -128,48 +118,20 @@ class SearchObjective:
 
     def _run(self, assignment: Assignment, n_windows: int) -> None:
         """Measure the batches that are missing, up to `n_windows`."""
-        suffix, first_layer = self._ready(assignment)
         self.swapper.apply(assignment)
         first_batch = self.log.n_windows(assignment.digest) // self.batch_size
+        tokens = self.on.tokens.tokens
+        batches = batches_of(tokens, self.batch_size)[first_batch:]
         compared = compare_predictions(
-            suffix.predict(first_layer, first_batch),
-            self.on.tokens.tokens,
+            (predict(self.swapper.model, batch) for batch in batches),
+            tokens,
             self.on.teacher,
             batch_size=self.batch_size,
             first_batch=first_batch,
         )
-        share = (suffix.n_layers - first_layer) / suffix.n_layers
         self.n_evaluations += 1
         for part in compared:
             self.log.add(assignment.digest, part)
-            self.n_passes += share * len(part.kl) / self.n_windows
+            self.n_passes += len(part.kl) / self.n_windows
             if self.log.n_windows(assignment.digest) >= n_windows:
                 break
-
-    def _ready(self, assignment: Assignment) -> tuple[SuffixModel, int]:
-        """Hidden states to start from, and the first layer that has to run on them."""
-        if self._suffix is None or self._remembered is None:
-            self._remembered = self._incumbent or assignment
-            self.swapper.apply(self._remembered)
-            self._suffix = SuffixModel(self.model_map, self.on.tokens.tokens, self.batch_size)
-            self._count_remembering(0)
-        # Remembering costs as much as a measurement; it pays where lower layers are then spared.
-        incumbent = self._incumbent or self._remembered
-        if incumbent != self._remembered and self._first_change(incumbent, assignment) > 0:
-            first = self._first_change(self._remembered, incumbent)
-            self.swapper.apply(incumbent)
-            self._suffix.remember(first)
-            self._count_remembering(first)
-            self._remembered = incumbent
-        return self._suffix, self._first_change(self._remembered, assignment)
-
-    def _count_remembering(self, first_layer: int) -> None:
-        """Hidden states behind the last layer are not kept, so that one does not run."""
-        n_layers = len(self.model_map.layers)
-        self.n_passes += (n_layers - 1 - first_layer) / n_layers
-
-    def _first_change(self, old: Assignment, new: Assignment) -> int:
-        """The first layer in which two assignments differ, the last one if in none."""
-        matrices = self.model_map.inventory.matrices
-        changed = [m.layer for m in matrices if old.formats[m.name] != new.formats[m.name]]
-        return min(changed, default=len(self.model_map.layers) - 1)

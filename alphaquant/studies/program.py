@@ -1,96 +1,76 @@
 """The program of a search: which trials, in which order.
 
-    uniform      every uniform format of the menu that fits: a study never ends below uniform
+    uniform      the uniform formats that can win: a study never ends below uniform
     default      the theory's knobs at the budget
-    allocators   published and plain ones, where their inputs were measured
+    allocators   those that were asked for, published and plain ones
     levels       the default knobs at sizes over the whole menu: a front early
     probe        random assignments, measured on part of the text: do the costs rank as the truth?
-    sweep        lazy greedy steps between blocks on the true divergence, for all sizes; by default
-                 only where the probe finds that the costs are not to be trusted
-    surrogate    the costs, corrected per group by all that was measured so far
-    relinearize  costs measured anew at the best assignment so far
-    polish       exchanges of two units around the best, proposed by a surrogate
-    knobs        an Optuna sampler moves the allocator's knobs
+    knobs        an Optuna sampler moves the allocator's knobs, or
     groups       an Optuna sampler chooses a format per group of units
 
-A mode is a list of these. Each one is deterministic given the trials before it and what was
-measured, so running the program again repeats a search without running the model.
+Sampling ends where `alphaquant.studies.stopping` finds that more is not worth it. Each step is
+deterministic given the trials before it and what was measured, so running the program again
+repeats a search without running the model. What a step finds is its trials, in the loop, and what
+it returns.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from alphaquant.errors import BudgetError, ConfigError
-from alphaquant.evaluators.anchor import AnchorCosts
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.arrays import FloatArray, IntArray
-from alphaquant.search.blocks import BlockGrid, make_blocks
 from alphaquant.search.evolution import EvolutionSettings, evolve
 from alphaquant.search.groups import make_groups
 from alphaquant.search.knobs import Knobs, knob_params
-from alphaquant.search.polish import PolishSettings, polish
 from alphaquant.search.problem import Problem
 from alphaquant.search.sampler import PlannedTrial
-from alphaquant.search.surrogate import fit_group_weights
-from alphaquant.search.sweep import SweepPoint, SweepSettings, sweep
-from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.loop import Proposal, TrialLoop
 from alphaquant.studies.progress import StageClock
-from alphaquant.studies.result import Probe
+from alphaquant.studies.result import Probe, front_of
 from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.stopping import outlook, stagnation
 from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.trials import EVOLUTION, Proposer, uniform_fits
+from alphaquant.studies.trials import ALL_ALLOCATORS, EVOLUTION, Proposer, uniform_fits
 from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.studies.winner import best_of
 
 logger = logging.getLogger(__name__)
 
+N_UNIFORM = 3
+"""Uniform formats at most."""
+
 N_FRONT_LEVELS = 8
 N_PROBES = 30
 PROBE_WINDOWS = 16
-N_SWEEP_LEVELS = 12
-SWEEP_BELOW = 0.9
-"""Rank correlation of costs and truth below which a search sweeps by itself."""
-UPWARD_BELOW = 2.5
-"""Bits per weight of the budget up to which it also sweeps upward."""
-N_RELINEARIZATIONS = 2
 FREE_EVERY = 4
 
-MeasureAnchor = Callable[[Assignment], AnchorCosts]
-"""What it costs to change any unit of a quantized anchor."""
+_COVERED = ("uniform", "random", "blend")
+"""Allocators that other steps stand for: uniform formats, the probe, the default knobs."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What the steps of a program share.
+    """What the steps of a program share; none of them changes it.
 
     Attributes:
         spec: what was asked.
         proposer: rules to assignments.
         loop: runs trials.
         truth: measures choices outside of trials.
-        anchor_costs: costs at a quantized anchor.
         clock: told the step that runs.
-        weights: float64 [U], what a sweep found costs to be worth; 1 without one.
-        sweep: states of the sweep, both directions, by bits.
-        probe: the rank correlation of the costs.
     """
 
     spec: SearchSpec
     proposer: Proposer
     loop: TrialLoop
     truth: ChoiceTruth
-    anchor_costs: MeasureAnchor
     clock: StageClock
-    weights: FloatArray = field(default_factory=lambda: np.ones(0))
-    sweep: tuple[SweepPoint, ...] = ()
-    probe: Probe | None = None
 
     @property
     def problem(self) -> Problem:
@@ -105,34 +85,51 @@ class Run:
 
     def best(self) -> TrialRow:
         """The best trial within the budget, see `best_of`."""
+        return best_of(self.within_budget())
+
+    def within_budget(self) -> list[TrialRow]:
+        """The trials so far of at most the budget's bits."""
         limit = self.proposer.limit_bits / self.proposer.space.inventory.n_weights
-        return best_of([r for r in self.loop.rows if r.bits_per_weight <= limit])
-
-    def best_choice(self) -> IntArray:
-        """The best trial's choice; of those in formats of the menu."""
-        choice = self.proposer.choice(self.loop.assignment(self.best()))
-        assert choice is not None, "trials take formats of the menu"
-        return choice
-
-    def surrogate(self) -> FloatArray:
-        """The base cost corrected by all trials so far, float64 [U, F]."""
-        pairs = [(self.proposer.choice(self.loop.assignment(r)), r) for r in self.loop.rows]
-        known = [(c, r.kl) for c, r in pairs if c is not None and not r.is_pruned]
-        cost = self.proposer.base_cost
-        choices = np.stack([c for c, _ in known])
-        kl = np.array([value for _, value in known])
-        return cost * fit_group_weights(self.problem, cost, choices, kl)[:, None]
+        return [row for row in self.loop.rows if row.bits_per_weight <= limit]
 
 
-Step = Callable[[Run], None]
+@dataclass(frozen=True)
+class Findings:
+    """What a program found besides its trials.
+
+    Attributes:
+        stopped: why there were no more trials, a sentence without an end.
+        probe: how well the costs rank; None where no trial was left to run after it.
+    """
+
+    stopped: str
+    probe: Probe | None = None
+
+
+def run_program(run: Run) -> Findings:
+    """All steps of a search."""
+    run_uniform(run)
+    if run.spec.allocator is not None:
+        run_named_allocator(run)
+        return Findings(run.loop.limit_reason or "--allocator has no further trials")
+    run_default(run)
+    run_allocators(run)
+    run_levels(run)
+    probe = run_probe(run)
+    stopped = run_groups(run) if run.spec.mode == "groups" else run_knobs(run)
+    return Findings(stopped, probe)
 
 
 def run_uniform(run: Run) -> None:
-    """Every uniform format of the menu that fits the budget."""
-    space = run.proposer.space
-    for name in space.menu:
-        if uniform_fits(space, name):
-            run.fixed(run.proposer.uniform(name))
+    """The uniform formats that can win: of those that fit, the ones of least predicted cost."""
+    space, predicted = run.proposer.space, run.proposer.base_cost.sum(axis=0)
+    fitting = [
+        column
+        for column, name in enumerate(space.menu)
+        if uniform_fits(space, name) and run.proposer.keeps_uniform(name)
+    ]
+    for column in sorted(sorted(fitting, key=lambda column: predicted[column])[:N_UNIFORM]):
+        run.fixed(run.proposer.uniform(space.menu[column]))
 
 
 def run_default(run: Run) -> None:
@@ -141,11 +138,14 @@ def run_default(run: Run) -> None:
 
 
 def run_allocators(run: Run) -> None:
-    """Every allocator whose inputs were measured, but for those that other steps cover."""
-    for name in available(run.problem):
-        if name in ("uniform", "random", "blend"):
-            continue
-        proposal = run.proposer.allocator(name)
+    """The allocators of `--allocators`; `all` is those that no other step covers."""
+    names = run.spec.allocator_names
+    if names == (ALL_ALLOCATORS,):
+        names = tuple(n for n in available(run.problem) if n not in _COVERED)
+    for name in names:
+        if run.loop.is_over:
+            return
+        proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
         if proposal is None:
             kept = run.spec.constraints.text
             logger.warning("allocator %s is left out: its choice does not keep %s", name, kept)
@@ -159,7 +159,7 @@ def run_named_allocator(run: Run) -> None:
         ConfigError: its choice does not keep the side constraints.
     """
     name = run.spec.allocator
-    assert name is not None, "this program is that of --allocator"
+    assert name is not None, "this step is that of --allocator"
     proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
     if proposal is None:
         raise ConfigError(
@@ -175,10 +175,14 @@ def run_levels(run: Run) -> None:
         run.fixed(_at_or_none(run, run.proposer.base_cost, limit_bits, "level"))
 
 
-def run_probe(run: Run) -> None:
-    """Random assignments at the budget: the rank correlation of costs and truth."""
+def run_probe(run: Run) -> Probe | None:
+    """Random assignments at the budget: the rank correlation of costs and truth.
+
+    Returns:
+        None where no trial is left to run.
+    """
     if run.loop.is_over:
-        return
+        return None
     run.clock("probe", 0, N_PROBES)
     choices, limit = [], run.proposer.limit_bits
     for i in range(N_PROBES):
@@ -191,7 +195,7 @@ def run_probe(run: Run) -> None:
         run.clock("probe", done + 1, N_PROBES)
     tables = {**run.problem.costs, "default": run.proposer.base_cost}
     rows = np.arange(len(run.problem.units))
-    run.probe = Probe(
+    return Probe(
         N_PROBES,
         n_windows,
         {
@@ -206,36 +210,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     if min(len(set(first)), len(set(second))) < 2:
         return math.nan
     return float(spearmanr(first, second).statistic)
-
-
-def run_sweep(run: Run) -> None:
-    """A sweep in each direction; what it says at the budget and at the front's levels are trials.
-
-    Upward only for budgets where many units are at their cheapest, which a greedy walk from the
-    rich end reaches with the errors of all its steps.
-    """
-    if run.loop.is_over or not _wants_sweep(run):
-        return
-    proposer = run.proposer
-    grid = make_blocks(run.problem, proposer.base_cost, N_SWEEP_LEVELS)
-    directions = (1, -1) if proposer.bits_high <= UPWARD_BELOW else (1,)
-    n_steps = len(directions) * len(grid.blocks) * (N_SWEEP_LEVELS - 1)
-    run.clock("sweep", 0, n_steps)
-    points: list[SweepPoint] = []
-    for direction in directions:
-        for point in sweep(grid, run.truth, direction, SweepSettings()):
-            points.append(point)
-            run.clock("sweep", min(len(points), n_steps), n_steps)
-    run.sweep = tuple(sorted(points, key=lambda p: p.bits))
-    run.clock("sweep", n_steps, n_steps)
-    cost, limit = proposer.base_cost, proposer.limit_bits
-    n_weights = float(run.problem.n_weights.sum())
-    run.weights = sweep_weights(grid, run.sweep, limit, n_weights)
-    run.fixed(proposer.at(cost * run.weights[:, None], limit, "sweep"))
-    run.fixed(proposer.at(cost * np.sqrt(run.weights)[:, None], limit, "sweep"))
-    for limit in _front_limits(run):
-        weights = sweep_weights(grid, run.sweep, limit, n_weights)
-        run.fixed(_at_or_none(run, cost * weights[:, None], limit, "sweep"))
 
 
 def _front_limits(run: Run) -> list[int]:
@@ -255,136 +229,69 @@ def _at_or_none(run: Run, cost: FloatArray, limit_bits: int, origin: str) -> Pro
         return None
 
 
-def _wants_sweep(run: Run) -> bool:
-    """Whether to sweep: as asked, or where random assignments rank unlike their costs."""
-    if run.spec.sweep != "auto":
-        return run.spec.sweep == "always"
-    return run.probe is not None and run.probe.spearman["default"] < SWEEP_BELOW
-
-
-def sweep_weights(
-    grid: BlockGrid, points: tuple[SweepPoint, ...], limit_bits: int, n_weights: float
-) -> FloatArray:
-    """What the sweep's best state near a size says costs are worth, float64 [U].
-
-    Of the states next to the limit the one of least KL is taken; KL is compared at equal bits by a
-    factor of 4 per bit per weight, what halving the rounding step is worth.
-
-    Args:
-        grid: blocks and prices of the sweep.
-        points: its states, of both directions.
-        limit_bits: the size.
-        n_weights: weights of all units.
-    """
-    near = sorted(points, key=lambda p: abs(p.bits - limit_bits))[:4]
-
-    def at_limit(point: SweepPoint) -> float:
-        return float(point.kl.mean() * 4.0 ** ((point.bits - limit_bits) / n_weights))
-
-    return grid.unit_weights(min(near, key=at_limit).levels, 1.0)
-
-
-def run_surrogate(run: Run) -> None:
-    """The optimum of the costs as all trials so far correct them."""
-    if not run.loop.is_over:
-        run.fixed(run.proposer.at(run.surrogate(), run.proposer.limit_bits, "surrogate"))
-
-
-def run_relinearize(run: Run) -> None:
-    """Costs measured anew at the best assignment; repeated while its optimum is better."""
-    for round_ in range(N_RELINEARIZATIONS):
-        if run.loop.is_over:
-            return
-        run.clock("relinearize", round_, N_RELINEARIZATIONS)
-        before = run.best()
-        cost = run.anchor_costs(run.loop.assignment(before)).change
-        run.fixed(run.proposer.at(cost, run.proposer.limit_bits, "relinearize"))
-        if run.best().digest == before.digest:
-            break
-    run.clock("relinearize", N_RELINEARIZATIONS, N_RELINEARIZATIONS)
-
-
-def run_polish(run: Run) -> None:
-    """Measured exchanges around the best assignment."""
-    if run.loop.is_over or run.proposer.is_constrained:
-        return
-    settings = PolishSettings()
-    run.clock("polish", 0, settings.n_evaluations)
-    found = polish(
-        run.problem,
-        run.surrogate,
-        _CountedTruth(run.truth, lambda n: run.clock("polish", n, settings.n_evaluations)),
-        run.best_choice(),
-        run.proposer.limit_bits,
-        settings,
-    )
-    run.clock("polish", settings.n_evaluations, settings.n_evaluations)
-    run.fixed(Proposal(run.proposer.spread(found.choice), "polish"))
-
-
-@dataclass
-class _CountedTruth:
-    """The truth, told which candidate is measured.
-
-    Attributes:
-        truth: measures.
-        tell: called with the candidates that were measured before, the start left out.
-    """
-
-    truth: ChoiceTruth
-    tell: Callable[[int], None]
-    _seen: set[bytes] = field(default_factory=set)
-
-    @property
-    def n_windows(self) -> int:
-        """See `alphaquant.search.sweep.Truth`."""
-        return self.truth.n_windows
-
-    def measure(self, choice: IntArray, n_windows: int) -> FloatArray:
-        """Measure, and tell where the choice is another one."""
-        if choice.tobytes() not in self._seen:
-            self.tell(max(0, len(self._seen) - 1))
-            self._seen.add(choice.tobytes())
-        return self.truth.measure(choice, n_windows)
-
-    def accept(self, choice: IntArray) -> None:
-        """See `alphaquant.search.sweep.Truth`."""
-        self.truth.accept(choice)
-
-
-def run_knobs(run: Run) -> None:
+def run_knobs(run: Run) -> str:
     """Sampled knobs to the end; three of four at the full budget, the fourth fills the front.
 
     With side constraints all are at the full budget: smaller ones may leave nothing.
+
+    Returns:
+        Why it is the end.
     """
     pinned = {"bits": run.proposer.bits_high}
-    weights = run.weights if run.weights.size else np.ones(len(run.problem.units))
-    while not run.loop.is_over:
+    sampled: list[TrialRow] = []
+    while (reason := _end_of(run, sampled)) is None:
         is_free = len(run.loop.rows) % FREE_EVERY == 0 and not run.proposer.is_constrained
         params = {} if is_free else pinned
-        plan = PlannedTrial(params, {"origin": "knobs"})
-        run.loop.run(lambda trial: run.proposer.knobs(trial, weights), plan)
+        row = run.loop.run(run.proposer.knobs, PlannedTrial(params, {"origin": "knobs"}))
+        if row is not None and not is_free:
+            sampled.append(row)
+    return reason
 
 
-def run_groups(run: Run) -> None:
-    """Sampled formats per group to the end, from the optimum of the additive costs on."""
+def run_groups(run: Run) -> str:
+    """Sampled formats per group to the end, from the optimum of the additive costs on.
+
+    Returns:
+        Why it is the end.
+    """
     groups = make_groups(run.problem, run.spec.grouping)
     top = {n: len(o) - 1 for n, o in zip(groups.names, groups.options, strict=True)}
     params: Mapping[str, float] = dict(top)  # all open: the solver decides
-    while not run.loop.is_over:
+    sampled: list[TrialRow] = []
+    while (reason := _end_of(run, sampled)) is None:
         plan = PlannedTrial(params, {"origin": "groups"})
-        run.loop.run(lambda trial: run.proposer.groups(trial, groups), plan)
+        row = run.loop.run(lambda trial: run.proposer.groups(trial, groups), plan)
+        if row is not None and not params:
+            sampled.append(row)
         params = {}
+    return reason
+
+
+def _end_of(run: Run, sampled: Sequence[TrialRow]) -> str | None:
+    """Why no further trial is sampled; None where one is.
+
+    Rules are asked where no number of trials was given, and not before every trial of earlier runs
+    was handed back.
+    """
+    if run.loop.is_over:
+        return run.loop.limit_reason
+    if not run.loop.is_open or not run.loop.is_all_new:
+        return None
+    objectives = run.loop.scorer.plan.objectives
+    if objectives:
+        front = {row.number for row in front_of(run.loop.rows, objectives)}
+        return stagnation([row.number in front for row in sampled])
+    found = outlook(sampled, run.within_budget())
+    return found.text if found is not None and found.is_over else None
 
 
 def _enqueue_knobs(run: Run, bits: float) -> None:
-    ones = np.ones(len(run.problem.units))
     plan = PlannedTrial(knob_params(Knobs(bits)), {"origin": "knobs"})
-    run.loop.run(lambda trial: run.proposer.knobs(trial, ones), plan)
+    run.loop.run(run.proposer.knobs, plan)
 
 
 def _evolve(run: Run) -> Proposal:
-    n_windows, n_passes, n_measured = run.truth.n_windows, run.spec.trials, 0
+    n_windows, n_passes, n_measured = run.truth.n_windows, run.loop.most_trials, 0
 
     def measure(choice: IntArray, n: int) -> float:
         nonlocal n_measured
@@ -403,24 +310,3 @@ def _evolve(run: Run) -> Proposal:
     )
     run.clock("evolution", n_passes, n_passes)
     return Proposal(run.proposer.spread(found.choice), "allocator:" + EVOLUTION)
-
-
-PROGRAMS: Mapping[str, tuple[Step, ...]] = MappingProxyType(
-    {
-        "auto": (
-            *(run_uniform, run_default, run_allocators, run_levels, run_probe),
-            *(run_sweep, run_surrogate, run_relinearize, run_polish, run_knobs),
-        ),
-        "knobs": (run_uniform, run_default, run_allocators, run_levels, run_probe, run_knobs),
-        "groups": (run_uniform, run_default, run_allocators, run_levels, run_probe, run_groups),
-    }
-)
-"""The steps of every mode, by name."""
-
-ALLOCATOR_PROGRAM: tuple[Step, ...] = (run_uniform, run_named_allocator)
-"""The steps of `--allocator NAME`."""
-
-
-def program_of(spec: SearchSpec) -> tuple[Step, ...]:
-    """The steps of a search."""
-    return PROGRAMS[spec.mode] if spec.allocator is None else ALLOCATOR_PROGRAM

@@ -112,6 +112,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
         "probe": _probe_json(result),
         "objectives": [*OBJECTIVES, *(m.name for m in result.scores.objectives)],
         "n_trials": len(result.rows),
+        "stopped": result.stopped,
         "n_measured": result.n_measured,
         "n_passes": round(result.n_passes, 3),
         "seconds": {k: round(v, 3) for k, v in result.seconds.items()},

@@ -175,13 +175,19 @@ def gains_table(result: SearchResult) -> str:
     return markdown(["stage", "trials", "lowest KL after it", "to before"], rows)
 
 
+def stop_text(result: SearchResult) -> str:
+    """After how many trials the search ended, and why."""
+    return f"Stopped after {len(result.rows)} trials: {result.stopped}."
+
+
 def search_text(result: SearchResult) -> str:
-    """Work, menu and the solver's certificate."""
+    """Why it ended, work, menu and the solver's certificate."""
     space, n_pruned = result.space, sum(row.is_pruned for row in result.rows)
     n_repeated = sum(row.duplicate_of is not None for row in result.rows)
     gaps = [row.gap for row in result.rows if row.gap is not None]
     gap = f"{max(gaps):.2e}" if gaps else "none was solved"
     return (
+        f"{stop_text(result)}\n\n"
         f"{len(result.rows)} trials, of which {n_pruned} ended early and {n_repeated} repeat "
         f"another one; {result.n_measured} assignments measured in this run, races included, in "
         f"{result.n_passes:.1f} full passes over the evaluation text; {len(result.gate.rows)} on "

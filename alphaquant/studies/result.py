@@ -66,6 +66,7 @@ class SearchResult:
         n_measured: assignments measured on the evaluation text, races included.
         n_passes: that work in full passes of the model over the text.
         probe: how well the costs rank; None where that was not measured.
+        stopped: why there were no more trials, a sentence without an end.
         facts: provenance.
         folder: where everything is written.
         scores: what was measured besides bits and KL.
@@ -80,6 +81,7 @@ class SearchResult:
     n_measured: int
     n_passes: float
     probe: Probe | None
+    stopped: str
     facts: Mapping[str, Any]
     folder: RunFolder
     scores: ScorePlan = field(default_factory=ScorePlan)
@@ -139,7 +141,7 @@ def front_of(rows: Sequence[TrialRow], objectives: Sequence[Metric] = ()) -> tup
 def stage_gains(rows: Sequence[TrialRow], limit: float) -> tuple[StageGain, ...]:
     """What each stage gained, in the order in which they began.
 
-    Uniform 0.4, then default knobs 0.2, then a sweep 0.1: ratios None, 0.5, 0.5.
+    Uniform 0.4, then default knobs 0.2, then allocators 0.1: ratios None, 0.5, 0.5.
 
     Args:
         rows: trials in order.

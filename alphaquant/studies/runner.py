@@ -45,7 +45,7 @@ from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.notes import begin_study_note, study_note
 from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.objectives import check_scores
-from alphaquant.studies.program import Run, program_of
+from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
 from alphaquant.studies.result import SearchResult, front_of
@@ -53,7 +53,6 @@ from alphaquant.studies.sources import cache_dir, find_device, load_source, mode
 from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
     LOAD_STEPS,
-    Anchor,
     Inputs,
     Prepared,
     bank_formats,
@@ -64,7 +63,7 @@ from alphaquant.studies.stages import (
 )
 from alphaquant.studies.storage import open_study
 from alphaquant.studies.storages import check_storage
-from alphaquant.studies.trials import Proposer, check_allocator, check_constrained
+from alphaquant.studies.trials import Proposer, check_allocators, check_constrained
 from alphaquant.studies.truth import ChoiceTruth
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,8 @@ def _search(
         clock("load", LOAD_STEPS, LOAD_STEPS)
         prepared = prepare(spec, inputs, space, clock)
         run = _make_run(prepared, folder, study, clock, on_trial)
-        for step in program_of(spec):
-            step(run)
+        findings = run_program(run)
+        run.loop.end()
     gate = _judge(run, prepared)
     objective = run.truth.objective
     result = SearchResult(
@@ -132,7 +131,8 @@ def _search(
         seconds={},
         n_measured=objective.n_evaluations,
         n_passes=objective.n_passes,
-        probe=run.probe,
+        probe=findings.probe,
+        stopped=findings.stopped,
         facts=_provenance(prepared, request.device),
         folder=folder,
         scores=inputs.scores,
@@ -151,7 +151,7 @@ def _check(spec: SearchSpec) -> _Request:
     menu = menu_of(spec.formats, profile)
     make_sampler(spec.sampler, spec.seed, 0)
     check_grouping(spec.grouping)
-    check_allocator(spec.allocator)
+    check_allocators(spec)
     check_constrained(spec)
     check_scores(spec.scores)
     check_sources(spec.data.sources, spec.data.bos)
@@ -185,13 +185,11 @@ def _make_run(
     def predict(assignment: Assignment) -> float:
         return prepared.costs.predict_kl(space, assignment)
 
-    anchor = Anchor(prepared, swapper, clock)
     return Run(
         spec=spec,
         proposer=proposer,
         loop=TrialLoop(spec, study, objective, predict, folder, clock, on_trial, scorer),
         truth=ChoiceTruth(objective, proposer.spread),
-        anchor_costs=anchor.costs,
         clock=clock,
     )
 

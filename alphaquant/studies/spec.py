@@ -26,12 +26,8 @@ DEMO_TEXT = "demo=0.75,demo:code=0.25"
 expert is starved of the tokens that it is for. Calibrated on books alone the demo's winner has
 four times the KL on this mixture (docs/allocation.md)."""
 
-MODES = ("auto", "knobs", "groups")
-"""`auto`: sweep, refinement, then sampled knobs; `knobs` and `groups`: sampled knobs of the
-allocator, or sampled formats of groups of units, without sweep and refinement."""
-
-SWEEPS = ("auto", "always", "never")
-"""`auto`: where random assignments rank unlike their costs."""
+MODES = ("knobs", "groups")
+"""What an Optuna sampler chooses: knobs of the allocator, or formats of groups of units."""
 
 SERVING_MENU = (
     *("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-row", "fp8-e4m3-row"),
@@ -133,17 +129,18 @@ class SearchSpec:
         budget: `4.25bits`, `13GiB`, ...
         formats: menu and format names separated by commas; `auto` for the profile's default menu.
         profile: what the serving engine can load.
-        mode: which trials are run, see `MODES`.
+        mode: what is sampled, of `MODES`.
         grouping: what shares a format in mode `groups`, see `alphaquant.search.groups`.
-        sweep: whether mode `auto` sweeps between blocks on the true divergence, of `SWEEPS`.
         allocator: run this allocator alone, beside uniform; None for the mode's trials.
+        allocators: allocators among the mode's first trials, separated by commas, or `all`.
         max_formats_per_layer: at most so many formats among a layer's routed experts; None for
             any.
         layer_minimum_bits: every layer gets at least so many stored bits per weight; None for
             none.
         active_budget: bytes of quantizable weights that a token may read in the mean, such as
             `600MiB`; None for any.
-        trials: evaluated assignments, planned ones included.
+        trials: evaluated assignments, planned ones included; None for as many as are worth it,
+            see `alphaquant.studies.stopping`.
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of text windows, drawn labels and proposals.
         data: the texts.
@@ -164,14 +161,14 @@ class SearchSpec:
     budget: str = "4.25bits"
     formats: str = "auto"
     profile: str = "any"
-    mode: str = "auto"
+    mode: str = "knobs"
     grouping: str = "layer"
-    sweep: str = "auto"
     allocator: str | None = None
+    allocators: str = ""
     max_formats_per_layer: int | None = None
     layer_minimum_bits: float | None = None
     active_budget: str | None = None
-    trials: int = 48
+    trials: int | None = None
     timeout: float | None = None
     seed: int = 0
     data: DataSpec = DataSpec()
@@ -199,14 +196,18 @@ class SearchSpec:
                 "sequential quantization needs the formats of the layers before, which a search "
                 "does not have when it fills its bank; use it with aq-quantize"
             )
-        for name, value, known in (("mode", self.mode, MODES), ("sweep", self.sweep, SWEEPS)):
-            if value not in known:
-                raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+        if self.mode not in MODES:
+            raise ConfigError(f"mode {self.mode!r} is not known; use one of {', '.join(MODES)}")
         if not self.study.strip():
             raise ConfigError("the study has no name; give --study NAME, or leave it out")
         _check_least("trials", self.trials, 1)
         _check_least("n_draws", self.n_draws, 1)
         _check_least("timeout", self.timeout, 0)
+
+    @property
+    def allocator_names(self) -> tuple[str, ...]:
+        """The names in `allocators`."""
+        return tuple(n.strip() for n in self.allocators.split(",") if n.strip())
 
     @property
     def constraints(self) -> SideConstraints:

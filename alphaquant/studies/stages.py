@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alphaquant.evaluators.anchor import AnchorCosts, anchor_unit_costs, measure_anchor_costs
-from alphaquant.evaluators.data import TokenSet, check_disjoint, first_windows, shuffled
+from alphaquant.evaluators.data import TokenSet, check_disjoint, shuffled
 from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.sensitivity import (
     CostSettings,
@@ -25,7 +24,6 @@ from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spe
 from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.provenance import versions
-from alphaquant.quant.swap import Swapper
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.constraints import SideConstraints, check_reachable
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
@@ -41,10 +39,6 @@ from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec
 
 LOAD_STEPS = SOURCE_STEPS + 4
 """Steps of loading: those of the model, three texts, the output directory with its study."""
-
-ANCHOR_WINDOWS = 64
-ANCHOR_TOP_K = 256
-"""Costs at an anchor: calibration windows, and tokens per position kept of the predictions."""
 
 
 @dataclass(frozen=True)
@@ -135,27 +129,24 @@ class Teachers:
     Attributes:
         evaluation: what the search sees.
         heldout: for the gate.
-        calibration: the first windows of the calibration text, for costs at an anchor.
     """
 
     evaluation: EvaluationSet
     heldout: EvaluationSet
-    calibration: EvaluationSet
 
 
 def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teachers:
     """Compute the original's predictions, or open those of an earlier run."""
-    first = first_windows(shuffled(inputs.calibration), ANCHOR_WINDOWS)
-    texts = ((inputs.evaluation, TOP_K), (inputs.heldout, TOP_K), (first, ANCHOR_TOP_K))
-    total, done = sum(len(t.tokens) for t, _ in texts), 0
+    texts = (inputs.evaluation, inputs.heldout)
+    total, done = sum(len(t.tokens) for t in texts), 0
     sets = []
-    for tokens, top_k in texts:
-        facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(top_k))
+    for tokens in texts:
+        facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(TOP_K))
         path = cache_dir(spec.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock("teacher", done, total)
         progress = clock.shifted(done, total)
         model = inputs.source.map.model
-        teacher = store_teacher(path, model, tokens.tokens, top_k=top_k, progress=progress)
+        teacher = store_teacher(path, model, tokens.tokens, top_k=TOP_K, progress=progress)
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
     clock("teacher", total, total)
@@ -339,35 +330,3 @@ def open_scorer(prepared: Prepared, clock: StageClock) -> Scorer:
     scorer = open_scores(plan, source.map, tokens, shares, clock)
     clock("scores", len(tokens), len(tokens))
     return scorer
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """Costs at a quantized anchor; see `alphaquant.evaluators.anchor`.
-
-    Attributes:
-        prepared: the model, its bank and texts.
-        swapper: writes the anchor's weights.
-        clock: told the progress.
-    """
-
-    prepared: Prepared
-    swapper: Swapper
-    clock: StageClock
-
-    def costs(self, anchor: Assignment) -> AnchorCosts:
-        """Costs of changing any unit of an anchor, float64 [U, F] over the menu."""
-        spec, space = self.prepared.spec, self.prepared.space
-        on = self.prepared.teachers.calibration
-        self.swapper.apply(anchor)
-        table = measure_anchor_costs(
-            self.prepared.inputs.source.map,
-            self.prepared.bank,
-            on.tokens.tokens,
-            on.teacher,
-            anchor,
-            space.menu,
-            CostSettings(spec.seed, spec.n_draws),
-            progress=self.clock,
-        )
-        return anchor_unit_costs(table, space.units)

@@ -106,15 +106,10 @@ class Proposer:
             return None
         return Proposal(self.spread(solution.choice), ALLOCATOR + name, solution.gap)
 
-    def knobs(self, trial: optuna.Trial, weights: FloatArray) -> Proposal:
-        """The assignment of suggested knobs.
-
-        Args:
-            trial: suggests them.
-            weights: float64 [U], what a sweep found costs to be worth, 1 without one.
-        """
+    def knobs(self, trial: optuna.Trial) -> Proposal:
+        """The assignment of suggested knobs."""
         knobs = suggest_knobs(trial, self.bits_low, self.bits_high)
-        cost = apply_knobs(self.problem, knobs) * (weights**knobs.sweep_strength)[:, None]
+        cost = apply_knobs(self.problem, knobs)
         limit_bits = min(self.limit_bits, self.problem.limit_bits(knobs.bits))
         solution = self.solve(cost, limit_bits)
         return Proposal(self.spread(solution.choice), "knobs", solution.gap, can_prune=True)
@@ -173,16 +168,22 @@ class Proposer:
         return mean if self.problem.limit_bits(mean) >= n_bits else math.nextafter(mean, math.inf)
 
 
-def check_allocator(name: str | None) -> None:
-    """Refuse an allocator that does not exist; None is no allocator.
+def check_allocators(spec: SearchSpec) -> None:
+    """Refuse allocators that do not exist, and those beside the one that runs alone.
 
     Raises:
         ConfigError: naming those that do.
     """
-    if name is not None and name not in (*ALLOCATORS, EVOLUTION):
+    names, known = spec.allocator_names, [*ALLOCATORS, EVOLUTION]
+    if spec.allocator is not None and names:
         raise ConfigError(
-            f"unknown allocator {name!r}; use one of {', '.join([*ALLOCATORS, EVOLUTION])}"
+            f"--allocator {spec.allocator} runs alone and --allocators {spec.allocators} are "
+            "further trials of a search; give one of the two"
         )
+    asked = names if spec.allocator is None else (spec.allocator,)
+    for name in asked if names != (ALL_ALLOCATORS,) else ():
+        if name not in known:
+            raise ConfigError(f"unknown allocator {name!r}; use one of {', '.join(known)}")
 
 
 def check_constrained(spec: SearchSpec) -> None:
@@ -194,8 +195,12 @@ def check_constrained(spec: SearchSpec) -> None:
     if spec.constraints == SideConstraints():
         return
     for what, asked, known in (
-        ("mode groups", spec.allocator is None and spec.mode == "groups", "mode auto or knobs"),
-        ("allocator evolution", spec.allocator == EVOLUTION, "another allocator"),
+        ("mode groups", spec.allocator is None and spec.mode == "groups", "mode knobs"),
+        (
+            "allocator evolution",
+            EVOLUTION in (spec.allocator, *spec.allocator_names),
+            "another allocator",
+        ),
     ):
         if asked:
             raise ConfigError(
@@ -206,6 +211,9 @@ def check_constrained(spec: SearchSpec) -> None:
 
 EVOLUTION = "evolution"
 """The allocator that needs true evaluations; see `alphaquant.search.evolution`."""
+
+ALL_ALLOCATORS = "all"
+"""In `--allocators`: every one whose inputs were measured, but for those that are covered."""
 
 
 def uniform_fits(space: SearchSpace, format_name: str) -> bool:

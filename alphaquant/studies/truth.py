@@ -1,4 +1,4 @@
-"""The true divergence of choices, as the search folder asks for it."""
+"""The true divergence of choices, arrays instead of assignments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from alphaquant.studies.objective import SearchObjective
 
 @dataclass(frozen=True)
 class ChoiceTruth:
-    """Measures choices on the evaluation text; see `alphaquant.search.sweep.Truth`.
+    """Measures choices on the evaluation text.
 
     Attributes:
         objective: measures assignments, and remembers what it measured.
@@ -31,7 +31,3 @@ class ChoiceTruth:
         """KL of the first windows, float64 [n_windows]."""
         found = self.objective.measure(self.spread(choice), n_windows)
         return np.asarray(found.kl.double().numpy(), dtype=np.float64)
-
-    def accept(self, choice: IntArray) -> None:
-        """The next choices differ from this one in few layers."""
-        self.objective.accept(self.spread(choice))

@@ -122,12 +122,6 @@ def test_without_a_cost_per_token_its_weight_plays_no_part() -> None:
     assert apply_knobs(problem, replace(PLAIN, token_weight=1.0))[:, 0].tolist() == [8, 2]
 
 
-def test_the_strength_of_a_sweep_leaves_the_measured_costs_alone() -> None:
-    problem = example_problem(0)
-    swept = apply_knobs(problem, Knobs(4.0, sweep_strength=1.0))
-    assert swept.tolist() == apply_knobs(problem, Knobs(4.0)).tolist()
-
-
 def test_the_exponent_sharpens_and_keeps_the_total() -> None:
     problem = _problem([[8.0], [2.0]])
     cost = apply_knobs(problem, replace(PLAIN, exponent=1.3))[:, 0]
@@ -218,7 +212,7 @@ def test_a_model_of_one_layer_has_no_depth() -> None:
 
 
 def test_planned_parameters_give_the_same_knobs_back() -> None:
-    knobs = Knobs(3.3, 0.4, 0.9, depth_slope=-0.5, shared_multiplier=1.7, sweep_strength=0.3)
+    knobs = Knobs(3.3, 0.4, 0.9, depth_slope=-0.5, shared_multiplier=1.7)
     study = optuna.create_study()
     study.enqueue_trial(dict(knob_params(knobs)))
     trial = study.ask()
@@ -242,7 +236,6 @@ def test_the_whole_range_of_every_knob_gives_usable_costs(low_or_high: str) -> N
         ({"bits": 0.0}, "bits = 0.0; use a finite number above 0"),
         ({"error_weight": 1.1}, "error_weight = 1.1; use 0 to 1"),
         ({"token_weight": -0.1}, "token_weight = -0.1; use 0 to 1"),
-        ({"sweep_strength": 1.5}, "sweep_strength = 1.5; use 0 to 1"),
         ({"shared_multiplier": 0.0}, "shared_multiplier = 0.0; use a finite number above 0"),
         ({"rare_shrinkage": -1.0}, "use 0 or more tokens"),
         ({"exponent": float("nan")}, "exponent = nan"),

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaquant.errors import BudgetError, ConfigError
-from alphaquant.search.pareto import best_within, nondominated, nondominated_reference
+from alphaquant.errors import ConfigError
+from alphaquant.search.pareto import nondominated, nondominated_reference
 
 # Few distinct values, so that ties and duplicates are common.
 COORDINATE = st.sampled_from([0.0, 1.0, 2.0, 3.0, float("inf"), float("-inf"), -0.0])
@@ -45,14 +45,3 @@ def test_no_points_have_an_empty_front() -> None:
 def test_what_is_no_table_of_numbers_is_refused(points: object) -> None:
     with pytest.raises(ConfigError, match="one row per scored assignment"):
         nondominated(points)  # type: ignore[arg-type]
-
-
-def test_the_best_within_a_limit_prefers_fewer_bits_then_the_first() -> None:
-    bits, values = [5.0, 4.0, 3.0, 3.0, 2.0], [0.1, 0.2, 0.2, 0.2, 0.9]
-    assert best_within(bits, values, 5) == 0
-    assert best_within(bits, values, 4.25) == 2
-    assert best_within(bits, values, 2) == 4
-    with pytest.raises(BudgetError, match="2 is the least"):
-        best_within(bits, values, 1.5)
-    with pytest.raises(BudgetError, match="there is none"):
-        best_within([], [], 1.5)

@@ -13,6 +13,7 @@ from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.spaces.profiles import PROFILES, units_of
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory
+from alphaquant.testing.feasibility import is_feasible
 
 
 def space_of(model: Inventory, profile: str, budget: str, *menu: str) -> SearchSpace:
@@ -30,8 +31,8 @@ def test_a_space_holds_the_profile_s_units_and_menu(olmoe: Inventory) -> None:
 
 def test_the_default_menu_reaches_4_25_bits(inventory: Inventory) -> None:
     space = space_of(inventory, "any", "4.25", *DEFAULT_MENU)
-    assert space.is_feasible(uniform_assignment(inventory, "mxfp4"))
-    assert not space.is_feasible(uniform_assignment(inventory, "int4-g32"))
+    assert is_feasible(space, uniform_assignment(inventory, "mxfp4"))
+    assert not is_feasible(space, uniform_assignment(inventory, "int4-g32"))
 
 
 def test_a_budget_below_the_smallest_formats_is_refused(olmoe: Inventory) -> None:
@@ -58,22 +59,22 @@ def test_feasible_is_within_the_budget_to_the_byte(qwen2_moe: Inventory) -> None
     n_bytes = uniform_assignment(qwen2_moe, "mxfp4").count_bits(qwen2_moe).checkpoint_bytes
     exact = space_of(qwen2_moe, "any", f"{n_bytes}bytes", "int3-g128", "mxfp4")
     below = space_of(qwen2_moe, "any", f"{n_bytes - 1}bytes", "int3-g128", "mxfp4")
-    assert exact.is_feasible(uniform_assignment(qwen2_moe, "mxfp4"))
-    assert not below.is_feasible(uniform_assignment(qwen2_moe, "mxfp4"))
+    assert is_feasible(exact, uniform_assignment(qwen2_moe, "mxfp4"))
+    assert not is_feasible(below, uniform_assignment(qwen2_moe, "mxfp4"))
 
 
 def test_feasible_is_what_the_engine_loads(olmoe: Inventory) -> None:
     space = space_of(olmoe, "vllm", "16bits", "int4-g128", "int8-g128")
     choice = {u.name: space.menu[i % 2] for i, u in enumerate(space.units)}
     assignment = assignment_from_units(olmoe, space.units, choice)
-    assert space.is_feasible(assignment)
+    assert is_feasible(space, assignment)
     down = "model.layers.3.mlp.experts.5.down_proj"
     other = {"int4-g128": "int8-g128", "int8-g128": "int4-g128"}[assignment.formats[down]]
     split = Assignment({**assignment.formats, down: other})
-    assert not space.is_feasible(split)
-    assert not space.is_feasible(uniform_assignment(olmoe, "int3-g128"))
+    assert not is_feasible(space, split)
+    assert not is_feasible(space, uniform_assignment(olmoe, "int3-g128"))
 
 
 def test_a_baseline_outside_the_menu_can_be_feasible(olmoe: Inventory) -> None:
     space = space_of(olmoe, "any", "4.25bits", "int3-g128", "int4-g128")
-    assert space.is_feasible(uniform_assignment(olmoe, "mxfp4"))
+    assert is_feasible(space, uniform_assignment(olmoe, "mxfp4"))

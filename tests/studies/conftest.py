@@ -18,9 +18,7 @@ import torch
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from alphaquant.evaluators.anchor import AnchorCosts
 from alphaquant.evaluators.divergence import Divergence
-from alphaquant.search.arrays import FloatArray
 from alphaquant.search.problem import Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import parse_budget
@@ -112,14 +110,14 @@ def found(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> Sear
 
 
 @pytest.fixture(scope="session")
-def swept(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
-    """A finished search of all steps, with races that end early; read it only.
+def long(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """A finished search of more trials, with races that end early; read it only.
 
     It has a cache of its own, so what was measured is what this search measured.
     """
-    spec = make_spec(tmp_path_factory.mktemp("swept") / "out", sweep="always", trials=40)
+    spec = make_spec(tmp_path_factory.mktemp("long") / "out", trials=30)
     data = replace(spec.data, n_evaluation=24)
-    return search(replace(spec, data=data, cache=tmp_path_factory.mktemp("swept-cache")))
+    return search(replace(spec, data=data, cache=tmp_path_factory.mktemp("long-cache")))
 
 
 MENU = ("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
@@ -179,13 +177,11 @@ class TableObjective:
     Attributes:
         kl: mean KL of an assignment.
         calls: digest and windows of every measurement.
-        accepted: digests of the incumbents.
     """
 
     kl: Callable[[Assignment], float]
     batch_size: int = 8
     calls: list[tuple[str, int]] = field(default_factory=list)
-    accepted: list[str] = field(default_factory=list)
     model_map: Any = field(default_factory=lambda: SimpleNamespace(inventory=INVENTORY))
 
     @property
@@ -199,22 +195,18 @@ class TableObjective:
         found = Divergence(kl, torch.full((n,), 0.9), torch.full((n,), 3.0), 16, 0.5)
         return Measured(tuple(found.scores("digest")), found.kl)
 
-    def accept(self, assignment: Assignment) -> None:
-        self.accepted.append(assignment.digest)
-
 
 @pytest.fixture
 def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable[..., Run]:
     """A search whose true costs are a table: `make_run(budget="4bits", trials=30)`.
 
     The truth is additive, with the Fisher costs of the first layer's experts times three. `study`
-    and `objective` may be those of an earlier run; `anchor_costs` are [U, F] (default: true).
+    and `objective` may be those of an earlier run.
     """
 
     def make(
         study: optuna.Study | None = None,
         objective: TableObjective | None = None,
-        anchor_costs: FloatArray | None = None,
         on_trial: Callable[..., None] = lambda row: None,
         menu: tuple[str, ...] = MENU,
         **changes: Any,
@@ -231,17 +223,14 @@ def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable
             assert choice is not None, "trials take formats of the menu"
             return float(true[rows, choice].sum())
 
-        cost = true if anchor_costs is None else anchor_costs
         measured: Any = objective or TableObjective(kl)
         study = study or optuna.create_study(directions=["minimize", "minimize"])
         folder, clock = RunFolder(spec.out), StageClock(lambda *call: None)
-        n_tokens = proposer.problem.n_tokens
         return Run(
             spec=spec,
             proposer=proposer,
             loop=TrialLoop(spec, study, measured, kl, folder, clock, on_trial),
             truth=ChoiceTruth(measured, proposer.spread),
-            anchor_costs=lambda anchor: AnchorCosts(cost, 0 * cost, 0 * cost, n_tokens),
             clock=clock,
         )
 

@@ -16,15 +16,14 @@ from alphaquant.errors import ModelError, StoreError
 from alphaquant.search.sampler import PlannedTrial
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.studies.loop import Proposal
-from alphaquant.studies.program import Run, program_of
+from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.storage import TrialRow
 
 MakeRun = Callable[..., Run]
 
 
 def carry_out(run: Run) -> Run:
-    for step in program_of(run.spec):
-        step(run)
+    run_program(run)
     return run
 
 
@@ -36,13 +35,12 @@ def with_choice(run: Run, *columns: int, can_prune: bool = False) -> TrialRow | 
 
 
 def test_finished_trials_are_handed_back_without_measuring_anything(make_run: MakeRun) -> None:
-    first = carry_out(make_run(trials=20, mode="knobs"))
+    first = carry_out(make_run(trials=20))
     told: list[int] = []
     again = carry_out(
         make_run(
             study=first.loop.study,
             trials=20,
-            mode="knobs",
             on_trial=lambda row: told.append(row.number),
         )
     )
@@ -54,7 +52,6 @@ def test_finished_trials_are_handed_back_without_measuring_anything(make_run: Ma
         make_run(
             study=first.loop.study,
             trials=22,
-            mode="knobs",
             on_trial=lambda row: told.append(row.number),
         )
     )
@@ -162,7 +159,7 @@ def test_no_trial_starts_after_the_timeout_but_one_always_runs(
     with caplog.at_level(logging.WARNING):
         rows = [with_choice(run, column) for column in range(3)]
     assert [row is None for row in rows] == [False, True, True]
-    assert caplog.text.count("timeout after 1 of 5 trials") == 1
+    assert caplog.text.count("the timeout of 0 s is over; trials so far: 1") == 1
 
 
 def test_model_that_broke_down_is_an_error_and_no_trial(make_run: MakeRun) -> None:

@@ -97,7 +97,7 @@ def test_note_of_a_study_says_what_was_asked_and_what_is_counted() -> None:
     assert "The search is running." not in study_note(SPEC, ("bf16",), "It ended.")
 
 
-@pytest.mark.parametrize("name", ["found", "swept"])
+@pytest.mark.parametrize("name", ["found", "long"])
 def test_every_origin_of_a_search_is_explained(name: str, request: pytest.FixtureRequest) -> None:
     result: SearchResult = request.getfixturevalue(name)
     note = study_note(result.spec, result.space.menu)

@@ -81,42 +81,6 @@ def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
     assert first.stderr("kl") > 0
     assert first.kl.tolist() == again.kl.tolist()
     assert first.score("kl").value == pytest.approx(float(first.kl.mean()), rel=1e-6)
-    assert objective.n_evaluations == 3
-
-
-def test_numbers_are_those_of_whole_passes_whatever_the_incumbent(
-    source: Source, evaluation: EvaluationSet, bank: Bank, make_objective: MakeObjective
-) -> None:
-    assignments = [
-        *(coarse_from(source, 0), coarse_from(source, 1), coarse_from(source, 2)),
-        *(coarse_from(source, 0, "expert"), coarse_from(source, 1, "attention")),
-    ]
-    plain = Objective(Swapper(source.map, bank.read), batch_size=2)
-    expected = [plain.measure(assignment, evaluation) for assignment in assignments]
-    for number, incumbent in enumerate([None, *assignments]):
-        objective = make_objective(str(number))
-        if incumbent is not None:
-            objective.accept(incumbent)
-        found = [objective.measure(assignment) for assignment in reversed(assignments)]
-        for mine, theirs in zip(reversed(found), expected, strict=True):
-            assert mine.kl.tolist() == theirs.kl.tolist()
-            assert [s.value for s in mine.scores] == [s.value for s in theirs.scores]
-
-
-def test_changing_incumbents_change_no_number(
-    source: Source, make_objective: MakeObjective
-) -> None:
-    assignments = [
-        coarse_from(source, 1),
-        coarse_from(source, 0),
-        coarse_from(source, 1, "expert"),
-    ]
-    wandering = make_objective("wandering")
-    for assignment in assignments:
-        wandering.accept(assignment)
-        for other in assignments:
-            alone = make_objective(f"alone-{assignment.digest}-{other.digest}")
-            assert wandering.measure(other).kl.tolist() == alone.measure(other).kl.tolist()
 
 
 def test_numbers_do_not_depend_on_measuring_in_parts(
@@ -127,7 +91,7 @@ def test_numbers_do_not_depend_on_measuring_in_parts(
     objective = make_objective("parts")
     parts: list[Tensor] = []
     for n in (1, 2, 3, N_WINDOWS):
-        objective.accept(coarse_from(source, n % 2))
+        objective.measure(coarse_from(source, n % 2))
         parts.append(objective.measure(assignment, n).kl)
     assert [len(part) for part in parts] == [1, 2, 3, N_WINDOWS]
     for part in parts:
@@ -136,37 +100,25 @@ def test_numbers_do_not_depend_on_measuring_in_parts(
     assert torch.equal(objective.measure(assignment, 99).kl, whole)
 
 
-def test_passes_count_the_layers_and_windows_that_ran(
-    source: Source, make_objective: MakeObjective
+def test_numbers_are_those_of_the_plain_evaluation(
+    source: Source, evaluation: EvaluationSet, bank: Bank, make_objective: MakeObjective
 ) -> None:
-    objective = make_objective()
-    whole, upper = coarse_from(source, 0), coarse_from(source, 1)
-    objective.measure(coarse_from(source, 2))
-    assert objective.n_passes == pytest.approx(1.0)  # its hidden states, then the last layer
-    objective.measure(upper)
-    assert objective.n_passes == pytest.approx(1.5)  # differs in the last of two layers
-    objective.measure(whole, 3)
-    assert objective.n_passes == pytest.approx(1.5 + 4 / 7)  # two batches of two
-    objective.measure(whole)
-    assert objective.n_passes == pytest.approx(2.5)
-    objective.accept(whole)
-    objective.measure(coarse_from(source, 0, "expert"))
-    assert objective.n_passes == pytest.approx(3.5)  # differs in the first layer, as from before
-    assert objective.n_evaluations == 5
+    objective, plain = make_objective(), Objective(Swapper(source.map, bank.read), batch_size=2)
+    for assignment in (coarse_from(source, 0), coarse_from(source, 1, "attention")):
+        mine, theirs = objective.measure(assignment), plain.measure(assignment, evaluation)
+        assert mine.kl.tolist() == theirs.kl.tolist()
+        assert [s.value for s in mine.scores] == [s.value for s in theirs.scores]
 
 
-def test_hidden_states_of_a_new_incumbent_are_made_once_they_spare_layers(
-    source: Source, make_objective: MakeObjective
-) -> None:
+def test_passes_count_the_windows_that_ran(source: Source, make_objective: MakeObjective) -> None:
     objective = make_objective()
-    whole = coarse_from(source, 0)
-    objective.measure(coarse_from(source, 2))
-    objective.accept(whole)
-    formats = {m.name: "bf16" if m.layer else "int2-g32" for m in source.map.inventory.matrices}
-    objective.measure(Assignment(formats))
-    assert objective.n_passes == pytest.approx(2.0)  # half for the states, half for the last layer
-    objective.measure(whole)
-    assert objective.n_passes == pytest.approx(2.5)
+    objective.measure(coarse_from(source, 1))
+    assert objective.n_passes == pytest.approx(1.0)
+    objective.measure(coarse_from(source, 0), 3)
+    assert objective.n_passes == pytest.approx(1.0 + 4 / 7)  # two batches of two
+    objective.measure(coarse_from(source, 0))
+    assert objective.n_passes == pytest.approx(2.0)
+    assert objective.n_evaluations == 3
 
 
 def test_what_the_log_has_is_never_run_again(
@@ -180,7 +132,6 @@ def test_what_the_log_has_is_never_run_again(
         raise AssertionError("the model is touched")
 
     monkeypatch.setattr(Swapper, "apply", no_work)
-    second.accept(coarse_from(source, 1))
     found = second.measure(assignment)
     assert found.kl.tolist() == first.kl.tolist()
     assert [s.value for s in found.scores] == [s.value for s in first.scores]

@@ -11,6 +11,7 @@ import pytest
 from alphaquant.studies.bitmaps import bits_by_expert, bits_by_role
 from alphaquant.studies.plots import PUBLISHED, figures, interval_half, is_uniform
 from alphaquant.studies.plots_style import log_scale
+from alphaquant.studies.program import rank_correlation
 from alphaquant.studies.report import front_json
 from alphaquant.studies.result import Probe, SearchResult
 
@@ -64,22 +65,22 @@ def test_published_points_are_those_of_front_json(found: SearchResult) -> None:
     assert list(best.x) == [front_json(found)["best"]["bits_per_weight"]]
 
 
-def test_every_row_of_the_gate_is_drawn_once_on_held_out_text(swept: SearchResult) -> None:
-    front = figures(swept)["front"]
+def test_every_row_of_the_gate_is_drawn_once_on_held_out_text(long: SearchResult) -> None:
+    front = figures(long)["front"]
     drawn = points(front, ("uniform formats", "withheld", PUBLISHED))
-    rows = front_json(swept)["heldout"]
+    rows = front_json(long)["heldout"]
     assert sorted(drawn) == sorted((r["bits_per_weight"], r["kl"]) for r in rows)
 
 
-def test_every_trial_is_drawn_once_on_evaluation_text(swept: SearchResult) -> None:
-    front = figures(swept)["trials"]
-    assert sorted(points(front, TRIALS)) == sorted((r.bits_per_weight, r.kl) for r in swept.rows)
-    pruned = [(r.bits_per_weight, r.kl) for r in swept.rows if r.is_pruned]
+def test_every_trial_is_drawn_once_on_evaluation_text(long: SearchResult) -> None:
+    front = figures(long)["trials"]
+    assert sorted(points(front, TRIALS)) == sorted((r.bits_per_weight, r.kl) for r in long.rows)
+    pruned = [(r.bits_per_weight, r.kl) for r in long.rows if r.is_pruned]
     assert pruned and sorted(points(front, ("ended early",))) == sorted(pruned)
 
 
-def test_the_two_texts_have_figures_of_their_own(swept: SearchResult) -> None:
-    shown = figures(swept)
+def test_the_two_texts_have_figures_of_their_own(long: SearchResult) -> None:
+    shown = figures(long)
     held = {"best uniform of at most the size", "uniform formats", "withheld", PUBLISHED}
     assert set(names(shown["front"])) <= held | {"best.json", "names"}
     assert set(names(shown["trials"])) <= {*TRIALS, "front of the trials"}
@@ -123,8 +124,9 @@ def test_withheld_points_are_drawn_and_offer_no_configuration(found: SearchResul
     others = [r for r in found.gate.rows if r is not first]
     gate = replace(found.gate, rows=(*others, taken))
     drawn = trace(figures(replace(found, gate=gate))["front"], "withheld")
-    assert (list(drawn.x), list(drawn.y)) == ([taken.bits_per_weight], [taken.kl])
-    assert list(drawn.customdata) == [None]
+    withheld = [(row.bits_per_weight, row.kl) for row in (*found.gate.withheld, taken)]
+    assert sorted(zip(drawn.x, drawn.y, strict=True)) == sorted(withheld)
+    assert set(drawn.customdata) == {None}
 
 
 def test_the_budget_is_a_line_on_both_texts(found: SearchResult) -> None:
@@ -164,7 +166,8 @@ def test_costs_are_predicted_against_measured_with_both_correlations(found: Sear
     pairs = sorted((r.predicted_kl, r.kl) for r in found.rows)
     assert sorted(points(costs, TRIALS)) == pairs
     title = costs.layout.title.text
-    assert f"of {len(found.rows)} complete trials: 0.9" in title
+    rho = rank_correlation(*zip(*pairs, strict=True))
+    assert f"of {len(found.rows)} complete trials: {rho:.3f}" in title
     assert "of 16 random assignments (default costs): 0.812,<br>95 % interval 0." in title
     assert "too few" not in title.partition("<br>of 16")[2]
     few = figures(replace(found, probe=Probe(6, 6, {"default": 0.8})))["costs"].layout.title.text

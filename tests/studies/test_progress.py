@@ -109,8 +109,8 @@ def test_time_of_stages_in_between_is_theirs() -> None:
     times = recorded(
         ("study", 0, 9, 0.0),
         ("study", 1, 9, 2.0),
-        ("sweep", 0, 1, 2.0),
-        ("sweep", 1, 1, 500.0),
+        ("probe", 0, 1, 2.0),
+        ("probe", 1, 1, 500.0),
         ("study", 2, 9, 502.0),
     )
     assert times.remaining("study", 502.0) == 7 * 2.0
@@ -125,13 +125,13 @@ def test_estimate_follows_the_last_steps() -> None:
 
 def test_stage_that_starts_again_goes_at_the_pace_of_before() -> None:
     times = recorded(
-        ("anchor", 0, 2, 0.0),
-        ("anchor", 2, 2, 8.0),
+        ("costs", 0, 2, 0.0),
+        ("costs", 2, 2, 8.0),
         ("study", 1, 9, 20.0),
-        ("anchor", 0, 2, 21.0),
+        ("costs", 0, 2, 21.0),
     )
-    assert times.remaining("anchor", 21.0) == 8.0
-    assert times.elapsed("anchor", 22.0) == 9.0
+    assert times.remaining("costs", 21.0) == 8.0
+    assert times.elapsed("costs", 22.0) == 9.0
 
 
 def test_stages_that_take_turns_have_what_is_left_of_both() -> None:
@@ -145,9 +145,9 @@ def test_stages_that_take_turns_have_what_is_left_of_both() -> None:
 
 
 def test_stage_that_waits_for_another_one_has_what_is_left_of_that_too() -> None:
-    times = recorded(("study", 0, 9, 0.0), ("study", 1, 9, 2.0), ("sweep", 0, 10, 2.0))
-    times.record("sweep", 1, 10, 7.0)
-    assert times.remaining_with_others("sweep", 7.0) == 9 * 5.0
+    times = recorded(("study", 0, 9, 0.0), ("study", 1, 9, 2.0), ("probe", 0, 10, 2.0))
+    times.record("probe", 1, 10, 7.0)
+    assert times.remaining_with_others("probe", 7.0) == 9 * 5.0
     assert times.remaining_with_others("study", 7.0) == 8 * 2.0 + 9 * 5.0
-    times.record("sweep", 10, 10, 50.0)
+    times.record("probe", 10, 10, 50.0)
     assert times.remaining_with_others("study", 50.0) == 8 * 2.0

@@ -345,6 +345,7 @@ def test_work_and_certificate_are_told(judged: SearchResult) -> None:
     rows[1] = replace(rows[1], gap=2e-4, is_pruned=True)
     rows[2] = replace(rows[2], gap=1e-5, duplicate_of=0)
     text = search_text(replace(judged, rows=tuple(rows), n_measured=77, n_passes=12.34))
+    assert text.startswith(f"Stopped after 4 trials: {judged.stopped}.")
     assert "4 trials, of which 1 ended early and 1 repeat another one; 77 assignments" in text
     assert "in 12.3 full passes over the evaluation text; 6 on held-out text" in text
     assert text.endswith("of its own costs: 2.00e-04.")

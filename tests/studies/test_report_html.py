@@ -67,10 +67,10 @@ def data_of(text: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def page_file(swept: SearchResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_file(long: SearchResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """report.html of the finished search of all steps."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(report_html(swept), encoding="utf-8")
+    path.write_text(report_html(long), encoding="utf-8")
     return path
 
 
@@ -80,10 +80,10 @@ def test_it_is_written_beside_the_other_reports(found: SearchResult, tmp_path: P
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_every_cell_of_report_md_is_in_it(swept: SearchResult) -> None:
-    rows = [r for r in report_text(swept).splitlines() if r.startswith("| ")]
+def test_every_cell_of_report_md_is_in_it(long: SearchResult) -> None:
+    rows = [r for r in report_text(long).splitlines() if r.startswith("| ")]
     cells = [cell for row in rows for cell in row[2:-2].split(" | ")]
-    assert sorted(Tags(report_html(swept)).cells) == sorted(cells)
+    assert sorted(Tags(report_html(long)).cells) == sorted(cells)
 
 
 def test_every_section_of_report_md_is_in_it(found: SearchResult) -> None:
@@ -211,14 +211,14 @@ def test_it_draws_all_figures_without_errors_requests_or_sideways_scrolling(
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 700)])
 def test_the_first_screen_has_the_headline_and_the_kl_with_its_interval(
-    page_file: Path, swept: SearchResult, open_page: Any, width: int, height: int
+    page_file: Path, long: SearchResult, open_page: Any, width: int, height: int
 ) -> None:
     page = open_page(page_file.as_uri(), width=width, height=height).page
     claim, first = page.locator(".claim"), page.locator(".cards div").first
-    said = headline(swept).claim
+    said = headline(long).claim
     assert claim.inner_text() == f"{said[0].upper()}{said[1:]}"
     assert re.search(
-        rf"{swept.gate.published_row.kl:.6f}\s+95 % interval 0\.\d+ to", first.inner_text()
+        rf"{long.gate.published_row.kl:.6f}\s+95 % interval 0\.\d+ to", first.inner_text()
     )
     for place in (claim, first):
         box = place.bounding_box()
@@ -271,36 +271,36 @@ def click_point(page: Any) -> str:
 
 
 def test_a_click_on_a_point_copies_its_command_and_says_so(
-    page_file: Path, swept: SearchResult, open_page: Any
+    page_file: Path, long: SearchResult, open_page: Any
 ) -> None:
     page = open_page(page_file.as_uri(), permissions=CLIPBOARD).page
-    command = commands(swept)[click_point(page)]
+    command = commands(long)[click_point(page)]
     page.locator("#said").wait_for(state="visible")
     assert page.locator("#said").inner_text() == f"Copied: {command}"
     assert page.evaluate("navigator.clipboard.readText()") == command
 
 
 def test_without_the_clipboard_interface_the_button_copies_all_the_same(
-    page_file: Path, swept: SearchResult, open_page: Any
+    page_file: Path, long: SearchResult, open_page: Any
 ) -> None:
     page = open_page(page_file.as_uri(), width=390, permissions=CLIPBOARD).page
     hide = {"value": None, "configurable": True}
     page.evaluate("(hide) => Object.defineProperty(navigator, 'clipboard', hide)", hide)
     page.get_by_text("Commands", exact=True).click()
     page.locator("details button.copy").first.click()
-    command = next(iter(commands(swept).values()))
+    command = next(iter(commands(long).values()))
     assert page.locator("#said").inner_text() == f"Copied: {command}"
     assert page.evaluate("delete navigator.clipboard && navigator.clipboard.readText()") == command
 
 
 def test_where_nothing_copies_the_command_is_shown_to_be_copied_by_hand(
-    page_file: Path, swept: SearchResult, open_page: Any
+    page_file: Path, long: SearchResult, open_page: Any
 ) -> None:
     page = open_page(page_file.as_uri()).page
     hide = {"value": None, "configurable": True}
     page.evaluate("(hide) => Object.defineProperty(navigator, 'clipboard', hide)", hide)
     page.evaluate("document.execCommand = () => false")
-    command = commands(swept)[click_point(page)]
+    command = commands(long)[click_point(page)]
     assert page.locator("#said").inner_text() == f"Copy this: {command}"
 
 

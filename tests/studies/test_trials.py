@@ -9,18 +9,18 @@ import pytest
 from alphaquant.errors import AlphaQuantError, BudgetError, ConfigError
 from alphaquant.search.allocators import available
 from alphaquant.search.groups import make_groups
-from alphaquant.search.knobs import Knobs, knob_params
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.trials import (
     Proposer,
-    check_allocator,
+    check_allocators,
     check_constrained,
     is_uniform_loadable,
     uniform_fits,
 )
+from alphaquant.testing.feasibility import is_feasible
 
 MENU = ("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
 MakeProposer = Callable[..., Proposer]
@@ -29,15 +29,14 @@ MakeProposer = Callable[..., Proposer]
 def sampled(proposer: Proposer, n_trials: int) -> list[tuple[str, bool]]:
     """Origin and feasibility of sampled knobs and groups, full size and any."""
     study = optuna.create_study(directions=["minimize", "minimize"])
-    ones = np.ones(len(proposer.problem.units))
     groups = make_groups(proposer.problem, "layer")
     found = []
     for n in range(n_trials):
         fixed = PlannedTrial({"bits": proposer.bits_high} if n % 2 else {})
         trial = next_trial(study, fixed, "random", 0)
-        for proposal in (proposer.knobs(trial, ones), proposer.groups(trial, groups)):
-            is_feasible = proposer.space.is_feasible(proposal.assignment)
-            found.append((proposal.origin, is_feasible and proposal.can_prune))
+        for proposal in (proposer.knobs(trial), proposer.groups(trial, groups)):
+            is_sound = is_feasible(proposer.space, proposal.assignment)
+            found.append((proposal.origin, is_sound and proposal.can_prune))
         study.tell(trial, [float(n), float(-n)])
     return found
 
@@ -80,7 +79,7 @@ def test_every_proposal_is_feasible(
         assert proposal is not None
         assert proposal.origin == f"allocator:{name}"
         assert not proposal.can_prune
-        assert proposer.space.is_feasible(proposal.assignment)
+        assert is_feasible(proposer.space, proposal.assignment)
 
 
 @pytest.mark.parametrize("name", [*MENU, "bf16"])
@@ -115,24 +114,6 @@ def test_optimum_within_a_limit_may_be_above_the_budget(make_proposer: MakePropo
     assert proposal.gap is not None
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_knobs_follow_the_sweep_by_their_strength(
-    strength: float, make_proposer: MakeProposer
-) -> None:
-    proposer = make_proposer("4bits")
-    weights = np.ones(len(proposer.problem.units))
-    weights[1] = 1e9
-    study = optuna.create_study(directions=["minimize", "minimize"])
-    knobs = knob_params(Knobs(proposer.bits_high, sweep_strength=strength))
-    trial = next_trial(study, PlannedTrial(knobs), "random", 0)
-    choice = proposer.choice(proposer.knobs(trial, weights).assignment)
-    plain = proposer.solve(proposer.base_cost, proposer.limit_bits).choice
-    assert choice is not None
-    assert (choice.tolist() == plain.tolist()) is (strength == 0.0)
-    dearest = int(proposer.problem.bits[1].argmax())
-    assert bool(choice[1] == dearest) is (strength == 1.0)
-
-
 def test_uniform_and_allocators_that_break_a_side_constraint_are_left_out(
     make_proposer: MakeProposer,
 ) -> None:
@@ -155,9 +136,14 @@ def test_limit_that_side_constraints_cannot_meet_is_an_error(make_proposer: Make
 
 def test_unknown_allocator_is_refused_by_name() -> None:
     for name in (None, "fisher", "evolution"):
-        check_allocator(name)
-    with pytest.raises(ConfigError, match="unknown allocator 'fishy'; use one of .*evolution"):
-        check_allocator("fishy")
+        check_allocators(SearchSpec(allocator=name))
+    for names in ("", "all", "pmq", "gemq, evolution"):
+        check_allocators(SearchSpec(allocators=names))
+    for changes in ({"allocator": "fishy"}, {"allocators": "pmq,fishy"}):
+        with pytest.raises(ConfigError, match="unknown allocator 'fishy'; use one of .*evolution"):
+            check_allocators(SearchSpec(**changes))
+    with pytest.raises(ConfigError, match="--allocator pmq runs alone .*give one of the two"):
+        check_allocators(SearchSpec(allocator="pmq", allocators="gemq"))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +151,7 @@ def test_unknown_allocator_is_refused_by_name() -> None:
     [
         ({"mode": "groups"}, "mode groups keeps the budget but not max_formats_per_layer = 2"),
         ({"allocator": "evolution"}, "allocator evolution .*use another allocator"),
+        ({"allocators": "pmq,evolution"}, "allocator evolution .*use another allocator"),
         ({"active_budget": "4bits"}, "active budget '4bits'; write bytes"),
         ({"max_formats_per_layer": 0}, "max_formats_per_layer = 0; give 1 or more"),
     ],

@@ -1,7 +1,6 @@
-"""Choices measured as the search folder asks for them."""
+"""Choices measured as their assignments are."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +20,3 @@ def test_a_choice_has_the_kl_of_its_assignment(n_windows: int, make_run: MakeRun
     assert found.tolist() == expected.kl.tolist()
     assert len(found) == n_windows
     assert run.truth.n_windows == 24
-
-
-def test_accepting_a_choice_tells_the_objective(make_run: MakeRun) -> None:
-    run = make_run()
-    choice = np.zeros(len(run.problem.units), dtype=np.int64)
-    run.truth.accept(choice)
-    objective: Any = run.truth.objective
-    assert objective.accepted == [run.proposer.spread(choice).digest]
