@@ -3,7 +3,8 @@
 With p_t = g_t' D x_t, where x_t is a token's input of the matrix, D = Q - W its error in a format
 and g_t the gradient of a total at its output, all of the following comes from one product D x_t:
 sums of p_t over a sequence (the inner product of D with the sequence's gradient) and sums of
-p_t^2. For an expert's down projection g_t carries the routing weight.
+p_t^2. For an expert's down projection g_t carries the routing weight, or the inputs do where the
+model weighs those (Llama 4).
 
 Outputs changed by a matrix alone, weighted by 1 (`error`) or by the squared gradient of the text's
 cross-entropy (`gemq`), are measured on at most `_ERROR_TOKENS` tokens of an expert and on the
@@ -31,6 +32,9 @@ _ERROR_SEQUENCES = 2
 _ERROR_TOKENS = 128
 _CHUNK_NUMBERS = 2**24
 """Changed outputs in memory at once, 64 MiB."""
+
+_Seen = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+"""Inputs, gradients and output error of a matrix; see `MatrixTrace`."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,8 @@ class _Expert:
         expert: its index.
         n_total: tokens of the layer, S * T.
         inputs: x, [m, H].
-        weights: routing weight c of each token, [m, 1].
-        gate_up: outputs of gate and up, [m, 2I].
+        weights: c, by which the output of each token is multiplied, [m, 1].
+        gate_up: outputs of gate and up, [m, 2I]; of up alone without gate, [m, I].
         features: inputs of the down projection, [m, I].
         of_text: gradients of the text's cross-entropy at the layer's output, [D', n, H], of the
             first n = min(m, `_ERROR_TOKENS`) tokens.
@@ -201,10 +205,10 @@ class _Expert:
     features: Tensor
     of_text: Tensor
 
-    def gated_error(self, half: slice, errors: Tensor) -> Tensor:
+    def inner_error(self, own: slice, errors: Tensor) -> Tensor:
         """Change of the expert's weighted output per token of the layer, [2, F].
 
-        Scaled up from at most `_ERROR_TOKENS` tokens; `half` are the columns of gate or up in
+        Scaled up from at most `_ERROR_TOKENS` tokens; `own` are the columns of gate or up in
         `gate_up`.
         """
         used = slice(0, _ERROR_TOKENS)
@@ -214,7 +218,7 @@ class _Expert:
         found = []
         for delta in errors:
             changed = z.clone()
-            changed[:, half] += x @ delta.T
+            changed[:, own] += x @ delta.T
             difference = c * ((self.site.apply_gate(changed) - reference) @ w2.T)
             found.append(_squares(difference, self.of_text[0]))
         return torch.stack(found, -1) * (len(self.inputs) / len(x) / self.n_total)
@@ -232,12 +236,12 @@ class _Expert:
 def _trace_expert(
     site: ExpertsSite, seen: ExpertsTrace, tokens: ExpertTokens, of_text: Tensor, seq_len: int
 ) -> Iterator[MatrixTrace]:
-    """Run one expert on its tokens, forward and backward: gate, up, down."""
+    """Run one expert on its tokens, forward and backward: gate if it has one, up, down."""
     e, n_total = tokens.expert, len(seen.inputs)
-    x = seen.inputs[tokens.rows].float()
-    c = tokens.weights.float().unsqueeze(-1)  # [m, 1]
-    views = site.views(e)
-    w2 = views.down.float()
+    given = site.given(seen.inputs, tokens)
+    x, c = given.inputs.float(), given.weights.float().unsqueeze(-1)  # [m, H], [m, 1]
+    weights = site.weights(e)
+    w2 = weights[-1].float()
     at_down = c * seen.gradients[:, tokens.rows].float()  # [D, m, H]
     with torch.enable_grad():
         z = site.gate_up(e, x).requires_grad_(True)  # [m, 2I]
@@ -248,11 +252,12 @@ def _trace_expert(
     z, f = z.detach(), features.detach()
     of_text = of_text[:, tokens.rows[:_ERROR_TOKENS]].float()  # [D', n, H]
     expert = _Expert(site, e, n_total, x, c, z, f, of_text)
-    gate, up = slice(0, site.gate[e].rows), slice(site.gate[e].rows, None)
-    for matrix, weight, inputs, gradients, error in (
-        (site.gate[e], views.gate, x, at_gate_up[..., gate], partial(expert.gated_error, gate)),
-        (site.up[e], views.up, x, at_gate_up[..., up], partial(expert.gated_error, up)),
-        (site.down[e], views.down, f, at_down, expert.down_error),
+    seen_by: list[_Seen] = [
+        (x, at_gate_up[..., own], partial(expert.inner_error, own)) for own in _rows(site, e)
+    ]
+    seen_by.append((f, at_down, expert.down_error))
+    for matrix, weight, (inputs, gradients, error) in zip(
+        site.matrices(e), weights, seen_by, strict=True
     ):
         yield MatrixTrace(
             matrix=matrix,
@@ -260,17 +265,24 @@ def _trace_expert(
             inputs=inputs,
             gradients=gradients,
             sequence=tokens.rows // seq_len,
-            routing_weight=float(c.double().sum()) / n_total,
+            routing_weight=float(tokens.weights.double().sum()) / n_total,
             active_share=len(x) / n_total,
             output_error=error,
         )
 
 
+def _rows(site: ExpertsSite, expert: int) -> Iterator[slice]:
+    """Where the outputs of gate and up are among both."""
+    start = 0
+    for matrix in site.inner(expert):
+        yield slice(start, start + matrix.rows)
+        start += matrix.rows
+
+
 def _trace_unseen(site: ExpertsSite, expert: int, seen: ExpertsTrace) -> Iterator[MatrixTrace]:
-    """Gate, up and down of an expert that no token chose: nothing was seen, so nothing costs."""
+    """Matrices of an expert that no token chose: nothing was seen, so nothing costs."""
     x, n_totals = seen.inputs, len(seen.gradients)
-    matrices = (site.gate[expert], site.up[expert], site.down[expert])
-    for matrix, weight in zip(matrices, site.views(expert), strict=True):
+    for matrix, weight in zip(site.matrices(expert), site.weights(expert), strict=True):
         yield MatrixTrace(
             matrix=matrix,
             weight=weight,

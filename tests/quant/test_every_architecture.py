@@ -26,10 +26,7 @@ REFUSED = {
     "doge": "promises routed experts",
     "inkling_text": "unsupported layout",
     "jetmoe": "unsupported layout",
-    "llama4": "unsupported layout",
-    "llama4_text": "unsupported layout",
     "longcat_flash": "no list of 4 decoder layers",
-    "nemotron_h": "unsupported layout",
 }
 """Refused by name, and a part of the message."""
 
