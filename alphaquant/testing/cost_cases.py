@@ -20,8 +20,9 @@ from alphaquant.testing.models import tiny_model, tiny_tokens
 
 COST_FORMATS = ("int3-g32-asym", "int8-g32")
 COST_TOKENS = tiny_tokens(6, 10)
-COST_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2")
-"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer."""
+COST_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2", "nemotron_h", "llama4_text")
+"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer; experts
+without gate; experts whose inputs are weighted."""
 
 
 @dataclass(frozen=True)

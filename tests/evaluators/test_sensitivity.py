@@ -3,6 +3,7 @@
 Letters: M matrices, F formats, D draws, S sequences, T tokens.
 """
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -82,12 +83,15 @@ def whole_gradients(case: CostCase, window: Tensor, labels: Tensor) -> dict[str,
             for linear in layer.linears:
                 found[linear.matrix.name] = linear.module.weight.grad.clone()
             for site in layer.experts:
-                gate_up, down = site.module.gate_up_proj.grad, site.module.down_proj.grad
-                half = site.gate[0].rows
+                gradients = copy.deepcopy(site.module)
+                for kept, parameter in zip(
+                    gradients.parameters(), site.module.parameters(), strict=True
+                ):
+                    kept.data = parameter.grad.clone()
+                of_site = replace(site, module=gradients)
                 for e in range(site.n_experts):
-                    found[site.gate[e].name] = gate_up[e, :half].clone()
-                    found[site.up[e].name] = gate_up[e, half:].clone()
-                    found[site.down[e].name] = down[e].clone()
+                    names = (matrix.name for matrix in site.matrices(e))
+                    found |= zip(names, of_site.weights(e), strict=True)
     finally:
         model.zero_grad()
         model.requires_grad_(False)
@@ -247,7 +251,8 @@ def experts_output_change(
     view += delta
     changed = site.module(*calls[0])
     view.copy_(original)
-    return (changed - reference).view(-1, changed.shape[-1])
+    # Llama 4's experts are summed outside.
+    return (changed - reference).view(-1, COST_TOKENS.numel(), changed.shape[-1]).sum(0)
 
 
 def layer_output_change(case: CostCase, layer: int, name: str, format_name: str) -> Tensor:
@@ -288,7 +293,7 @@ def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCa
     table = family_case.costs(batch_size=4)
     for layer, site in family_case.experts():
         gradients = text_gradients(family_case, layer).flatten(0, 1)
-        for matrix in (site.gate[0], site.up[1], site.down[2]):
+        for matrix in (site.inner(0)[0], site.up[1], site.down[2]):
             for column, fmt in enumerate(COST_FORMATS):
                 change = experts_output_change(family_case, site, matrix.name, fmt)
                 row = table.matrices.index(matrix.name)
@@ -371,7 +376,7 @@ def test_token_counts_add_up_to_the_choices_of_the_router(family_case: CostCase)
         assert all(n_tokens[site.matrix.name] == COST_TOKENS.numel() for site in layer.linears)
     top_k = family_case.map.model.config.num_experts_per_tok
     for _, site in family_case.experts():
-        for stack in (site.gate, site.up, site.down):
+        for stack in filter(None, (site.gate, site.up, site.down)):
             assert sum(n_tokens[m.name] for m in stack) == top_k * COST_TOKENS.numel()
 
 
