@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.bank import BankLayer
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace
 from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
@@ -194,6 +195,7 @@ class _Expert:
         features: inputs of the down projection, [m, I].
         of_text: gradients of the text's cross-entropy at the layer's output, [D', n, H], of the
             first n = min(m, `_ERROR_TOKENS`) tokens.
+        outward: what takes the experts' outputs to the block's, see `_outward`.
     """
 
     site: ExpertsSite
@@ -204,6 +206,11 @@ class _Expert:
     gate_up: Tensor
     features: Tensor
     of_text: Tensor
+    outward: Tensor | None
+
+    def seen_outside(self, down: Tensor) -> Tensor:
+        """Down projections [..., I] as the block's output sees them."""
+        return down if self.outward is None else self.outward @ down
 
     def inner_error(self, own: slice, errors: Tensor) -> Tensor:
         """Change of the expert's weighted output per token of the layer, [2, F].
@@ -213,7 +220,7 @@ class _Expert:
         """
         used = slice(0, _ERROR_TOKENS)
         x, z, c = self.inputs[used], self.gate_up[used], self.weights[used]
-        w2 = self.site.views(self.expert).down.float()
+        w2 = self.seen_outside(self.site.views(self.expert).down.float())
         reference = self.site.apply_gate(z)
         found = []
         for delta in errors:
@@ -225,6 +232,7 @@ class _Expert:
 
     def down_error(self, errors: Tensor) -> Tensor:
         """The same for the down projection, whose error is tr(D G D') with G = sum c^2 f f'."""
+        errors = self.seen_outside(errors)
         weighted = self.weights * self.features  # [m, I]
         gram = weighted.T @ weighted
         error = ((errors @ gram) * errors).sum((-1, -2)).double()
@@ -251,7 +259,8 @@ def _trace_expert(
         )
     z, f = z.detach(), features.detach()
     of_text = of_text[:, tokens.rows[:_ERROR_TOKENS]].float()  # [D', n, H]
-    expert = _Expert(site, e, n_total, x, c, z, f, of_text)
+    outward = _outward(site, of_text.shape[-1])
+    expert = _Expert(site, e, n_total, x, c, z, f, of_text, outward)
     seen_by: list[_Seen] = [
         (x, at_gate_up[..., own], partial(expert.inner_error, own)) for own in _rows(site, e)
     ]
@@ -269,6 +278,29 @@ def _trace_expert(
             active_share=len(x) / n_total,
             output_error=error,
         )
+
+
+def _outward(site: ExpertsSite, hidden: int) -> Tensor | None:
+    """The matrix [H, inner] behind experts that work in a smaller space; None where they do not.
+
+    Args:
+        site: the experts.
+        hidden: H, of the layer.
+
+    Raises:
+        ModelError: it is not found.
+    """
+    inner = site.down[0].rows
+    if inner == hidden:
+        return None
+    for child in site.block.children():
+        if isinstance(child, nn.Linear) and child.weight.shape == (hidden, inner):
+            return child.weight.data.float()
+    raise ModelError(
+        f"{site.name} gives {inner} features in a layer of {hidden}, and its block "
+        f"{type(site.block).__name__} has no nn.Linear from these to those, so what its matrices "
+        "cost the layer is unknown; report the architecture, or quantize it without a search"
+    )
 
 
 def _rows(site: ExpertsSite, expert: int) -> Iterator[slice]:

@@ -238,7 +238,7 @@ def test_fisher_estimates_the_kl_of_small_errors(tmp_path: Path, top_k: int, sca
 def experts_output_change(
     case: CostCase, site: ExpertsSite, name: str, format_name: str
 ) -> Tensor:
-    """Change of the experts module's output with one matrix in a format, [S * T, H]."""
+    """Change of the experts' sum with a matrix in a format, in the block's output, [S * T, H]."""
     calls: list[tuple[Any, ...]] = []
     handle = site.module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True
@@ -251,8 +251,10 @@ def experts_output_change(
     view += delta
     changed = site.module(*calls[0])
     view.copy_(original)
-    # Llama 4's experts are summed outside.
-    return (changed - reference).view(-1, COST_TOKENS.numel(), changed.shape[-1]).sum(0)
+    # Llama 4's experts are summed outside, Nemotron's are in a smaller space.
+    change = (changed - reference).view(-1, COST_TOKENS.numel(), changed.shape[-1]).sum(0)
+    outward = getattr(site.block, "fc2_latent_proj", None)
+    return change if outward is None else outward(change)
 
 
 def layer_output_change(case: CostCase, layer: int, name: str, format_name: str) -> Tensor:
