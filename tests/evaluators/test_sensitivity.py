@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.evaluators.matrix_costs import _outward
 from alphaquant.evaluators.sensitivity import (
     CostSettings,
     CostTable,
@@ -32,7 +33,7 @@ from alphaquant.testing.cost_cases import (
     CostCase,
     make_cost_case,
 )
-from alphaquant.testing.models import tiny_tokens
+from alphaquant.testing.models import tiny_model, tiny_tokens
 
 
 @pytest.fixture(scope="module", params=COST_FAMILIES)
@@ -306,6 +307,13 @@ def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCa
                 gemq = float((gradients * change).square().sum(-1).mean())
                 assert table.gemq[row, column] == pytest.approx(gemq, rel=1e-3)
                 assert error > 0 and gemq > 0
+
+
+def test_experts_in_a_space_that_nothing_leads_out_of_are_refused() -> None:
+    site = map_model(tiny_model("nemotron_h")).layers[1].experts[0]
+    assert _outward(site, 40) is None
+    with pytest.raises(ModelError, match="gives 40 features in a layer of 64, and its block"):
+        _outward(site, 64)
 
 
 def test_error_and_gemq_of_a_linear_are_of_the_layer_output(family_case: CostCase) -> None:
