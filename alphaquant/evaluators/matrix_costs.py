@@ -3,7 +3,8 @@
 With p_t = g_t' D x_t, where x_t is a token's input of the matrix, D = Q - W its error in a format
 and g_t the gradient of a total at its output, all of the following comes from one product D x_t:
 sums of p_t over a sequence (the inner product of D with the sequence's gradient) and sums of
-p_t^2. For an expert's down projection g_t carries the routing weight.
+p_t^2. For an expert's down projection g_t carries the routing weight, or the inputs do where the
+model weighs those (Llama 4).
 
 Outputs changed by a matrix alone, weighted by 1 (`error`) or by the squared gradient of the text's
 cross-entropy (`gemq`), are measured on at most `_ERROR_TOKENS` tokens of an expert and on the
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.bank import BankLayer
 from alphaquant.quant.gradients import ExpertsTrace, LayerTrace
 from alphaquant.quant.routing import ExpertTokens, tokens_by_expert
@@ -31,6 +33,9 @@ _ERROR_SEQUENCES = 2
 _ERROR_TOKENS = 128
 _CHUNK_NUMBERS = 2**24
 """Changed outputs in memory at once, 64 MiB."""
+
+_Seen = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+"""Inputs, gradients and output error of a matrix; see `MatrixTrace`."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +190,12 @@ class _Expert:
         expert: its index.
         n_total: tokens of the layer, S * T.
         inputs: x, [m, H].
-        weights: routing weight c of each token, [m, 1].
-        gate_up: outputs of gate and up, [m, 2I].
+        weights: c, by which the output of each token is multiplied, [m, 1].
+        gate_up: outputs of gate and up, [m, 2I]; of up alone without gate, [m, I].
         features: inputs of the down projection, [m, I].
         of_text: gradients of the text's cross-entropy at the layer's output, [D', n, H], of the
             first n = min(m, `_ERROR_TOKENS`) tokens.
+        outward: what takes the experts' outputs to the block's, see `_outward`.
     """
 
     site: ExpertsSite
@@ -200,27 +206,33 @@ class _Expert:
     gate_up: Tensor
     features: Tensor
     of_text: Tensor
+    outward: Tensor | None
 
-    def gated_error(self, half: slice, errors: Tensor) -> Tensor:
+    def seen_outside(self, down: Tensor) -> Tensor:
+        """Down projections [..., I] as the block's output sees them."""
+        return down if self.outward is None else self.outward @ down
+
+    def inner_error(self, own: slice, errors: Tensor) -> Tensor:
         """Change of the expert's weighted output per token of the layer, [2, F].
 
-        Scaled up from at most `_ERROR_TOKENS` tokens; `half` are the columns of gate or up in
+        Scaled up from at most `_ERROR_TOKENS` tokens; `own` are the columns of gate or up in
         `gate_up`.
         """
         used = slice(0, _ERROR_TOKENS)
         x, z, c = self.inputs[used], self.gate_up[used], self.weights[used]
-        w2 = self.site.views(self.expert).down.float()
+        w2 = self.seen_outside(self.site.views(self.expert).down.float())
         reference = self.site.apply_gate(z)
         found = []
         for delta in errors:
             changed = z.clone()
-            changed[:, half] += x @ delta.T
+            changed[:, own] += x @ delta.T
             difference = c * ((self.site.apply_gate(changed) - reference) @ w2.T)
             found.append(_squares(difference, self.of_text[0]))
         return torch.stack(found, -1) * (len(self.inputs) / len(x) / self.n_total)
 
     def down_error(self, errors: Tensor) -> Tensor:
         """The same for the down projection, whose error is tr(D G D') with G = sum c^2 f f'."""
+        errors = self.seen_outside(errors)
         weighted = self.weights * self.features  # [m, I]
         gram = weighted.T @ weighted
         error = ((errors @ gram) * errors).sum((-1, -2)).double()
@@ -232,12 +244,12 @@ class _Expert:
 def _trace_expert(
     site: ExpertsSite, seen: ExpertsTrace, tokens: ExpertTokens, of_text: Tensor, seq_len: int
 ) -> Iterator[MatrixTrace]:
-    """Run one expert on its tokens, forward and backward: gate, up, down."""
+    """Run one expert on its tokens, forward and backward: gate if it has one, up, down."""
     e, n_total = tokens.expert, len(seen.inputs)
-    x = seen.inputs[tokens.rows].float()
-    c = tokens.weights.float().unsqueeze(-1)  # [m, 1]
-    views = site.views(e)
-    w2 = views.down.float()
+    given = site.given(seen.inputs, tokens)
+    x, c = given.inputs.float(), given.weights.float().unsqueeze(-1)  # [m, H], [m, 1]
+    weights = site.weights(e)
+    w2 = weights[-1].float()
     at_down = c * seen.gradients[:, tokens.rows].float()  # [D, m, H]
     with torch.enable_grad():
         z = site.gate_up(e, x).requires_grad_(True)  # [m, 2I]
@@ -247,12 +259,14 @@ def _trace_expert(
         )
     z, f = z.detach(), features.detach()
     of_text = of_text[:, tokens.rows[:_ERROR_TOKENS]].float()  # [D', n, H]
-    expert = _Expert(site, e, n_total, x, c, z, f, of_text)
-    gate, up = slice(0, site.gate[e].rows), slice(site.gate[e].rows, None)
-    for matrix, weight, inputs, gradients, error in (
-        (site.gate[e], views.gate, x, at_gate_up[..., gate], partial(expert.gated_error, gate)),
-        (site.up[e], views.up, x, at_gate_up[..., up], partial(expert.gated_error, up)),
-        (site.down[e], views.down, f, at_down, expert.down_error),
+    outward = _outward(site, of_text.shape[-1])
+    expert = _Expert(site, e, n_total, x, c, z, f, of_text, outward)
+    seen_by: list[_Seen] = [
+        (x, at_gate_up[..., own], partial(expert.inner_error, own)) for own in _rows(site, e)
+    ]
+    seen_by.append((f, at_down, expert.down_error))
+    for matrix, weight, (inputs, gradients, error) in zip(
+        site.matrices(e), weights, seen_by, strict=True
     ):
         yield MatrixTrace(
             matrix=matrix,
@@ -260,17 +274,47 @@ def _trace_expert(
             inputs=inputs,
             gradients=gradients,
             sequence=tokens.rows // seq_len,
-            routing_weight=float(c.double().sum()) / n_total,
+            routing_weight=float(tokens.weights.double().sum()) / n_total,
             active_share=len(x) / n_total,
             output_error=error,
         )
 
 
+def _outward(site: ExpertsSite, hidden: int) -> Tensor | None:
+    """The matrix [H, inner] behind experts that work in a smaller space; None where they do not.
+
+    Args:
+        site: the experts.
+        hidden: H, of the layer.
+
+    Raises:
+        ModelError: it is not found.
+    """
+    inner = site.down[0].rows
+    if inner == hidden:
+        return None
+    for child in site.block.children():
+        if isinstance(child, nn.Linear) and child.weight.shape == (hidden, inner):
+            return child.weight.data.float()
+    raise ModelError(
+        f"{site.name} gives {inner} features in a layer of {hidden}, and its block "
+        f"{type(site.block).__name__} has no nn.Linear from these to those, so what its matrices "
+        "cost the layer is unknown; report the architecture, or quantize it without a search"
+    )
+
+
+def _rows(site: ExpertsSite, expert: int) -> Iterator[slice]:
+    """Where the outputs of gate and up are among both."""
+    start = 0
+    for matrix in site.inner(expert):
+        yield slice(start, start + matrix.rows)
+        start += matrix.rows
+
+
 def _trace_unseen(site: ExpertsSite, expert: int, seen: ExpertsTrace) -> Iterator[MatrixTrace]:
-    """Gate, up and down of an expert that no token chose: nothing was seen, so nothing costs."""
+    """Matrices of an expert that no token chose: nothing was seen, so nothing costs."""
     x, n_totals = seen.inputs, len(seen.gradients)
-    matrices = (site.gate[expert], site.up[expert], site.down[expert])
-    for matrix, weight in zip(matrices, site.views(expert), strict=True):
+    for matrix, weight in zip(site.matrices(expert), site.weights(expert), strict=True):
         yield MatrixTrace(
             matrix=matrix,
             weight=weight,

@@ -236,7 +236,9 @@ def _is_packed(expert: nn.Module) -> bool:
 
 
 def _make_site(name: str, module: nn.Module, reader: ExpertsSite) -> RoutedSite:
-    hooked = module if isinstance(module, PackedExperts) else reader.hooked
+    # Packed experts take the place of the module that they were made from.
+    is_replaced = isinstance(module, PackedExperts) and reader.hooked is reader.module
+    hooked = module if is_replaced else reader.hooked
     router = _find_router(reader.block, reader.n_experts)
     return RoutedSite(name, reader.n_experts, reader, hooked, router)
 

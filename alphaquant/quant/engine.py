@@ -337,7 +337,7 @@ def _without_data(layer: LayerSite) -> Iterator[HessianBatch]:
     """Batches with zero Hessians: linears one by one, all experts of a module at once."""
     stacks: list[tuple[tuple[Matrix, ...], ...]] = [((site.matrix,),) for site in layer.linears]
     for site in layer.experts:
-        stacks.append(tuple(zip(site.gate, site.up, strict=True)))
+        stacks.append(tuple(map(site.inner, range(site.n_experts))))
         stacks.append(tuple((m,) for m in site.down))
     for group in stacks:
         zeros = torch.zeros(1, 1, 1).expand(len(group), group[0][0].cols, group[0][0].cols)

@@ -10,7 +10,7 @@ and runs them is `alphaquant.quant.modules.PackedExperts`, or the kernels.
 Letters: n tokens, k experts per token, E experts, H hidden size, I expert width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from alphaquant.quant.layouts import FusedExperts
 from alphaquant.quant.matrix import PackedMatrix, pack_bf16
 from alphaquant.quant.modules import PackedExpert, PackedExperts, PackedLinear
 from alphaquant.quant.quantization_config import PackedFormats
-from alphaquant.quant.sites import ExpertViews
 from alphaquant.spaces.formats import BF16, Format, parse_format
 
 
@@ -71,7 +70,7 @@ class MixedPrecisionEPMoE(nn.Module):
         self.experts.keep_experts(range(first, last + 1))
         self.experts.reduce = reduce
         for number in self.experts.owned:
-            _fill(self.experts.expert(number), site.views(number), search)
+            _fill(self.experts.expert(number), site.weights(number), search)
         holder.to("meta")
         if kernels:
             use_kernels(self)
@@ -140,10 +139,9 @@ def _down_shape(w13: Tensor) -> torch.Size:
     return torch.Size((n_experts, hidden, double // 2))
 
 
-def _fill(expert: PackedExpert, weights: ExpertViews, search: ScaleSearch) -> None:
+def _fill(expert: PackedExpert, weights: Sequence[Tensor], search: ScaleSearch) -> None:
     """Give an empty expert its packed tensors."""
-    parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    for part, weight in zip(parts, weights, strict=True):
+    for part, weight in zip(expert.linears(), weights, strict=True):
         for name, tensor in _pack(part, weight, search).tensors.items():
             setattr(part, name, tensor)
 

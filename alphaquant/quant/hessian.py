@@ -3,9 +3,10 @@
 For an expert with tokens x_j and routing weights c_j the squared error of its weighted output is
 sum_j c_j^2 |(W - Q) x_j|^2 = tr((W - Q) H (W - Q)') with H = sum_j c_j^2 x_j x_j' (derivation in
 docs/algorithms.md). The exponent is a parameter: 0 is plain GPTQ, 1 is MoEQuant (arXiv 2505.03804,
-AGQ), 2 is exact and the default. A shared expert behind a sigmoid gate (Qwen2-MoE) is weighted by
-that gate in the same way; everything else that every token passes through (attention, dense MLPs,
-other shared experts) has weight 1.
+AGQ), 2 is exact and the default. Where routing weights multiply the inputs of experts (Llama 4),
+x_j holds its weight already and c_j is 1. A shared expert behind a sigmoid gate (Qwen2-MoE) is
+weighted by that gate in the same way; everything else that every token passes through (attention,
+dense MLPs, other shared experts) has weight 1.
 
 An expert that few tokens reach gets its Hessian mixed with the mean of its layer's experts, as if
 it had seen `pooled_tokens` more of their tokens. The mean is taken over the layer's experts for
@@ -155,7 +156,7 @@ class _ExpertSums:
     """Sums of one experts module."""
 
     def __init__(self, site: ExpertsSite, device: torch.device) -> None:
-        n_experts, hidden, width = site.n_experts, site.gate[0].cols, site.down[0].cols
+        n_experts, hidden, width = site.n_experts, site.up[0].cols, site.down[0].cols
         self.site = site
         self.w13 = torch.zeros(n_experts, hidden, hidden, device=device)
         self.w2 = torch.zeros(n_experts, width, width, device=device)
@@ -165,9 +166,9 @@ class _ExpertSums:
     def add(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor, exponent: int) -> None:
         for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
             e = tokens.expert
-            x = inputs[tokens.rows]
+            x, output_weights = self.site.given(inputs, tokens)
             features = self.site.apply_gate(self.site.gate_up(e, x))  # [m, I]
-            power = tokens.weights.to(torch.float32) ** exponent
+            power = output_weights.to(torch.float32) ** exponent
             accumulate(self.w13[e], x, power)
             accumulate(self.w2[e], features, power)
             self.n_tokens[e] += tokens.rows.numel()
@@ -186,6 +187,6 @@ class _ExpertSums:
             w13 += share * w13.sum(0)
             diagonal = w2.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes w2
             diagonal += share * diagonal.sum(0).mean()
-        gate_up = tuple(zip(self.site.gate, self.site.up, strict=True))
+        inner = tuple(map(self.site.inner, range(self.site.n_experts)))
         down = tuple((m,) for m in self.site.down)
-        return [HessianBatch(gate_up, w13, counts, source), HessianBatch(down, w2, counts, source)]
+        return [HessianBatch(inner, w13, counts, source), HessianBatch(down, w2, counts, source)]

@@ -84,7 +84,7 @@ class KernelExperts(PackedExperts):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H]; see `PackedExperts`."""
-        output = self.add_experts(*self.site.route(args, kwargs))
+        output = self.add_experts(*self.site.route_packed(args, kwargs))
         output = output if self.reduce is None else self.reduce(output)
         return output.view(next(iter((*args, *kwargs.values()))).shape)
 
@@ -166,7 +166,8 @@ def _parts(module: nn.Module, n_parts: int) -> list[Tensor]:
 
 
 def linears_of(expert: PackedExpert) -> tuple[PackedLinear, PackedLinear, PackedLinear]:
-    """Gate, up and down of an expert, as `PROJECTIONS` names them."""
+    """Gate, up and down of an expert that has a gate, as `PROJECTIONS` names them."""
+    assert expert.gate_proj is not None
     return expert.gate_proj, expert.up_proj, expert.down_proj
 
 

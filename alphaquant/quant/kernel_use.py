@@ -193,6 +193,8 @@ def why_torch(module: PackedLinear | PackedExperts) -> str | None:
         return "it holds no experts"
     if site.bias_names:
         return "its experts have biases"
+    if not site.gate:
+        return "its experts have no gate"
     if not _is_silu_gated(site):
         return "its gating function is not silu(gate) * up"
     for number in module.owned:
@@ -328,7 +330,7 @@ def _try_linear(
 def _try_expert(
     expert: PackedExpert, number: int, made: KernelExperts, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    x = _draw(expert.gate_proj, dtype)
+    x = _draw(expert.up_proj, dtype)
     ids = torch.full((len(x), 1), number, device=x.device)
     found = made.add_experts(x, ids, torch.ones_like(ids, dtype=torch.float32))
     gate, up, down = (part.packed().dequantize() for part in linears_of(expert))

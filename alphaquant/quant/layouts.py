@@ -6,6 +6,8 @@
                     biases, as in gpt-oss.
     ListedExperts   a ModuleList of experts with three linears each, as in older and remote code.
     RowExperts      DBRX: three 2-D parameters with the experts' rows one after the other.
+    UngatedExperts  Nemotron-H: up and down and no gate; in `alphaquant.quant.ungated`.
+    InputWeightedExperts  Llama 4: weights multiply inputs; in `alphaquant.quant.input_weighted`.
 
 Letters: E experts, H hidden size, I expert width, n tokens, k experts per token.
 """
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.quant.input_weighted import InputWeightedExperts
 from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews, RoutedTokens
+from alphaquant.quant.ungated import UngatedExperts
 
 # Powers of two keep the division exact; large enough that what a shared expert adds to the block's
 # output costs a bfloat16 routing weight no precision, small enough for float16.
@@ -326,7 +330,13 @@ class RowExperts(ExpertsSite):
         return RoutedTokens(hidden.reshape(-1, hidden.shape[-1]), expert_ids, weights)
 
 
-LAYOUTS: tuple[type[ExpertsSite], ...] = (FusedExperts, ListedExperts, RowExperts)
+LAYOUTS: tuple[type[ExpertsSite], ...] = (
+    UngatedExperts,
+    InputWeightedExperts,
+    FusedExperts,
+    ListedExperts,
+    RowExperts,
+)
 """All of them."""
 
 

@@ -120,7 +120,8 @@ def _map_parts(
             continue
         if type(module) is nn.Linear and _reason_to_stay(full, module, experts, probe) is None:
             rows, cols = module.weight.shape
-            matrix = Matrix(full, rows, cols, _kind(full, blocks), index)
+            parent = layer.get_submodule(path.rpartition(".")[0])
+            matrix = Matrix(full, rows, cols, _kind(full, parent, blocks), index)
             linears.append(LinearSite(matrix, module, _shared_gate(full, blocks)))
     site = LayerSite(index, name, layer, tuple(linears), experts)
     _refuse_unknown_experts(site)
@@ -334,9 +335,10 @@ def _shared_gate(path: str, experts: Sequence[ExpertsSite]) -> nn.Linear | None:
     return None
 
 
-def _kind(path: str, experts: Sequence[ExpertsSite]) -> str:
+def _kind(path: str, parent: nn.Module, experts: Sequence[ExpertsSite]) -> str:
     if _site_beside(path.rpartition(".")[0], experts) is not None:
         return "shared"
-    # The name decides only how a matrix is grouped in reports and knobs, never whether it is
-    # quantized.
-    return "attention" if "attn" in path or "attention" in path else "dense"
+    # Names decide only how a matrix is grouped in reports, knobs and profiles, never whether it is
+    # quantized. Where every mixer of a layer has one name, its class tells.
+    names = (path, type(parent).__name__.lower())
+    return "attention" if any("attn" in n or "attention" in n for n in names) else "dense"

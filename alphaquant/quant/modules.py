@@ -106,12 +106,20 @@ class PackedLinear(nn.Module):
 
 
 class PackedExpert(nn.Module):
-    """Gate, up and down of one expert."""
+    """Gate, up and down of one expert; `gate_proj` is None where it has no gate."""
 
-    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
-        """Take the three projections."""
+    def __init__(self, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear) -> None:
+        """Take the projections."""
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+
+    def inner(self) -> tuple[PackedLinear, ...]:
+        """What its inputs go into: gate and up, or up alone."""
+        return (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
+
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """All of them: gate, if it has one, up and down."""
+        return (*self.inner(), self.down_proj)
 
 
 class PackedExperts(nn.Module):
@@ -139,8 +147,8 @@ class PackedExperts(nn.Module):
         for name in site.bias_names:
             self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
-            parts = [_empty(formats, m) for m in (site.gate[e], site.up[e], site.down[e])]
-            self.add_module(str(e), PackedExpert(*parts))
+            *gate, up, down = (_empty(formats, m) for m in site.matrices(e))
+            self.add_module(str(e), PackedExpert(gate[0] if gate else None, up, down))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H].
@@ -152,7 +160,7 @@ class PackedExperts(nn.Module):
                 ids int64 [n, k], weights [n, k].
             kwargs: likewise.
         """
-        inputs, expert_ids, weights = self.site.route(args, kwargs)
+        inputs, expert_ids, weights = self.site.route_packed(args, kwargs)
         output = torch.zeros_like(inputs)
         for tokens in tokens_by_expert(expert_ids, weights, self.num_experts):
             if tokens.expert in self.owned:
@@ -184,18 +192,15 @@ class PackedExperts(nn.Module):
         """One expert on its tokens, [m, H] -> [m, H]; errors carry a note that names it."""
         expert = self.expert(index)
         try:
-            gate_up = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)
+            gate_up = torch.cat([linear(x) for linear in expert.inner()], -1)
             bias = self.site.gate_up_bias(self, index)
             if bias is not None:
                 gate_up = gate_up + bias
             y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))
         except Exception as error:
-            formats = [
-                part.format.name for part in expert.children() if isinstance(part, PackedLinear)
-            ]
-            error.add_note(
-                f"in {self.site.name}, expert {index} (gate, up, down: {', '.join(formats)})"
-            )
+            formats = ", ".join(part.format.name for part in expert.linears())
+            parts = "up, down" if expert.gate_proj is None else "gate, up, down"
+            error.add_note(f"in {self.site.name}, expert {index} ({parts}: {formats})")
             raise
         bias = self.site.down_bias(self, index)
         return y if bias is None else y + bias
@@ -266,8 +271,7 @@ def _listed(site: ListedExperts, formats: PackedFormats) -> dict[str, nn.Module]
     """A packed linear for every linear of every expert."""
     found: dict[str, nn.Module] = {}
     for e in range(site.n_experts):
-        matrices = (site.gate[e], site.up[e], site.down[e])
-        for matrix, linear in zip(matrices, site.linears(e), strict=True):
+        for matrix, linear in zip(site.matrices(e), site.linears(e), strict=True):
             found[matrix.name] = _empty(formats, matrix, linear.bias)
     return found
 

@@ -210,7 +210,7 @@ class _Run:
         """Store a layer; what is kept of it for the report."""
         file = self.writer.add_layer(done.layer.index, done.items)
         seconds = done.seconds / len(done.items)
-        widths = {site.name: site.gate[0].cols for site in done.layer.experts}
+        widths = {site.name: site.up[0].cols for site in done.layer.experts}
         record = {
             "file": file.file,
             "sha256": file.sha256,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alphaquant.quant.routing import ExpertTokens
 from alphaquant.spaces.units import Inventory, Matrix
 
 _MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -30,9 +31,12 @@ class ExpertSizes(NamedTuple):
 
 
 class ExpertViews(NamedTuple):
-    """Weights of one expert: gate and up [I, H], down [H, I]; writing them writes the model."""
+    """Weights of one expert: gate and up [I, H], down [H, I]; writing them writes the model.
 
-    gate: Tensor
+    `gate` is None where experts have none and compute down(activation(up(x))).
+    """
+
+    gate: Tensor | None
     up: Tensor
     down: Tensor
 
@@ -42,6 +46,13 @@ class RoutedTokens(NamedTuple):
 
     inputs: Tensor
     expert_ids: Tensor
+    weights: Tensor
+
+
+class Weighted(NamedTuple):
+    """What one expert is given: inputs [m, H], and weights [m] that multiply its outputs."""
+
+    inputs: Tensor
     weights: Tensor
 
 
@@ -73,7 +84,8 @@ class ExpertsSite(ABC):
         name: path of the module.
         module: holds the experts' weights.
         block: the module that holds `module`, its router and shared experts.
-        gate: matrices of the gate projections, by expert; likewise `up` and `down`.
+        gate: matrices of the gate projections, by expert; likewise `up` and `down`. Empty where
+            experts have no gate.
         bias_names: parameters of `module` that stay as they are when its weights are packed.
     """
 
@@ -100,15 +112,18 @@ class ExpertsSite(ABC):
 
     @abstractmethod
     def apply_gate(self, gate_up: Tensor) -> Tensor:
-        """The gating function: gate outputs, then up outputs, [..., 2I] -> features [..., I]."""
+        """The gating function: gate outputs, then up outputs, [..., 2I] -> features [..., I].
+
+        Without gate the activation: up outputs [..., I] -> features [..., I].
+        """
 
     @abstractmethod
     def state_names(self) -> set[str]:
         """Names in the model's state of the tensors that hold the quantized matrices."""
 
     @classmethod
-    def projections(cls, module: nn.Module) -> tuple[str, str, str]:
-        """Names of gate, up and down in the matrices' names."""
+    def projections(cls, module: nn.Module) -> tuple[str | None, str, str]:
+        """Names of gate, up and down in the matrices' names; no gate is None."""
         return ("gate_proj", "up_proj", "down_proj")
 
     @classmethod
@@ -122,6 +137,7 @@ class ExpertsSite(ABC):
             tuple(
                 Matrix(f"{name}.{e}.{own}", *shape, "expert", layer, e, _aliases(name, e, own))
                 for e in range(sizes.n_experts)
+                if own is not None
             )
             for own, shape in zip(names, shapes, strict=True)
         )
@@ -137,6 +153,18 @@ class ExpertsSite(ABC):
         """E."""
         return len(self.down)
 
+    def inner(self, expert: int) -> tuple[Matrix, ...]:
+        """What one expert's inputs go into: gate and up, or up alone."""
+        return (*self.gate[expert : expert + 1], self.up[expert])
+
+    def matrices(self, expert: int) -> tuple[Matrix, ...]:
+        """The matrices of one expert: gate, if it has one, up and down."""
+        return (*self.inner(expert), self.down[expert])
+
+    def weights(self, expert: int) -> tuple[Tensor, ...]:
+        """The weights of `matrices`, [rows, cols] each; writing them writes the model."""
+        return tuple(weight for weight in self.views(expert) if weight is not None)
+
     @property
     def hooked(self) -> nn.Module:
         """The module whose inputs `route` reads; its output's gradient is that of the experts."""
@@ -147,15 +175,26 @@ class ExpertsSite(ABC):
         hidden, expert_ids, weights = (*args, *kwargs.values())[:3]
         return RoutedTokens(hidden, expert_ids, weights)
 
+    def route_packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
+        """As `route`, from the arguments of a call of `module`, whose place packed experts take.
+
+        Experts run on these inputs as they are, and these weights multiply their outputs.
+        """
+        return self.route(args, kwargs)
+
+    def given(self, inputs: Tensor, tokens: ExpertTokens) -> Weighted:
+        """What one expert is given of the inputs [n, H] that `route` found."""
+        return Weighted(inputs[tokens.rows], tokens.weights)
+
     def gate_up(self, expert: int, inputs: Tensor) -> Tensor:
-        """Outputs of one expert's gate, then of its up projection, [m, H] -> [m, 2I]."""
-        parts = [inputs @ w.to(inputs.dtype).T for w in self.views(expert)[:2]]
+        """Outputs of one expert's `inner` matrices, one after the other, [m, H] -> [m, 2I]."""
+        parts = [inputs @ w.to(inputs.dtype).T for w in self.weights(expert)[:-1]]
         outputs = torch.cat(parts, -1)
         bias = self.gate_up_bias(self.module, expert)
         return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
     def gate_up_bias(self, module: nn.Module, expert: int) -> Tensor | None:
-        """Bias of the gate, then of the up projection, [2I]; `module` holds `bias_names`."""
+        """Biases of the `inner` matrices, [2I]; `module` holds `bias_names`."""
         return None
 
     def down_bias(self, module: nn.Module, expert: int) -> Tensor | None:
@@ -179,7 +218,7 @@ class LayerSite:
             yield linear.matrix
         for site in self.experts:
             for e in range(site.n_experts):
-                yield from (site.gate[e], site.up[e], site.down[e])
+                yield from site.matrices(e)
 
     def views(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weight [rows, cols] of each matrix; writing a weight writes the model."""
@@ -187,10 +226,8 @@ class LayerSite:
             yield linear.matrix.name, linear.view()
         for site in self.experts:
             for e in range(site.n_experts):
-                weights = site.views(e)
-                yield site.gate[e].name, weights.gate
-                yield site.up[e].name, weights.up
-                yield site.down[e].name, weights.down
+                names = (matrix.name for matrix in site.matrices(e))
+                yield from zip(names, site.weights(e), strict=True)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ case = make_cost_case(folder, "mixtral")
 case.costs(n_draws=2).products
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from alphaquant.testing.models import tiny_model, tiny_tokens
 
 COST_FORMATS = ("int3-g32-asym", "int8-g32")
 COST_TOKENS = tiny_tokens(6, 10)
-COST_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2")
-"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer."""
+COST_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2", "nemotron_h", "llama4_text")
+"""Routed experts alone; a shared expert behind a gate; latent attention, a dense layer; experts
+without gate in a smaller space; experts whose inputs are weighted."""
+_CHANGES: Mapping[str, Mapping[str, Any]] = {"nemotron_h": {"moe_latent_size": 24}}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def make_cost_case(root: Path, family: str, **changes: Any) -> CostCase:
         family: one of the families of `tiny_model`.
         changes: to the model's configuration.
     """
-    model_map = map_model(tiny_model(family, hidden_size=32, **changes))
+    own = {"hidden_size": 32, **_CHANGES.get(family, {}), **changes}
+    model_map = map_model(tiny_model(family, **own))
     bank = open_bank(root, "bank", model_map.inventory, {})
     fill_bank(bank, model_map, COST_TOKENS, COST_FORMATS, QuantSettings(method="rtn"))
     return CostCase(model_map, bank)

@@ -104,6 +104,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "listed_moe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
+    "nemotron_h": {
+        "layers_block_type": ["full_attention", "moe"],
+        "head_dim": 16,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "llama4_text": {
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 72,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+        "head_dim": 16,
+        "attention_chunk_size": 32,
+    },
 }
 """Configuration of each family beyond the common part, by `model_type`."""
 
@@ -118,6 +136,8 @@ ROUTED_EXPERTS: dict[str, int] = {
     "glm4_moe": 6,
     "gpt_oss": 4,
     "listed_moe": 8,
+    "nemotron_h": 6,
+    "llama4_text": 6,
 }
 """Experts per sparse layer of the families that have any."""
 
@@ -132,6 +152,8 @@ TOP_K: dict[str, int] = {
     "glm4_moe": 2,
     "gpt_oss": 2,
     "listed_moe": 3,
+    "nemotron_h": 2,
+    "llama4_text": 2,
 }
 """Routed experts per token of these families."""
 

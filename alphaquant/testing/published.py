@@ -126,16 +126,40 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 """`model_type` and configuration fields, by model."""
 
 
+UNGATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nemotron-3-nano-30b-a3b": (
+        "nemotron_h",
+        {
+            "vocab_size": 131072,
+            "hidden_size": 2688,
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "mamba_num_heads": 64,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+        },
+    ),
+}
+"""Likewise, of models whose experts have two matrices each and whose layers differ in kind."""
+
+
 def skeleton(name: str) -> nn.Module:
     """A published model on the meta device.
 
     Args:
-        name: a key of `PUBLISHED`.
+        name: a key of `PUBLISHED` or of `UNGATED`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register_architectures()
-    model_type, fields = PUBLISHED[name]
+    model_type, fields = (PUBLISHED | UNGATED)[name]
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             AutoConfig.for_model(model_type, tie_word_embeddings=False, **fields)

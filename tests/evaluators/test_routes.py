@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.base import Subject
@@ -30,8 +31,9 @@ from alphaquant.testing.packed import quantize_mixed, save_packed
 
 TOKENS = tiny_tokens(5, 9)
 
-# A fused layout, one transposed and interleaved with biases, sigmoid scores, and a ModuleList.
-LAYOUTS = ("olmoe", "gpt_oss", "deepseek_v3", "listed_moe")
+# A fused layout, one transposed and interleaved with biases, sigmoid scores, a ModuleList, and
+# weighted inputs.
+LAYOUTS = ("olmoe", "gpt_oss", "deepseek_v3", "listed_moe", "llama4_text")
 
 
 def routes_of(model: nn.Module, tokens: Tensor = TOKENS, batch_size: int = 8) -> list[LayerRoutes]:
@@ -46,11 +48,13 @@ def hooks(model: nn.Module) -> list[Any]:
 
 
 def logits_by_hook(model: nn.Module, router_name: str) -> list[Tensor]:
-    """What the modules of a name return first, float [n, E] of each; from the whole model."""
+    """Logits that the modules of a name return, float [n, E] of each; from the whole model."""
     found: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+    def keep(router: nn.Module, _: Any, output: Any) -> None:
+        # Llama 4's gives scores first.
+        place = int(isinstance(router, Llama4Router))
+        found.append(output[place] if isinstance(output, tuple) else output)
 
     routers = [m for n, m in model.named_modules() if n.endswith(f".{router_name}")]
     handles = [router.register_forward_hook(keep) for router in routers]
@@ -63,7 +67,7 @@ def logits_by_hook(model: nn.Module, router_name: str) -> list[Tensor]:
 @pytest.mark.parametrize("family", ROUTED_EXPERTS)
 def test_the_routes_of_every_family_are_those_of_its_routers(family: str) -> None:
     model = tiny_model(family)
-    name = "mlp.router" if family == "gpt_oss" else "gate"
+    name = "router" if family in ("gpt_oss", "llama4_text") else "gate"
     expected = [logits for logits in logits_by_hook(model, name) if logits.shape[-1] > 1]
     found = routes_of(model)
     assert len(found) == len(expected) > 0

@@ -3,6 +3,7 @@
 Letters: M matrices, F formats, D draws, S sequences, T tokens.
 """
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.evaluators.matrix_costs import _outward
 from alphaquant.evaluators.sensitivity import (
     CostSettings,
     CostTable,
@@ -31,7 +33,7 @@ from alphaquant.testing.cost_cases import (
     CostCase,
     make_cost_case,
 )
-from alphaquant.testing.models import tiny_tokens
+from alphaquant.testing.models import tiny_model, tiny_tokens
 
 
 @pytest.fixture(scope="module", params=COST_FAMILIES)
@@ -82,12 +84,15 @@ def whole_gradients(case: CostCase, window: Tensor, labels: Tensor) -> dict[str,
             for linear in layer.linears:
                 found[linear.matrix.name] = linear.module.weight.grad.clone()
             for site in layer.experts:
-                gate_up, down = site.module.gate_up_proj.grad, site.module.down_proj.grad
-                half = site.gate[0].rows
+                gradients = copy.deepcopy(site.module)
+                for kept, parameter in zip(
+                    gradients.parameters(), site.module.parameters(), strict=True
+                ):
+                    kept.data = parameter.grad.clone()
+                of_site = replace(site, module=gradients)
                 for e in range(site.n_experts):
-                    found[site.gate[e].name] = gate_up[e, :half].clone()
-                    found[site.up[e].name] = gate_up[e, half:].clone()
-                    found[site.down[e].name] = down[e].clone()
+                    names = (matrix.name for matrix in site.matrices(e))
+                    found |= zip(names, of_site.weights(e), strict=True)
     finally:
         model.zero_grad()
         model.requires_grad_(False)
@@ -234,7 +239,7 @@ def test_fisher_estimates_the_kl_of_small_errors(tmp_path: Path, top_k: int, sca
 def experts_output_change(
     case: CostCase, site: ExpertsSite, name: str, format_name: str
 ) -> Tensor:
-    """Change of the experts module's output with one matrix in a format, [S * T, H]."""
+    """Change of the experts' sum with a matrix in a format, in the block's output, [S * T, H]."""
     calls: list[tuple[Any, ...]] = []
     handle = site.module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True
@@ -247,7 +252,10 @@ def experts_output_change(
     view += delta
     changed = site.module(*calls[0])
     view.copy_(original)
-    return (changed - reference).view(-1, changed.shape[-1])
+    # Llama 4's experts are summed outside, Nemotron's are in a smaller space.
+    change = (changed - reference).view(-1, COST_TOKENS.numel(), changed.shape[-1]).sum(0)
+    outward = getattr(site.block, "fc2_latent_proj", None)
+    return change if outward is None else outward(change)
 
 
 def layer_output_change(case: CostCase, layer: int, name: str, format_name: str) -> Tensor:
@@ -288,7 +296,7 @@ def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCa
     table = family_case.costs(batch_size=4)
     for layer, site in family_case.experts():
         gradients = text_gradients(family_case, layer).flatten(0, 1)
-        for matrix in (site.gate[0], site.up[1], site.down[2]):
+        for matrix in (site.inner(0)[0], site.up[1], site.down[2]):
             for column, fmt in enumerate(COST_FORMATS):
                 change = experts_output_change(family_case, site, matrix.name, fmt)
                 row = table.matrices.index(matrix.name)
@@ -299,6 +307,13 @@ def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCa
                 gemq = float((gradients * change).square().sum(-1).mean())
                 assert table.gemq[row, column] == pytest.approx(gemq, rel=1e-3)
                 assert error > 0 and gemq > 0
+
+
+def test_experts_in_a_space_that_nothing_leads_out_of_are_refused() -> None:
+    site = map_model(tiny_model("nemotron_h")).layers[1].experts[0]
+    assert _outward(site, 40) is None
+    with pytest.raises(ModelError, match="gives 40 features in a layer of 64, and its block"):
+        _outward(site, 64)
 
 
 def test_error_and_gemq_of_a_linear_are_of_the_layer_output(family_case: CostCase) -> None:
@@ -371,7 +386,7 @@ def test_token_counts_add_up_to_the_choices_of_the_router(family_case: CostCase)
         assert all(n_tokens[site.matrix.name] == COST_TOKENS.numel() for site in layer.linears)
     top_k = family_case.map.model.config.num_experts_per_tok
     for _, site in family_case.experts():
-        for stack in (site.gate, site.up, site.down):
+        for stack in filter(None, (site.gate, site.up, site.down)):
             assert sum(n_tokens[m.name] for m in stack) == top_k * COST_TOKENS.numel()
 
 

@@ -53,12 +53,12 @@ def test_the_block_can_be_computed_again_from_what_was_recorded(family: str) -> 
     assert scores.shape == chosen.shape == (18, TOP_K[family])
     expected = torch.zeros_like(seen["in"])
     for tokens in tokens_by_expert(chosen, scores, site.n_experts):
-        x, e = seen["in"][tokens.rows], tokens.expert
+        (x, factors), e = site.given(seen["in"], tokens), tokens.expert
         y = site.apply_gate(site.gate_up(e, x)) @ site.views(e).down.T
         bias = site.down_bias(site.module, e)
         y = y if bias is None else y + bias
-        expected.index_add_(0, tokens.rows, y * tokens.weights.unsqueeze(-1))
-    if family == "listed_moe":  # its hooked block adds a shared expert
+        expected.index_add_(0, tokens.rows, y * factors.unsqueeze(-1))
+    if site.hooked is site.block:  # which adds a shared expert
         expected += site.block.get_submodule("shared_expert")(seen["in"])
     error = (expected - seen["out"]).norm() / seen["out"].norm()
     assert error <= 1e-4

@@ -31,6 +31,8 @@ EXPECTED = {
     "glm4_moe": "generic_moe",
     "gpt_oss": "generic_moe",
     "listed_moe": "generic_moe",
+    "nemotron_h": "generic_moe",
+    "llama4_text": "generic_moe",
 }
 
 

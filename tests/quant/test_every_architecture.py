@@ -26,10 +26,7 @@ REFUSED = {
     "doge": "promises routed experts",
     "inkling_text": "unsupported layout",
     "jetmoe": "unsupported layout",
-    "llama4": "unsupported layout",
-    "llama4_text": "unsupported layout",
     "longcat_flash": "no list of 4 decoder layers",
-    "nemotron_h": "unsupported layout",
 }
 """Refused by name, and a part of the message."""
 
@@ -41,6 +38,8 @@ FAST = {
     "dbrx": {},  # experts in 2-D parameters
     "deepseek_v4": {},  # a subclass of nn.Linear, token ids and state among the arguments
     "gemma4": {"hidden_size_per_layer_input": 16},  # a vision tower as deep as the decoder
+    "llama4_text": {},  # every expert gets every token, most times a score of zero
+    "nemotron_h": {"moe_latent_size": 32},  # experts without gate, in a latent space
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},  # handed-on indices
     "zaya": {},  # a linear that is called twice, a router of several layers
 }

@@ -1,10 +1,13 @@
 """Gradients layer by layer against autograd through the whole model."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softmax
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from alphaquant.quant.gradients import (
     LayerTrace,
@@ -14,7 +17,6 @@ from alphaquant.quant.gradients import (
     _label_seeds,
     trace_layers,
 )
-from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
@@ -34,8 +36,7 @@ class Taps:
             for linear in layer.linears:
                 linear.module.register_forward_hook(self._keep(linear.matrix.name))
             for experts in layer.experts:
-                listed = isinstance(experts, ListedExperts)
-                keep = self._keep_block if listed else self._keep
+                keep = self._keep_block if experts.hooked is experts.block else self._keep
                 experts.hooked.register_forward_hook(keep(experts.name))
 
     def _keep(self, name: str) -> Callable[..., None]:
@@ -46,13 +47,14 @@ class Taps:
         return hook
 
     def _keep_block(self, name: str) -> Callable[..., None]:
-        """Experts that are called one by one: what their block was called with, and routes."""
+        """Experts whose block is hooked: what it was called with, and routes."""
 
         def hook(
             block: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
         ) -> None:
             inputs, (made, logits) = args[0].detach().flatten(0, 1), output
-            weights, ids = torch.softmax(logits.detach(), -1).topk(block.top_k, -1)
+            score = torch.sigmoid if isinstance(block, Llama4TextMoe) else partial(softmax, dim=-1)
+            weights, ids = score(logits.detach()).topk(block.top_k, -1)
             self.inputs[name] = (inputs, ids, weights)
             self.outputs[name] = made
 

@@ -52,6 +52,17 @@ EXPECTED: dict[str, dict[str, dict[str, int]]] = {
         "expert": {"w1": 16, "w3": 16, "w2": 16},
         "shared": {"w1": 2, "w3": 2, "w2": 2},
     },
+    "nemotron_h": {
+        "attention": {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1},
+        "expert": {"up_proj": 6, "down_proj": 6},
+        "shared": {"up_proj": 1, "down_proj": 1},
+    },
+    "llama4_text": {
+        "attention": ATTENTION,
+        "expert": {"gate_proj": 6, "up_proj": 6, "down_proj": 6},
+        "shared": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+        "dense": {"gate_proj": 1, "up_proj": 1, "down_proj": 1},
+    },
     "deepseek_v3": {
         "attention": {"q_a_proj": 2, "q_b_proj": 2, **LATENT},
         "expert": {"gate_proj": 6, "up_proj": 6, "down_proj": 6},
@@ -100,7 +111,12 @@ def test_kept_bytes_are_those_of_the_checkpoints_dtype(family: str) -> None:
 def test_routers_and_shared_gates_are_kept(family_with_router: str) -> None:
     inventory = map_model(tiny_model(family_with_router)).inventory
     kept = {k.name for k in inventory.kept}
-    routers = {"gpt_oss": "mlp.router", "listed_moe": "mlp.block_sparse_moe.gate"}
+    routers = {
+        "gpt_oss": "mlp.router",
+        "listed_moe": "mlp.block_sparse_moe.gate",
+        "nemotron_h": "mixer.gate",
+        "llama4_text": "feed_forward.router",
+    }
     router = routers.get(family_with_router, "mlp.gate")
     assert f"model.layers.1.{router}.weight" in kept
     gate = "model.layers.1.mlp.shared_expert_gate.weight"
@@ -108,7 +124,10 @@ def test_routers_and_shared_gates_are_kept(family_with_router: str) -> None:
     assert not any(
         m.name.endswith((".gate", ".router", ".shared_expert_gate")) for m in inventory.matrices
     )
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= kept
+    of_nemotron = {"model.embeddings.weight", "model.norm_f.weight"}
+    usual = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert "lm_head.weight" in kept
+    assert (of_nemotron if family_with_router == "nemotron_h" else usual) <= kept
 
 
 def test_views_have_the_shape_of_their_matrix_and_write_the_model(family: str) -> None:

@@ -109,6 +109,21 @@ def test_shared_experts_and_dense_layers_are_listed_apart() -> None:
     assert (shared.rows, shared.cols) == (5632, 2048)
 
 
+def test_nemotron_3_nano_has_two_matrices_per_expert() -> None:
+    inventory = map_model(skeleton("nemotron-3-nano-30b-a3b")).inventory
+    experts = [m for m in inventory.matrices if m.kind == "expert"]
+    assert Counter((m.projection, m.rows, m.cols) for m in experts) == {
+        ("up_proj", 1856, 2688): 23 * 128,
+        ("down_proj", 2688, 1856): 23 * 128,
+    }
+    # 23 Mamba layers of two linears, 6 of attention, a shared expert beside the routed ones.
+    kinds = Counter(m.kind for m in inventory.matrices)
+    assert kinds == {"expert": 5888, "dense": 46, "attention": 24, "shared": 46}
+    # As published, and the routers' correction biases.
+    total = inventory.n_weights + sum(kept.n_weights for kept in inventory.kept)
+    assert total == 31_577_937_344 + 23 * 128
+
+
 def test_a_width_that_no_group_divides_has_a_short_last_group() -> None:
     down = mapped("deepseek-moe-16b").inventory.by_name["model.layers.0.mlp.down_proj"]
     fmt = parse_format("int4-g128")

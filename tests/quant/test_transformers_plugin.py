@@ -149,7 +149,7 @@ def test_routers_norms_and_embeddings_are_the_originals_byte_by_byte(
     path = save_packed(original, tmp_path / "packed")
     from_pretrained(path).save_pretrained(tmp_path / "again")
     kept = {k.name for k in map_model(original).inventory.kept}
-    assert any("embed_tokens" in n for n in kept) and any("norm" in n for n in kept)
+    assert any("embed" in n for n in kept) and any("norm" in n for n in kept)
     state = original.state_dict()
     for folder in (path, tmp_path / "again"):
         tensors = read_tensors(folder)

@@ -143,12 +143,13 @@ def test_observed_routing_reproduces_the_experts_output(family: str) -> None:
     x, ids, weights = recorder.experts[site.name][0]
     output = torch.zeros_like(x)
     for tokens in tokens_by_expert(ids, weights, site.n_experts):
-        features = site.apply_gate(site.gate_up(tokens.expert, x[tokens.rows]))
+        given, factors = site.given(x, tokens)
+        features = site.apply_gate(site.gate_up(tokens.expert, given))
         y = features @ site.views(tokens.expert).down.T
         bias = site.down_bias(site.module, tokens.expert)
         y = y if bias is None else y + bias
-        output[tokens.rows] += tokens.weights.unsqueeze(-1) * y
-    if family == "listed_moe":  # its block adds a shared expert
+        output[tokens.rows] += factors.unsqueeze(-1) * y
+    if site.hooked is site.block:  # which adds a shared expert
         output = (output + site.block.shared_expert(x)).view_as(made[0])  # type: ignore[operator]
     # Capability 23 asks for 1e-4; the same products in float32 give far less.
     assert float((output - made[0]).norm() / made[0].norm()) <= 1e-5
