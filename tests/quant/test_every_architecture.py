@@ -40,7 +40,6 @@ FAST = {
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},  # handed-on indices
     "inkling_text": {},  # shared experts in 3-D parameters
     "longcat_flash": {},  # two attentions per layer, experts without weights
-    "qwen4_exp_text": {},  # linears that see token ids only, an indexer that searches in its mask
     "zaya": {},  # a linear that is called twice, a router of several layers
 }
 CONFIG = {
