@@ -8,7 +8,8 @@ from torch import nn
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.quantization_config import QUANT_METHOD
-from alphaquant.quant.source_files import check_source
+from alphaquant.quant.source_files import check_source, locate
+from alphaquant.quant.zero_rows import read_missing_rows
 
 
 def register_architectures() -> None:
@@ -62,6 +63,10 @@ def load_model(
         raise
     except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
+    directory = locate(name)
+    if directory is not None and dequantizing is None:
+        misfits = read_missing_rows(model, directory, report.get("mismatched_keys") or ())
+        report = {**report, "mismatched_keys": misfits}
     _check_complete(name, report)
     if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and

@@ -1,17 +1,23 @@
 """Experts that give their input back, beside experts with weights."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from alphaquant.errors import ModelError
 from alphaquant.evaluators.footprint import active_shares
 from alphaquant.evaluators.routes import find_routed
+from alphaquant.quant.loading import load_model
 from alphaquant.quant.models import find_layers, map_model
 from alphaquant.quant.modules import PackedExperts
 from alphaquant.quant.quantization_config import PackedFormats
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.zero_experts import ZeroExperts
 from alphaquant.spaces.formats import BF16
-from alphaquant.testing.any_model import N_LAYERS, tiny_model_of
+from alphaquant.testing.any_model import N_LAYERS, save_any, tiny_model_of
 
 N_EXPERTS, N_ZERO, HIDDEN = 8, 4, 64
 
@@ -70,3 +76,22 @@ def test_a_token_reads_fewer_experts_where_it_may_choose_those_without_weights(
 ) -> None:
     shares = active_shares(longcat.inventory, longcat.model, None)
     assert shares["model.layers.0.mlp.experts.3.up_proj"] == 2 / (N_EXPERTS + N_ZERO)
+
+
+def test_files_without_rows_for_zero_experts_are_read_as_published(tmp_path: Path) -> None:
+    whole = save_any("longcat_flash", tmp_path / "whole")
+    tensors = load_file(whole / "model.safetensors")
+    unread = [n for n in tensors for e in range(N_EXPERTS, 12) if f".experts.{e}." in n]
+    assert len(unread) == 2 * N_ZERO * 2  # layers, gate and up
+    published = tmp_path / "published"
+    shutil.copytree(whole, published)
+    file = published / "model.safetensors"
+    left = {name: tensor for name, tensor in tensors.items() if name not in unread}
+    save_file(left, file, metadata={"format": "pt"})
+    tokens = torch.arange(3, 20)[None]
+    logits = [load_model(p)(tokens, use_cache=False).logits for p in (whole, published)]
+    assert torch.equal(*logits)
+    lacking = {n: t for n, t in left.items() if ".experts.7.gate_proj" not in n}
+    save_file(lacking, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        load_model(published)
