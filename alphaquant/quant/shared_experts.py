@@ -54,4 +54,4 @@ class SharedExperts(ExpertsSite):
         inputs = hidden.reshape(-1, hidden.shape[-1])
         numbers = torch.arange(self.n_experts, device=hidden.device)
         weights = gammas.reshape(-1, self.n_experts)
-        return RoutedTokens(inputs, numbers.expand(len(inputs), -1), weights)
+        return RoutedTokens(inputs, numbers.repeat(len(inputs), 1), weights)
