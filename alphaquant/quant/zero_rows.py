@@ -1,4 +1,4 @@
-"""Reading LongCat-Flash as it is published.
+"""Reading files of LongCat-Flash that hold nothing for experts without weights.
 
 transformers wants rows of `gate_up_proj` for the experts without weights too, `[E + zero, 2I, H]`;
 no code reads them. Files with the E experts that have weights, and nothing for the others, are of
