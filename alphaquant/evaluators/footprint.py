@@ -29,6 +29,7 @@ from torch import nn
 
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject
+from alphaquant.quant.promises import zero_experts
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import KINDS, Inventory, Matrix
 
@@ -150,7 +151,7 @@ def active_shares(
 
 
 def _uniform_shares(routed: list[Matrix], model: nn.Module) -> dict[str, float]:
-    """Share k / E for the experts of each block."""
+    """Share k / E for the experts of each block; E counts those without weights too."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     top_k = getattr(text, "num_experts_per_tok", None)
@@ -162,7 +163,8 @@ def _uniform_shares(routed: list[Matrix], model: nn.Module) -> dict[str, float]:
     experts: dict[str, set[int | None]] = {}
     for m in routed:
         experts.setdefault(_block(m), set()).add(m.expert)
-    return {m.name: top_k / len(experts[_block(m)]) for m in routed}
+    n_zero = zero_experts(config)
+    return {m.name: top_k / (len(experts[_block(m)]) + n_zero) for m in routed}
 
 
 def _block(matrix: Matrix) -> str:

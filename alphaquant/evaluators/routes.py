@@ -28,7 +28,7 @@ from alphaquant.quant.bank import Progress
 from alphaquant.quant.layouts import ListedExperts
 from alphaquant.quant.models import device_of, find_layers, known_layouts
 from alphaquant.quant.modules import PackedExperts, PackedLinear
-from alphaquant.quant.sites import ExpertsSite
+from alphaquant.quant.sites import ExpertsSite, make_site
 from alphaquant.quant.walk import batches_of
 from alphaquant.spaces.units import Matrix
 
@@ -123,7 +123,7 @@ def find_routed(model: nn.Module) -> tuple[RoutedSite, ...]:
             if path:
                 block = layer.get_submodule(path.rpartition(".")[0])
                 reader = _find_reader(index, f"{name}.{path}", module, block, layouts)
-                if reader is not None:
+                if reader is not None and reader.is_routed:
                     found.append(_make_site(f"{name}.{path}", module, reader))
     if not found:
         raise ModelError(
@@ -220,19 +220,19 @@ def _find_reader(
     """What reads the routing of an experts module, None for any other module."""
     if isinstance(module, PackedExperts):
         return module.site  # of the module that it replaced, and is called like
-    if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_packed, module)):
+    if _is_packed_list(module) and ListedExperts.is_called_by(block, module):
         # Reading needs the experts and their count, and no sizes.
-        own = tuple(Matrix(f"{name}.{e}", 1, 1, "expert", index, e) for e in range(len(module)))
+        n_experts = sum(1 for _ in module.children())
+        own = tuple(Matrix(f"{name}.{e}", 1, 1, "expert", index, e) for e in range(n_experts))
         return ListedExperts(name, module, block, own, own, own)
-    for layout in layouts:
-        if layout.sizes(module, name) is not None:
-            return layout.make(index, name, module, block)
-    return None
+    return make_site(layouts, index, name, module, block)
 
 
-def _is_packed(expert: nn.Module) -> bool:
-    """Whether a module has three packed linears, as an expert does."""
-    return sum(isinstance(child, PackedLinear) for child in expert.children()) == 3
+def _is_packed_list(module: nn.Module) -> bool:
+    """Whether a module is a list whose members have three packed linears each, as experts do."""
+    members = list(module.children()) if isinstance(module, nn.ModuleList) else []
+    n_packed = [sum(isinstance(c, PackedLinear) for c in m.children()) for m in members]
+    return bool(members) and set(n_packed) == {3}
 
 
 def _make_site(name: str, module: nn.Module, reader: ExpertsSite) -> RoutedSite:

@@ -157,7 +157,8 @@ def _holds_experts(model: nn.Module) -> bool:
     path = next(iter(_stated_path(model)), None)
     parts = [model] if path is None else list(model.get_submodule(path).children())
     try:
-        return any(map_layer(i, "layer", part, layouts).experts for i, part in enumerate(parts))
+        layers = (map_layer(i, "layer", part, layouts) for i, part in enumerate(parts))
+        return any(site.is_routed for layer in layers for site in layer.experts)
     except ModelError:
         # Experts in a layout that cannot be quantized are experts.
         return True

@@ -55,7 +55,11 @@ def keep_rank(
         ModelError: there is no such rank, the model has no packed experts in a module of their
             own, or it lost some already.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, PackedExperts)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedExperts) and module.site.is_routed
+    }
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no packed experts to divide among ranks; give a packed "

@@ -3,7 +3,7 @@
 Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
 What layers give are leaves; what the model makes of them before it calls the next layer, usually
 nothing, has a graph of its own. So gradients also reach state that layers hand on beside the
-hidden states, and modules whose outputs take no gradient get zeros.
+hidden states, and modules whose outputs nothing depends on get zeros.
 `trace_layers` yields, for each layer, what went into its modules and the gradients at their
 outputs; products with weight errors are the caller's business. What is differentiated is a
 `Quantity`: the log-likelihood of labels that the model itself draws, that of the text, or
@@ -376,13 +376,20 @@ class _Tape:
 
 @contextmanager
 def _keep_outputs(layer: LayerSite, tap: _Tap) -> Iterator[None]:
-    """Let the tap see what the layer's modules give."""
+    """Let the tap see what the layer's modules give.
+
+    What is made of token ids alone (n-gram embeddings) depends on no hidden state and would have
+    no graph; it starts one.
+    """
 
     def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: object, output: Any) -> None:
+        def hook(_: nn.Module, args: object, output: Any) -> Any:
             kept = tap.outputs.setdefault(name, [])
-            if len(kept) < len(tap.inputs.get(name, ())):  # not while routing is measured
-                kept.append(hidden_of(output))
+            if len(kept) >= len(tap.inputs.get(name, ())):  # while routing is measured
+                return None
+            starts = isinstance(output, Tensor) and not output.requires_grad
+            kept.append(output.detach().requires_grad_() if starts else hidden_of(output))
+            return kept[-1].clone() if starts else None  # leaves cannot be written in place
 
         return hook
 

@@ -120,8 +120,15 @@ class LayerHessians:
         self._experts[site.name].add(inputs, expert_ids, weights, self.route_exponent)
 
     def utilization(self) -> dict[str, list[int]]:
-        """Tokens that each expert received, by experts module; sums to tokens x top-k."""
-        return {name: sums.n_tokens.tolist() for name, sums in self._experts.items()}
+        """Tokens that each routed expert received, by experts module.
+
+        Sums to tokens x top-k, less those of experts without weights.
+        """
+        return {
+            name: sums.n_tokens.tolist()
+            for name, sums in self._experts.items()
+            if sums.site.is_routed
+        }
 
     def batches(self, layer: LayerSite) -> list[HessianBatch]:
         """The layer's Hessians, linears first; experts' sums are pooled in place, so ask once."""

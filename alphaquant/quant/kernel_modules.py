@@ -84,9 +84,10 @@ class KernelExperts(PackedExperts):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H]; see `PackedExperts`."""
-        output = self.add_experts(*self.site.route_packed(args, kwargs))
+        tokens = self.site.route_packed(args, kwargs)
+        output = self.add_experts(*tokens)
         output = output if self.reduce is None else self.reduce(output)
-        return output.view(next(iter((*args, *kwargs.values()))).shape)
+        return self.shaped(output, *tokens, (*args, *kwargs.values())[0])
 
     def add_experts(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum of the owned experts' outputs, weighted, before `reduce`.

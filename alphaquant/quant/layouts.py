@@ -8,6 +8,8 @@
     RowExperts      DBRX: three 2-D parameters with the experts' rows one after the other.
     UngatedExperts  Nemotron-H: up and down and no gate; in `alphaquant.quant.ungated`.
     InputWeightedExperts  Llama 4: weights multiply inputs; in `alphaquant.quant.input_weighted`.
+    ZeroExperts     LongCat-Flash: experts that give their input back beside fused ones.
+    SharedExperts   Inkling: shared experts in three 3-D parameters.
 
 Letters: E experts, H hidden size, I expert width, n tokens, k experts per token.
 """
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.input_weighted import InputWeightedExperts
+from alphaquant.quant.shared_experts import SharedExperts
 from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews, RoutedTokens
 from alphaquant.quant.ungated import UngatedExperts
+from alphaquant.quant.zero_experts import ZeroExperts
 
 # Powers of two keep the division exact; large enough that what a shared expert adds to the block's
 # output costs a bfloat16 routing weight no precision, small enough for float16.
@@ -102,7 +106,8 @@ class FusedExperts(ExpertsSite):
 class ListedExperts(ExpertsSite):
     """A ModuleList of experts, each with gate, up and down linears and an activation.
 
-    One called `experts` must be of this kind; one of another name is, if its members are.
+    One called `experts` must be of this kind; one of another name is, if its members are and a
+    router is beside it.
 
     Their block calls them one by one and keeps the routing to itself. It is measured: the block
     runs once with every expert's output replaced by a mark of that expert's own (a multiple of the
@@ -139,6 +144,19 @@ class ListedExperts(ExpertsSite):
                 "measured only where experts are no more than features"
             )
         return ExpertSizes(len(module), hidden, width)
+
+    @classmethod
+    def is_called_by(cls, block: nn.Module, module: nn.Module) -> bool:
+        """Whether it is called `experts`, or something beside it may be a router.
+
+        LongCat-Flash lists the two dense MLPs of a layer. A router has an output per expert, or
+        more where some experts have no weights.
+        """
+        n_experts = len(module)  # type: ignore[arg-type]
+        inside = {id(p) for p in module.parameters()}
+        beside = [p for p in block.parameters() if p.dim() == 2 and id(p) not in inside]
+        has_router = any(n_experts <= len(p) <= 2 * n_experts for p in beside)
+        return has_router or getattr(block, "experts", None) is module
 
     @classmethod
     def projections(cls, module: nn.Module) -> tuple[str, str, str]:
@@ -333,11 +351,13 @@ class RowExperts(ExpertsSite):
 LAYOUTS: tuple[type[ExpertsSite], ...] = (
     UngatedExperts,
     InputWeightedExperts,
+    ZeroExperts,
+    SharedExperts,
     FusedExperts,
     ListedExperts,
     RowExperts,
 )
-"""All of them."""
+"""All of them; the first that knows a module takes it."""
 
 
 def _flag(module: nn.Module, name: str, *, default: bool = False) -> bool:

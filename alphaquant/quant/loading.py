@@ -8,7 +8,8 @@ from torch import nn
 
 from alphaquant.errors import ModelError
 from alphaquant.quant.quantization_config import QUANT_METHOD
-from alphaquant.quant.source_files import check_source
+from alphaquant.quant.source_files import check_source, locate
+from alphaquant.quant.zero_rows import read_missing_rows
 
 
 def register_architectures() -> None:
@@ -62,7 +63,7 @@ def load_model(
         raise
     except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
-    _check_complete(name, report)
+    _check_complete(name, model, report, can_read=dequantizing is None)
     if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and
         # saved in the checkpoint's own.
@@ -95,16 +96,24 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def _check_complete(name: str | Path, report: dict[str, Any]) -> None:
+def _check_complete(
+    name: str | Path, model: nn.Module, report: dict[str, Any], *, can_read: bool
+) -> None:
     """Refuse a model that transformers filled up with random numbers.
+
+    Args:
+        name: where it was loaded from.
+        model: as transformers loaded it; rows that no code reads may be filled here.
+        report: of transformers.
+        can_read: whether the files hold the weights as they are.
 
     Raises:
         ModelError: tensors are missing or of another shape than config.json says.
     """
-    misfits = [
-        f"{key} {list(found)} instead of {list(wanted)}"
-        for key, found, wanted in sorted(report.get("mismatched_keys") or ())
-    ]
+    wrong, directory = sorted(report.get("mismatched_keys") or ()), locate(name)
+    if wrong and directory is not None and can_read:
+        wrong = read_missing_rows(model, directory, wrong)
+    misfits = [f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in wrong]
     if misfits:
         raise ModelError(
             f"{name}: {len(misfits)} tensors have other shapes than config.json says: "

@@ -24,7 +24,14 @@ from alphaquant.quant.layouts import LAYOUTS
 from alphaquant.quant.loading import named_dtype
 from alphaquant.quant.probe import Probe, probe_model
 from alphaquant.quant.promises import promises_experts
-from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite, ModelMap, Staying
+from alphaquant.quant.sites import (
+    ExpertsSite,
+    LayerSite,
+    LinearSite,
+    ModelMap,
+    Staying,
+    make_site,
+)
 from alphaquant.spaces.units import Inventory, Kept, Matrix
 
 LAYOUT_GROUP = "alphaquant.experts"
@@ -72,7 +79,7 @@ def map_model(model: nn.Module, layouts: Sequence[type[ExpertsSite]] | None = No
     )
     matrices = tuple(m for layer in layers for m in layer.matrices())
     config: Any = model.config
-    if not found and promises_experts(config):
+    if not any(site.is_routed for site in found) and promises_experts(config):
         raise ModelError(_missing_experts_text(model, layers))
     if not matrices:
         raise ModelError(
@@ -131,6 +138,9 @@ def _map_parts(
 def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Paths and modules of the decoder layers: the ModuleList as long as the configuration says.
 
+    That is `num_hidden_layers`, or `num_layers` where a layer has two attentions and the former
+    counts those (LongCat-Flash).
+
     Raises:
         ModelError: there is none.
     """
@@ -140,19 +150,21 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} has no configuration of transformers, so its decoder layers "
             "cannot be found; give a transformers causal language model"
         )
-    wanted = int(config.get_text_config().num_hidden_layers)
+    text = config.get_text_config()
+    counts = (text.num_hidden_layers, getattr(text, "num_layers", None))
     candidates = [
         (name, module)
         for name, module in _language_model_first(model)
         if isinstance(module, nn.ModuleList)
         and name.rsplit(".", 1)[-1] in ("layers", "h", "blocks")
     ]
-    for name, module in candidates:
-        if len(module) == wanted:
-            return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
+    for count in counts:
+        for name, module in candidates:
+            if len(module) == count:
+                return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
     seen = ", ".join(f"{name} ({len(module)})" for name, module in candidates) or "none at all"
     raise ModelError(
-        f"{type(model).__name__} has no list of {wanted} decoder layers called layers, h or "
+        f"{type(model).__name__} has no list of {counts[0]} decoder layers called layers, h or "
         f"blocks (found: {seen}); see CONTRIBUTING.md, 'a model'"
     )
 
@@ -252,11 +264,10 @@ def _find_experts(
     found = []
     for path, module in layer.named_modules():
         full = f"{name}.{path}"
-        for layout in layouts:
-            if path and layout.sizes(module, full) is not None:
-                block = layer.get_submodule(path.rpartition(".")[0])
-                found.append(layout.make(index, full, module, block))
-                break
+        block = layer.get_submodule(path.rpartition(".")[0])
+        site = make_site(layouts, index, full, module, block) if path else None
+        if site is not None:
+            found.append(site)
     return tuple(found)
 
 

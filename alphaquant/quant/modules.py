@@ -153,7 +153,8 @@ class PackedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, [n, H].
 
-        Experts that it does not own add nothing; ids of E and above are padding.
+        Experts that it does not own add nothing; ids of E and above are padding, or experts
+        without weights.
 
         Args:
             args: as the replaced module takes them; in transformers hidden states [n, H], expert
@@ -168,8 +169,17 @@ class PackedExperts(nn.Module):
                 weighted = (y * tokens.weights.unsqueeze(-1)).to(output.dtype)
                 output.index_add_(0, tokens.rows, weighted)
         output = output if self.reduce is None else self.reduce(output)
-        # DBRX hands over [B, T, H] and gets it back so.
-        return output.view(next(iter((*args, *kwargs.values()))).shape)
+        return self.shaped(output, inputs, expert_ids, weights, (*args, *kwargs.values())[0])
+
+    def shaped(
+        self, output: Tensor, inputs: Tensor, expert_ids: Tensor, weights: Tensor, given: Tensor
+    ) -> Tensor:
+        """The sum with what experts without weights add, [n, H], in the shape of what was given.
+
+        DBRX hands over [B, T, H] and gets it back so.
+        """
+        passed = self.site.passed(inputs, expert_ids, weights)
+        return (output if passed is None else output + passed).view(given.shape)
 
     def expert(self, number: int) -> PackedExpert:
         """One of the owned experts."""

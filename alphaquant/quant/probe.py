@@ -11,7 +11,8 @@ was last multiplied by ("its makers"); whole numbers carry none. From that follo
     is odd      its weight is used by other code than its own forward pass (absorbed projections),
                 or its forward pass never runs (the weight is used in its place, or not at all)
 
-Experts run no code here: their module gives zeros, so data-dependent loops are not entered.
+Experts run no code here: their module gives zeros, so data-dependent loops are not entered. Where
+code asks which elements are not zero, all of them are.
 
 Letters: E experts, T tokens.
 """
@@ -38,6 +39,7 @@ _PRODUCTS = frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"}
 )
 _CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "kthvalue"})
+_SEARCHES = frozenset({"nonzero", "argwhere"})
 _QUESTIONS = frozenset(
     {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "get_device"}
 )
@@ -74,13 +76,14 @@ def probe_model(model: nn.Module, layers: str, experts: Sequence[ExpertsSite]) -
         twin = _fake_copy(model, mode)
     except Exception as error:  # whatever a model's attributes raise when they are copied
         return Probe(problem=_first_line(error))
-    watch = _Watch(twin, f"{layers}.", {site.n_experts for site in experts})
+    watch = _Watch(twin, f"{layers}.", {s.n_experts for s in experts if s.is_routed})
     for site in experts:
         _silence(twin, site, watch)
     problem = None
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True  # it prints tracebacks of what is caught here
-    with mode, torch.no_grad(), watch:
+    # Whoever makes the model without weights has meta as the default device.
+    with torch.device("cpu"), mode, torch.no_grad(), watch:
         try:
             twin(torch.zeros(1, N_TOKENS, dtype=torch.int64), use_cache=False)
         except Exception as error:  # code that needs data; what was seen before it counts
@@ -120,7 +123,8 @@ class _Watch(TorchFunctionMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name not in _QUESTIONS:
             self._note_use(inputs)
-        result = func(*args, **kwargs)
+        is_search = name in _SEARCHES and not kwargs.get("as_tuple", False)
+        result = _all_places(inputs[0]) if is_search else func(*args, **kwargs)
         if name in _QUESTIONS and name != "__get__":
             return result
         self._follow(name, inputs, args, result)
@@ -235,6 +239,11 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return twin
+
+
+def _all_places(tensor: Tensor) -> Tensor:
+    """What `nonzero` gives where no element is zero: int64 [numel, dim]."""
+    return tensor.new_zeros(tensor.numel(), tensor.dim(), dtype=torch.int64)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whether a configuration of transformers says that its model has routed experts."""
+"""What a configuration of transformers says about routed experts."""
 
 from typing import Any
 
@@ -19,6 +19,16 @@ def promises_experts(config: Any) -> bool:
         return False
     n_layers = int(getattr(text, "num_hidden_layers", 1))
     return any(_is_sparse(text, layer) for layer in range(n_layers))
+
+
+def zero_experts(config: Any) -> int:
+    """Experts without weights that a router chooses among the others; 0 in most models.
+
+    Args:
+        config: as in `promises_experts`.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _count(text, "zero_expert_num")
 
 
 def _count(part: Any, name: str) -> int:

@@ -8,10 +8,10 @@ Letters: E experts, H hidden size, I expert width, n tokens, k experts per token
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,10 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class ExpertsSite(ABC):
-    """The routed experts of one layer.
+    """The routed experts of one layer, or shared ones that are stored like them.
 
     Attributes:
+        is_routed: whether tokens choose; experts that get every token are `shared`.
         name: path of the module.
         module: holds the experts' weights.
         block: the module that holds `module`, its router and shared experts.
@@ -96,6 +97,7 @@ class ExpertsSite(ABC):
     up: tuple[Matrix, ...]
     down: tuple[Matrix, ...]
     bias_names: tuple[str, ...] = ()
+    is_routed: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -105,6 +107,11 @@ class ExpertsSite(ABC):
         Raises:
             ModelError: it holds experts in a variant of the layout that is not supported.
         """
+
+    @classmethod
+    def is_called_by(cls, block: nn.Module, module: nn.Module) -> bool:
+        """Whether the block that holds a module of this layout uses it as experts."""
+        return True
 
     @abstractmethod
     def views(self, expert: int) -> ExpertViews:
@@ -135,7 +142,14 @@ class ExpertsSite(ABC):
         shapes = ((sizes.width, sizes.hidden),) * 2 + ((sizes.hidden, sizes.width),)
         gate, up, down = (
             tuple(
-                Matrix(f"{name}.{e}.{own}", *shape, "expert", layer, e, _aliases(name, e, own))
+                Matrix(
+                    f"{name}.{e}.{own}",
+                    *shape,
+                    kind="expert" if cls.is_routed else "shared",
+                    layer=layer,
+                    expert=e if cls.is_routed else None,
+                    aliases=_aliases(name, e, own),
+                )
                 for e in range(sizes.n_experts)
                 if own is not None
             )
@@ -186,6 +200,16 @@ class ExpertsSite(ABC):
         """What one expert is given of the inputs [n, H] that `route` found."""
         return Weighted(inputs[tokens.rows], tokens.weights)
 
+    def passed(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor | None:
+        """What chosen experts without weights add, [n, H]; None where there are none of those.
+
+        Args:
+            inputs: [n, H].
+            expert_ids: [n, k]; numbers from E on are experts without weights, or padding.
+            weights: [n, k].
+        """
+        return None
+
     def gate_up(self, expert: int, inputs: Tensor) -> Tensor:
         """Outputs of one expert's `inner` matrices, one after the other, [m, H] -> [m, 2I]."""
         parts = [inputs @ w.to(inputs.dtype).T for w in self.weights(expert)[:-1]]
@@ -200,6 +224,31 @@ class ExpertsSite(ABC):
     def down_bias(self, module: nn.Module, expert: int) -> Tensor | None:
         """Bias of the down projection, [H]; `module` holds `bias_names`."""
         return None
+
+
+def make_site(
+    layouts: Sequence[type[ExpertsSite]],
+    layer: int,
+    name: str,
+    module: nn.Module,
+    block: nn.Module,
+) -> ExpertsSite | None:
+    """The site of a module, None where no layout knows it.
+
+    Args:
+        layouts: the first that knows the module takes it.
+        layer: index of its decoder layer.
+        name: its path in the model.
+        module: any module of the layer.
+        block: the module that holds it.
+
+    Raises:
+        ModelError: it holds experts in a variant of a layout that is not supported.
+    """
+    for layout in layouts:
+        if layout.sizes(module, name) is not None and layout.is_called_by(block, module):
+            return layout.make(layer, name, module, block)
+    return None
 
 
 @dataclass(frozen=True)

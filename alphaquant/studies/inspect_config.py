@@ -19,6 +19,7 @@ from typing import Any
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.quant.loading import load_skeleton
 from alphaquant.quant.models import map_model
+from alphaquant.quant.promises import zero_experts
 from alphaquant.quant.quantization_config import PackedFormats, is_packed, read_formats
 from alphaquant.quant.source_files import with_source
 from alphaquant.spaces.assignment import BitCount
@@ -110,11 +111,13 @@ class Skeleton:
         name: as asked for.
         inventory: its matrices and kept tensors.
         experts_per_token: k; None where there are no routed experts or nothing states it.
+        n_zero_experts: experts without weights, among which a token chooses too.
     """
 
     name: str
     inventory: Inventory
     experts_per_token: int | None
+    n_zero_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,11 +231,13 @@ class Inspection:
         matrices, k = self.model.inventory.matrices, self.model.experts_per_token
         experts = {(m.layer, m.expert) for m in matrices if m.expert is not None}
         n_experts = Counter(layer for layer, _ in experts)
+        n_zero = self.model.n_zero_experts
         if k is None and experts:
             return None
         n_weights = n_bits = Fraction(0)
         for m in matrices:
-            share = Fraction(1) if m.expert is None else Fraction(k or 0, n_experts[m.layer])
+            n_choices = n_experts[m.layer] + n_zero
+            share = Fraction(1) if m.expert is None else Fraction(k or 0, n_choices)
             n_weights += share * m.n_weights
             n_bits += share * self.n_bits(m)
         return Active(k or 0, ceil(n_weights), ceil(n_bits / 8))
@@ -356,7 +361,8 @@ def read_skeleton(name: str) -> Skeleton:
     numbers = [value for value in found if isinstance(value, int)]
     inventory = with_source(map_model(model), model_location(name)).inventory
     has_experts = any(m.expert is not None for m in inventory.matrices)
-    return Skeleton(name, inventory, numbers[0] if numbers and has_experts else None)
+    top_k = numbers[0] if numbers and has_experts else None
+    return Skeleton(name, inventory, top_k, zero_experts(text_config))
 
 
 def inspect_config(path: Path, model: str | None = None) -> Inspection:

@@ -199,6 +199,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots3_note_text": {  # its layers with a sliding window have sizes of their own
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "dots3_note_vision_encoder": {
+        "moe_intermediate_size": 48,
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 64,
+        "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+        "per_layer_config": {i: {"num_local_experts": 4} for i in (1, 3)},
+    },
+    "dots3_note_audio_encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "feature_size": 16,
+        "downsample_hidden_size": 16,
+        "adapter_input_size": 32,
+        "adapter_out_dim": 64,
+    },
     "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "flint": {"mlp_only_layers": [0]},
@@ -239,6 +265,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "mrope_section": [2, 3, 3],
             "mrope_interleaved": True,
         }
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ple_layer_ids": [1, 3],
+        "ple_embed_dim": 32,
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
 }
@@ -284,9 +319,10 @@ def _image_text_config(default: Any, extra: Mapping[str, Any]) -> Any:
     if vision is None and "vision_config" in type(default).sub_configs:
         vision = type(default).sub_configs["vision_config"]()
     if vision is not None:
-        changed["vision_config"] = _vision_fields(vision.to_dict())
+        own = OVERRIDES.get(vision.model_type, {})
+        changed["vision_config"] = {**_vision_fields(vision.to_dict()), **own}
     if hasattr(default, "audio_config"):
-        changed["audio_config"] = None
+        changed["audio_config"] = OVERRIDES.get(f"{default.model_type}_audio_encoder")
     special = [f for f in default.to_dict() if f.endswith(("_token_id", "_token_index"))]
     special = [f for f in special if f not in TOKENS]
     return type(default)(**changed, **{f: 4000 + i for i, f in enumerate(special)})

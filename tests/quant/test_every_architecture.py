@@ -1,10 +1,11 @@
 """Every decoder with routed experts of transformers: right in every step, or refused by name.
 
-Nothing is listed by hand but what is refused and what transformers itself cannot build. The fast
-test takes the architectures that each found a fault of their own; `-m slow` takes all of them.
+Nothing is listed by hand but what is refused. The fast test takes the architectures that each
+found a fault of their own; `-m slow` takes all of them. docs/models.md lists the same.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,9 @@ from alphaquant.testing.any_model import routed_architectures, save_any
 
 REFUSED = {
     "doge": "promises routed experts",
-    "inkling_text": "unsupported layout",
     "jetmoe": "unsupported layout",
-    "longcat_flash": "no list of 4 decoder layers",
 }
 """Refused by name, and a part of the message."""
-
-NOT_BUILT = ("dots3_note", "qwen4_exp", "qwen4_exp_text")
-"""Their configurations cannot be shrunk field by field."""
 
 FAST = {
     "afmoe": {},  # its router is a module of its own; loading touches its weight
@@ -41,6 +37,8 @@ FAST = {
     "llama4_text": {},  # every expert gets every token, most times a score of zero
     "nemotron_h": {"moe_latent_size": 32},  # experts without gate, in a latent space
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},  # handed-on indices
+    "inkling_text": {},  # shared experts in 3-D parameters
+    "longcat_flash": {},  # two attentions per layer, experts without weights
     "zaya": {},  # a linear that is called twice, a router of several layers
 }
 CONFIG = {
@@ -121,12 +119,22 @@ def test_an_architecture_that_found_a_fault_is_right(arch: str, tmp_path: Path) 
     assert_right(arch, tmp_path, FAST[arch])
 
 
+def test_the_table_of_models_lists_what_works_and_what_is_refused() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    works = sorted(set(routed_architectures()) - REFUSED.keys())
+    for title, wanted in (("work", works), ("refused by name", sorted(REFUSED))):
+        row = re.search(rf"^\| {title} \((\d+)\) \| (.*) \|$", text, re.M)
+        assert row is not None
+        without_reasons = re.sub(r" \(.*?\)", "", row[2])
+        assert re.split(", | and ", without_reasons) == wanted
+        assert int(row[1]) == len(wanted)
+    assert "not tried" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", routed_architectures())
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_architecture_is_right_or_refused_by_name(arch: str, tmp_path: Path) -> None:
-    if arch in NOT_BUILT:
-        pytest.skip("its configuration cannot be shrunk field by field")
     if arch in REFUSED:
         source = save_any(arch, tmp_path)
         with pytest.raises(ModelError, match=REFUSED[arch]):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,30 @@ def test_every_matrix_has_a_gradient_that_is_not_zero(traces: list[LayerTrace]) 
         for linear in trace.linears.values():
             assert linear.gradients.shape[:3] == (N_DRAWS, 3, 9)
             assert bool((linear.gradients.flatten(1).abs().sum(-1) > 0).all())
+
+
+def test_a_linear_that_sees_no_hidden_states_has_its_gradient_too() -> None:
+    model: Any = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    n_hidden = model.config.hidden_size
+    attention.table = nn.Linear(9, n_hidden, bias=False)
+    own = attention.forward
+
+    def with_table(*args: Any, **kwargs: Any) -> Any:
+        output, weights = own(*args, **kwargs)
+        return output + attention.table(torch.eye(9).expand(len(output), 9, 9)), weights
+
+    attention.forward = with_table
+    model.requires_grad_(False)
+    model_map = map_model(model)
+    trace = next(iter(trace_layers(model_map, BATCHES[:1], [TextLabels()])))
+    seen = trace.linears["model.layers.1.self_attn.table"]
+    found = torch.einsum("sto,sti->oi", seen.gradients[0], seen.inputs)
+    weight = attention.table.weight.requires_grad_(True)
+    log_probs = torch.log_softmax(model(BATCHES[0], use_cache=False).logits.float(), -1)
+    (total,) = TextLabels().totals(log_probs, BATCHES[0], 0)
+    (expected,) = torch.autograd.grad(total, weight)
+    assert bool(expected.any()) and close(found, expected)
 
 
 def test_draws_are_seeded() -> None:

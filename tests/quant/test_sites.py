@@ -148,6 +148,19 @@ def test_a_list_of_another_name_holds_experts_if_its_members_are() -> None:
     assert ListedExperts.sizes(nn.ModuleList([nn.Linear(4, 4)] * 2), "m.mlps") is None
 
 
+def test_a_list_of_another_name_holds_experts_only_beside_a_router() -> None:
+    block = listed_block()
+    block.mlps = block.experts
+    del block.experts
+    assert ListedExperts.is_called_by(block, block.mlps)
+    block.gate = nn.Linear(HIDDEN, N_EXPERTS + 2, bias=False)  # two experts without weights
+    assert ListedExperts.is_called_by(block, block.mlps)
+    del block.gate
+    assert not ListedExperts.is_called_by(block, block.mlps)
+    block.experts = block.mlps
+    assert ListedExperts.is_called_by(block, block.experts)
+
+
 def test_both_names_of_a_listed_expert_are_known() -> None:
     name = "model.layers.0.mlp.block_sparse_moe.experts"
     matrix = map_model(tiny_model("listed_moe")).inventory.by_name[f"{name}.3.w1"]
