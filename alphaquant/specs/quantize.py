@@ -68,10 +68,8 @@ class QuantizeSpec:
     """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
     float16."""
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
+    """Of the Hessians."""
     quantizer: Annotated[QuantChanges, subject("Quantizer", 2)] = QuantChanges()
-    sequential: Annotated[bool | None, Parameter(group="Quantizer")] = None
-    """A layer's inputs come from the quantized layers before it; default: what the configuration
-    says, else off."""
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong type.

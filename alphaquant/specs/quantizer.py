@@ -1,7 +1,7 @@
 """How matrices are quantized."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 
@@ -14,8 +14,8 @@ _STATIC_GROUPS = Parameter(alias="--static_groups", negative="--no-static-groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantSettings:
-    """How matrices are quantized."""
+class RoundingSpec:
+    """How matrices are quantized, each for itself."""
 
     method: Method = "gptq"
     """gptq, or rtn (round to nearest, needs no text)."""
@@ -47,3 +47,27 @@ class QuantSettings:
             ConfigError: naming the field, its value and what is possible.
         """
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSettings(RoundingSpec):
+    """How the matrices of a model are quantized."""
+
+    sequential: bool = False
+    """A layer's inputs come from the quantized layers before it; only where every matrix has one
+    format, not in a bank."""
+
+
+def settings_of(rounding: RoundingSpec) -> QuantSettings:
+    """The settings of a search, where layers are quantized independently."""
+    return QuantSettings(**asdict(rounding))
+
+
+def changed(settings: QuantSettings, changes: Any) -> QuantSettings:
+    """Settings with the fields that somebody gave.
+
+    Args:
+        settings: what holds for the others.
+        changes: any dataclass with fields of `QuantSettings`; None leaves a field as it is.
+    """
+    return replace(settings, **{k: v for k, v in asdict(changes).items() if v is not None})

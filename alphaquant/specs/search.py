@@ -10,7 +10,7 @@ from alphaquant.specs.checkpoint import CheckpointSpec
 from alphaquant.specs.flat import subject
 from alphaquant.specs.limits import LimitSpec
 from alphaquant.specs.proposals import ProposalSpec
-from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.quantizer import RoundingSpec
 from alphaquant.specs.run import RunSpec
 from alphaquant.specs.scores import ScoreSpec
 from alphaquant.specs.texts import TextSpec
@@ -36,7 +36,7 @@ class SearchSpec:
     texts: Annotated[TextSpec, subject("Text", 3)] = TextSpec()
     proposals: Annotated[ProposalSpec, subject("Search", 4)] = ProposalSpec()
     scores: Annotated[ScoreSpec, subject("Scores", 5)] = ScoreSpec()
-    quantizer: Annotated[QuantSettings, subject("Quantizer", 6)] = QuantSettings()
+    quantizer: Annotated[RoundingSpec, subject("Quantizer", 6)] = RoundingSpec()
 
     def __post_init__(self) -> None:
         """Refuse parts of the wrong type.

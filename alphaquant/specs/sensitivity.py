@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from alphaquant.specs.check import Natural, check
 from alphaquant.specs.checkpoint import CheckpointSpec
 from alphaquant.specs.flat import subject
-from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.quantizer import RoundingSpec
 from alphaquant.specs.texts import CalibrationSpec
 
 
@@ -26,7 +26,7 @@ class SensitivitySpec:
     ~/.cache/alphaquant."""
     checkpoint: Annotated[CheckpointSpec, subject("Model", 1)] = CheckpointSpec()
     text: Annotated[CalibrationSpec, subject("Text", 2)] = CalibrationSpec()
-    quantizer: Annotated[QuantSettings, subject("Quantizer", 3)] = QuantSettings()
+    quantizer: Annotated[RoundingSpec, subject("Quantizer", 3)] = RoundingSpec()
 
     def __post_init__(self) -> None:
         """Refuse wrong types.

@@ -19,8 +19,8 @@ import pandas as pd
 
 from alphaquant.errors import ConfigError
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.field_types import shown
 from alphaquant.studies.gate import HeldoutRow
 from alphaquant.studies.loop import OnTrial

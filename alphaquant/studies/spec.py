@@ -11,11 +11,11 @@ from typing import Any
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.texts import ROLES
 from alphaquant.evaluators.tokens import BOS_MODES
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.budget import parse_budget, parse_byte_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.field_types import check_types
 
 REFERENCE_FORMATS = ("int4-g64", "mxfp4")

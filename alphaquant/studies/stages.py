@@ -23,7 +23,6 @@ from alphaquant.evaluators.sensitivity import (
 )
 from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spectra
 from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.search.arrays import FloatArray
@@ -32,6 +31,7 @@ from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_probl
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.objectives import ScorePlan, Scorer, open_scores, plan_scores

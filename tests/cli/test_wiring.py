@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alphaquant.errors import ConfigError
-from alphaquant.quant.engine import QuantSettings
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies import evaluate, quantize, runner
 from alphaquant.studies.evaluate import EvaluateSpec
 from alphaquant.studies.quantize import QuantizeSpec
