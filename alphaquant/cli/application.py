@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,21 @@ _COLUMNS = 97
 
 _GENERAL = Group("General", sort_key=99)
 
-Debug = Annotated[bool, Parameter(negative="", group=_GENERAL)]
-SpecFile = Annotated[Path | None, Parameter(group=_GENERAL)]
-PrintSpec = Annotated[bool, Parameter(negative="", group=_GENERAL)]
+Debug = Annotated[
+    bool, Parameter(negative="", group=_GENERAL, help="Show tracebacks and debug logs.")
+]
+SpecFile = Annotated[
+    Path | None,
+    Parameter(group=_GENERAL, help="TOML file of options; what is given beside it wins."),
+]
+PrintSpec = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        group=_GENERAL,
+        help="Print such a file with all options as they are now, and end.",
+    ),
+]
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -96,21 +109,7 @@ def application(command: Command) -> App:
     app.default(command.run)
     app.meta.group_parameters = _GENERAL
 
-    @app.meta.default
-    def meta(
-        *tokens: Tokens,
-        spec: SpecFile = None,
-        print_spec: PrintSpec = False,
-        debug: Debug = False,
-    ) -> None:
-        """Options of every program.
-
-        Args:
-            tokens: everything else.
-            spec: TOML file of options; what is given beside it wins.
-            print_spec: print such a file with all options as they are, and end.
-            debug: show tracebacks and debug logs.
-        """
+    def run(tokens: tuple[str, ...], debug: bool, spec: Path | None, print_spec: bool) -> None:
         set_up(debug)
         with reported(debug, command.interrupted, command.resumes):
             if spec is not None:
@@ -121,6 +120,18 @@ def application(command: Command) -> App:
             else:
                 command.run(*bound.args, **bound.kwargs)
 
+    def plain(*tokens: Tokens, debug: Debug = False) -> None:
+        run(tokens, debug, None, False)
+
+    def specified(
+        *tokens: Tokens,
+        spec: SpecFile = None,
+        print_spec: PrintSpec = False,
+        debug: Debug = False,
+    ) -> None:
+        run(tokens, debug, spec, print_spec)
+
+    app.meta.default(specified if "spec" in signature(command.run).parameters else plain)
     return app
 
 
