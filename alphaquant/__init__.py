@@ -39,19 +39,19 @@ __all__ = [
 
 _TARGETS = {
     "run_search": "alphaquant.studies.runner:search",
-    "SearchSpec": "alphaquant.studies.spec:SearchSpec",
+    "SearchSpec": "alphaquant.specs.search:SearchSpec",
     "quantize": "alphaquant.studies.quantize:quantize",
-    "QuantizeSpec": "alphaquant.studies.quantize:QuantizeSpec",
+    "QuantizeSpec": "alphaquant.specs.quantize:QuantizeSpec",
     "load": "alphaquant.quant.checkpoint:load",
     "evaluate": "alphaquant.studies.evaluate:evaluate",
-    "EvaluateSpec": "alphaquant.studies.evaluate:EvaluateSpec",
+    "EvaluateSpec": "alphaquant.specs.evaluate:EvaluateSpec",
 }
 
 
 class _SearchPackage(ModuleType):
     """The package of search algorithms, which can also be called."""
 
-    def __call__(self, budget: str, **settings: Any) -> Any:
+    def __call__(self, budget: str | None = None, **settings: Any) -> Any:
         """Search; see `alphaquant.studies.api.search`."""
         return import_module("alphaquant.studies.api").search(budget, **settings)
 

@@ -42,7 +42,6 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
@@ -50,6 +49,7 @@ from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.tables import markdown
 
 logger = logging.getLogger("generate")

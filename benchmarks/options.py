@@ -31,11 +31,11 @@ from torch import Tensor
 from alphaquant import demo
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.quant.bank import fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.sources import load_source, read_text
 from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.tables import markdown

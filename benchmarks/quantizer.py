@@ -51,12 +51,12 @@ from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.quant.checkpoint import load
 from alphaquant.quant.codecs import ScaleSearch
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.sources import cache_dir, load_source, model_location, read_text
 from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.tables import markdown

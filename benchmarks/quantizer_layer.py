@@ -21,11 +21,12 @@ import torch
 from peers import peak_memory
 from torch import nn
 
-from alphaquant.quant.engine import QuantSettings, quantize_layer
+from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.walk import LayerCall, observe_layer, walk
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.tables import markdown
 
 TARGET_BYTES = 6 * 2**30

@@ -24,12 +24,12 @@ from typing import Any
 
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.quantize import QuantizeSpec, quantize
 from alphaquant.studies.runner import search
 from alphaquant.studies.sources import find_device, load_source, read_text

@@ -40,7 +40,6 @@ from release import commit, parse_with_out
 from torch import Tensor, nn
 
 from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_model
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedExperts, cache_dequantized
@@ -49,6 +48,7 @@ from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.sources import load_source, model_location, read_text
 from alphaquant.studies.tables import markdown
 from alphaquant.testing.models import VOCABULARY, tiny_model

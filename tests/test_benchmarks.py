@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alphaquant.demo import text_path
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.spec import DataSpec
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

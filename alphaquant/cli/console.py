@@ -1,18 +1,14 @@
 """What all commands share: progress on stderr, errors in one line, exit codes 0, 1, 2 and 130."""
 
-import inspect
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from importlib.metadata import version
 from types import MappingProxyType, TracebackType
-from typing import Annotated, Any
 
-import typer
+from cyclopts import CycloptsError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -52,6 +48,9 @@ STAGES: Mapping[str, str] = MappingProxyType(
 
 _UNEVEN = ("load",)
 """Stages whose steps differ so much that the last ones say nothing about the next."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 _SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal: how long a stage may be silent before its next step is a line."""
@@ -234,12 +233,12 @@ def reported(debug: bool, interrupted: str, resumes: bool = False) -> Iterator[N
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         say(f"\n{interrupted}", sys.stderr)
-        raise typer.Exit(130) from stop
+        raise SystemExit(INTERRUPTED) from stop
     except Exception as error:
-        if debug or isinstance(error, typer.Exit):
+        if debug or isinstance(error, CycloptsError):
             raise
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            raise typer.Exit(1) from error
+            raise SystemExit(1) from error
         raise _failed(_told(error, resumes)) from error
 
 
@@ -291,48 +290,9 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def application(command: Callable[..., None]) -> typer.Typer:
-    """A single-command application; `--version` is the same in all of them."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(_with_version(command))
-    return app
-
-
-def version_text() -> str:
-    """`aq-search 0.1.0 (torch 2.13.0, transformers 5.23.0)`, without loading any of them."""
-    parts = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"aq-search {version('aq-search')} ({parts})"
-
-
-def _with_version(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes `--version` besides its own options."""
-    option = typer.Option(
-        "--version", help="Print the version and end.", is_eager=True, callback=_show_version
-    )
-    signature, keyword = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
-    annotation = Annotated[bool, option]
-    added = inspect.Parameter("version", keyword, default=False, annotation=annotation)
-
-    @wraps(command)
-    def run(**options: Any) -> None:
-        options.pop("version")
-        command(**options)
-
-    parameters = [p.replace(kind=keyword) for p in signature.parameters.values()]
-    run.__signature__ = signature.replace(parameters=[*parameters, added])  # type: ignore[attr-defined]
-    run.__annotations__ = {**command.__annotations__, "version": annotation}
-    return run
-
-
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        print(version_text())
-        raise typer.Exit
-
-
-def _failed(message: str) -> typer.Exit:
+def _failed(message: str) -> SystemExit:
     say(f"error: {' '.join(message.split())}", sys.stderr)
-    return typer.Exit(1)
+    return SystemExit(1)
 
 
 def _disk_errors() -> tuple[type[Exception], ...]:

@@ -5,73 +5,49 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter, validators
 
-from alphaquant.cli.console import application, quiet_libraries, reported, set_up
-from alphaquant.cli.options import Debug
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="DIR|STORAGE", help="The --out of a search, or the storage of its study."
-    ),
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        help="Storage of the study where it is not that of the directory: sqlite:///FILE, "
-        "postgresql://USER@HOST/DATABASE, journal:FILE; default what the search used."
-    ),
-]
-Artifacts = Annotated[
-    Path | None,
-    typer.Option(help="Directory of the trials' configurations; default DIR/artifacts."),
-]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any free one.")]
-Host = Annotated[
-    str,
-    typer.Option(
-        help="Address to listen on. There is no password: whoever reaches it can read and change "
-        "the study."
-    ),
-]
+from alphaquant.cli.application import Command, main_of
+from alphaquant.cli.console import quiet_libraries
 
 
 def command(
-    source: Source = "aq-out",
-    storage: Storage = None,
-    artifacts: Artifacts = None,
-    port: Port = 0,
-    host: Host = "127.0.0.1",
-    debug: Debug = False,
+    source: str = "aq-out",
+    /,
+    *,
+    storage: str | None = None,
+    artifacts: Path | None = None,
+    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65535))] = 0,
+    host: str = "127.0.0.1",
 ) -> None:
     """Show a study in optuna-dashboard, also while its search is running.
 
     Prints the address and serves it until Ctrl-C.
+
+    Args:
+        source: the --out of a search, or the storage of its study.
+        storage: storage of the study where it is not that of the directory: sqlite:///FILE,
+            postgresql://USER@HOST/DATABASE, journal:FILE; default what the search used.
+        artifacts: directory of the trials' configurations; default that of the directory.
+        port: 0 is any free one.
+        host: address to listen on. There is no password: whoever reaches it can read and change
+            the study.
     """
-    set_up(debug)
-    try:
-        with reported(debug, "stopped"):
-            from alphaquant.studies.dashboard import DashboardSpec, serve
-            from alphaquant.studies.storages import is_storage
+    from alphaquant.studies.dashboard import DashboardSpec, serve
+    from alphaquant.studies.storages import is_storage
 
-            quiet_libraries()
-            # A page computes importances of parameters, and warns each time where trials are few.
-            warnings.filterwarnings("ignore", module=r"optuna\.")
-            given = storage or (source if is_storage(source) else None)
-            folder = Path("aq-out") if given == source else Path(source)
-            serve(DashboardSpec(folder, given, artifacts, host, port), _announce)
-    except typer.Exit as stop:
-        if stop.exit_code == 130:  # Ctrl-C is how it ends
-            raise typer.Exit(0) from stop
-        raise
-
-
-def main() -> None:
-    """Entry point."""
-    application(command)()
+    quiet_libraries()
+    # A page computes importances of parameters, and warns each time where trials are few.
+    warnings.filterwarnings("ignore", module=r"optuna\.")
+    given = storage or (source if is_storage(source) else None)
+    folder = Path("aq-out") if given == source else Path(source)
+    serve(DashboardSpec(folder, given, artifacts, host, port), _announce)
 
 
 def _announce(address: str) -> None:
     print(address, flush=True)
     print("Ctrl-C stops it", file=sys.stderr)
+
+
+DASHBOARD = Command("aq-dashboard", command, stops_well=True)
+main = main_of(DASHBOARD)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.config import Config, load_config, parse_config, resolve
 from alphaquant.spaces.formats import MIN_GROUP_SIZE
 from alphaquant.spaces.units import Inventory
+from alphaquant.specs.quantizer import QuantSettings
 
 logger = logging.getLogger(__name__)
 

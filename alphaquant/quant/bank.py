@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alphaquant.errors import ModelError, StoreError
-from alphaquant.quant.engine import QuantSettings, quantize_layer
+from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.files import locked, whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
@@ -37,6 +37,7 @@ from alphaquant.quant.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.quantizer import QuantSettings
 
 BANK_VERSION = 1
 LOCK_FILE = ".lock"

@@ -23,7 +23,7 @@ in float32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ from torch import Tensor
 from alphaquant.errors import FormatError
 from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, power_of_two
 from alphaquant.spaces.formats import ELEMENTS, Format
-
-ScaleSearch = Literal["minmax", "mse", "hessian"]
+from alphaquant.specs.quantizer import ScaleSearch
 
 _F16_MAX = 65504.0
 _F16_TINY = 2.0**-24

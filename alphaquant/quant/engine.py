@@ -7,13 +7,12 @@ through `quantize_layer`, so the same settings give the same codes.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ConfigError, ModelError
-from alphaquant.quant.codecs import ScaleSearch, check_finite
+from alphaquant.errors import ModelError
+from alphaquant.quant.codecs import check_finite
 from alphaquant.quant.gptq import (
     Factor,
     dampen,
@@ -28,83 +27,11 @@ from alphaquant.quant.refine import better_rows, refine
 from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
-
-Method = Literal["gptq", "rtn"]
+from alphaquant.specs.quantizer import Method, QuantSettings
 
 # Of Hessians and weights at once, in float32: two experts of 2048 inputs and outputs. All that is
 # in use while they are quantized grows with it; `benchmarks/quantizer.py layer` prints the peak.
 _CHUNK_BYTES = 64 * 2**20
-
-_WORDS = {"method": get_args(Method), "scale_search": get_args(ScaleSearch)}
-_SWITCHES = ("actorder", "static_groups", "sequential")
-_RANGES: dict[str, tuple[int, float]] = {
-    "percdamp": (0, math.inf),
-    "blocksize": (1, math.inf),
-    "route_exponent": (0, 2),
-    "pooled_tokens": (0, math.inf),
-    "refine_sweeps": (0, math.inf),
-    "n_starts": (1, 2),
-}
-_REAL = ("percdamp",)
-"""Numbers that need not be whole."""
-
-
-@dataclass(frozen=True)
-class QuantSettings:
-    """How matrices are quantized.
-
-    Attributes:
-        method: `gptq`, or `rtn` (needs no data).
-        percdamp: damping, fraction of mean(diag H).
-        blocksize: columns per lazy update; speed only.
-        scale_search: `minmax` (the formats' plain rule), `mse` (least squared error) or `hessian`
-            (least error in the GPTQ loss).
-        route_exponent: power of the routing weight in experts' Hessians, 0, 1 or 2.
-        pooled_tokens: tokens' worth of the layer's mean mixed into experts' Hessians.
-        actorder: process columns by descending diag(H); implies static groups.
-        static_groups: scales from the original weights, before the loop.
-        refine_sweeps: rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ.
-        n_starts: 2 quantizes once with `actorder` as given and once with the opposite, and takes
-            each row from the better result; 1 takes the first.
-        sequential: a layer's inputs come from the quantized layers before it; only where every
-            matrix has one format (`quantize_to_checkpoint`), not in a bank.
-    """
-
-    method: Method = "gptq"
-    percdamp: float = 0.01
-    blocksize: int = 32
-    scale_search: ScaleSearch = "hessian"
-    route_exponent: int = 2
-    pooled_tokens: int = 512
-    actorder: bool = False
-    static_groups: bool = False
-    refine_sweeps: int = 3
-    n_starts: int = 2
-    sequential: bool = False
-
-    def __post_init__(self) -> None:
-        """Check types and ranges, whoever gave the values: options, a file or a caller.
-
-        Raises:
-            ConfigError: naming the field, its value and what is possible.
-        """
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in words:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; use {' or '.join(words)}")
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; use true or false")
-        for name, (least, most) in _RANGES.items():
-            _check_number(name, getattr(self, name), least, most)
-
-
-def _check_number(name: str, value: Any, least: int, most: float) -> None:
-    kinds = (int, float) if name in _REAL else (int,)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not least <= value <= most:
-        what = "a number" if name in _REAL else "a whole number"
-        to = " or more" if math.isinf(most) else f" to {most}"
-        raise ConfigError(f"{name} is {value!r}; use {what}, {least}{to}")
 
 
 @dataclass(frozen=True)

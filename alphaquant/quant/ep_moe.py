@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ConfigError
-from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.kernel_use import use_kernels, use_kernels_where_possible
 from alphaquant.quant.layouts import FusedExperts
@@ -24,6 +23,7 @@ from alphaquant.quant.matrix import PackedMatrix, pack_bf16
 from alphaquant.quant.modules import PackedExpert, PackedExperts, PackedLinear
 from alphaquant.quant.quantization_config import PackedFormats
 from alphaquant.spaces.formats import BF16, Format, parse_format
+from alphaquant.specs.quantizer import ScaleSearch
 
 
 class MixedPrecisionEPMoE(nn.Module):

@@ -20,7 +20,6 @@ from alphaquant.errors import ModelError
 from alphaquant.quant.codecs import (
     Codec,
     GroupScales,
-    ScaleSearch,
     fit,
     make_codec,
     nv_global_scale,
@@ -29,6 +28,7 @@ from alphaquant.quant.codecs import (
 )
 from alphaquant.quant.matrix import RoundedBatch
 from alphaquant.spaces.formats import Format
+from alphaquant.specs.quantizer import ScaleSearch
 
 MAX_DAMP_RETRIES = 5
 # Weights near the end of bfloat16's range saturate; their errors must not become infinite.

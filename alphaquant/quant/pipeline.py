@@ -20,7 +20,6 @@ from torch import Tensor
 from alphaquant.errors import StoreError
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.checkpoint import CheckpointWriter, LayerFile, read_layer
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.first_run import first_run
 from alphaquant.quant.integrity import write_checksums
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
@@ -32,6 +31,7 @@ from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.utilization import utilization_facts
 from alphaquant.spaces.assignment import Assignment, BitCount
 from alphaquant.spaces.formats import Format
+from alphaquant.specs.quantizer import QuantSettings
 
 logger = logging.getLogger(__name__)
 

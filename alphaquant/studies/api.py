@@ -1,46 +1,29 @@
 """`alphaquant.search(...)`: a search from Python, with results that a notebook shows.
 
-Settings are named as the fields of `SearchSpec`, `DataSpec`, `ScoreSpec` and `QuantSettings`, in
-one flat list, or as the options of aq-search where those have another name (`ALIASES`).
+Settings have the names of aq-search's options, in one flat list (`alphaquant.specs.flat`).
 """
 
-import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import optuna
 import pandas as pd
 
-from alphaquant.errors import ConfigError
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.studies.field_types import shown
+from alphaquant.specs.flat import make, read_file
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.front import FrontRow, front_rows
 from alphaquant.studies.loop import OnTrial
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.report import summary_text, trials_frame
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.runner import search as run_search
-from alphaquant.studies.spec import DataSpec, ScoreSpec, SearchSpec, quant_settings
 from alphaquant.studies.verdict import headline, winner_text
-
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "calibration_samples": "n_calibration",
-        "evaluation_samples": "n_evaluation",
-        "heldout_samples": "n_heldout",
-        "also": "reported",
-        "shots": "n_shots",
-    }
-)
-"""Options of aq-search, and the fields that they set."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +101,9 @@ class Study:
 
 
 def search(
-    budget: str,
+    budget: str | None = None,
     *,
+    spec: str | Path | None = None,
     progress: Progress = no_progress,
     on_trial: OnTrial = lambda row: None,
     **settings: Any,
@@ -130,66 +114,20 @@ def search(
 
     Args:
         budget: `4.25bits`, `13GiB`, ...
+        spec: TOML file of options, as `aq-search --spec` takes it; what is given beside it wins.
         progress: called with a stage's name, steps done, steps.
         on_trial: called after each trial.
-        **settings: fields of `SearchSpec` (`model`, `out`, `trials`, ...), of its `DataSpec`
-            (`calibration`, `n_calibration`, ...), of its `ScoreSpec` (`objectives`, ...) and of
-            its `QuantSettings` (`method`, ...), or options of aq-search with underscores
-            (`calibration_samples`). `formats` may be a list, paths may be text.
+        **settings: the options of aq-search with underscores: `model`, `out`, `trials`,
+            `calibration_samples`, ... (fields of `SearchSpec` and its parts). `formats` and
+            `objectives` may be lists, paths may be text.
 
     Raises:
         AlphaQuantError: a setting that does not exist, or bad input.
     """
-    spec = make_spec(budget, settings)
+    given = settings if budget is None else {"budget": budget, **settings}
+    asked = make(SearchSpec, {**({} if spec is None else read_file(spec)), **given}, "search")
     with _quiet_optuna():
-        return Study(run_search(spec, progress=progress, on_trial=on_trial))
-
-
-def make_spec(budget: str, settings: Mapping[str, Any]) -> SearchSpec:
-    """The specification of flat settings.
-
-    Raises:
-        ConfigError: an unknown name, or a value that makes no sense.
-    """
-    named = _named(settings)
-    own, data, scores, quant = map(_field_names, (SearchSpec, DataSpec, ScoreSpec, QuantSettings))
-    known = sorted(own | data | scores | quant | ALIASES.keys())
-    for name in named:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.5) or known
-            raise ConfigError(f"search has no setting {name!r}; perhaps {', '.join(near)}")
-    measured = _part(named, scores)
-    if measured and "scores" in named:
-        raise ConfigError(f"scores and {', '.join(measured)} are both given; give one of the two")
-    whole = {"scores": ScoreSpec(**measured)} if measured else {}
-    return SearchSpec(
-        budget=budget,
-        data=DataSpec(**_part(named, data)),
-        quant=quant_settings(**_part(named, quant)),
-        **{**_part(named, own), **whole},
-    )
-
-
-def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names and with the types of the specification's fields.
-
-    Raises:
-        ConfigError: one is given under both of its names, or cannot be of its type.
-    """
-    twice = [name for name, field in ALIASES.items() if {name, field} <= settings.keys()]
-    if twice:
-        raise ConfigError(f"{twice[0]} and {ALIASES[twice[0]]} are one setting; give one of them")
-    named = {ALIASES.get(name, name): value for name, value in settings.items()}
-    for name in ("out", "cache", "model", "latency_table", "task_data"):
-        if isinstance(named.get(name), str | os.PathLike):
-            text = os.fspath(named[name])
-            named[name] = Path(text) if name in ("out", "cache") else text
-    formats = named.get("formats")
-    if isinstance(formats, list | tuple):
-        if not all(isinstance(name, str) for name in formats):
-            raise ConfigError(f"formats is {shown(formats)}; give names such as 'int4-g64'")
-        named["formats"] = ",".join(formats)
-    return named
+        return Study(run_search(asked, progress=progress, on_trial=on_trial))
 
 
 @contextmanager
@@ -201,14 +139,3 @@ def _quiet_optuna() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(level)
-
-
-_Kind = type[SearchSpec] | type[DataSpec] | type[ScoreSpec] | type[QuantSettings]
-
-
-def _field_names(kind: _Kind) -> set[str]:
-    return {field.name for field in fields(kind)} - {"budget", "data", "quant"}
-
-
-def _part(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name in names}

@@ -25,7 +25,7 @@ from alphaquant.quant.integrity import verify_checksums
 from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.quantization_config import is_packed
-from alphaquant.studies.field_types import check_types
+from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import (
@@ -39,61 +39,6 @@ from alphaquant.studies.tables import fitted, wrapped
 
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
-
-
-@dataclass(frozen=True)
-class EvaluateSpec:
-    """An evaluation.
-
-    Attributes:
-        model: packed checkpoint, directory, hub id or `demo`.
-        reference: the original model, measured too; needed for tasks that compare with it.
-        tasks: of `TASKS`, and tasks, task files or folders of lm-eval; `kl` also gives same-top.
-        data: text; `demo` is the embedded held-out text.
-        n_samples: windows.
-        seq_len: tokens per window; None is 256 for the demo, else 2048 or the model's limit.
-        seed: of the windows.
-        bos: whether texts start with the tokenizer's beginning of text: `auto`, `always`, `never`.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the computation.
-        batch_size: windows per forward pass.
-        n_shots: examples before each question of lm-eval's tasks; None is each task's own number.
-        limit: only the first so many documents of each task of lm-eval; None is all.
-        task_data: folder of MMLU's CSV files; None is the hub.
-    """
-
-    model: str
-    reference: str | None = None
-    tasks: tuple[str, ...] = ("kl", "ppl")
-    data: str = "demo"
-    n_samples: int = 64
-    seq_len: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int = 8
-    n_shots: int | None = None
-    limit: int | None = None
-    task_data: Path | None = None
-    bos: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse values of the wrong type.
-
-        Raises:
-            ConfigError: naming the field.
-        """
-        check_types(self)
-
-    @property
-    def window_tasks(self) -> list[str]:
-        """Those measured on windows of text."""
-        return [task for task in self.tasks if task in TASKS]
-
-    @property
-    def harness_tasks(self) -> tuple[str, ...]:
-        """Those of lm-eval."""
-        return tuple(task for task in self.tasks if task not in TASKS)
 
 
 @dataclass(frozen=True)
@@ -216,6 +161,16 @@ def open_model(name: str, device: str, dtype: str) -> nn.Module:
     return load_model(model_location(name), device, dtype, quantized=True)
 
 
+def window_tasks(spec: EvaluateSpec) -> list[str]:
+    """Those measured on windows of text."""
+    return [task for task in spec.names if task in TASKS]
+
+
+def harness_tasks(spec: EvaluateSpec) -> tuple[str, ...]:
+    """Those of lm-eval."""
+    return tuple(task for task in spec.names if task not in TASKS)
+
+
 def evaluation_text(found: Evaluation, width: int | None = None) -> str:
     """The scores for people, one per line, and what they were measured on.
 
@@ -249,7 +204,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
     return {
         "model": spec.model,
         "reference": spec.reference,
-        "tasks": list(spec.tasks),
+        "tasks": list(spec.names),
         "scores": [asdict(s) for s in found.scores],
         "reference_scores": [asdict(s) for s in found.reference_scores],
         "details": found.details,
@@ -264,35 +219,33 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
 
 def _check(spec: EvaluateSpec) -> str:
     """Refuse what cannot be measured; the device otherwise."""
-    if not spec.tasks:
+    if not spec.names:
         raise ConfigError(f"tasks: none; possible are {_possible()}; name some")
-    for name in spec.harness_tasks:
+    for name in harness_tasks(spec):
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.75)
         if near and not Path(name).exists():
             raise ConfigError(
                 f"unknown task {name!r}; possible are {_possible()}; did you mean {near[0]}?"
             )
-    if spec.window_tasks:
+    if window_tasks(spec):
         check_sources({"heldout": spec.data}, spec.bos)
-    comparing = [name for name in spec.window_tasks if TASKS[name].compares]
+    comparing = [name for name in window_tasks(spec) if TASKS[name].compares]
     if comparing and spec.reference is None:
         raise ConfigError(
             f"{', '.join(comparing)} asked, which needs the original model, and none is given; "
-            "give --reference MODEL, or --tasks ppl"
+            "give --reference MODEL, or --tasks perplexity"
         )
-    if spec.batch_size < 1:
-        raise ConfigError(f"batch_size is {spec.batch_size}; use 1 or more")
-    only = {"shots": spec.n_shots, "limit": spec.limit, "task-data": spec.task_data}
+    only = {"shots": spec.shots, "limit": spec.limit, "task-data": spec.task_data}
     given = [f"--{name} {value}" for name, value in only.items() if value is not None]
-    if given and not spec.harness_tasks:
+    if given and not harness_tasks(spec):
         raise ConfigError(
             f"{', '.join(given)} given, which are for tasks of lm-eval, and the tasks are "
-            f"{', '.join(spec.tasks)}; name a task of lm-eval such as mmlu, or leave them out"
+            f"{', '.join(spec.names)}; name a task of lm-eval such as mmlu, or leave them out"
         )
-    if spec.task_data is not None and not any(map(is_mmlu, spec.tasks)):
+    if spec.task_data is not None and not any(map(is_mmlu, spec.names)):
         raise ConfigError(
             f"--task-data {spec.task_data} given, which is for mmlu and its subjects, and the "
-            f"tasks are {', '.join(spec.tasks)}; add mmlu, or give a task file of your own "
+            f"tasks are {', '.join(spec.names)}; add mmlu, or give a task file of your own "
             "(docs/evaluation.md)"
         )
     return find_device(spec.device)
@@ -304,7 +257,7 @@ def _possible() -> str:
 
 def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
     """The evaluator of lm-eval's tasks, with their documents; None where none are asked."""
-    tasks = spec.harness_tasks
+    tasks = harness_tasks(spec)
     if not tasks:
         return None
     local = None
@@ -313,7 +266,7 @@ def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
         local.mkdir()
         write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
     tokenizer = load_tokenizer(model_location(spec.reference or spec.model))
-    request = HarnessRequest(tasks, local, spec.n_shots, spec.limit, spec.batch_size)
+    request = HarnessRequest(tasks, local, spec.shots, spec.limit, spec.batch_size)
     return HarnessEvaluator(request, tokenizer, spec.bos)
 
 
@@ -325,7 +278,7 @@ def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         asked = SEQ_LEN if limit is None else min(SEQ_LEN, int(limit))
     seq_len = seq_len_of(name, model, asked)
-    request = TextRequest(spec.data, "heldout", spec.n_samples, seq_len, spec.seed, spec.bos)
+    request = TextRequest(spec.data, "heldout", spec.samples, seq_len, spec.seed, spec.bos)
     return load_windows(request, name, model, load_tokenizer(model_location(name)))
 
 
@@ -342,12 +295,12 @@ def _choose(
     """
     chosen: list[tuple[Evaluator, frozenset[str]]] = []
     tokens = None
-    if spec.window_tasks:
+    if window_tasks(spec):
         tokens = _windows(spec, spec.reference or spec.model, model)
         ground = Ground(model, tokens, spec.batch_size, folder, progress)
         asked: dict[Callable[[Ground], Evaluator], list[str]] = {}
-        for name in spec.window_tasks:
-            make = _divergence if name == "ppl" and "kl" in spec.tasks else TASKS[name].make
+        for name in window_tasks(spec):
+            make = _divergence if name == "perplexity" and "kl" in spec.names else TASKS[name].make
             asked.setdefault(make, []).extend(TASKS[name].metrics)
         chosen += [(make(ground), frozenset(metrics)) for make, metrics in asked.items()]
     if harness is not None:
@@ -405,7 +358,7 @@ def _drift(ground: Ground) -> Evaluator:
 
 TASKS = {
     "kl": Task(("kl", "same_top"), _divergence, compares=True),
-    "ppl": Task(("perplexity",), _perplexity),
+    "perplexity": Task(("perplexity",), _perplexity),
     "utilization": Task(("load_imbalance", "load_entropy", "starved_experts"), _utilization),
     "drift": Task(("router_kl", "expert_overlap"), _drift, compares=True),
 }

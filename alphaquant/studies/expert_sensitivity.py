@@ -21,56 +21,17 @@ from alphaquant.evaluators.expert_sensitivity import (
 )
 from alphaquant.evaluators.sensitivity import CostSettings, measure_costs
 from alphaquant.quant.bank import Bank, Progress
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import whole_file
 from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.specs.quantizer import settings_of
+from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import SOURCE_STEPS, Source, find_device, load_source, read_text
-from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.tables import fitted, wrapped
 
 N_SHOWN = 5
 """Experts at either end of the printed table."""
-
-
-@dataclass(frozen=True)
-class SensitivitySpec:
-    """What is asked.
-
-    Attributes:
-        format: that experts are quantized to.
-        model: `demo`, a local directory or a hub id.
-        against: format that bits and costs are compared with; bf16 is the original.
-        calibration: text for Hessians and costs.
-        n_calibration: windows of it.
-        seq_len: tokens per window; None as in `DataSpec`.
-        bos: what windows start with, as in `DataSpec`.
-        seed: of windows and drawn labels.
-        n_draws: labels drawn per position.
-        quant: how matrices are quantized.
-        cache: directory of banks, shared with searches.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the computation.
-    """
-
-    format: str
-    model: str = "demo"
-    against: str = "bf16"
-    calibration: str = DataSpec.calibration
-    n_calibration: int = DataSpec.n_calibration
-    seq_len: int | None = None
-    bos: str = "auto"
-    seed: int = 0
-    n_draws: int = 1
-    quant: QuantSettings = QuantSettings()
-    cache: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the numbers, ready for JSON."""
-        return {k: v for k, v in asdict(self).items() if k != "cache"}
 
 
 @dataclass(frozen=True)
@@ -105,29 +66,30 @@ def measure_expert_sensitivity(
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     names = measured_formats(spec.format, spec.against)
-    check_sources({"calibration": spec.calibration}, spec.bos)
-    n_steps = SOURCE_STEPS + 1
+    check_sources({"calibration": spec.text.calibration}, spec.text.bos)
+    asked, text, n_steps = spec.checkpoint, spec.text, SOURCE_STEPS + 1
     progress("load", 0, n_steps)
     source = load_source(
-        spec.model,
-        find_device(spec.device),
-        spec.dtype,
+        asked.model,
+        find_device(asked.device),
+        asked.dtype,
         lambda n_done: progress("load", n_done, n_steps),
     )
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
     calibration = read_text(
         source,
-        spec.calibration,
+        text.calibration,
         "calibration",
-        spec.n_calibration,
-        spec.seq_len,
+        text.calibration_samples,
+        text.seq_len,
         spec.seed,
-        spec.bos,
+        text.bos,
     )
     progress("load", n_steps, n_steps)
-    bank = fill_source_bank(source, calibration, names, spec.quant, spec.cache, progress)
-    settings = CostSettings(spec.seed, spec.n_draws)
+    quantizer = settings_of(spec.quantizer)
+    bank = fill_source_bank(source, calibration, names, quantizer, spec.cache, progress)
+    settings = CostSettings(spec.seed)
     table = measure_costs(source.map, bank, calibration.tokens, names, settings, progress=progress)
     found = expert_sensitivity(table, source.map.inventory, spec.format, spec.against)
     return FoundSensitivity(spec, source, calibration, bank, found)

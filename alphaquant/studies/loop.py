@@ -19,12 +19,12 @@ from alphaquant.quant.bank import Progress
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.config import config_from_assignment, dump_config
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.notes import save_trial_note, trial_note
 from alphaquant.studies.objective import Measured, SearchObjective
 from alphaquant.studies.objectives import Scorer
 from alphaquant.studies.pruning import is_hopeless
-from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.stopping import MOST_TRIALS
 from alphaquant.studies.storage import (
     TrialRow,
@@ -98,20 +98,20 @@ class TrialLoop:
         missing = [row for row in self._stored if not self.folder.has_assignment(row.digest)]
         if missing:
             raise StoreError(
-                f"study {self.spec.study!r} has {len(self._stored)} trials, and the assignments "
-                f"of {len(missing)} are not in {self.folder.path}; give the --out that the study "
+                f"study {self.spec.run.study!r} has {len(self._stored)} trials, and the "
+                f"assignments of {len(missing)} are not in {self.folder.path}; give the --out that the study "
                 "was made with, or another --study"
             )
 
     @property
     def most_trials(self) -> int:
         """Trials at most: as many as were asked for, else `MOST_TRIALS`."""
-        return MOST_TRIALS if self.spec.trials is None else self.spec.trials
+        return MOST_TRIALS if self.spec.run.trials is None else self.spec.run.trials
 
     @property
     def is_open(self) -> bool:
         """Whether a rule may end the search: no number of trials was given."""
-        return self.spec.trials is None
+        return self.spec.run.trials is None
 
     @property
     def is_all_new(self) -> bool:
@@ -133,14 +133,14 @@ class TrialLoop:
     def limit_reason(self) -> str | None:
         """Which limit ends the search here, a sentence without an end; None where none does."""
         if len(self.rows) >= self.most_trials:
-            asked = f"--trials asked for {self.spec.trials}"
+            asked = f"--trials asked for {self.spec.run.trials}"
             return f"{MOST_TRIALS} are the most without --trials" if self.is_open else asked
-        return f"the timeout of {self.spec.timeout:g} s is over" if self._is_late else None
+        return f"the timeout of {self.spec.run.timeout:g} s is over" if self._is_late else None
 
     @property
     def _is_late(self) -> bool:
         """Whether the time is over; the first trial always runs."""
-        timeout = self.spec.timeout
+        timeout = self.spec.run.timeout
         return timeout is not None and self._seconds > timeout and len(self.rows) > 0
 
     @property
@@ -188,14 +188,16 @@ class TrialLoop:
         origin = fixed.attrs.get("origin")
         if origin is not None and origin != row.origin:
             raise StoreError(
-                f"trial {row.number} of study {self.spec.study!r} is {row.origin!r} where this "
-                f"version has {origin!r}; give another --study and --out"
+                f"trial {row.number} of study {self.spec.run.study!r} is {row.origin!r} where "
+                f"this version has {origin!r}; give another --study and --out"
             )
 
     def _measure(
         self, propose: Callable[[optuna.Trial], Proposal], fixed: PlannedTrial
     ) -> TrialRow:
-        trial = next_trial(self.study, fixed, self.spec.sampler, self.spec.seed)
+        trial = next_trial(
+            self.study, fixed, self.spec.proposals.sampler, self.spec.proposals.seed
+        )
         proposal = propose(trial)
         row = self._row(proposal)
         if not np.isfinite(row.kl):
@@ -220,7 +222,7 @@ class TrialLoop:
         scores = {"kl": row.kl, "kl_stderr": row.kl_stderr, "predicted_kl": row.predicted_kl}
         summary = {
             **asdict(assignment.count_bits(inventory)),
-            "study": self.spec.study,
+            "study": self.spec.run.study,
             "origin": row.origin,
             "assignment_digest": row.digest,
             "evaluation": scores,

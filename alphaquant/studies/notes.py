@@ -13,10 +13,10 @@ from optuna_dashboard import get_note, save_note
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.units import Inventory
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.bitmaps import bits_by_role
 from alphaquant.studies.commands import quantize_command
 from alphaquant.studies.folder import CONFIG_FILE
-from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.tables import markdown, with_error
 
@@ -41,21 +41,21 @@ def study_note(
         menu: formats to choose from.
         found: what has come of it, Markdown.
     """
-    data = spec.data
+    data = spec.texts
     asked = [
-        ["model", f"`{spec.model}`"],
-        ["budget", f"`{spec.budget}`" + _limits_text(spec)],
+        ["model", f"`{spec.checkpoint.model}`"],
+        ["budget", f"`{spec.limits.budget}`" + _limits_text(spec)],
         ["menu", ", ".join(f"`{name}`" for name in menu)],
-        ["profile", f"`{spec.profile}`"],
-        ["calibration text", f"`{data.calibration}`, {data.n_calibration} windows"],
-        ["evaluation text", f"`{data.evaluation}`, {data.n_evaluation} windows"],
-        ["held-out text", f"`{data.heldout}`, {data.n_heldout} windows"],
-        ["results", f"`{spec.out}`"],
+        ["profile", f"`{spec.limits.profile}`"],
+        ["calibration text", f"`{data.calibration}`, {data.calibration_samples} windows"],
+        ["evaluation text", f"`{data.evaluation}`, {data.evaluation_samples} windows"],
+        ["held-out text", f"`{data.heldout}`, {data.heldout_samples} windows"],
+        ["results", f"`{spec.run.out}`"],
     ]
     origins = [[f"`{name}`", text] for name, text in _ORIGINS.items()]
     return "\n\n".join(
         [
-            f"# Number formats for {spec.model} at {spec.budget}",
+            f"# Number formats for {spec.checkpoint.model} at {spec.limits.budget}",
             "Every trial is an assignment: one number format for every matrix of the model.",
             "## Found",
             found,
@@ -171,12 +171,12 @@ def _fate(row: TrialRow) -> list[str]:
 
 def _limits_text(spec: SearchSpec) -> str:
     limits = {
-        "formats per layer": spec.max_formats_per_layer,
-        "bits of every layer at least": spec.layer_minimum_bits,
-        "active bytes": spec.active_budget,
+        "formats per layer": spec.limits.max_formats_per_layer,
+        "bits of every layer at least": spec.limits.layer_minimum_bits,
+        "active bytes": spec.limits.active_budget,
     }
     return "".join(f", {name} {value}" for name, value in limits.items() if value is not None)
 
 
 def _quantize_text(spec: SearchSpec) -> str:
-    return quantize_command(spec.model, CONFIG_FILE)
+    return quantize_command(spec.checkpoint.model, CONFIG_FILE)

@@ -27,9 +27,9 @@ from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.quant.bank import Progress
 from alphaquant.quant.sites import ModelMap
+from alphaquant.specs.scores import ScoreSpec
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.spec import ScoreSpec
 
 ALWAYS = ("bits", "kl")
 """Objectives of every study."""
@@ -114,7 +114,7 @@ def check_scores(spec: ScoreSpec) -> None:
             f"objectives {spec.objectives!r}: a study trades bits for KL, so they begin with "
             f"{','.join(ALWAYS)}; add others behind them, such as bits,kl,drift"
         )
-    names = (*asked, *split_names(spec.reported))
+    names = (*asked, *split_names(spec.also))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{', '.join(twice)} asked for twice; name every score once")
@@ -132,7 +132,7 @@ def check_scores(spec: ScoreSpec) -> None:
         near = get_close_matches(name, _names(), n=1, cutoff=0.75)
         if near:
             raise ConfigError(f"unknown score {name!r}; did you mean {near[0]}?")
-    if not tasks and (spec.task_data, spec.n_shots) != (None, None):
+    if not tasks and (spec.task_data, spec.shots) != (None, None):
         raise ConfigError(
             "--task-data and --shots are for tasks of lm-eval, and none is asked for; add one "
             "such as mmlu_anatomy to --objectives or --also"
@@ -145,19 +145,19 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan
     Args:
         spec: what was asked for, see `check_scores`.
         tokenizer: of transformers, the model's.
-        bos: what texts of lm-eval's tasks start with, as in `DataSpec`.
+        bos: what texts of lm-eval's tasks start with, as in `TextSpec`.
 
     Raises:
         ConfigError, DataError: a name that does not exist, lm-eval's tasks without lm-eval or
             data, or a table that cannot be read.
     """
-    objectives, reported = split_names(spec.objectives)[2:], split_names(spec.reported)
+    objectives, reported = split_names(spec.objectives)[2:], split_names(spec.also)
     evaluators = {name: _evaluator_of(name) for name in (*objectives, *reported)}
     tasks = tuple(name.partition(".")[0] for name, found in evaluators.items() if found is None)
     harness = _harness(spec, tuple(dict.fromkeys(tasks)), tokenizer, bos) if tasks else None
     latency = None
     if spec.latency_table is not None:
-        latency = LatencyEvaluator(read_latency_table(Path(spec.latency_table)))
+        latency = LatencyEvaluator(read_latency_table(spec.latency_table))
     return ScorePlan(
         tuple(_metric(name, harness) for name in objectives),
         tuple(_metric(name, harness) for name in reported),
@@ -246,6 +246,6 @@ def _harness(
         if spec.task_data is not None:
             local = Path(scratch) / "tasks"
             local.mkdir()
-            write_mmlu_tasks(Path(spec.task_data), [*filter(is_mmlu, tasks)], local)
-        request = HarnessRequest(tasks, local, spec.n_shots, spec.task_limit)
+            write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
+        request = HarnessRequest(tasks, local, spec.shots, spec.task_limit)
         return HarnessEvaluator(request, tokenizer, bos)

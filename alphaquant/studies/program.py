@@ -30,13 +30,19 @@ from alphaquant.search.groups import make_groups
 from alphaquant.search.knobs import Knobs, knob_params
 from alphaquant.search.problem import Problem
 from alphaquant.search.sampler import PlannedTrial
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.loop import Proposal, TrialLoop
 from alphaquant.studies.progress import StageClock
 from alphaquant.studies.result import Probe, front_of
-from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.stopping import outlook, stagnation
 from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.trials import ALL_ALLOCATORS, EVOLUTION, Proposer, uniform_fits
+from alphaquant.studies.trials import (
+    ALL_ALLOCATORS,
+    EVOLUTION,
+    Proposer,
+    constraints_of,
+    uniform_fits,
+)
 from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.studies.winner import best_of
 
@@ -109,14 +115,14 @@ class Findings:
 def run_program(run: Run) -> Findings:
     """All steps of a search."""
     run_uniform(run)
-    if run.spec.allocator is not None:
+    if run.spec.proposals.allocator is not None:
         run_named_allocator(run)
         return Findings(run.loop.limit_reason or "--allocator has no further trials")
     run_default(run)
     run_allocators(run)
     run_levels(run)
     probe = run_probe(run)
-    stopped = run_groups(run) if run.spec.mode == "groups" else run_knobs(run)
+    stopped = run_groups(run) if run.spec.proposals.mode == "groups" else run_knobs(run)
     return Findings(stopped, probe)
 
 
@@ -139,7 +145,7 @@ def run_default(run: Run) -> None:
 
 def run_allocators(run: Run) -> None:
     """The allocators of `--allocators`; `all` is those that no other step covers."""
-    names = run.spec.allocator_names
+    names = run.spec.proposals.allocator_names
     if names == (ALL_ALLOCATORS,):
         names = tuple(n for n in available(run.problem) if n not in _COVERED)
     for name in names:
@@ -147,7 +153,7 @@ def run_allocators(run: Run) -> None:
             return
         proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
         if proposal is None:
-            kept = run.spec.constraints.text
+            kept = constraints_of(run.spec.limits).text
             logger.warning("allocator %s is left out: its choice does not keep %s", name, kept)
         run.fixed(proposal)
 
@@ -158,13 +164,14 @@ def run_named_allocator(run: Run) -> None:
     Raises:
         ConfigError: its choice does not keep the side constraints.
     """
-    name = run.spec.allocator
+    name = run.spec.proposals.allocator
     assert name is not None, "this step is that of --allocator"
     proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
     if proposal is None:
         raise ConfigError(
             f"allocator {name} knows the budget only, and its choice does not keep "
-            f"{run.spec.constraints.text}; leave --allocator or the side constraints out"
+            f"{constraints_of(run.spec.limits).text}; leave --allocator or the side constraints "
+            "out"
         )
     run.fixed(proposal)
 
@@ -186,7 +193,7 @@ def run_probe(run: Run) -> Probe | None:
     run.clock("probe", 0, N_PROBES)
     choices, limit = [], run.proposer.limit_bits
     for i in range(N_PROBES):
-        seed = int(np.random.SeedSequence((run.spec.seed, i)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((run.spec.proposals.seed, i)).generate_state(1)[0])
         choices.append(ALLOCATORS["random"].allocate(run.problem, limit, seed).choice)
     measured = []
     n_windows = min(PROBE_WINDOWS, run.truth.n_windows)
@@ -254,7 +261,7 @@ def run_groups(run: Run) -> str:
     Returns:
         Why it is the end.
     """
-    groups = make_groups(run.problem, run.spec.grouping)
+    groups = make_groups(run.problem, run.spec.proposals.grouping)
     top = {n: len(o) - 1 for n, o in zip(groups.names, groups.options, strict=True)}
     params: Mapping[str, float] = dict(top)  # all open: the solver decides
     sampled: list[TrialRow] = []
@@ -303,7 +310,7 @@ def _evolve(run: Run) -> Proposal:
     found = evolve(
         run.problem,
         run.proposer.limit_bits,
-        run.spec.seed,
+        run.spec.proposals.seed,
         measure,
         n_passes,
         EvolutionSettings(windows=rounds),

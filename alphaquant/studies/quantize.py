@@ -3,15 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.data import TokenSet, check_sources
-from alphaquant.quant.architectures import AUTO, check_architecture, choose_architecture
+from alphaquant.quant.architectures import check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
@@ -21,7 +20,10 @@ from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
-from alphaquant.studies.field_types import check_types
+from alphaquant.specs.flat import make
+from alphaquant.specs.quantize import ConfiguredTextSpec, QuantizeSpec
+from alphaquant.specs.quantizer import QuantSettings, changed
+from alphaquant.specs.texts import DEMO_TEXT
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.sources import (
@@ -32,7 +34,6 @@ from alphaquant.studies.sources import (
     model_notes,
     read_text,
 )
-from alphaquant.studies.spec import DEMO_TEXT, quant_settings
 from alphaquant.studies.tables import aligned
 
 logger = logging.getLogger(__name__)
@@ -40,54 +41,6 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
 _LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
-
-
-@dataclass(frozen=True)
-class QuantizeSpec:
-    """A quantization.
-
-    Attributes:
-        model: `demo`, a local directory or a hub id.
-        config: configuration file.
-        out: directory to write.
-        quant: fields of `QuantSettings` to change; absent ones, and None, are what the
-            configuration's summary says, else their defaults.
-        calibration: text; None for what the summary says, else the default of a search. Likewise
-            the four that follow.
-        n_calibration: windows.
-        seq_len: tokens per window.
-        seed: of the windows.
-        bos: what they start with: `auto`, `always` or `never`.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the computation.
-        model_type: what the model is to be called, see `alphaquant.quant.architectures`; `auto`
-            for what it is.
-        strict: patterns that match nothing are errors.
-        overwrite: replace an existing packed checkpoint.
-    """
-
-    model: str
-    config: Path
-    out: Path
-    quant: Mapping[str, Any] = field(default_factory=dict)
-    calibration: str | None = None
-    n_calibration: int | None = None
-    seq_len: int | None = None
-    seed: int | None = None
-    bos: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    model_type: str = AUTO
-    strict: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values of the wrong type.
-
-        Raises:
-            ConfigError: naming the field.
-        """
-        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -132,8 +85,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         named_dtype(spec.dtype)
     device = find_device(spec.device)
     if settings.method == "gptq":
-        text, bos = _calibration_text(spec, summary), "auto" if spec.bos is None else spec.bos
-        check_sources({"calibration": text}, bos)
+        check_sources({"calibration": _calibration_text(spec, summary)}, spec.text.bos or "auto")
+    if spec.out is None:
+        raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
         progress("load", 0, 1)
         source = load_source(spec.model, device, spec.dtype)
@@ -232,7 +186,7 @@ def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings
     if type(percdamp) is int:
         quantization = {**quantization, "percdamp": float(percdamp)}
     try:
-        return quant_settings(**quantization)
+        return make(QuantSettings, quantization, "a quantization")
     except ConfigError as error:
         raise ConfigError(f"{path}: summary.quantization: {error}") from error
 
@@ -255,20 +209,20 @@ def _part(
 
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     """Flag over summary over default."""
-    return quant_settings(summary.settings, **spec.quant)
+    return changed(summary.settings, spec.quantizer)
 
 
 def _asked(
     spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
 ) -> dict[str, Any]:
     """What decides the checkpoint and is known before anything is loaded, see `Part.claim`."""
-    found = summary.calibration
+    found, text = summary.calibration, spec.text
     calibration = {
-        "source": spec.calibration or found.get("source"),
-        "n_samples": spec.n_calibration or found.get("n_samples"),
-        "seq_len": spec.seq_len or found.get("seq_len"),
-        "seed": found.get("seed") if spec.seed is None else spec.seed,
-        "bos": spec.bos or found.get("bos"),
+        "source": text.calibration or found.get("source"),
+        "n_samples": text.calibration_samples or found.get("n_samples"),
+        "seq_len": text.seq_len or found.get("seq_len"),
+        "seed": found.get("seed") if text.seed is None else text.seed,
+        "bos": text.bos or found.get("bos"),
     }
     return {
         "model": spec.model,
@@ -297,18 +251,17 @@ def _facts(
 
 def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:
     """Flag over summary over default."""
-    found = summary.calibration
+    found, text = summary.calibration, spec.text
     tokens = read_text(
         source,
         _calibration_text(spec, summary),
         "calibration",
-        spec.n_calibration or found.get("n_samples", 128),
-        spec.seq_len or found.get("seq_len"),
-        found.get("seed", 0) if spec.seed is None else spec.seed,
-        _bos_of(found) if spec.bos is None else spec.bos,
+        text.calibration_samples or found.get("n_samples", 128),
+        text.seq_len or found.get("seq_len"),
+        found.get("seed", 0) if text.seed is None else text.seed,
+        _bos_of(found) if text.bos is None else text.bos,
     )
-    asked = (spec.calibration, spec.n_calibration, spec.seq_len, spec.seed, spec.bos)
-    if found.get("digest") not in (None, tokens.digest) and set(asked) == {None}:
+    if found.get("digest") not in (None, tokens.digest) and text == ConfiguredTextSpec():
         raise ConfigError(
             f"{spec.config} was searched with other calibration text than {tokens.name} gives "
             "now; give --calibration to use this text, or restore the file"
@@ -318,7 +271,7 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
 
 def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:
     stated = str(summary.calibration.get("source", DEMO_TEXT))
-    return stated if spec.calibration is None else spec.calibration
+    return stated if spec.text.calibration is None else spec.text.calibration
 
 
 def _bos_of(calibration: Mapping[str, Any]) -> str:

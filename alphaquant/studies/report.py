@@ -69,10 +69,10 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
     data, assignment = result.facts["data"], _assignment(result, row)
     trial = _trial(result, row)
     summary: dict[str, Any] = {
-        "budget": result.spec.budget,
+        "budget": result.spec.limits.budget,
         **asdict(assignment.count_bits(result.space.inventory)),
         "profile": result.space.profile_name,
-        "study": result.spec.study,
+        "study": result.spec.run.study,
         "trial": None if trial is None else trial.number,
         "origin": origin_of(result, row),
         "scores": [] if trial is None else _scores(trial, result.scores.metrics),
@@ -83,7 +83,7 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "model_digest": result.facts["model_digest"],
         "calibration": data["calibration"],
         "evaluation": data["search"],
-        "quantization": asdict(result.spec.quant),
+        "quantization": asdict(result.spec.quantizer),
         "versions": result.facts["versions"],
     }
     return dump_config(config_from_assignment(assignment, result.space.inventory, summary))
@@ -96,7 +96,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
     best["why"] = why_text(result)
     return {
         "version": FRONT_VERSION,
-        "budget": result.spec.budget,
+        "budget": result.spec.limits.budget,
         "limit_bits": result.space.limit_bits,
         "counting_rule": counting_rule(),
         "profile": result.space.profile_name,
@@ -150,7 +150,8 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
 
     return "\n".join(
         [
-            f"front of {result.facts['model']} at {result.spec.budget} (held-out text; {marks})",
+            f"front of {result.facts['model']} at {result.spec.limits.budget} "
+            f"(held-out text; {marks})",
             _summary_table(result, width),
             *(withheld if n_withheld else []),
             f"configurations: {result.folder.path / 'configs'}/",
@@ -162,7 +163,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *paragraph(winner_text(result)),
             f"best: {best}",
             *paragraph(f"why: {why_text(result)}"),
-            f"next: {quantize_command(result.spec.model, best)}",
+            f"next: {quantize_command(result.spec.checkpoint.model, best)}",
         ]
     )
 
@@ -194,7 +195,7 @@ def report_text(result: SearchResult) -> str:
     said = headline(result).text
     best = result.folder.path / "best.json"
     parts = [
-        f"# {model_name(result.facts['model'])} at {result.spec.budget}",
+        f"# {model_name(result.facts['model'])} at {result.spec.limits.budget}",
         f"{said[0].upper()}{said[1:]}.",
         f"The result: {winner_text(result)}.",
         f"Why this one: {why_text(result)}.",
@@ -223,8 +224,8 @@ def report_text(result: SearchResult) -> str:
         "## Calibration coverage",
         coverage_text(result),
         "## Next",
-        f"    {quantize_command(result.spec.model, best)}\n"
-        f"    {evaluate_command(result.spec.model)}",
+        f"    {quantize_command(result.spec.checkpoint.model, best)}\n"
+        f"    {evaluate_command(result.spec.checkpoint.model)}",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -62,7 +62,7 @@ _CAPTIONS = {
 
 def report_html(result: SearchResult) -> str:
     """The whole report as one HTML file."""
-    title = f"{model_name(result.facts['model'])} at {result.spec.budget}"
+    title = f"{model_name(result.facts['model'])} at {result.spec.limits.budget}"
     shown = figures(result)
     body = [
         _header(result, title),
@@ -110,7 +110,7 @@ def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
     path = result.folder.path
-    return {name: quantize_command(result.spec.model, path / name) for name in names}
+    return {name: quantize_command(result.spec.checkpoint.model, path / name) for name in names}
 
 
 def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
@@ -220,7 +220,7 @@ def _command(text: str) -> str:
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
-    model = result.spec.model
+    model = result.spec.checkpoint.model
     steps = (quantize_command(model, result.folder.path / "best.json"), evaluate_command(model))
     code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
     parts = [

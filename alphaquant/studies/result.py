@@ -11,10 +11,10 @@ from alphaquant.evaluators.base import Metric
 from alphaquant.search.pareto import nondominated
 from alphaquant.spaces.assignment import Assignment, BitCount, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.gate import GateResult
 from alphaquant.studies.objectives import ScorePlan
-from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.storage import TrialRow
 from alphaquant.studies.trials import ALLOCATOR, UNIFORM
 from alphaquant.studies.winner import best_of

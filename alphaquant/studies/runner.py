@@ -27,8 +27,10 @@ from alphaquant.search.groups import check_grouping
 from alphaquant.search.sampler import make_sampler
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
+from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.cautions import RARE_TOKENS
 from alphaquant.studies.decoration import decorate
 from alphaquant.studies.folder import (
@@ -50,7 +52,6 @@ from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.report import write_configs, write_report
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sources import cache_dir, find_device, load_source, model_notes
-from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import (
     LOAD_STEPS,
     Inputs,
@@ -63,7 +64,7 @@ from alphaquant.studies.stages import (
 )
 from alphaquant.studies.storage import open_study
 from alphaquant.studies.storages import check_storage
-from alphaquant.studies.trials import Proposer, check_allocators, check_constrained
+from alphaquant.studies.trials import Proposer, check_allocators, check_constrained, constraints_of
 from alphaquant.studies.truth import ChoiceTruth
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def search(
     progress: Progress = no_progress,
     on_trial: OnTrial = lambda row: None,
 ) -> SearchResult:
-    """Search formats for a model under a budget and write the results to `spec.out`.
+    """Search formats for a model under a budget and write the results to `spec.run.out`.
 
     Args:
         spec: what to search.
@@ -96,7 +97,7 @@ def search(
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     request = _check(spec)
-    with locked_folder(spec.out):
+    with locked_folder(spec.run.out):
         return _search(spec, request, StageClock(progress), on_trial)
 
 
@@ -106,11 +107,11 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     clock("load", 0, LOAD_STEPS)
     steps = clock.counted("load", LOAD_STEPS)
-    source = load_source(spec.model, request.device, spec.dtype, steps)
+    source = load_source(spec.checkpoint.model, request.device, spec.checkpoint.dtype, steps)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
-    check_constraints(space, spec.constraints)
+    check_constraints(space, constraints_of(spec.limits))
     inputs = load_inputs(spec, source, clock)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
@@ -147,22 +148,22 @@ def _check(spec: SearchSpec) -> _Request:
     Raises:
         AlphaQuantError: a name or number that does not exist, or an `out` that is taken.
     """
-    budget, profile = parse_budget(spec.budget), find_profile(spec.profile)
-    menu = menu_of(spec.formats, profile)
-    make_sampler(spec.sampler, spec.seed, 0)
-    check_grouping(spec.grouping)
+    budget, profile = parse_budget(spec.limits.budget), find_profile(spec.limits.profile)
+    menu = menu_of(spec.limits.formats, profile)
+    make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
+    check_grouping(spec.proposals.grouping)
     check_allocators(spec)
     check_constrained(spec)
     check_scores(spec.scores)
-    check_sources(spec.data.sources, spec.data.bos)
-    device = find_device(spec.device)
-    if spec.dtype != "auto":
-        named_dtype(spec.dtype)
-    if spec.storage is not None:
-        check_storage(spec.storage)
-    check_place(spec.out, "--out")
-    check_place(cache_dir(spec.cache), "--cache")
-    check_folder(spec.out, spec.facts(), overwrite=spec.overwrite)
+    check_sources(spec.texts.sources, spec.texts.bos)
+    device = find_device(spec.checkpoint.device)
+    if spec.checkpoint.dtype != "auto":
+        named_dtype(spec.checkpoint.dtype)
+    if spec.run.storage is not None:
+        check_storage(spec.run.storage)
+    check_place(spec.run.out, "--out")
+    check_place(cache_dir(spec.run.cache), "--cache")
+    check_folder(spec.run.out, spec.facts(), overwrite=spec.run.overwrite)
     return _Request(budget, profile, menu, device)
 
 
@@ -180,7 +181,7 @@ def _make_run(
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.read)
     objective = SearchObjective(source.map, swapper, texts.evaluation, log)
-    proposer = Proposer(space, prepared.problem, spec.seed, spec.constraints)
+    proposer = Proposer(space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits))
 
     def predict(assignment: Assignment) -> float:
         return prepared.costs.predict_kl(space, assignment)
@@ -223,13 +224,15 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
     facts = _facts(spec, inputs)
     with ExitStack() as stack:
         open_it = _study(spec, inputs)
-        if spec.storage is None:
-            folder = claim_folder(spec.out, facts, overwrite=spec.overwrite)
+        if spec.run.storage is None:
+            folder = claim_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
             yield folder, stack.enter_context(open_it)
         else:
             study = stack.enter_context(open_it)
             yield (
-                claim_folder(spec.out, facts, overwrite=spec.overwrite, storage=spec.storage),
+                claim_folder(
+                    spec.run.out, facts, overwrite=spec.run.overwrite, storage=spec.run.storage
+                ),
                 study,
             )
 
@@ -240,9 +243,9 @@ def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
 
 
 def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:
-    url = spec.storage or default_storage(spec.out)
+    url = spec.run.storage or default_storage(spec.run.out)
     digest = facts_digest(_facts(spec, inputs))
-    return open_study(url, spec.study, digest, inputs.scores.objectives)
+    return open_study(url, spec.run.study, digest, inputs.scores.objectives)
 
 
 def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
@@ -254,7 +257,7 @@ def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
         **inputs.facts(),
         **device_facts(device),
         "versions": versions(),
-        "seed": spec.seed,
+        "seed": spec.proposals.seed,
         "bank": bank.path.name,
         "bank_bytes": bank.n_bytes(),
         "calibration_tokens_per_expert": tokens_per_expert,

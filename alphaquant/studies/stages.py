@@ -22,20 +22,21 @@ from alphaquant.evaluators.sensitivity import (
 )
 from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spectra
 from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.provenance import versions
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.constraints import SideConstraints, check_reachable
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import REFERENCE_FORMATS
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.quantizer import QuantSettings, settings_of
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.objectives import ScorePlan, Scorer, open_scores, plan_scores
 from alphaquant.studies.progress import StageClock, no_progress
 from alphaquant.studies.sources import SOURCE_STEPS, Source, cache_dir, read_text
-from alphaquant.studies.spec import REFERENCE_FORMATS, SearchSpec
 
 LOAD_STEPS = SOURCE_STEPS + 4
 """Steps of loading: those of the model, three texts, the output directory with its study."""
@@ -106,14 +107,16 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
         ConfigError: a score that does not exist.
         DataError: a text cannot be found, is too short or overlaps with another.
     """
-    data, scores = spec.data, plan_scores(spec.scores, source.tokenizer, spec.data.bos)
+    data, scores = spec.texts, plan_scores(spec.scores, source.tokenizer, spec.texts.bos)
     texts: list[TokenSet] = []
     for text, role, n_samples in (
-        (data.calibration, "calibration", data.n_calibration),
-        (data.evaluation, "search", data.n_evaluation),
-        (data.heldout, "heldout", data.n_heldout),
+        (data.calibration, "calibration", data.calibration_samples),
+        (data.evaluation, "search", data.evaluation_samples),
+        (data.heldout, "heldout", data.heldout_samples),
     ):
-        texts.append(read_text(source, text, role, n_samples, data.seq_len, spec.seed, data.bos))
+        texts.append(
+            read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
+        )
         progress("load", SOURCE_STEPS + len(texts), LOAD_STEPS)
     for i, a in enumerate(texts):
         for b in texts[i + 1 :]:
@@ -142,7 +145,7 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
     sets = []
     for tokens in texts:
         facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(TOP_K))
-        path = cache_dir(spec.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
+        path = cache_dir(spec.run.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock("teacher", done, total)
         progress = clock.shifted(done, total)
         model = inputs.source.map.model
@@ -170,7 +173,12 @@ def open_filled_bank(
     n_layers = len(inputs.source.map.layers)
     clock("bank", 0, n_layers)
     bank = fill_source_bank(
-        inputs.source, inputs.calibration, names, spec.quant, spec.cache, clock
+        inputs.source,
+        inputs.calibration,
+        names,
+        settings_of(spec.quantizer),
+        spec.run.cache,
+        clock,
     )
     clock("bank", n_layers, n_layers)
     return bank
@@ -221,7 +229,7 @@ def measure_unit_costs(
         bank,
         inputs.calibration.tokens,
         bank_formats(space),
-        CostSettings(spec.seed, spec.n_draws),
+        CostSettings(spec.proposals.seed),
         progress=clock,
     )
     clock("costs", n_layers, n_layers)
@@ -311,7 +319,7 @@ def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageCl
     """Teachers, spectra, bank, costs and problem of a search, in this order."""
     teachers = store_teachers(spec, inputs, clock)
     clock("spectra", 0, len(inputs.source.map.layers))
-    measured = measure_spectra(inputs.source.map, seed=spec.seed, progress=clock)
+    measured = measure_spectra(inputs.source.map, seed=spec.proposals.seed, progress=clock)
     spectra = unit_spectra(measured, space.units)
     bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
     costs = measure_unit_costs(spec, inputs, space, bank, clock)

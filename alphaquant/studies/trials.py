@@ -22,11 +22,13 @@ from alphaquant.search.knobs import Knobs, apply_knobs, suggest_knobs
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import Solution, solve
 from alphaquant.spaces.assignment import Assignment, assignment_from_units, uniform_assignment
+from alphaquant.spaces.budget import parse_byte_budget
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import is_loadable
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.limits import LimitSpec
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.loop import Proposal
-from alphaquant.studies.spec import SearchSpec
 
 UNIFORM = "uniform:"
 """Start of the origin of uniform trials."""
@@ -168,19 +170,32 @@ class Proposer:
         return mean if self.problem.limit_bits(mean) >= n_bits else math.nextafter(mean, math.inf)
 
 
+def constraints_of(limits: LimitSpec) -> SideConstraints:
+    """What every assignment keeps besides the budget.
+
+    Raises:
+        AlphaQuantError: a limit that no assignment could keep.
+    """
+    active_bits = None
+    if limits.active_budget is not None:
+        active_bits = 8 * parse_byte_budget(limits.active_budget, "active budget")
+    return SideConstraints(limits.max_formats_per_layer, limits.layer_minimum_bits, active_bits)
+
+
 def check_allocators(spec: SearchSpec) -> None:
     """Refuse allocators that do not exist, and those beside the one that runs alone.
 
     Raises:
         ConfigError: naming those that do.
     """
-    names, known = spec.allocator_names, [*ALLOCATORS, EVOLUTION]
-    if spec.allocator is not None and names:
+    given = spec.proposals
+    names, known = given.allocator_names, [*ALLOCATORS, EVOLUTION]
+    if given.allocator is not None and names:
         raise ConfigError(
-            f"--allocator {spec.allocator} runs alone and --allocators {spec.allocators} are "
+            f"--allocator {given.allocator} runs alone and --allocators {given.allocators} are "
             "further trials of a search; give one of the two"
         )
-    asked = names if spec.allocator is None else (spec.allocator,)
+    asked = names if given.allocator is None else (given.allocator,)
     for name in asked if names != (ALL_ALLOCATORS,) else ():
         if name not in known:
             raise ConfigError(f"unknown allocator {name!r}; use one of {', '.join(known)}")
@@ -192,20 +207,21 @@ def check_constrained(spec: SearchSpec) -> None:
     Raises:
         AlphaQuantError: saying which can keep them, or a limit that no assignment could keep.
     """
-    if spec.constraints == SideConstraints():
+    constraints, given = constraints_of(spec.limits), spec.proposals
+    if constraints == SideConstraints():
         return
     for what, asked, known in (
-        ("mode groups", spec.allocator is None and spec.mode == "groups", "mode knobs"),
+        ("mode groups", given.allocator is None and given.mode == "groups", "mode knobs"),
         (
             "allocator evolution",
-            EVOLUTION in (spec.allocator, *spec.allocator_names),
+            EVOLUTION in (given.allocator, *given.allocator_names),
             "another allocator",
         ),
     ):
         if asked:
             raise ConfigError(
-                f"{what} keeps the budget but not {spec.constraints.text}; use {known}, or leave "
-                "the side constraints out"
+                f"{what} keeps the budget but not {constraints.text}; use {known}, or leave the "
+                "side constraints out"
             )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs
 from alphaquant.quant.bank import Bank, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ExpertsSite, ModelMap
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 COST_FORMATS = ("int3-g32-asym", "int8-g32")

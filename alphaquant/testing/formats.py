@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.quant.codecs import ScaleSearch, check_finite, make_grid
+from alphaquant.quant.codecs import check_finite, make_grid
 from alphaquant.quant.gptq import factorize, quantize_gptq, quantize_rtn
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
+from alphaquant.specs.quantizer import ScaleSearch
 
 _GROUPS = ("g32", "g64", "g128", "g256", "row")
 _INT_KINDS = ("int1", "int2", "int3", "int4", "int5", "int6", "int8")

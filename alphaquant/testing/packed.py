@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from alphaquant.quant.checkpoint import CheckpointWriter
-from alphaquant.quant.engine import QuantizedMatrix, QuantSettings, quantize_layer
+from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
 from alphaquant.quant.integrity import write_checksums
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
 from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import MENUS
+from alphaquant.specs.quantizer import QuantSettings
 
 _RTN = QuantSettings(method="rtn")
 

@@ -10,7 +10,7 @@ import pytest
 
 from alphaquant.cli import sensitivity
 from alphaquant.errors import ConfigError
-from alphaquant.quant.engine import QuantSettings
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies import expert_sensitivity as studies
 from alphaquant.studies.expert_sensitivity import SensitivitySpec
 

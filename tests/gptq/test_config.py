@@ -12,9 +12,9 @@ import alphaquant.gptq
 from alphaquant.errors import ConfigError
 from alphaquant.gptq import GPTQConfig
 from alphaquant.gptq.config import choose_formats, read_layer_config
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.spaces.config import parse_config
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.quantizer import QuantSettings
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"

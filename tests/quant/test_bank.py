@@ -10,12 +10,12 @@ import torch
 
 from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import locked
 from alphaquant.quant.models import map_model
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 FORMATS = ["int3-g32-asym", "mxfp4", "nvfp4", "bf16"]

@@ -16,13 +16,13 @@ from alphaquant.quant.checkpoint import (
     quantized_bytes,
     read_tensors,
 )
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_model
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedLinear
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.quantization_config import is_packed
 from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
 

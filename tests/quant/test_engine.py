@@ -9,10 +9,10 @@ from torch import Tensor
 
 from alphaquant.errors import ConfigError
 from alphaquant.quant import engine
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.models import map_model
 from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 

@@ -11,13 +11,13 @@ import torch
 from alphaquant.errors import ModelError
 from alphaquant.quant import first_run as module
 from alphaquant.quant.checkpoint import load
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.first_run import relative_error
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedLinear
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from alphaquant.demo import model_path
 from alphaquant.quant.checkpoint import load
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.loading import load_model, load_tokenizer
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedLinear, cache_dequantized
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.specs.quantizer import QuantSettings
 
 FORMATS = ("int4-g64", "mxfp4", "int3-g64-asym", "int8-row", "nvfp4", "bf16", "fp8-e4m3-row")
 PROMPTS = [

@@ -20,7 +20,6 @@ from alphaquant.errors import FormatError, ModelError
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.quant import kernel_use
 from alphaquant.quant.checkpoint import load
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.expert_parallel import keep_rank
 from alphaquant.quant.kernel_modules import KernelExperts, KernelLinear
 from alphaquant.quant.kernel_use import kernel_uses, use_kernels
@@ -28,6 +27,7 @@ from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedExperts, PackedLinear
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")

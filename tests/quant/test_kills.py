@@ -12,7 +12,7 @@ import pytest
 RUN = """
 import sys
 from pathlib import Path
-from alphaquant.quant.engine import QuantSettings
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment

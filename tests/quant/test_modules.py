@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from alphaquant.errors import FormatError
 from alphaquant.quant.checkpoint import load
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.models import map_model
 from alphaquant.quant.modules import PackedExpert, PackedExperts, PackedLinear
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.sites import RoutedTokens
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import ROUTED_EXPERTS, tiny_model
 from alphaquant.testing.packed import save_packed
 

@@ -12,7 +12,6 @@ from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.quant import checkpoint, layerwise, pipeline
 from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.models import map_model
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
@@ -20,6 +19,7 @@ from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(4, 16)

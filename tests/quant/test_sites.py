@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError
 from alphaquant.quant import models
 from alphaquant.quant.checkpoint import load
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.layouts import LAYOUTS, ListedExperts
 from alphaquant.quant.models import known_layouts, map_model
 from alphaquant.quant.pipeline import quantize_to_checkpoint
 from alphaquant.quant.sites import ExpertSizes, ExpertsSite, ExpertViews
 from alphaquant.quant.walk import observe_layer, walk
 from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.listed import ListedBlock, ListedConfig, ListedExpert
 from alphaquant.testing.models import tiny_model, tiny_tokens
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from alphaquant.evaluators.divergence import store_teacher
 from alphaquant.quant.bank import Bank, fill_bank, open_bank
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.evaluations import EvaluationLog
 from alphaquant.studies.objective import EvaluationSet, Objective, SearchObjective
 from alphaquant.studies.sources import Source, load_source, read_text

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from alphaquant.errors import BudgetError, ConfigError, FormatError
-from alphaquant.quant.engine import QuantSettings
 from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.spaces.profiles import find_profile
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, menu_of
 
 

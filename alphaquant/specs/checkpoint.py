@@ -1,0 +1,26 @@
+"""Which model, and how it is computed with."""
+
+from dataclasses import dataclass
+
+from alphaquant.specs.check import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """The model."""
+
+    model: str = "demo"
+    """demo, a local directory, or a hub id."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    dtype: str = "auto"
+    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
+    float16."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)

@@ -1,0 +1,61 @@
+"""A measurement of a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphaquant.specs.check import Natural, Pair, Positive, check
+from alphaquant.specs.texts import BosMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What is measured, and on what."""
+
+    model: str
+    """Packed checkpoint, local directory, hub id, or demo."""
+    reference: str | None = None
+    """The original model, measured too; needed for kl and drift."""
+    tasks: str | None = None
+    """Comma-separated: kl (with same_top), perplexity, utilization, drift; mmlu, mmlu_anatomy or
+    any task, .yaml task file or folder of these of lm-eval; default kl,perplexity, or perplexity
+    without a reference."""
+    data: str = "demo"
+    """Text: demo (held-out part), demo:search, wikitext2, c4, or a .txt/.jsonl/.npy file."""
+    samples: Pair = 64
+    """Windows."""
+    seq_len: Pair | None = None
+    """Tokens per window; default 256 for demo, else 2048 or the model's limit."""
+    seed: Natural = 0
+    """Seed of the windows."""
+    bos: BosMode = "auto"
+    """Beginning-of-text token in front of windows and prompts: auto (as the tokenizer starts a
+    text), always, never."""
+    batch_size: Positive = 8
+    """Windows or prompts per forward pass."""
+    shots: Natural | None = None
+    """Examples before each question (lm-eval); default: the task's own."""
+    limit: Positive | None = None
+    """First documents of each task or subject (lm-eval); default all."""
+    task_data: Path | None = None
+    """Folder of MMLU's files dev/SUBJECT_dev.csv and test/SUBJECT_test.csv; default: the Hugging
+    Face hub."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    dtype: str = "auto"
+    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
+    float16."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types and counts that make no sense.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, one by one."""
+        default = "perplexity" if self.reference is None else "kl,perplexity"
+        chosen = default if self.tasks is None else self.tasks
+        return tuple(name.strip() for name in chosen.split(",") if name.strip())

@@ -1,0 +1,40 @@
+"""What an assignment may cost and choose from."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+from alphaquant.specs.check import Positive, check
+
+_ABOVE_ZERO = Parameter(validator=validators.Number(gt=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSpec:
+    """The budget, the formats, and limits beside it."""
+
+    budget: str
+    """Size limit: 4.25bits, 4.25 or 4.25bpw (mean stored bits per quantizable weight), 13GiB or
+    13GB (whole checkpoint)."""
+    formats: str = "auto"
+    """Formats and menus to choose from, comma-separated, such as int3-g64-asym,mxfp4; menus:
+    default, int, mx, fp, all. auto: the profile's menu."""
+    profile: str = "any"
+    """What the result must load in: any, kernels, vllm, sglang, transformers."""
+    max_formats_per_layer: Positive | None = None
+    """At most so many formats among a layer's routed experts; none by default."""
+    layer_minimum_bits: Annotated[float, Parameter(validator=validators.Number(gt=0))] | None = (
+        None
+    )
+    """Least stored bits per weight of every layer; none by default."""
+    active_budget: str | None = None
+    """Bytes of quantizable weights that a token may read on average: 600MiB; none by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types and counts that make no sense.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)

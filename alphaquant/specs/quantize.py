@@ -1,0 +1,80 @@
+"""A quantization: from a configuration to a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from alphaquant.specs.check import Natural, Pair, Positive, check
+from alphaquant.specs.flat import optional, subject
+from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.texts import BosMode
+
+if TYPE_CHECKING:
+    QuantChanges = Any
+else:
+    QuantChanges = optional(QuantSettings, "QuantChanges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfiguredTextSpec:
+    """The text for the Hessians, where it is not the one that the configuration names."""
+
+    calibration: Annotated[str | None, Parameter(alias="--dataset")] = None
+    """Text for the Hessians: demo, wikitext2, c4, or a .txt/.jsonl/.npy file; default: what the
+    configuration says, else that of aq-search."""
+    calibration_samples: Annotated[Positive | None, Parameter(alias="--nsamples")] = None
+    """Windows; default: what the configuration says, else 128."""
+    seq_len: Annotated[Pair | None, Parameter(alias="--seqlen")] = None
+    """Tokens per window; default: what the configuration says, else as in aq-search."""
+    seed: Natural | None = None
+    """Seed of the windows; default: what the configuration says, else 0."""
+    bos: BosMode | None = None
+    """Beginning-of-text token in front of windows: auto (as the tokenizer starts a text), always,
+    never; default: what the configuration says, else auto."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types and counts that make no sense.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSpec:
+    """A quantization."""
+
+    model: str
+    """demo, a local directory, or a hub id."""
+    config: Path
+    """Configuration, such as best.json of aq-search."""
+    out: Annotated[Path | None, Parameter(alias="--save")] = None
+    """Directory of the packed checkpoint; needed unless --dry-run."""
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+    """Replace a packed checkpoint in out when the new one is complete, and drop an unfinished one
+    of another job."""
+    strict: Annotated[bool, Parameter(negative="")] = False
+    """A pattern that matches nothing is an error."""
+    model_type: Annotated[str, Parameter(alias="--model_type")] = "auto"
+    """What the model is called in the report: olmoe, qwen, mixtral, deepseek, generic_moe,
+    standard, or auto, which detects it. An error where one has routed experts and the other
+    none."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    dtype: str = "auto"
+    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
+    float16."""
+    text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
+    """Of the Hessians."""
+    quantizer: Annotated[QuantChanges, subject("Quantizer", 2)] = QuantChanges()
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)

@@ -1,0 +1,73 @@
+"""How matrices are quantized."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter, validators
+
+from alphaquant.specs.check import Natural, Positive, Share, check
+
+Method = Literal["gptq", "rtn"]
+ScaleSearch = Literal["minmax", "mse", "hessian"]
+
+_STATIC_GROUPS = Parameter(alias="--static_groups", negative="--no-static-groups")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingSpec:
+    """How matrices are quantized, each for itself."""
+
+    method: Method = "gptq"
+    """gptq, or rtn (round to nearest, needs no text)."""
+    percdamp: Share = 0.01
+    """GPTQ damping, fraction of the mean Hessian diagonal."""
+    blocksize: Positive = 32
+    """GPTQ columns per lazy update, speed only."""
+    scale_search: ScaleSearch = "hessian"
+    """How scales are chosen: minmax (the formats' plain rule), mse (least squared error), hessian
+    (least GPTQ error)."""
+    route_exponent: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=2))] = 2
+    """Power of the routing weight in experts' Hessians: 0 plain GPTQ, 1 MoEQuant, 2 exact."""
+    pooled_tokens: Natural = 512
+    """Tokens' worth of the layer's mean in each expert's Hessian; 0 is off."""
+    actorder: bool = False
+    """Most used inputs first; implies static groups."""
+    static_groups: Annotated[bool, _STATIC_GROUPS] = False
+    """Scales from the original weights, before the loop."""
+    refine_sweeps: Natural = 3
+    """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ."""
+    n_starts: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=2))] = 2
+    """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
+    better result."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types and values out of range, whoever gave them.
+
+        Raises:
+            ConfigError: naming the field, its value and what is possible.
+        """
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSettings(RoundingSpec):
+    """How the matrices of a model are quantized."""
+
+    sequential: bool = False
+    """A layer's inputs come from the quantized layers before it; only where every matrix has one
+    format, not in a bank."""
+
+
+def settings_of(rounding: RoundingSpec) -> QuantSettings:
+    """The settings of a search, where layers are quantized independently."""
+    return QuantSettings(**asdict(rounding))
+
+
+def changed(settings: QuantSettings, changes: Any) -> QuantSettings:
+    """Settings with the fields that somebody gave.
+
+    Args:
+        settings: what holds for the others.
+        changes: any dataclass with fields of `QuantSettings`; None leaves a field as it is.
+    """
+    return replace(settings, **{k: v for k, v in asdict(changes).items() if v is not None})

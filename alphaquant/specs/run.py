@@ -1,0 +1,42 @@
+"""How long a study goes on, and where its files are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from alphaquant.errors import ConfigError
+from alphaquant.specs.check import Positive, Share, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What may change between the runs of one study."""
+
+    trials: Positive | None = None
+    """Assignments to evaluate, planned ones included; by default as many as the gain that is
+    still expected is worth, 48 at most."""
+    timeout: Share | None = None
+    """Seconds after which no further trial starts; none by default."""
+    out: Path = Path("aq-out")
+    """Directory of results; the same command resumes in it."""
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+    """Replace out if it holds a search with other settings."""
+    cache: Path | None = None
+    """Directory of banks and predictions; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""
+    storage: str | None = None
+    """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:FILE; default
+    study.db in out."""
+    study: str = "aq-search"
+    """Name of the Optuna study."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types, negative limits and a study without a name.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check(self)
+        if not self.study.strip():
+            raise ConfigError("the study has no name; give study a name, or leave it out")

@@ -1,0 +1,57 @@
+"""A search: everything that `aq-search`, `alphaquant.search` and a file can ask for."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from alphaquant.spaces.budget import parse_budget
+from alphaquant.specs.check import check
+from alphaquant.specs.checkpoint import CheckpointSpec
+from alphaquant.specs.flat import subject
+from alphaquant.specs.limits import LimitSpec
+from alphaquant.specs.proposals import ProposalSpec
+from alphaquant.specs.quantizer import RoundingSpec
+from alphaquant.specs.run import RunSpec
+from alphaquant.specs.scores import ScoreSpec
+from alphaquant.specs.texts import TextSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """A search, by subject; the options of everyday come first.
+
+    Attributes:
+        limits: the budget, the formats, and limits beside it.
+        checkpoint: the model.
+        run: how long, and where files are.
+        texts: the three texts.
+        proposals: how assignments are proposed.
+        scores: what is measured of every trial.
+        quantizer: how matrices are quantized.
+    """
+
+    limits: Annotated[LimitSpec, subject("Budget", 0)]
+    checkpoint: Annotated[CheckpointSpec, subject("Model", 1)] = CheckpointSpec()
+    run: Annotated[RunSpec, subject("Run", 2)] = RunSpec()
+    texts: Annotated[TextSpec, subject("Text", 3)] = TextSpec()
+    proposals: Annotated[ProposalSpec, subject("Search", 4)] = ProposalSpec()
+    scores: Annotated[ScoreSpec, subject("Scores", 5)] = ScoreSpec()
+    quantizer: Annotated[RoundingSpec, subject("Quantizer", 6)] = RoundingSpec()
+
+    def __post_init__(self) -> None:
+        """Refuse parts of the wrong type.
+
+        Raises:
+            ConfigError: naming the part.
+        """
+        check(self)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the sequence of trials, ready for JSON; equal budgets read the same.
+
+        `run` is left out: how many trials, how long and where files go may change between the runs
+        of one study.
+        """
+        found = {k: v for part, d in asdict(self).items() if part != "run" for k, v in d.items()}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
+        return plain | {"budget": parse_budget(self.limits.budget).canonical}

@@ -1,0 +1,96 @@
+"""Every option once: types, ranges, names, and the three doors that read them."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.cli.application import spec_text
+from alphaquant.errors import ConfigError
+from alphaquant.specs.evaluate import EvaluateSpec
+from alphaquant.specs.flat import flat, make, options_of
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.quantizer import QuantSettings, changed
+from alphaquant.specs.search import SearchSpec
+from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.specs.texts import TextSpec
+
+KINDS = (SearchSpec, QuantizeSpec, EvaluateSpec, SensitivitySpec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
+    options = list(options_of(kind))
+    assert len({o.name for o in options}) == len(options) > 8
+    assert all(len(o.text) >= 8 for o in options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "search needs budget; Size limit"),
+        ({"budget": 3}, r"budget is 3 \(int\); give str"),
+        ({"budget": "4", "trials": 0}, "trials is 0; must be >= 1"),
+        ({"budget": "4", "trials": "5"}, r"trials is '5' \(str\); give int or None"),
+        ({"budget": "4", "trials": True}, r"trials is True \(bool\); give int"),
+        ({"budget": "4", "heldout_samples": 1}, "heldout_samples is 1; must be >= 2"),
+        ({"budget": "4", "mode": "x"}, r"mode is 'x' \(str\); use auto or knobs or groups"),
+        ({"budget": "4", "percdamp": float("nan")}, "percdamp is nan; give a finite number"),
+        ({"budget": "4", "n_starts": 3}, "n_starts is 3; must be <= 2"),
+        ({"budget": "4", "layer_minimum_bits": 0.0}, "layer_minimum_bits is 0.0; must be > 0"),
+        ({"budget": "4", "trails": 5}, "no setting 'trails'; perhaps trials"),
+        ({"budget": "4", "formats": ["a", 3]}, "formats is .* give names"),
+        ({"budget": "4", "study": " "}, "the study has no name"),
+        ({"budget": "4", "texts": TextSpec(), "bos": "never"}, "texts and bos are both given"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_told_by_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(SearchSpec, settings, "search")
+
+
+def test_flat_names_and_parts_are_the_same_specification() -> None:
+    settings = {"budget": "4bits", "formats": ["a", "b"], "out": "x", "calibration_samples": 4}
+    spec = make(SearchSpec, settings, "search")
+    assert spec.limits.formats == "a,b"
+    assert spec.run.out == Path("x")
+    assert spec.texts == TextSpec(calibration_samples=4)
+    assert make(SearchSpec, flat(spec), "search") == spec
+    whole = {"budget": "4bits", "formats": "a,b", "out": "x"}
+    assert make(SearchSpec, whole | {"texts": spec.texts}, "search") == spec
+
+
+def test_facts_are_what_decides_the_trials() -> None:
+    spec = make(SearchSpec, {"budget": "4.25bpw", "trials": 3, "out": "x"}, "search")
+    assert spec.facts() == make(SearchSpec, {"budget": "4.25bits"}, "search").facts()
+    assert spec.facts()["budget"] == "4.25bits"
+    assert spec.facts() != make(SearchSpec, {"budget": "4.25bits", "seed": 1}, "search").facts()
+
+
+def test_a_change_of_settings_leaves_what_nobody_gave() -> None:
+    base = QuantSettings(percdamp=0.5)
+    asked = {"model": "m", "config": "c", "n_starts": 1, "sequential": True}
+    spec = make(QuantizeSpec, asked, "quantize")
+    assert changed(base, spec.quantizer) == QuantSettings(
+        percdamp=0.5, n_starts=1, sequential=True
+    )
+    with pytest.raises(ConfigError, match="n_starts is 9"):
+        make(QuantizeSpec, asked | {"n_starts": 9}, "quantize")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_printed_file_says_the_same(kind: type[Any]) -> None:
+    needed = {"budget": "3bits", "model": "m", "config": Path("c"), "format": "int2-g64"}
+    names = {o.name for o in options_of(kind)}
+    spec = make(kind, {k: v for k, v in needed.items() if k in names}, "it")
+    assert make(kind, tomllib.loads(spec_text(spec)), "it") == spec
+    assert all(f"\n{'# ' * (flat(spec)[n] is None)}{n} =" in spec_text(spec) for n in names)
+
+
+def test_tasks_have_a_default_that_depends_on_the_reference() -> None:
+    assert EvaluateSpec(model="m").names == ("perplexity",)
+    assert EvaluateSpec(model="m", reference="r").names == ("kl", "perplexity")
+    assert EvaluateSpec(model="m", tasks=" a, b,").names == ("a", "b")
