@@ -112,6 +112,7 @@ def command(
             device=device,
             dtype=dtype,
         )
+        studies.check_target(out)
         with Bars() as bars:
             found = studies.measure_expert_sensitivity(spec, progress=bars)
         studies.write_sensitivity(found, out)

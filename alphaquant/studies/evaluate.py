@@ -15,7 +15,7 @@ from alphaquant.evaluators.data import TextRequest, TokenSet, check_sources
 from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
-from alphaquant.evaluators.harness_tasks import HarnessRequest
+from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
@@ -25,11 +25,12 @@ from alphaquant.quant.integrity import verify_checksums
 from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.quantization_config import is_packed
-from alphaquant.studies.field_types import check_types
+from alphaquant.studies.field_types import check_kind, check_least, check_types
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import (
     DEMO,
+    check_model_name,
     find_device,
     load_windows,
     model_location,
@@ -39,6 +40,9 @@ from alphaquant.studies.tables import aligned
 
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
+
+_LEAST = {"n_samples": 2, "seq_len": 2, "seed": 0, "batch_size": 1, "n_shots": 0, "limit": 1}
+"""Of the numbers of a specification; one window has no standard error."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,17 @@ class EvaluateSpec:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse values of the wrong type.
+        """Refuse values of the wrong type and numbers that make no sense.
 
         Raises:
             ConfigError: naming the field.
         """
         check_types(self)
+        for name, least in _LEAST.items():
+            check_least(name, getattr(self, name), least)
+        for name, value in (("model", self.model), ("reference", self.reference)):
+            if value is not None:
+                check_model_name(value, name)
 
     @property
     def window_tasks(self) -> list[str]:
@@ -179,6 +188,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, EvaluateSpec, "evaluate")
     device = _check(spec)
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         folder = Path(scratch)
@@ -275,8 +285,6 @@ def _check(spec: EvaluateSpec) -> str:
             f"{', '.join(comparing)} asked, which needs the original model, and none is given; "
             "give --reference MODEL, or --tasks ppl"
         )
-    if spec.batch_size < 1:
-        raise ConfigError(f"batch_size is {spec.batch_size}; use 1 or more")
     only = {"shots": spec.n_shots, "limit": spec.limit, "task-data": spec.task_data}
     given = [f"--{name} {value}" for name, value in only.items() if value is not None]
     if given and not spec.harness_tasks:
@@ -290,6 +298,8 @@ def _check(spec: EvaluateSpec) -> str:
             f"tasks are {', '.join(spec.tasks)}; add mmlu, or give a task file of your own "
             "(docs/evaluation.md)"
         )
+    local = spec.task_data is not None
+    check_task_names([name for name in spec.harness_tasks if not (local and is_mmlu(name))])
     return find_device(spec.device)
 
 

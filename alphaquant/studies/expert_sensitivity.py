@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaquant.errors import StoreError
 from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.evaluators.expert_sensitivity import (
     ExpertSensitivity,
@@ -23,9 +24,12 @@ from alphaquant.evaluators.sensitivity import CostSettings, measure_costs
 from alphaquant.quant.bank import Bank, Progress
 from alphaquant.quant.engine import QuantSettings
 from alphaquant.quant.files import whole_file
+from alphaquant.quant.loading import named_dtype
 from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.studies.field_types import check_kind, check_least, check_types
+from alphaquant.studies.folder import check_place
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.sources import Source, find_device, load_source, read_text
+from alphaquant.studies.sources import Source, cache_dir, find_device, load_source, read_text
 from alphaquant.studies.spec import DataSpec
 from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.tables import aligned
@@ -68,6 +72,16 @@ class SensitivitySpec:
     device: str = "auto"
     dtype: str = "auto"
 
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type and numbers that make no sense.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        check_types(self)
+        for name, least in (("n_calibration", 1), ("seq_len", 2), ("seed", 0), ("n_draws", 1)):
+            check_least(name, getattr(self, name), least)
+
     def facts(self) -> dict[str, Any]:
         """What decides the numbers, ready for JSON."""
         return {k: v for k, v in asdict(self).items() if k != "cache"}
@@ -104,8 +118,12 @@ def measure_expert_sensitivity(
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, SensitivitySpec, "measure_expert_sensitivity")
     names = measured_formats(spec.format, spec.against)
     check_sources({"calibration": spec.calibration}, spec.bos)
+    if spec.dtype != "auto":
+        named_dtype(spec.dtype)
+    check_place(cache_dir(spec.cache), "--cache")
     progress("load", 0, 1)
     source = load_source(spec.model, find_device(spec.device), spec.dtype)
     # A dense model, and formats that save nothing, are refused before the long work.
@@ -156,6 +174,17 @@ def sensitivity_json(found: FoundSensitivity) -> dict[str, Any]:
         "versions": versions(),
         **device_facts(found.source.runs_as.rsplit("-", 1)[-1]),
     }
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work; makes nothing.
+
+    Raises:
+        StoreError: a directory is in the way, or the file's own cannot be made or written to.
+    """
+    if path.is_dir():
+        raise StoreError(f"--out {path} is a directory; give the name of a JSON file")
+    check_place(path.parent, "--out")
 
 
 def write_sensitivity(found: FoundSensitivity, path: Path) -> None:

@@ -28,6 +28,26 @@ def check_types(spec: Any) -> None:
             raise ConfigError(f"{field.name} is {shown(value)}; give {wanted}")
 
 
+def check_kind(spec: Any, kind: type, function: str) -> None:
+    """Refuse what is not the specification that a function takes.
+
+    Raises:
+        ConfigError: naming the function and what it takes.
+    """
+    if not isinstance(spec, kind):
+        raise ConfigError(f"{function} is given {shown(spec)}; give a {kind.__name__}")
+
+
+def check_least(name: str, value: float | None, least: int) -> None:
+    """Refuse a number that is too small, or NaN; None is none.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if value is not None and not value >= least:
+        raise ConfigError(f"{name} is {value}; use {least} or more")
+
+
 def shown(value: Any) -> str:
     """A value and its type for a message, cut where it is long."""
     text = repr(value)

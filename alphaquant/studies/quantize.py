@@ -21,7 +21,7 @@ from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
-from alphaquant.studies.field_types import check_types
+from alphaquant.studies.field_types import check_kind, check_least, check_types
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sizes import bit_lines
 from alphaquant.studies.sources import (
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
 _LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
+"""Of a summary's numbers; a specification calls the first `n_calibration`."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,15 @@ class QuantizeSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values of the wrong type.
+        """Refuse values of the wrong type and numbers that make no sense.
 
         Raises:
             ConfigError: naming the field.
         """
         check_types(self)
+        check_least("n_calibration", self.n_calibration, 1)
+        check_least("seq_len", self.seq_len, 2)
+        check_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, QuantizeSpec, "quantize")
     config = load_config(spec.config)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)

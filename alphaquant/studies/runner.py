@@ -30,6 +30,7 @@ from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
 from alphaquant.studies.decoration import decorate
+from alphaquant.studies.field_types import check_kind
 from alphaquant.studies.folder import (
     RunFolder,
     check_folder,
@@ -95,6 +96,7 @@ def search(
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, SearchSpec, "run_search")
     request = _check(spec)
     with locked_folder(spec.out):
         return _search(spec, request, StageClock(progress), on_trial)

@@ -16,7 +16,7 @@ from alphaquant.search.constraints import SideConstraints
 from alphaquant.spaces.budget import parse_budget, parse_byte_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.profiles import Profile, narrow_menu
-from alphaquant.studies.field_types import check_types
+from alphaquant.studies.field_types import check_least, check_types
 
 REFERENCE_FORMATS = ("int4-g64", "mxfp4")
 """Uniform formats of exactly 4.25 bits that every search is compared with, whatever its menu."""
@@ -40,11 +40,6 @@ SERVING_MENU = (
 """Default menu of the profiles of serving engines, narrowed to what each loads."""
 
 _DEFAULT_QUANT = QuantSettings()
-
-
-def _check_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not value >= least:
-        raise ConfigError(f"{name} is {value}; use {least} or more")
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,10 @@ class DataSpec:
             ConfigError: naming the count.
         """
         check_types(self)
-        _check_least("n_calibration", self.n_calibration, 1)
-        _check_least("n_evaluation", self.n_evaluation, 2)
-        _check_least("n_heldout", self.n_heldout, 2)
-        _check_least("seq_len", self.seq_len, 2)
+        check_least("n_calibration", self.n_calibration, 1)
+        check_least("n_evaluation", self.n_evaluation, 2)
+        check_least("n_heldout", self.n_heldout, 2)
+        check_least("seq_len", self.seq_len, 2)
         if self.bos not in BOS_MODES:
             raise ConfigError(f"bos {self.bos!r} is not known; use one of {', '.join(BOS_MODES)}")
 
@@ -120,8 +115,8 @@ class ScoreSpec:
             ConfigError: naming the count.
         """
         check_types(self)
-        _check_least("n_shots", self.n_shots, 0)
-        _check_least("task_limit", self.task_limit, 1)
+        check_least("n_shots", self.n_shots, 0)
+        check_least("task_limit", self.task_limit, 1)
 
 
 @dataclass(frozen=True)
@@ -204,9 +199,10 @@ class SearchSpec:
                 raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
         if not self.study.strip():
             raise ConfigError("the study has no name; give --study NAME, or leave it out")
-        _check_least("trials", self.trials, 1)
-        _check_least("n_draws", self.n_draws, 1)
-        _check_least("timeout", self.timeout, 0)
+        check_least("trials", self.trials, 1)
+        check_least("n_draws", self.n_draws, 1)
+        check_least("timeout", self.timeout, 0)
+        check_least("seed", self.seed, 0)
 
     @property
     def constraints(self) -> SideConstraints:
