@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import ConfigError
+from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.quant.architectures import AUTO, check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
@@ -16,6 +16,7 @@ from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.quant.quantization_config import is_packed
 from alphaquant.quant.source_files import with_source
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
@@ -172,6 +173,11 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
     """
     config = load_config(spec.config)
     _settings(spec, _read_summary(config.summary or {}, spec.config))
+    if is_packed(model_location(spec.model)):  # whose skeleton could be had all the same
+        raise ModelError(
+            f"{spec.model} is quantized already, by aq-quantize; quantizing starts from the "
+            "original weights: give those"
+        )
     skeleton = load_skeleton(model_location(spec.model))
     architecture = choose_architecture(skeleton, spec.model_type)
     model_map = with_source(map_model(skeleton), model_location(spec.model))

@@ -1,4 +1,4 @@
-"""`aq-search`: results on stdout, the rest on stderr; wrong input leaves nothing."""
+"""`aq-search`: results on stdout, the rest on stderr; wrong input is in tests/corpus."""
 
 import json
 import signal
@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from alphaquant.studies import loop
-from alphaquant.testing.checkpoints import save_tiny
 
 OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
 """What a search that was stopped counts anew."""
@@ -35,17 +34,6 @@ def assert_same_search(one: Path, other: Path) -> None:
     for name in ("front.json", "best.json", *(f"configs/{n}" for n in names)):
         found, expected = (json.loads((out / name).read_text()) for out in (one, other))
         assert lasting(found) == lasting(expected), name
-
-
-def assert_one_line_error(done: Any, *words: str) -> None:
-    assert done.code == 1
-    assert done.out == ""
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert done.err.splitlines()[-1] == errors[0]
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in errors[0]
 
 
 def test_result_is_on_stdout_and_progress_on_stderr(
@@ -99,96 +87,6 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
     whole = run("aq-search", *small, "--out", str(tmp_path / "b"))
     assert whole.code == 0
     assert_same_search(tmp_path / "a", tmp_path / "b")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--formats", "int9"), ("int9",)),
-        (("--budget", "1bits"), ("1bits cannot be reached", "reach from", "larger budget")),
-        (("--budget", "big"), ("'big'", "4.25bits")),
-        (("--model", "/nowhere/model"), ("/nowhere/model",)),
-        (("--profile", "tgi"), ("tgi", "vllm")),
-        (("--sampler", "cma"), ("cma", "tpe")),
-        (("--mode", "manual"), ("'manual'", "auto, knobs, groups")),
-        (("--sweep", "often"), ("'often'", "auto, always, never")),
-        (("--grouping", "name"), ("'name'", "layer, utilization")),
-        (("--allocator", "magic"), ("'magic'", "fisher", "evolution")),
-        (("--active-budget", "3bits"), ("'3bits'", "600MiB")),
-        (("--layer-minimum-bits", "-1"), ("layer_minimum_bits", "more than 0")),
-        (("--mode", "groups", "--max-formats-per-layer", "2"), ("mode groups", "mode auto")),
-        (("--device", "quantum"), ("quantum", "cpu")),
-        (("--dtype", "int8"), ("int8", "float32")),
-        (("--method", "awq"), ("awq", "gptq")),
-        (("--calibration", "nothing.txt"), ("nothing.txt",)),
-        (("--calibration-samples", "99999"), ("too short", "99999")),
-        (("--seq-len", "4000"), ("4000", "--seq-len")),
-        (("--storage", "mongodb://x"), ("mongodb://x",)),
-    ],
-)
-def test_wrong_input_is_one_line_and_leaves_nothing(
-    options: tuple[str, ...],
-    words: tuple[str, ...],
-    run: Any,
-    small: tuple[str, ...],
-    tmp_path: Path,
-) -> None:
-    out, cache = str(tmp_path / "out"), str(tmp_path / "cache")
-    done = run("aq-search", *small, "--out", out, "--cache", cache, *options)
-    assert_one_line_error(done, *words)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_one_text_for_two_roles_is_refused(
-    run: Any, small: tuple[str, ...], texts: dict[str, Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    done = run("aq-search", *small, "--out", str(out), "--heldout", str(texts["search"]))
-    assert_one_line_error(done, "overlap", "disjoint")
-    assert not out.exists()
-
-
-def test_model_without_quantizable_units_is_refused(
-    run: Any, small: tuple[str, ...], tmp_path: Path
-) -> None:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": None}
-    model = save_tiny(tmp_path / "gpt2", "gpt2", **sizes)
-    done = run("aq-search", *small, "--model", str(model), "--out", str(tmp_path / "out"))
-    assert_one_line_error(done, "no quantizable matrices")
-    assert not (tmp_path / "out").exists()
-
-
-def test_out_of_others_is_refused(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    done = run("aq-search", *small, "--out", str(tmp_path), "--overwrite")
-    assert_one_line_error(done, "no search of ours", "--out")
-    out = str(tmp_path / "out")
-    assert run("aq-search", *small, "--trials", "1", "--out", out).code == 0
-    other = run("aq-search", *small, "--out", out, "--budget", "6bits")
-    assert_one_line_error(other, "(budget)", "--overwrite")
-
-
-def test_out_that_cannot_be_made_is_one_line(run: Any, small: tuple[str, ...]) -> None:
-    assert_one_line_error(run("aq-search", *small, "--out", "/dev/null/out"), "/dev/null")
-
-
-def test_damaged_study_is_one_line(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
-    (out / "study.db").write_bytes(b"this is no database" * 99)
-    assert_one_line_error(run("aq-search", *small, "--out", str(out)), "study.db", "move", "away")
-    (out / "study.db").unlink()
-    assert run("aq-search", *small, "--trials", "2", "--out", str(out)).code == 0
-
-
-def test_damaged_bank_is_one_line(run: Any, small: tuple[str, ...], tmp_path: Path) -> None:
-    options = ("--trials", "1", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c"))
-    assert run("aq-search", *small, *options).code == 0
-    file = next((tmp_path / "c").rglob("int4-g32/layer-000.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert_one_line_error(run("aq-search", *small, *options), str(file), "damaged", "delete")
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ CONFIGS = (
     _file("config.json nested", "config.json", "[" * 5000, "config.json cannot be read"),
     _file("config.json of nothing", "config.json", "{}", "model_type"),
     _config("architecture of nobody", "nonesuch", model_type="nonesuch"),
-    _config("architecture that is a number", "model_type", model_type=5),
+    _config("architecture that is a number", "model type `5`", model_type=5),
     _config("one layer more", "model.layers.2.", num_hidden_layers=3),
     _config("layers without end", "num_hidden_layers", num_hidden_layers=10**12),
     _config("no layers", "num_hidden_layers", num_hidden_layers=0),

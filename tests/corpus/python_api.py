@@ -69,7 +69,6 @@ SEARCHES = (
     _search("sequential search", "use it with aq-quantize", sequential=True),
     _search("mode of nobody", "use one of auto, knobs, groups", mode="manual"),
     _search("study of blanks", "--study NAME", study=" "),
-    _search("score of nobody", "foo", also="foo"),
 )
 
 SPECS = (
@@ -81,6 +80,8 @@ SPECS = (
     _spec("strict in words", QuantizeSpec, "strict is 'yes'", **QUANTIZE, strict="yes"),
     _spec("tasks in a text", EvaluateSpec, "tasks is 'kl'", model="m", tasks="kl"),
     _spec("samples in a text", EvaluateSpec, "n_samples is '4'", model="m", n_samples="4"),
+    _spec("task data in a text", EvaluateSpec, "task_data is 'x'", model="m", task_data="x"),
+    _spec("output in a text", SearchSpec, "out is 'text' (str); give Path", out="text"),
     _spec("device of None", EvaluateSpec, "device is None", model="m", device=None),
     _spec("format of None", SensitivitySpec, "format is None", format=None),
     _spec("sensitivity of a Path", SensitivitySpec, "model", format="int4", model=Path("m")),

@@ -114,7 +114,6 @@ READ = (
 
 RIGHT = (
     Case("the same search again", AGAIN, "front of", 0, make=_copied(_nothing), resumes=True),
-    Case("a search in an empty folder", f"{AGAIN} --out .", "front of", 0),
 )
 
 CASES = (*STUDIES, *BANKS, *READ, *RIGHT)

@@ -67,7 +67,6 @@ CONTENT = (
     _read("lines of numbers", "t.jsonl", _lines(*range(99)), "t.jsonl"),
     _read("lines of null", "t.jsonl", _lines({"text": LONG}, {"text": None}), "null"),
     _read("lines without a text", "t.jsonl", _lines({"id": 5}, {"id": 6}), "t.jsonl"),
-    _read("lines of ids and more", "t.jsonl", _lines({"id": "a-1", "body": LONG}), "text"),
     _read("array of nothing", "t.json", "[]", "t.json"),
     _read("array of arrays", "t.json", "[[1], [2]]", "t.json"),
     _read("array nested deep", "t.json", "[" * 99999, "t.json"),
@@ -89,6 +88,9 @@ RIGHT = (
         _lines({"prompt": LONG, "completion": LONG}),
         "perplexity",
         0,
+    ),
+    _read(
+        "lines of ids and texts", "t.jsonl", _lines({"id": "a-1", "body": LONG}), "perplexity", 0
     ),
     _read("token ids", "t.npy", _saved([7, 8, 9] * 99), "perplexity", 0),
 )
