@@ -26,6 +26,8 @@ SERVER = """
 import json, os, signal, sys, time
 import alphaquant.cli.quantize, alphaquant.cli.search
 import alphaquant.studies.quantize, alphaquant.studies.runner
+import transformers.quantizers.auto, transformers.integrations
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 for line in sys.stdin:
     module, log, seconds, *sys.argv = json.loads(line)
     pid = os.fork()
