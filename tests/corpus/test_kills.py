@@ -20,7 +20,7 @@ from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 N_KILLS = 20
 OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
-"""What a search that was stopped counts anew."""
+"""What a run that was stopped counts anew."""
 
 SERVER = """
 import json, os, signal, sys, time
@@ -74,20 +74,19 @@ def server(tmp_path: Path) -> Iterator[Server]:
         process.kill()
 
 
-def packed_content(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint, its report without seconds, and without the report's sha256."""
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    report = json.loads(files.pop("quantize_report.json"))
-    report["first_run"].pop("seconds")
-    sums = [s for s in files.pop("SHA256SUMS").splitlines() if b"quantize_report" not in s]
-    return {**files, "report": json.dumps(report).encode(), "sums": b"\n".join(sums)}
-
-
 def lasting(value: Any) -> Any:
-    """A value of JSON without what depends on how often the search was stopped."""
+    """A value of JSON without what depends on how often the run was stopped."""
     if isinstance(value, dict):
         return {k: lasting(v) for k, v in value.items() if k not in OF_ONE_PROCESS}
     return [lasting(item) for item in value] if isinstance(value, list) else value
+
+
+def packed_content(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint, its report without seconds, and without the report's sha256."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    report = lasting(json.loads(files.pop("quantize_report.json")))
+    sums = [s for s in files.pop("SHA256SUMS").splitlines() if b"quantize_report" not in s]
+    return {**files, "report": json.dumps(report).encode(), "sums": b"\n".join(sums)}
 
 
 def search_content(out: Path) -> dict[str, Any]:
