@@ -24,6 +24,7 @@ def command(*, spec: Annotated[SensitivitySpec, Parameter(name="*")], out: Path)
     from alphaquant.studies import expert_sensitivity as studies
 
     quiet_libraries()
+    studies.check_target(out)
     with Bars() as bars:
         found = studies.measure_expert_sensitivity(spec, progress=bars)
     studies.write_sensitivity(found, out)

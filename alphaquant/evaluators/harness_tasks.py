@@ -30,6 +30,12 @@ _UNITS = {
 }
 """Units of lm-eval's common metrics; those of others are the tasks' own."""
 
+_NAMED = re.compile(rb"^(?:task|group|tag): *[\"']?([\w.-]+)", re.MULTILINE)
+"""Where a task file says what it is called."""
+
+_NO_TASK_FILES = (".py", ".pyc", ".md", ".json", ".jsonl", ".txt")
+"""Suffixes of what else lies beside task files."""
+
 
 @dataclass(frozen=True)
 class HarnessRequest:
@@ -118,6 +124,45 @@ def require_harness(asked: str) -> None:
         )
 
 
+def check_task_names(tasks: Sequence[str]) -> None:
+    """Refuse names that stand in no task file, without reading lm-eval's index, which takes long.
+
+    What is left can still be no task: a word of a task's text. `load_tasks` refuses that.
+
+    Args:
+        tasks: as in `HarnessRequest`.
+
+    Raises:
+        ConfigError: lm-eval is not installed or has no such task.
+    """
+    names = [task for task in tasks if not Path(task).expanduser().exists()]
+    if not names:
+        return
+    require_harness(", ".join(names))
+    folders = [Path(task).expanduser() for task in tasks if task not in names]
+    texts = [text for folder in (_own_folder(), *folders) for text in _task_texts(folder)]
+    for name in names:
+        word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+        if not any(word.search(text) for text in texts):
+            found = {m.decode() for text in texts for m in _NAMED.findall(text)}
+            raise ConfigError(_unknown(name, sorted(found)))
+
+
+def _own_folder() -> Path:
+    """The folder of lm-eval's task files; the library is not imported."""
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None, "lm-eval is installed"
+    return Path(spec.origin).parent / "tasks"
+
+
+def _task_texts(path: Path) -> Iterator[bytes]:
+    """Task files below a folder, and the templates that they include, which have any suffix."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix not in _NO_TASK_FILES and file.is_file():
+            yield file.read_bytes()
+
+
 def _index(request: HarnessRequest) -> tuple[Any, list[str]]:
     """An index that knows everything asked for, and the names and files to load from it.
 
@@ -150,7 +195,7 @@ def _unknown(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.75)
     meant = f"did you mean {', '.join(near)}?" if near else "see lm-eval ls tasks"
     return (
-        f"unknown task {name!r}; possible are this program's own, the {len(names)} names that "
+        f"unknown task {name!r}; possible are this program's own, {len(names)} names that "
         f"lm-eval {version('lm_eval')} knows, a task file (.yaml) and a folder of these; {meant}"
     )
 

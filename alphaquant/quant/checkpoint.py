@@ -37,7 +37,13 @@ from alphaquant.quant.dequant_cache import parse_cache_size
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.files import sha256_of, whole_file, writing
 from alphaquant.quant.kernel_use import IMPLEMENTATION
-from alphaquant.quant.loading import auto_class, model_problem, named_dtype, register_architectures
+from alphaquant.quant.loading import (
+    auto_class,
+    check_device,
+    model_problem,
+    named_dtype,
+    register_architectures,
+)
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.quant.models import checkpoint_dtype, kept_state, map_model, stored_dtype
 from alphaquant.quant.modules import PackedLinear, cache_dequantized, install_packed_modules
@@ -234,6 +240,8 @@ def load(
     """
     from transformers import AutoConfig
 
+    if not isinstance(path, str | os.PathLike):
+        raise ModelError(f"load is given {path!r}; give the directory of a packed checkpoint")
     directory, cache_bytes = Path(path), parse_cache_size(dequant_cache)
     if not is_packed(directory):
         raise ModelError(
@@ -241,6 +249,7 @@ def load(
         )
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device} was asked for, and torch finds no CUDA here; use cpu")
+    check_device(device)
     wanted: str | torch.dtype = dtype if dtype == "auto" else named_dtype(dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32

@@ -223,4 +223,6 @@ def _read_checksums(path: Path) -> dict[str, str]:
                 f"{path}: {line[:100]!r} is no line 'sha256  file'; copy it again, or remove it"
             )
         sums[name] = digest
+    if not sums:
+        raise StoreError(f"{path} is empty; copy it again, or remove it")
     return sums

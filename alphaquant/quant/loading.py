@@ -162,6 +162,22 @@ def stated_text(stated: Any) -> str:
     return f"quant_method {method}" if method else f"its quantization_config has {fields}"
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that does not exist or cannot hold numbers.
+
+    Raises:
+        ModelError: naming it.
+    """
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        # What follows the first sentence is a list of all of torch's backends.
+        said = str(error).splitlines()[0].split(". ")[0].split(" of cpu,")[0]
+        raise ModelError(
+            f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
+        ) from error
+
+
 def named_dtype(name: str | torch.dtype) -> torch.dtype:
     """The floating-point dtype of a name such as `bfloat16`, or a dtype itself.
 

@@ -20,6 +20,13 @@ from alphaquant.spaces.units import Kept
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations of transformers call their numbers of decoder layers and routed experts."""
+
+_MOST_MODULES = 10_000
+"""Layers, or experts of a layer; published models have less than a tenth of it."""
+
 _SCALES = ("_scale_inv", "_blocks", "_scales")
 """Ends of names that belong to published mxfp4 and fp8 weights, which are dequantized."""
 
@@ -53,6 +60,7 @@ def check_source(directory: Path) -> dict[str, Any]:
             f"{directory / 'config.json'}: quantization_config is {quantization!r}; it is an "
             "object, or absent: correct or remove it"
         )
+    _check_counts(directory / "config.json", config)
     _check_chosen(directory / "config.json", config)
     for file in weight_files(directory):
         try:
@@ -148,16 +156,29 @@ def _object(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} cannot be read: {error}; fetch or copy it again") from error
 
 
+def _check_counts(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers and experts that would take all memory, or leave no model.
+
+    Modules are made before any tensor is looked at, so nothing else would stop them.
+    """
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for part in parts:
+        for name in (*_LAYERS, *_EXPERTS):
+            value = part.get(name)
+            least = 1 if name in _LAYERS else 0
+            if isinstance(value, int) and not least <= value <= _MOST_MODULES:
+                raise ModelError(
+                    f"{file}: {name} is {value}; models have {least} to {_MOST_MODULES}: correct "
+                    "it, or fetch the file again"
+                )
+
+
 def _check_chosen(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse numbers of chosen experts that no router can choose."""
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
             continue
-        counts = [
-            part[n]
-            for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-            if isinstance(part.get(n), int)
-        ]
+        counts = [part[n] for n in _EXPERTS if isinstance(part.get(n), int)]
         for name in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
             chosen = part.get(name)
             most = max(counts, default=0)

@@ -33,6 +33,7 @@ point (OFP8) v1.0, table 1.
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from math import ceil
 
@@ -218,9 +219,12 @@ def parse_format(name: str) -> Format:
     """
     match = _NAME.fullmatch(name)
     if match is None or match["kind"] not in FORMAT_KINDS:
+        kind, *rest = name.split("-")
+        near = get_close_matches(kind, FORMAT_KINDS, n=1, cutoff=0.75)
+        meant = f"; did you mean {'-'.join([*near, *rest])}?" if near not in ([], [kind]) else ""
         raise FormatError(
             f"unknown format {name!r}; known kinds are {', '.join(FORMAT_KINDS)}, written like "
-            "int4-g128, int3-g64-asym, int8-row, fp8-e4m3-g128, mxfp4, nvfp4, bf16"
+            f"int4-g128, int3-g64-asym, int8-row, fp8-e4m3-g128, mxfp4, nvfp4, bf16{meant}"
         )
     group_size = PER_ROW if match["row"] else int(match["group"]) if match["group"] else None
     if group_size is not None and match["kind"].startswith(("mx", "nv", "bf")):

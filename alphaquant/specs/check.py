@@ -52,6 +52,16 @@ def check(spec: Any) -> None:
             _check_range(field.name, value, parameters)
 
 
+def check_kind(spec: Any, kind: type, function: str) -> None:
+    """Refuse what is not the specification that a function takes.
+
+    Raises:
+        ConfigError: naming the function and what it takes.
+    """
+    if not isinstance(spec, kind):
+        raise ConfigError(f"{function} is given {shown(spec)}; give a {kind.__name__}")
+
+
 def kinds_of(hint: Any, outer: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """The plain types that an annotation allows, each with its metadata."""
     if get_origin(hint) is Annotated:

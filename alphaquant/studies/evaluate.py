@@ -15,7 +15,7 @@ from alphaquant.evaluators.data import TextRequest, TokenSet, check_sources
 from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
-from alphaquant.evaluators.harness_tasks import HarnessRequest
+from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
@@ -25,11 +25,13 @@ from alphaquant.quant.integrity import verify_checksums
 from alphaquant.quant.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.quant.provenance import versions
 from alphaquant.quant.quantization_config import is_packed
+from alphaquant.specs.check import check_kind
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.studies.local_tasks import is_mmlu, write_mmlu_tasks
 from alphaquant.studies.progress import no_progress
 from alphaquant.studies.sources import (
     DEMO,
+    check_model_name,
     find_device,
     load_windows,
     model_location,
@@ -124,6 +126,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, EvaluateSpec, "evaluate")
     device = _check(spec)
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         folder = Path(scratch)
@@ -219,6 +222,9 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
 
 def _check(spec: EvaluateSpec) -> str:
     """Refuse what cannot be measured; the device otherwise."""
+    for name, value in (("model", spec.model), ("reference", spec.reference)):
+        if value is not None:
+            check_model_name(value, name)
     if not spec.names:
         raise ConfigError(f"tasks: none; possible are {_possible()}; name some")
     for name in harness_tasks(spec):
@@ -248,6 +254,8 @@ def _check(spec: EvaluateSpec) -> str:
             f"tasks are {', '.join(spec.names)}; add mmlu, or give a task file of your own "
             "(docs/evaluation.md)"
         )
+    local = spec.task_data is not None
+    check_task_names([name for name in harness_tasks(spec) if not (local and is_mmlu(name))])
     return find_device(spec.device)
 
 

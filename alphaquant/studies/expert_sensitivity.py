@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaquant.errors import StoreError
 from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.evaluators.expert_sensitivity import (
     ExpertSensitivity,
@@ -22,11 +23,21 @@ from alphaquant.evaluators.expert_sensitivity import (
 from alphaquant.evaluators.sensitivity import CostSettings, measure_costs
 from alphaquant.quant.bank import Bank, Progress
 from alphaquant.quant.files import whole_file
+from alphaquant.quant.loading import named_dtype
 from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.specs.check import check_kind
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.studies.folder import check_place
 from alphaquant.studies.progress import no_progress
-from alphaquant.studies.sources import SOURCE_STEPS, Source, find_device, load_source, read_text
+from alphaquant.studies.sources import (
+    SOURCE_STEPS,
+    Source,
+    cache_dir,
+    find_device,
+    load_source,
+    read_text,
+)
 from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.tables import fitted, wrapped
 
@@ -65,9 +76,13 @@ def measure_expert_sensitivity(
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, SensitivitySpec, "measure_expert_sensitivity")
     names = measured_formats(spec.format, spec.against)
     check_sources({"calibration": spec.text.calibration}, spec.text.bos)
     asked, text, n_steps = spec.checkpoint, spec.text, SOURCE_STEPS + 1
+    if asked.dtype != "auto":
+        named_dtype(asked.dtype)
+    check_place(cache_dir(spec.cache), "--cache")
     progress("load", 0, n_steps)
     source = load_source(
         asked.model,
@@ -129,6 +144,17 @@ def sensitivity_json(found: FoundSensitivity) -> dict[str, Any]:
         "versions": versions(),
         **device_facts(found.source.runs_as.rsplit("-", 1)[-1]),
     }
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work; makes nothing.
+
+    Raises:
+        StoreError: a directory is in the way, or the file's own cannot be made or written to.
+    """
+    if path.is_dir():
+        raise StoreError(f"--out {path} is a directory; give the name of a JSON file")
+    check_place(path.parent, "--out")
 
 
 def write_sensitivity(found: FoundSensitivity, path: Path) -> None:

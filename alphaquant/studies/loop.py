@@ -99,8 +99,8 @@ class TrialLoop:
         if missing:
             raise StoreError(
                 f"study {self.spec.run.study!r} has {len(self._stored)} trials, and the "
-                f"assignments of {len(missing)} are not in {self.folder.path}; give the --out that "
-                "the study was made with, or another --study"
+                f"assignments of {len(missing)} are not in {self.folder.path}; give the --out "
+                "that the study was made with, or another --study"
             )
 
     @property

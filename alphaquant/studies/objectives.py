@@ -21,7 +21,7 @@ from alphaquant.evaluators.divergence import DivergenceEvaluator
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.footprint import FootprintEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
-from alphaquant.evaluators.harness_tasks import HarnessRequest
+from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
 from alphaquant.evaluators.latency import LatencyEvaluator, read_latency_table
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
@@ -128,6 +128,13 @@ def check_scores(spec: ScoreSpec) -> None:
             else f"--latency-table {spec.latency_table} without latency; add it to --objectives "
             "or --also"
         )
+    if spec.latency_table is not None:
+        read_latency_table(spec.latency_table)
+    _check_tasks(spec, tasks)
+
+
+def _check_tasks(spec: ScoreSpec, tasks: Sequence[str]) -> None:
+    """Refuse tasks of lm-eval that cannot be, and their options where there are none."""
     for name in tasks:
         near = get_close_matches(name, _names(), n=1, cutoff=0.75)
         if near:
@@ -137,6 +144,8 @@ def check_scores(spec: ScoreSpec) -> None:
             "--task-data and --shots are for tasks of lm-eval, and none is asked for; add one "
             "such as mmlu_anatomy to --objectives or --also"
         )
+    wanted = [name.partition(".")[0] for name in tasks]
+    check_task_names([n for n in wanted if spec.task_data is None or not is_mmlu(n)])
 
 
 def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan:

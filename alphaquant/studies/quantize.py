@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import ConfigError
+from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.data import TokenSet, check_sources
 from alphaquant.quant.architectures import check_architecture, choose_architecture
 from alphaquant.quant.bank import Progress
@@ -15,11 +15,13 @@ from alphaquant.quant.loading import load_skeleton, named_dtype
 from alphaquant.quant.models import map_model
 from alphaquant.quant.parts import open_part
 from alphaquant.quant.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.quant.quantization_config import is_packed
 from alphaquant.quant.source_files import with_source
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.check import check_kind
 from alphaquant.specs.flat import make
 from alphaquant.specs.quantize import ConfiguredTextSpec, QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings, changed
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
 _LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
+"""Of a summary's numbers; a specification calls the first `n_calibration`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, QuantizeSpec, "quantize")
     config = load_config(spec.config)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
@@ -121,6 +125,11 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
     """
     config = load_config(spec.config)
     _settings(spec, _read_summary(config.summary or {}, spec.config))
+    if is_packed(model_location(spec.model)):  # whose skeleton could be had all the same
+        raise ModelError(
+            f"{spec.model} is quantized already, by aq-quantize; quantizing starts from the "
+            "original weights: give those"
+        )
     skeleton = load_skeleton(model_location(spec.model))
     architecture = choose_architecture(skeleton, spec.model_type)
     model_map = with_source(map_model(skeleton), model_location(spec.model))

@@ -30,6 +30,7 @@ from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.specs.check import check_kind
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.cautions import RARE_TOKENS
 from alphaquant.studies.decoration import decorate
@@ -96,6 +97,7 @@ def search(
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
+    check_kind(spec, SearchSpec, "run_search")
     request = _check(spec)
     with locked_folder(spec.run.out):
         return _search(spec, request, StageClock(progress), on_trial)

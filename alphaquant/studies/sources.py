@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from alphaquant import demo
-from alphaquant.errors import DataError, ModelError
+from alphaquant.errors import ConfigError, DataError, ModelError
 from alphaquant.evaluators.data import TextRequest, TokenSet, load_tokens
-from alphaquant.quant.loading import load_model, load_tokenizer, tokenizer_missing
+from alphaquant.quant.loading import check_device, load_model, load_tokenizer, tokenizer_missing
 from alphaquant.quant.models import check_finite, map_model, weights_digest
 from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.source_files import carried_text, with_source
@@ -107,8 +107,23 @@ def model_notes(model_map: ModelMap) -> list[str]:
     return notes if carried is None else [*notes, carried]
 
 
+def check_model_name(name: str, what: str = "model") -> None:
+    """Refuse a name of blanks, which would be the working directory.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    if not name.strip():
+        raise ConfigError(f"{what} is {name!r}; give 'demo', a directory or a hub id")
+
+
 def model_location(name: str) -> str:
-    """The directory or hub id of a model; `demo` is the embedded one."""
+    """The directory or hub id of a model; `demo` is the embedded one.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    check_model_name(name)
     return str(demo.model_path()) if name == DEMO else name
 
 
@@ -120,14 +135,7 @@ def find_device(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # What follows the first sentence is a list of all of torch's backends.
-        said = str(error).splitlines()[0].split(". ")[0].split(" of cpu,")[0]
-        raise ModelError(
-            f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
-        ) from error
+    check_device(name)
     return name
 
 

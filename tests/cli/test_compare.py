@@ -1,4 +1,4 @@
-"""`aq-compare`: 0 whether or not the two are equal; wrong input is one line."""
+"""`aq-compare`: 0 whether or not the two are equal; wrong input is in tests/corpus."""
 
 import json
 from pathlib import Path
@@ -48,27 +48,3 @@ def test_equal_ones_are_one_line_and_exit_0(run_compare: Any, sides: tuple[str, 
     assert (code, err) == (0, "")
     assert out.startswith("equal: 32 matrices")
     assert out.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({1: "/nowhere.json"}, "/nowhere.json"),
-        ({3: "/nowhere"}, "'/nowhere'"),
-    ],
-)
-def test_wrong_input_is_one_line(
-    changes: dict[int, str], words: str, run_compare: Any, sides: tuple[str, ...]
-) -> None:
-    options = [changes.get(i, option) for i, option in enumerate(sides)]
-    code, out, err = run_compare(*options)
-    assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
-
-
-def test_one_configuration_is_a_usage_error(run_compare: Any, sides: tuple[str, ...]) -> None:
-    code, out, err = run_compare(sides[0], *sides[2:])
-    assert (code, out) == (2, "")
-    assert "--help" in err

@@ -13,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 from alphaquant.studies.runner import search
@@ -133,27 +132,6 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *options: str)
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     return captured.err
-
-
-def test_directory_without_a_search_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "aq-out does not exist" in refused(capsys, monkeypatch)
-    assert "holds no search of ours" in refused(capsys, monkeypatch, str(tmp_path))
-    for url in ("sqlite:///none.db", "journal:none"):
-        assert "run aq-search first" in refused(capsys, monkeypatch, url)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_study_of_somebody_else_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    url = f"sqlite:///{tmp_path / 'other.db'}"
-    study = optuna.create_study(storage=url, study_name="other")
-    study._storage.remove_session()
-    study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
-    assert "no study of aq-search" in refused(capsys, monkeypatch, "--storage", url)
 
 
 def test_taken_port_is_refused(

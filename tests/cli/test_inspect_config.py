@@ -1,4 +1,4 @@
-"""`aq-inspect`: tables or JSON on stdout; wrong input is one line."""
+"""`aq-inspect`: tables or JSON on stdout; wrong input is in tests/corpus."""
 
 import json
 from pathlib import Path
@@ -45,39 +45,6 @@ def test_weights_are_not_needed(inspect: Any, config: str, tiny: Path, tmp_path:
     whole, shown = (inspect(config, "--model", str(model))[1] for model in (tiny, bare))
     # Where lines break depends on the lengths of the paths.
     assert shown.replace(str(bare), str(tiny)).split() == whole.split()
-
-
-@pytest.mark.parametrize(
-    ("content", "model", "words"),
-    [
-        (None, "demo", "cannot read the configuration"),
-        ("{]", "demo", "line 1, column 2: not JSON"),
-        ("[1]", "demo", "top level"),
-        ('{"default": ' + "[" * 1000 + "]" * 1000 + "}", "demo", "nested more than 64 deep"),
-        ('{"default": {"wq": "int4", "group_size": 1' + "0" * 30 + "}}", "demo", "8 to 16777216"),
-        ('{"defaults": {}}', "demo", "did you mean default?"),
-        ("{}", "/nowhere", "'/nowhere'"),
-        ("{}", None, "give --model"),
-        ('{"overrides": [{"pattern": "h.*", "wq": "int4"}]}', "demo", "of another model than"),
-    ],
-)
-def test_wrong_input_is_one_line(
-    content: str | None, model: str | None, words: str, inspect: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "c.json"
-    if content is not None:
-        path.write_text(content)
-    code, out, err = inspect(str(path), *(() if model is None else ("--model", model)))
-    assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
-
-
-def test_no_configuration_is_a_usage_error(inspect: Any) -> None:
-    code, out, err = inspect("--model", "demo")
-    assert (code, out) == (2, "")
-    assert "CONFIG" in err
 
 
 def test_verify_prints_one_line_or_names_the_damaged_file(inspect: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`aq-sensitivity`: a table on stdout, JSON in a file; wrong input is one line."""
+"""`aq-sensitivity`: a table on stdout, JSON in a file; wrong input is in tests/corpus."""
 
 import json
 import sys
@@ -103,34 +103,3 @@ def test_every_option_reaches_the_specification(
         dtype="bfloat16",
     )
     assert specs == [expected, SensitivitySpec("f")]
-
-
-@pytest.mark.parametrize(
-    ("extra", "word"),
-    [
-        (("--format", "int9"), "int9"),
-        (("--against", "int3-g32"), "no fewer bits"),
-        (("--model", "/nowhere"), "/nowhere"),
-    ],
-)
-def test_wrong_input_is_one_line_and_writes_nothing(
-    extra: tuple[str, ...],
-    word: str,
-    command: Command,
-    options: tuple[str, ...],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "out.json"
-    assert command(*options, *extra, "--out", str(out)) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    error = captured.err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert word in error
-    assert not out.exists()
-
-
-def test_format_and_file_have_to_be_given(command: Command) -> None:
-    assert command("--format", "int2-g64") == 2
-    assert command("--out", "o.json") == 2
