@@ -43,7 +43,8 @@ def test_weights_are_not_needed(inspect: Any, config: str, tiny: Path, tmp_path:
     bare.mkdir()
     (bare / "config.json").write_text((tiny / "config.json").read_text())
     whole = inspect(config, "--model", str(tiny))[1]
-    assert inspect(config, "--model", str(bare))[1].replace(str(bare), str(tiny)) == whole
+    found = inspect(config, "--model", str(bare))[1].replace(str(bare), str(tiny))
+    assert found.split() == whole.split()  # lines break elsewhere where paths are longer
 
 
 def test_verify_prints_one_line_or_names_the_damaged_file(inspect: Any, tmp_path: Path) -> None:
