@@ -115,7 +115,7 @@ def test_killed_quantizations_make_no_layer_twice_and_change_no_byte(
     draw, layers, n_resumed = random.Random(0), tmp_path / "q.part" / "layers", 0
     for n_kills in range(N_KILLS):
         before = {p.name: p.stat().st_mtime_ns for p in layers.glob("*.json")}
-        code = server.run(module, (*options, str(out)), draw.uniform(0, 0.7 * took))
+        code = server.run(module, (*options, str(out)), draw.uniform(0, 0.5 * took))
         assert code in (0, -signal.SIGKILL)
         n_resumed += bool(before)
         if out.exists():
@@ -126,7 +126,7 @@ def test_killed_quantizations_make_no_layer_twice_and_change_no_byte(
             assert before.items() <= after.items(), "a finished layer was made again"
     assert server.run(module, (*options, str(out))) == 0
     assert packed_content(out) == packed_content(whole)
-    assert n_resumed >= 5
+    assert n_resumed >= 2
 
 
 @pytest.mark.slow
