@@ -11,7 +11,7 @@ torch nor optuna:
 
 `alphaquant.search` is also the package of search algorithms. So that neither hides the other, the
 package is made callable when it is imported; type checkers do not see that and know
-`alphaquant.studies.api.search`, which is what it calls.
+`alphaquant.commands.api.search`, which is what it calls.
 
 `from_pretrained` of transformers loads packed checkpoints once this package is imported, before or
 after transformers; see `alphaquant.import_hook`.
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _TARGETS = {
-    "run_search": "alphaquant.studies.runner:search",
+    "run_search": "alphaquant.commands.search:search",
     "SearchSpec": "alphaquant.specs.search:SearchSpec",
-    "quantize": "alphaquant.studies.quantize:quantize",
+    "quantize": "alphaquant.commands.quantize:quantize",
     "QuantizeSpec": "alphaquant.specs.quantize:QuantizeSpec",
-    "load": "alphaquant.quant.checkpoint:load",
-    "evaluate": "alphaquant.studies.evaluate:evaluate",
+    "load": "alphaquant.runtime.checkpoint:load",
+    "evaluate": "alphaquant.commands.evaluate:evaluate",
     "EvaluateSpec": "alphaquant.specs.evaluate:EvaluateSpec",
 }
 
@@ -52,8 +52,8 @@ class _SearchPackage(ModuleType):
     """The package of search algorithms, which can also be called."""
 
     def __call__(self, budget: str | None = None, **settings: Any) -> Any:
-        """Search; see `alphaquant.studies.api.search`."""
-        return import_module("alphaquant.studies.api").search(budget, **settings)
+        """Search; see `alphaquant.commands.api.search`."""
+        return import_module("alphaquant.commands.api").search(budget, **settings)
 
 
 def make_search_callable() -> None:
@@ -62,7 +62,7 @@ def make_search_callable() -> None:
 
 
 after_import("alphaquant.search", "alphaquant:make_search_callable")
-after_import("transformers.quantizers.auto", "alphaquant.quant.transformers_plugin:register")
+after_import("transformers.quantizers.auto", "alphaquant.runtime.transformers_plugin:register")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Calling a function of ours right after another package's module has been imported.
 
-    after_import("transformers.quantizers.auto", "alphaquant.quant.transformers_plugin:register")
+    after_import("transformers.quantizers.auto", "alphaquant.runtime.transformers_plugin:register")
 
 `import alphaquant` must make packed checkpoints known to transformers and must not import
 transformers, which takes seconds that `--help` does not have. So this is the one place of the

@@ -37,29 +37,29 @@ from allocation_peers import (
     choose,
     modelopt_options,
 )
+from alphaquant.studies.spec import SearchSpec, menu_of
 from release import BOOKS, commit, parse_with_out
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
+from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.search import search
+from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
-from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.gradients import SampledLabels, trace_layers
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.models.walk import batches_of
+from alphaquant.progress import StageClock, no_progress
+from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
-from alphaquant.quant.walk import batches_of
+from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.evolution import EvolutionSettings, evolve
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.studies.inputs import find_device, load_source
 from alphaquant.studies.objective import Objective, SearchObjective
-from alphaquant.studies.progress import StageClock, no_progress
-from alphaquant.studies.quantize import QuantizeSpec, quantize
 from alphaquant.studies.result import SearchResult, stage_gains
-from alphaquant.studies.runner import search
-from alphaquant.studies.sources import find_device, load_source
-from alphaquant.studies.spec import SearchSpec, menu_of
 from alphaquant.studies.stages import Prepared, load_inputs, open_filled_bank, prepare
 from alphaquant.studies.trials import Proposer
 from alphaquant.studies.truth import ChoiceTruth

@@ -26,12 +26,12 @@ from quantizer_peers import (
 )
 from safetensors.torch import load_file
 
-from alphaquant.evaluators.data import token_digest
-from alphaquant.quant.sites import ModelMap
+from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import BF16, make_format, parse_format
 from alphaquant.spaces.units import Inventory
-from alphaquant.studies.sources import load_source
+from alphaquant.studies.inputs import load_source
+from alphaquant.texts.windows import token_digest
 
 AUTO_SCHEME = "auto-scheme"
 MODELOPT = "modelopt"

@@ -37,10 +37,10 @@ from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
-from alphaquant.quant.provenance import device_facts, versions
-from alphaquant.quant.walk import batches_of
-from alphaquant.studies.sources import load_source, read_text
-from alphaquant.studies.tables import markdown, with_error
+from alphaquant.models.walk import batches_of
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown, with_error
+from alphaquant.studies.inputs import load_source, read_text
 from alphaquant.testing.evaluators import round_model
 
 logger = logging.getLogger("evaluators")

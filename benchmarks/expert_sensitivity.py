@@ -2,7 +2,7 @@
 
 Each sampled expert is quantized alone, all else original, and the KL to the original is measured
 on held-out text. Its order is compared with that of every view of
-`alphaquant.evaluators.expert_sensitivity`: over the five most and five least sensitive experts,
+`alphaquant.costs.experts`: over the five most and five least sensitive experts,
 over the whole sample, and within each layer.
 
     python benchmarks/expert_sensitivity.py --format int2-g64 \
@@ -24,26 +24,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from alphaquant.studies.spec import DataSpec
 from release import commit, parse_with_out
 from scipy.stats import spearmanr
 
-from alphaquant.evaluators.base import Score
-from alphaquant.evaluators.divergence import measure_divergence, store_teacher
-from alphaquant.evaluators.expert_sensitivity import VIEWS, SensitiveExpert, expert_units
-from alphaquant.quant.bank import Bank
-from alphaquant.quant.provenance import device_facts
-from alphaquant.quant.sites import ModelMap
-from alphaquant.spaces.units import Matrix
-from alphaquant.studies.expert_sensitivity import (
+from alphaquant.commands.sensitivity import (
     N_SHOWN,
     FoundSensitivity,
     SensitivitySpec,
     measure_expert_sensitivity,
     sensitivity_json,
 )
+from alphaquant.costs.experts import VIEWS, SensitiveExpert, expert_units
+from alphaquant.evaluators.base import Score
+from alphaquant.evaluators.divergence import measure_divergence, store_teacher
+from alphaquant.models.sites import ModelMap
+from alphaquant.provenance import device_facts
+from alphaquant.quant.bank import Bank
+from alphaquant.spaces.units import Matrix
+from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet
-from alphaquant.studies.sources import read_text
-from alphaquant.studies.spec import DataSpec
 
 logger = logging.getLogger("expert_sensitivity")
 

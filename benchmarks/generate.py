@@ -41,16 +41,16 @@ from release import commit, parse_with_out
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.files import whole_file
-from alphaquant.quant.models import map_model
-from alphaquant.quant.pipeline import quantize_to_checkpoint
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.files import whole_file
+from alphaquant.models.mapping import map_model
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown
+from alphaquant.runtime.checkpoint import load, quantized_bytes
+from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.tables import markdown
 
 logger = logging.getLogger("generate")
 

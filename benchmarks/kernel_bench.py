@@ -14,8 +14,8 @@ from kernel_timing import Call, Timer, Timing, n_copies
 from torch import Tensor
 
 from alphaquant.kernels.order import KernelWeight, order_bfloat16
-from alphaquant.quant.gptq import quantize_rtn
-from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 
 DTYPE = torch.bfloat16
@@ -26,9 +26,9 @@ class Kernels:
     """What is measured; loaded late, because Triton decides at import whether it interprets.
 
     Attributes:
-        packed_linear: `alphaquant.kernels.linear_triton.packed_linear`.
+        packed_linear: `alphaquant.kernels.linear.product_triton.packed_linear`.
         default_dense_rows: from the same file.
-        grouped_moe: `alphaquant.kernels.grouped_triton.grouped_moe`.
+        grouped_moe: `alphaquant.kernels.moe.launch_triton.grouped_moe`.
         empty: a kernel that does nothing, with its grid as the index.
     """
 
@@ -69,8 +69,8 @@ class Bench:
 
 def load_kernels() -> Kernels:
     """The kernels, interpreted if TRITON_INTERPRET is 1 when they are first loaded."""
-    linear = importlib.import_module("alphaquant.kernels.linear_triton")
-    grouped = importlib.import_module("alphaquant.kernels.grouped_triton")
+    linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
+    grouped = importlib.import_module("alphaquant.kernels.moe.launch_triton")
     empty = importlib.import_module("empty_triton").empty_kernel
     return Kernels(
         linear.packed_linear, linear.default_dense_rows, grouped.grouped_moe, empty[(1,)]

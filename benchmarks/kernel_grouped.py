@@ -41,7 +41,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from alphaquant.kernels import reference
-from alphaquant.kernels.moe_plan import ExpertWeights, stack_experts
+from alphaquant.kernels.moe.plan import ExpertWeights, stack_experts
 from alphaquant.spaces.formats import parse_format
 
 MIX = "mix"

@@ -6,7 +6,7 @@ from pathlib import Path
 from kernel_dense import DenseRow
 
 from alphaquant.evaluators.latency import LatencyRow
-from alphaquant.quant.files import whole_file
+from alphaquant.files import whole_file
 
 KERNEL, CUBLAS = "alphaquant packed_linear", "cublas bf16"
 

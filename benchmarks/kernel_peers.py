@@ -25,7 +25,7 @@ from kernel_timing import Call, Timing, n_copies
 from torch import Tensor, nn
 
 from alphaquant.kernels.packing import unpack_codes
-from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 
 GEMLITE_FORMATS = ("int2-g128-asym", "int4-g128-asym", "int8-g128-asym")

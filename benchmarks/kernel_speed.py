@@ -55,10 +55,10 @@ from kernel_timing import GraphTimer, run_once
 from kernel_tune import find_crossover, tune_shape, with_entries
 from release import commit, parse_with_out
 
+from alphaquant.files import whole_file
 from alphaquant.kernels.tuning import TABLE_VARIABLE, KernelTable, dump_table
-from alphaquant.quant.files import whole_file
-from alphaquant.quant.provenance import device_facts, versions
-from alphaquant.studies.tables import markdown
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown
 
 logger = logging.getLogger("kernel_speed")
 

@@ -11,13 +11,13 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from alphaquant.quant.loading import load_skeleton
-from alphaquant.quant.models import map_model
+from alphaquant.models.loading import load_skeleton
+from alphaquant.models.mapping import map_model
+from alphaquant.reports.tables import markdown
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.profiles import DOWN, GATE, UP
 from alphaquant.spaces.units import Inventory
-from alphaquant.studies.sources import model_location
-from alphaquant.studies.tables import markdown
+from alphaquant.studies.inputs import model_location
 
 
 def launches_of(formats: Mapping[str, str], inventory: Inventory) -> list[int]:

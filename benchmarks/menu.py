@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 from allocation import BUDGETS, Bench, table
+from alphaquant.studies.spec import SearchSpec
 from release import BOOKS, commit, parse_with_out
 
 from alphaquant.errors import BudgetError
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.provenance import device_facts, versions
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
 from alphaquant.spaces.formats import DEFAULT_MENU
-from alphaquant.studies.sources import find_device
-from alphaquant.studies.spec import SearchSpec
+from alphaquant.studies.inputs import find_device
 
 WIDE = (
     *("int1-g256", "int1-g128", "int1-g64", "int1-g32"),

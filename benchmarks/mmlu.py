@@ -6,7 +6,7 @@ files, with and without examples before the question; then all 57 subjects.
     python benchmarks/mmlu.py DATA --out benchmarks/results/mmlu-demo.json
     python benchmarks/mmlu.py DATA --subjects anatomy --limits 5 5 --table-limits 1 1 --out FILE
 
-DATA is the folder of `dev` and `test` (see `alphaquant.studies.local_tasks`). `--limits` bounds
+DATA is the folder of `dev` and `test` (see `alphaquant.evaluators.local_tasks`). `--limits` bounds
 the documents of each subject in the first part, `--table-limits` in the second: one number per
 entry of `--shots`, 0 is all. Prints tables in Markdown and writes JSON with provenance.
 """
@@ -30,11 +30,11 @@ from release import commit, parse_with_out
 from alphaquant.evaluators.base import Score, Subject
 from alphaquant.evaluators.harness import HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest
-from alphaquant.quant.loading import load_model, load_tokenizer
-from alphaquant.quant.provenance import device_facts, versions
-from alphaquant.studies.local_tasks import write_mmlu_tasks
-from alphaquant.studies.sources import find_device, model_location
-from alphaquant.studies.tables import markdown, with_error
+from alphaquant.evaluators.local_tasks import write_mmlu_tasks
+from alphaquant.models.loading import load_model, load_tokenizer
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown, with_error
+from alphaquant.studies.inputs import find_device, model_location
 
 logger = logging.getLogger("mmlu")
 

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alphaquant.studies.spec import DataSpec
 from release import BOOKS, commit
 from torch import Tensor
 
 from alphaquant import demo
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
+from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.layerwise import quantize_layers
-from alphaquant.quant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
+from alphaquant.reports.tables import markdown
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.sources import load_source, read_text
-from alphaquant.studies.spec import DataSpec
-from alphaquant.studies.tables import markdown
+from alphaquant.studies.inputs import load_source, read_text
 
 logger = logging.getLogger("options")
 

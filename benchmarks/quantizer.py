@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from alphaquant.studies.spec import DataSpec
 from peers import Clock, peak_memory
 from quantizer_layer import LayerShape, layer_text, measure_layer
 from quantizer_peers import (
@@ -47,20 +48,19 @@ from release import BOOKS, commit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
-from alphaquant.quant.checkpoint import load
+from alphaquant.models.mapping import map_model
+from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.codecs import ScaleSearch
-from alphaquant.quant.models import map_model
-from alphaquant.quant.pipeline import quantize_to_checkpoint
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown
+from alphaquant.runtime.checkpoint import load
+from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.sources import cache_dir, load_source, model_location, read_text
-from alphaquant.studies.spec import DataSpec
-from alphaquant.studies.tables import markdown
+from alphaquant.studies.inputs import cache_dir, load_source, model_location, read_text
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
+from alphaquant.texts.windows import token_digest
 
 logger = logging.getLogger("quantizer")
 

@@ -21,13 +21,13 @@ import torch
 from peers import peak_memory
 from torch import nn
 
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import LayerCall, observe_layer, walk
 from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import LayerHessians
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.walk import LayerCall, observe_layer, walk
+from alphaquant.reports.tables import markdown
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.tables import markdown
 
 TARGET_BYTES = 6 * 2**30
 _STAGES = {

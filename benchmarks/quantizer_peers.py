@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alphaquant.quant.files import whole_file
+from alphaquant.files import whole_file
 from alphaquant.spaces.formats import Format
 
 JOB_VERSION = 1

@@ -22,18 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaquant.studies.spec import REFERENCE_FORMATS, DataSpec, SearchSpec
+
+from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
-from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.pipeline import quantize_to_checkpoint
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.provenance import device_facts, versions
+from alphaquant.runtime.checkpoint import load, quantized_bytes
+from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.quantize import QuantizeSpec, quantize
-from alphaquant.studies.runner import search
-from alphaquant.studies.sources import find_device, load_source, read_text
-from alphaquant.studies.spec import REFERENCE_FORMATS, DataSpec, SearchSpec
+from alphaquant.studies.inputs import find_device, load_source, read_text
 
 logger = logging.getLogger("release")
 

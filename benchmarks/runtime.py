@@ -39,18 +39,18 @@ from evaluators import extra_memory
 from release import commit, parse_with_out
 from torch import Tensor, nn
 
-from alphaquant.quant.checkpoint import load, quantized_bytes
-from alphaquant.quant.loading import load_model
-from alphaquant.quant.models import map_model
-from alphaquant.quant.modules import PackedExperts, cache_dequantized
-from alphaquant.quant.pipeline import quantize_to_checkpoint
-from alphaquant.quant.provenance import device_facts, versions
-from alphaquant.quant.sites import ModelMap
+from alphaquant.models.loading import load_model
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown
+from alphaquant.runtime.checkpoint import load, quantized_bytes
+from alphaquant.runtime.modules import PackedExperts, cache_dequantized
+from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.sources import load_source, model_location, read_text
-from alphaquant.studies.tables import markdown
+from alphaquant.studies.inputs import load_source, model_location, read_text
 from alphaquant.testing.models import VOCABULARY, tiny_model
 
 logger = logging.getLogger("runtime")

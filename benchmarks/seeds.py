@@ -18,17 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alphaquant.studies.spec import SearchSpec
 from release import BOOKS, commit, parse_with_out
 
+from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import store_teacher
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.progress import StageClock, no_progress
+from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.studies.inputs import find_device, load_source, read_text
 from alphaquant.studies.objective import EvaluationSet, Objective
-from alphaquant.studies.progress import StageClock, no_progress
-from alphaquant.studies.runner import search
-from alphaquant.studies.sources import find_device, load_source, read_text
-from alphaquant.studies.spec import SearchSpec
 from alphaquant.studies.stages import bank_formats, load_inputs, open_filled_bank
 
 logger = logging.getLogger("seeds")

@@ -26,13 +26,13 @@ import numpy as np
 from release import commit
 
 from alphaquant.errors import BudgetError
-from alphaquant.quant.provenance import device_facts, versions
+from alphaquant.provenance import device_facts, versions
+from alphaquant.reports.tables import markdown
 from alphaquant.search.arrays import FloatArray
-from alphaquant.search.constraints import SideConstraints, solve_constrained
 from alphaquant.search.problem import Problem, make_problem
+from alphaquant.search.side.constraints import SideConstraints, solve_constrained
 from alphaquant.search.solver import Solution, close_gap, solve
 from alphaquant.spaces.units import Matrix, Unit
-from alphaquant.studies.tables import markdown
 from alphaquant.testing.constrained import tiny_case
 
 BITS = np.array(

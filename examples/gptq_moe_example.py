@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alphaquant import demo
 from alphaquant.gptq import GPTQMoE, MoEGPTQContext, get_layers_for_model
-from alphaquant.quant.loading import load_model, load_tokenizer
+from alphaquant.models.loading import load_model, load_tokenizer
 
 LAYER, EXPERT = 1, 0
 LENGTHS = (128, 96, 160)

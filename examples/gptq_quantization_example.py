@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alphaquant import demo
 from alphaquant.gptq import GPTQConfig, detect_moe_architecture, gptq_quantize_model
-from alphaquant.quant.loading import load_model, load_tokenizer
+from alphaquant.models.loading import load_model, load_tokenizer
 
 LAYER_CONFIG = {
     "default": {"wq": "int4", "aq": "bf16", "group_size": 64},

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
-from alphaquant.quant.sites import ModelMap
+from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.formats import parse_format
-from alphaquant.studies.sources import load_source
+from alphaquant.studies.inputs import load_source
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 INT3 = {"family": "int", "bits": 3, "group_size": 128, "symmetric": True}

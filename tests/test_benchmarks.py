@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from alphaquant.studies.spec import DataSpec
 
 from alphaquant.demo import text_path
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.spec import DataSpec
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from alphaquant import demo
-from alphaquant.quant.loading import load_skeleton
-from alphaquant.quant.models import map_model
+from alphaquant.models.loading import load_skeleton
+from alphaquant.models.mapping import map_model
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.units import Inventory
 

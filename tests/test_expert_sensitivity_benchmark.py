@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from alphaquant.evaluators.divergence import store_teacher
-from alphaquant.evaluators.expert_sensitivity import VIEWS, expert_units
-from alphaquant.studies.expert_sensitivity import (
+from alphaquant.commands.sensitivity import (
     FoundSensitivity,
     SensitivitySpec,
     measure_expert_sensitivity,
 )
+from alphaquant.costs.experts import VIEWS, expert_units
+from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet
-from alphaquant.studies.sources import read_text
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from alphaquant.quant.models import map_model
+from alphaquant.models.mapping import map_model
 from alphaquant.testing.models import tiny_model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -297,8 +297,8 @@ def test_outside_check_sees_a_forbidden_package(module: str, source: str, n_mess
     [
         ("import typer\nfrom alphaquant.errors import AlphaQuantError", 0),
         ("import torch", 1),
-        ("from alphaquant.studies.runner import search", 1),
-        ("def main():\n    from alphaquant.studies.runner import search", 0),
+        ("from alphaquant.commands.search import search", 1),
+        ("def main():\n    from alphaquant.commands.search import search", 0),
         ("def main():\n    import torch", 0),
     ],
 )

@@ -36,13 +36,13 @@ def test_importing_the_package_again_leaves_one_hook() -> None:
 @pytest.mark.parametrize(
     ("name", "module", "attribute"),
     [
-        ("run_search", "alphaquant.studies.runner", "search"),
-        ("quantize", "alphaquant.studies.quantize", "quantize"),
-        ("load", "alphaquant.quant.checkpoint", "load"),
-        ("evaluate", "alphaquant.studies.evaluate", "evaluate"),
+        ("run_search", "alphaquant.commands.search", "search"),
+        ("quantize", "alphaquant.commands.quantize", "quantize"),
+        ("load", "alphaquant.runtime.checkpoint", "load"),
+        ("evaluate", "alphaquant.commands.evaluate", "evaluate"),
         ("SearchSpec", "alphaquant.studies.spec", "SearchSpec"),
-        ("QuantizeSpec", "alphaquant.studies.quantize", "QuantizeSpec"),
-        ("EvaluateSpec", "alphaquant.studies.evaluate", "EvaluateSpec"),
+        ("QuantizeSpec", "alphaquant.commands.quantize", "QuantizeSpec"),
+        ("EvaluateSpec", "alphaquant.commands.evaluate", "EvaluateSpec"),
     ],
 )
 def test_public_name_is_loaded_from_its_module(
@@ -60,7 +60,7 @@ def test_only_search_is_both_a_public_name_and_a_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["alphaquant.search", "alphaquant.search.solver", "alphaquant.studies.runner"]
+    "first", ["alphaquant.search", "alphaquant.search.solver", "alphaquant.commands.search"]
 )
 def test_search_is_a_package_that_can_be_called_whatever_is_imported_first(first: str) -> None:
     probe = (

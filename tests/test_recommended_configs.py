@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaquant.quant.models import map_model
+from alphaquant.models.mapping import map_model
 from alphaquant.spaces.config import load_config, parse_config, resolve
 from alphaquant.spaces.units import Inventory
 from alphaquant.testing.listed import ListedBlock

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from alphaquant.quant.checkpoint import load
-from alphaquant.quant.models import map_model
-from alphaquant.quant.modules import cache_dequantized
+from alphaquant.models.mapping import map_model
+from alphaquant.runtime.checkpoint import load
+from alphaquant.runtime.modules import cache_dequantized
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from alphaquant.commands.api import Study
 from alphaquant.spaces.formats import parse_format
-from alphaquant.studies.api import Study
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 

@@ -31,7 +31,7 @@ def command(
         show_all: list every matrix that differs.
         as_json: print JSON instead of tables.
     """
-    from alphaquant.studies.compare import compare, comparison_json, comparison_text
+    from alphaquant.commands.compare import compare, comparison_json, comparison_text
 
     quiet_libraries()
     found = compare(a, b, model)

@@ -63,13 +63,13 @@ class Bars:
     """One progress bar per stage on a terminal; elsewhere lines, a few a minute at most.
 
     A bar has the seconds that its stage took and an estimate of those that are left in it, see
-    `alphaquant.studies.progress`; how long stages take that have not begun is not known. Counts
+    `alphaquant.progress`; how long stages take that have not begun is not known. Counts
     and times need 49 columns.
     """
 
     def __init__(self) -> None:
         """Make the display; nothing is shown before the first call."""
-        from alphaquant.studies.progress import StageTimes
+        from alphaquant.progress import StageTimes
 
         self._times = StageTimes()
         self._console = Console(stderr=True)
@@ -96,7 +96,7 @@ class Bars:
             self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is; see `alphaquant.quant.bank.Progress`."""
+        """Show how far a stage is; see `alphaquant.progress.Progress`."""
         now = time.monotonic()
         self._times.record(stage, done, total, now)
         label = STAGES.get(stage, stage)

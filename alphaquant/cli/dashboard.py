@@ -33,8 +33,8 @@ def command(
         host: address to listen on. There is no password: whoever reaches it can read and change
             the study.
     """
-    from alphaquant.studies.dashboard import DashboardSpec, serve
-    from alphaquant.studies.storages import is_storage
+    from alphaquant.commands.dashboard import DashboardSpec, serve
+    from alphaquant.studies.store.urls import is_storage
 
     quiet_libraries()
     # A page computes importances of parameters, and warns each time where trials are few.

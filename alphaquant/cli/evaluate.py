@@ -20,15 +20,15 @@ def command(
         spec: what to measure.
         as_json: print JSON with provenance instead of a table.
     """
-    from alphaquant.studies import evaluate as studies
+    from alphaquant.commands import evaluate as commands
 
     quiet_libraries()
     with Bars() as bars:
-        found = studies.evaluate(spec, progress=bars)
+        found = commands.evaluate(spec, progress=bars)
     if as_json:
-        print(json.dumps(studies.evaluation_json(found), indent=1))
+        print(json.dumps(commands.evaluation_json(found), indent=1))
     else:
-        say(studies.evaluation_text(found, screen_width()))
+        say(commands.evaluation_text(found, screen_width()))
 
 
 EVALUATE = Command("aq-eval", command)

@@ -35,14 +35,14 @@ def command(
     if verify and model is not None:
         raise ConfigError("--verify looks at files only; leave out --model")
     if verify:
-        from alphaquant.quant.integrity import verify_checkpoint
-        from alphaquant.studies.inspect_text import verified_json, verified_text
+        from alphaquant.commands.inspect_text import verified_json, verified_text
+        from alphaquant.runtime.integrity import verify_checkpoint
 
         checked = verify_checkpoint(config)
         print(json.dumps(verified_json(checked)) if as_json else verified_text(checked))
         return
-    from alphaquant.studies.inspect_config import inspect_config
-    from alphaquant.studies.inspect_text import inspection_json, inspection_text
+    from alphaquant.commands.inspect import inspect_config
+    from alphaquant.commands.inspect_text import inspection_json, inspection_text
 
     quiet_libraries()
     found = inspect_config(config, model)

@@ -27,15 +27,15 @@ def command(
     """
     if spec.out is None and not dry_run:
         raise ConfigError("--out is needed unless --dry-run; name the directory to write")
-    from alphaquant.studies import quantize as studies
+    from alphaquant.commands import quantize as commands
 
     quiet_libraries()
     if dry_run:
-        say(studies.plan_text(studies.dry_run(spec)))
+        say(commands.plan_text(commands.dry_run(spec)))
         return
     with Bars() as bars:
-        result = studies.quantize(spec, progress=bars)
-    print(json.dumps(studies.result_json(result), indent=1))
+        result = commands.quantize(spec, progress=bars)
+    print(json.dumps(commands.result_json(result), indent=1))
 
 
 QUANTIZE = Command(

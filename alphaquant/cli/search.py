@@ -16,8 +16,8 @@ def command(*, spec: Annotated[SearchSpec, Parameter(name="*")]) -> None:
     Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md,
     report.html and study.db to --out.
     """
-    from alphaquant.studies.report import summary_text, trial_line, trial_note
-    from alphaquant.studies.runner import search
+    from alphaquant.commands.search import search
+    from alphaquant.reports.report import summary_text, trial_line, trial_note
 
     quiet_libraries()
     with Bars() as bars:

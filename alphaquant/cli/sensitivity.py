@@ -21,14 +21,14 @@ def command(*, spec: Annotated[SensitivitySpec, Parameter(name="*")], out: Path)
         spec: what to measure.
         out: JSON file with all experts; written anew.
     """
-    from alphaquant.studies import expert_sensitivity as studies
+    from alphaquant.commands import sensitivity as commands
 
     quiet_libraries()
-    studies.check_target(out)
+    commands.check_target(out)
     with Bars() as bars:
-        found = studies.measure_expert_sensitivity(spec, progress=bars)
-    studies.write_sensitivity(found, out)
-    say(studies.sensitivity_text(found, screen_width()))
+        found = commands.measure_expert_sensitivity(spec, progress=bars)
+    commands.write_sensitivity(found, out)
+    say(commands.sensitivity_text(found, screen_width()))
 
 
 SENSITIVITY = Command(

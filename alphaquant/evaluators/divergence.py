@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alphaquant.checksums import SUM, content_sum
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
-from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.perplexity import (
     PERPLEXITY,
     perplexity_of,
@@ -38,11 +38,11 @@ from alphaquant.evaluators.perplexity import (
     predict,
     token_losses,
 )
-from alphaquant.quant.bank import Progress
-from alphaquant.quant.checksums import SUM, content_sum
-from alphaquant.quant.files import whole_file
-from alphaquant.quant.walk import batches_of
+from alphaquant.files import whole_file
+from alphaquant.models.walk import batches_of
+from alphaquant.progress import Progress
 from alphaquant.spaces.json_files import JsonError, parse_json
+from alphaquant.texts.windows import token_digest
 
 TOP_K = 4096
 _SUMMED_WINDOWS = 8

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
-from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.routes import (
     KeptRoutes,
     LayerRoutes,
@@ -38,6 +37,7 @@ from alphaquant.evaluators.routes import (
     route_batches,
     unpack,
 )
+from alphaquant.texts.windows import token_digest
 
 
 class LayerDrift(NamedTuple):

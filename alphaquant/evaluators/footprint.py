@@ -29,7 +29,7 @@ from torch import nn
 
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject
-from alphaquant.quant.promises import zero_experts
+from alphaquant.models.promises import zero_experts
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import KINDS, Inventory, Matrix
 

@@ -35,7 +35,7 @@ from alphaquant.evaluators.harness_tasks import (
     quiet,
     wanted_scores,
 )
-from alphaquant.evaluators.tokens import check_bos, starting_tokens
+from alphaquant.texts.tokens import check_bos, starting_tokens
 
 SEEDS = {
     "random_seed": 0,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from alphaquant.errors import DataError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
-from alphaquant.evaluators.data import token_digest
-from alphaquant.quant.models import device_of
-from alphaquant.quant.walk import batches_of
+from alphaquant.models.mapping import device_of
+from alphaquant.models.walk import batches_of
+from alphaquant.texts.windows import token_digest
 
 _MAX_EXPONENT = 709.0
 """exp of more is beyond float64 (1.8e308)."""

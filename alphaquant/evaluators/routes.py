@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from alphaquant.errors import ModelError
-from alphaquant.evaluators.data import token_digest
-from alphaquant.quant.bank import Progress
-from alphaquant.quant.layouts import ListedExperts
-from alphaquant.quant.models import device_of, find_layers, known_layouts
-from alphaquant.quant.modules import PackedExperts, PackedLinear
-from alphaquant.quant.sites import ExpertsSite, make_site
-from alphaquant.quant.walk import batches_of
+from alphaquant.models.layouts.standard import ListedExperts
+from alphaquant.models.mapping import device_of, find_layers, known_layouts
+from alphaquant.models.sites import ExpertsSite, make_site
+from alphaquant.models.walk import batches_of
+from alphaquant.progress import Progress
+from alphaquant.runtime.modules import PackedExperts, PackedLinear
 from alphaquant.spaces.units import Matrix
+from alphaquant.texts.windows import token_digest
 
 
 @dataclass(frozen=True)

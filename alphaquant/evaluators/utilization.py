@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject
-from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.routes import LayerRoutes, route_batches
-from alphaquant.quant.utilization import Utilization
+from alphaquant.models.loads import Utilization
+from alphaquant.texts.windows import token_digest
 
 
 @dataclass(frozen=True)

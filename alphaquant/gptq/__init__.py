@@ -17,7 +17,7 @@ from alphaquant.gptq.config import GPTQConfig
 from alphaquant.gptq.expert import GPTQMoE
 from alphaquant.gptq.model import gptq_quantize_model
 from alphaquant.gptq.routing import MoEGPTQContext
-from alphaquant.quant.architectures import detect_moe_architecture, get_layers_for_model
+from alphaquant.models.architectures import detect_moe_architecture, get_layers_for_model
 
 __all__ = [
     "GPTQConfig",

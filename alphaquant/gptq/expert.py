@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from alphaquant.errors import DataError, ModelError
 from alphaquant.gptq.config import GPTQConfig, choose_formats, read_layer_config
+from alphaquant.models.routing import tokens_by_expert
+from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, accumulate
-from alphaquant.quant.routing import tokens_by_expert
-from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import FORMAT_KINDS, Format, parse_format
 from alphaquant.spaces.units import Inventory, Matrix
 

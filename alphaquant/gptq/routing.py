@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from alphaquant.errors import ModelError
-from alphaquant.quant.architectures import AUTO, check_architecture
-from alphaquant.quant.models import known_layouts, map_layer
-from alphaquant.quant.sites import ExpertsSite
+from alphaquant.models.architectures import AUTO, check_architecture
+from alphaquant.models.mapping import known_layouts, map_layer
+from alphaquant.models.sites import ExpertsSite
 
 _Routing = tuple[Tensor, Tensor]
 

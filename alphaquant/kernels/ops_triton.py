@@ -17,7 +17,7 @@ from alphaquant.kernels.parts import put_together, read_facts
 
 @torch.library.custom_op("alphaquant::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: list[Tensor], facts: str) -> Tensor:
-    """`alphaquant.kernels.linear_triton.packed_linear`, [M, K] -> [M, N].
+    """`alphaquant.kernels.linear.product_triton.packed_linear`, [M, K] -> [M, N].
 
     Args:
         x: [M, K].
@@ -37,7 +37,7 @@ def _(x: Tensor, tensors: list[Tensor], facts: str) -> Tensor:
 def grouped_moe(
     x: Tensor, expert_ids: Tensor, weights: Tensor, tensors: list[Tensor], facts: str
 ) -> Tensor:
-    """`alphaquant.kernels.grouped_triton.grouped_moe`, [n, H] -> [n, H].
+    """`alphaquant.kernels.moe.launch_triton.grouped_moe`, [n, H] -> [n, H].
 
     Args:
         x: [n, H].

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from alphaquant.kernels.moe_plan import ExpertStacks, FormatOrder, GroupedExperts
+from alphaquant.kernels.moe.plan import ExpertStacks, FormatOrder, GroupedExperts
 from alphaquant.kernels.order import KernelWeight
 
 _TENSOR = "tensor"

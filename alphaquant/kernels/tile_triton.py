@@ -12,7 +12,7 @@ Letters: B rows of weights, Z columns of activations, C scales per row and tile.
 import triton
 import triton.language as tl
 
-from alphaquant.kernels.dequant_triton import load_scales, load_tile, load_zeros, spread
+from alphaquant.kernels.linear.dequant_triton import load_scales, load_tile, load_zeros, spread
 
 
 @triton.jit

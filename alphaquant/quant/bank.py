@@ -17,7 +17,7 @@ goes layer by layer over the original model's hidden states.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alphaquant.errors import ModelError, StoreError
+from alphaquant.files import locked, whole_file
+from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
+from alphaquant.progress import Progress
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.files import locked, whole_file
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
-from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Inventory, Matrix
@@ -42,8 +43,6 @@ from alphaquant.specs.quantizer import QuantSettings
 BANK_VERSION = 1
 LOCK_FILE = ".lock"
 """In a bank's directory while a process fills it; a bank that lacks nothing is free for all."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
+from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite
-from alphaquant.quant.gptq import (
+from alphaquant.quant.hessian import HessianBatch
+from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
+from alphaquant.quant.refine import better_rows, refine
+from alphaquant.quant.rounding import (
     Factor,
     dampen,
     factorize,
@@ -21,10 +25,6 @@ from alphaquant.quant.gptq import (
     quantize_gptq,
     quantize_rtn,
 )
-from alphaquant.quant.hessian import HessianBatch
-from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
-from alphaquant.quant.refine import better_rows, refine
-from alphaquant.quant.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import Method, QuantSettings

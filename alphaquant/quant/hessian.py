@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alphaquant.quant.routing import tokens_by_expert
-from alphaquant.quant.sites import ExpertsSite, LayerSite, LinearSite
+from alphaquant.models.routing import tokens_by_expert
+from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite
 from alphaquant.spaces.units import Matrix
 
 

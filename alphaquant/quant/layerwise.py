@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
+from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.sites import LayerSite, ModelMap
-from alphaquant.quant.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
 

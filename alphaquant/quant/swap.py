@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import Matrix
 

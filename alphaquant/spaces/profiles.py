@@ -10,7 +10,7 @@ shapes are checked for one device.
 
     any           our runtime: a format per matrix of every expert
     kernels       our runtime on GPUs: gate and up of an expert share one, which saves launches
-                  (alphaquant.kernels.grouped_triton)
+                  (alphaquant.kernels.moe.launch_triton)
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
                   so a layer's experts are one unit; fused qkv_proj, gate_up_proj and the MLA pair
                   fused_qkv_a_proj take one scheme

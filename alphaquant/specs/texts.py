@@ -53,6 +53,6 @@ class TextSpec(CalibrationSpec):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Role -> text, as `alphaquant.evaluators.data` calls them."""
+        """Role -> text, as `alphaquant.texts.windows` calls them."""
         texts = (self.calibration, self.evaluation, self.heldout)
         return dict(zip(("calibration", "search", "heldout"), texts, strict=True))

@@ -8,25 +8,23 @@ being measured, so there is no other state to restore.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import optuna
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.evaluators.base import Subject
-from alphaquant.quant.bank import Progress
+from alphaquant.evaluators.scores import Scorer
+from alphaquant.progress import Progress
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.config import config_from_assignment, dump_config
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.folder import RunFolder
-from alphaquant.studies.notes import save_trial_note, trial_note
 from alphaquant.studies.objective import Measured, SearchObjective
-from alphaquant.studies.objectives import Scorer
 from alphaquant.studies.pruning import is_hopeless
 from alphaquant.studies.stopping import MOST_TRIALS
-from alphaquant.studies.storage import (
+from alphaquant.studies.store.folder import RunFolder
+from alphaquant.studies.store.study import (
     TrialRow,
     find_duplicate,
     finish_trial,
@@ -40,6 +38,11 @@ N_LEAST_EXPECTED = 16
 """Trials that a search without a given number is first expected to have."""
 
 OnTrial = Callable[[TrialRow], None]
+Show = Callable[[optuna.Trial, Assignment, TrialRow], None]
+
+
+def show_nothing(trial: optuna.Trial, assignment: Assignment, row: TrialRow) -> None:
+    """Nobody looks at the study in a dashboard."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TrialLoop:
         folder: keeps their assignments.
         progress: called with ("study", trials done, trials).
         on_trial: called after each new trial.
+        show: told of each measured trial before it is finished, while it can be written to.
         scorer: measures what is asked for besides bits and KL.
         rows: trials so far, in order.
     """
@@ -82,6 +86,7 @@ class TrialLoop:
     folder: RunFolder
     progress: Progress
     on_trial: OnTrial
+    show: Show = show_nothing
     scorer: Scorer = field(default_factory=Scorer)
     rows: list[TrialRow] = field(default_factory=list)
     _stored: list[TrialRow] = field(default_factory=list)
@@ -207,27 +212,9 @@ class TrialLoop:
                 "--dtype float32, or leave out the smallest formats with --formats"
             )
         self.folder.save_assignment(proposal.assignment)
-        self._show(trial, proposal.assignment, row)
+        self.show(trial, proposal.assignment, row)
         finish_trial(self.study, trial, row, self.scorer.plan.objectives)
         return row
-
-    def _show(self, trial: optuna.Trial, assignment: Assignment, row: TrialRow) -> None:
-        """What the dashboard shows of a trial besides its numbers."""
-        inventory = self.objective.model_map.inventory
-        self.folder.attach(trial, self._config_text(assignment, row))
-        save_trial_note(trial, trial_note(row, assignment, inventory, self.spec))
-
-    def _config_text(self, assignment: Assignment, row: TrialRow) -> str:
-        inventory = self.objective.model_map.inventory
-        scores = {"kl": row.kl, "kl_stderr": row.kl_stderr, "predicted_kl": row.predicted_kl}
-        summary = {
-            **asdict(assignment.count_bits(inventory)),
-            "study": self.spec.run.study,
-            "origin": row.origin,
-            "assignment_digest": row.digest,
-            "evaluation": scores,
-        }
-        return dump_config(config_from_assignment(assignment, inventory, summary))
 
     def _row(self, proposal: Proposal) -> TrialRow:
         """Measure a proposal, or take over the numbers of an equal one."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from alphaquant.evaluators.base import Score
-from alphaquant.evaluators.data import TokenSet
 from alphaquant.evaluators.divergence import (
     Divergence,
     Teacher,
@@ -13,11 +12,12 @@ from alphaquant.evaluators.divergence import (
     measure_divergence,
 )
 from alphaquant.evaluators.perplexity import predict
-from alphaquant.quant.sites import ModelMap
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import batches_of
 from alphaquant.quant.swap import Swapper
-from alphaquant.quant.walk import batches_of
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.studies.evaluations import EvaluationLog, first_windows
+from alphaquant.studies.store.scores import EvaluationLog, first_windows
+from alphaquant.texts.windows import TokenSet
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaquant.errors import BudgetError, ConfigError
+from alphaquant.progress import StageClock
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.arrays import FloatArray, IntArray
 from alphaquant.search.evolution import EvolutionSettings, evolve
@@ -31,11 +32,11 @@ from alphaquant.search.knobs import Knobs, knob_params
 from alphaquant.search.problem import Problem
 from alphaquant.search.sampler import PlannedTrial
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.gate.winner import best_of
 from alphaquant.studies.loop import Proposal, TrialLoop
-from alphaquant.studies.progress import StageClock
 from alphaquant.studies.result import Probe, front_of
 from alphaquant.studies.stopping import outlook, stagnation
-from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.store.study import TrialRow
 from alphaquant.studies.trials import (
     ALL_ALLOCATORS,
     EVOLUTION,
@@ -44,7 +45,6 @@ from alphaquant.studies.trials import (
     uniform_fits,
 )
 from alphaquant.studies.truth import ChoiceTruth
-from alphaquant.studies.winner import best_of
 
 logger = logging.getLogger(__name__)
 

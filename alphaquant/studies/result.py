@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from alphaquant.evaluators.base import Metric
+from alphaquant.evaluators.scores import ScorePlan
 from alphaquant.search.pareto import nondominated
 from alphaquant.spaces.assignment import Assignment, BitCount, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.folder import RunFolder
-from alphaquant.studies.gate import GateResult
-from alphaquant.studies.objectives import ScorePlan
-from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.gate.judge import GateResult
+from alphaquant.studies.gate.winner import best_of
+from alphaquant.studies.store.folder import RunFolder
+from alphaquant.studies.store.study import TrialRow
 from alphaquant.studies.trials import ALLOCATOR, UNIFORM
-from alphaquant.studies.winner import best_of
 
 
 @dataclass(frozen=True)

@@ -11,32 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from alphaquant.evaluators.data import TokenSet, check_disjoint, shuffled
-from alphaquant.evaluators.divergence import TOP_K, store_teacher
-from alphaquant.evaluators.sensitivity import (
+from alphaquant.costs.fisher import (
     CostSettings,
     CostTable,
     UnitCosts,
     measure_costs,
     unit_costs,
 )
-from alphaquant.evaluators.spectra import UnitSpectra, measure_spectra, unit_spectra
-from alphaquant.quant.bank import Bank, Progress, bank_key, fill_bank, open_bank
-from alphaquant.quant.provenance import versions
+from alphaquant.costs.spectra import UnitSpectra, measure_spectra, unit_spectra
+from alphaquant.evaluators.divergence import TOP_K, store_teacher
+from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
+from alphaquant.progress import Progress, StageClock, no_progress
+from alphaquant.provenance import versions
+from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.search.arrays import FloatArray
-from alphaquant.search.constraints import SideConstraints, check_reachable
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
+from alphaquant.search.side.constraints import SideConstraints, check_reachable
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.menus import REFERENCE_FORMATS
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.quantizer import QuantSettings, settings_of
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.evaluations import EvaluationLog
+from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet
-from alphaquant.studies.objectives import ScorePlan, Scorer, open_scores, plan_scores
-from alphaquant.studies.progress import StageClock, no_progress
-from alphaquant.studies.sources import SOURCE_STEPS, Source, cache_dir, read_text
+from alphaquant.studies.store.scores import EvaluationLog
+from alphaquant.texts.windows import TokenSet, check_disjoint, shuffled
 
 LOAD_STEPS = SOURCE_STEPS + 4
 """Steps of loading: those of the model, three texts, the output directory with its study."""
@@ -278,7 +278,7 @@ def check_constraints(space: SearchSpace, constraints: SideConstraints) -> None:
     """Refuse side constraints that are out of reach, before anything is measured.
 
     Raises:
-        AlphaQuantError: see `alphaquant.search.constraints.check_reachable`.
+        AlphaQuantError: see `alphaquant.search.side.constraints.check_reachable`.
     """
     n_units, n_formats = len(space.units), len(space.menu)
     no_costs = {name: np.zeros((n_units, n_formats)) for name in COSTS}

@@ -10,7 +10,7 @@ is for studies of one objective. Here the room is taken from the trials themselv
             improved by the lead with probability 1 / n and else by nothing; so the next one is
             expected to gain lead / n, and `ROUND` of them that many times it
     error   `NOISE` standard errors of the lead, paired by window, or `LEAST_GAIN` where that is
-            more: a smaller lead does not change what a search chooses (`studies/winner.py`)
+            more: a smaller lead does not change what a search chooses (`studies/gate/winner.py`)
 
 Both are in parts of the KL. The decision depends on finished trials alone, so a search that is
 resumed stops where one that was not interrupted does.
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 
 from alphaquant.evaluators.base import paired_difference
-from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.winner import NOISE
+from alphaquant.studies.gate.winner import NOISE
+from alphaquant.studies.store.study import TrialRow
 
 ROUND = 4
 """Sampled trials that are weighed at a time, and the fewest that the rule judges by."""

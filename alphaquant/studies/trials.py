@@ -16,10 +16,10 @@ import optuna
 from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import FloatArray, IntArray
-from alphaquant.search.constraints import SideConstraints, is_kept, solve_constrained
 from alphaquant.search.groups import Groups, fit_groups, suggest_groups
 from alphaquant.search.knobs import Knobs, apply_knobs, suggest_knobs
 from alphaquant.search.problem import Problem
+from alphaquant.search.side.constraints import SideConstraints, is_kept, solve_constrained
 from alphaquant.search.solver import Solution, solve
 from alphaquant.spaces.assignment import Assignment, assignment_from_units, uniform_assignment
 from alphaquant.spaces.budget import parse_byte_budget

@@ -10,8 +10,8 @@ from itertools import product
 import numpy as np
 
 from alphaquant.search.arrays import FloatArray, IntArray
-from alphaquant.search.constraints import SideConstraints
 from alphaquant.search.problem import Problem, make_problem
+from alphaquant.search.side.constraints import SideConstraints
 from alphaquant.spaces.units import Matrix, Unit
 
 

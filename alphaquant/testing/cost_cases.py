@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from alphaquant.evaluators.sensitivity import CostSettings, CostTable, measure_costs
+from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ExpertsSite, ModelMap
 from alphaquant.quant.bank import Bank, fill_bank, open_bank
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ExpertsSite, ModelMap
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.evaluators.base import Evaluated, Evaluator, Score, Subject
+from alphaquant.models.mapping import map_model
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.models import map_model
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 

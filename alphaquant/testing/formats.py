@@ -14,8 +14,8 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.quant.codecs import check_finite, make_grid
-from alphaquant.quant.gptq import factorize, quantize_gptq, quantize_rtn
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
+from alphaquant.quant.rounding import factorize, quantize_gptq, quantize_rtn
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
 from alphaquant.specs.quantizer import ScaleSearch
 

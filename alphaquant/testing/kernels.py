@@ -23,9 +23,9 @@ from alphaquant.kernels import reference
 from alphaquant.kernels.bodies import FLOATS, is_foldable
 from alphaquant.kernels.grids import to_e8m0
 from alphaquant.kernels.order import KernelWeight
-from alphaquant.quant.gptq import quantize_rtn
-from alphaquant.quant.kernel_order import order_matrix
 from alphaquant.quant.matrix import PackedMatrix, pack_bf16
+from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import QUANTIZED, draw_weights
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaquant.quant.loading import register_architectures
+from alphaquant.models.loading import register_architectures
 
 VOCABULARY = 96
 N_LAYERS = 2

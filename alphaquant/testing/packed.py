@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from alphaquant.quant.checkpoint import CheckpointWriter
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
-from alphaquant.quant.integrity import write_checksums
-from alphaquant.quant.models import map_model
-from alphaquant.quant.parts import open_part
-from alphaquant.quant.sites import ModelMap
+from alphaquant.runtime.checkpoint import CheckpointWriter
+from alphaquant.runtime.integrity import write_checksums
+from alphaquant.runtime.parts import open_part
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import MENUS
 from alphaquant.specs.quantizer import QuantSettings

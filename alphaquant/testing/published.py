@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphaquant.quant.loading import register_architectures
+from alphaquant.models.loading import register_architectures
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe-1b-7b": (

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from alphaquant.studies.runner import search
 from alphaquant.studies.spec import DataSpec, SearchSpec
+
+from alphaquant.commands.search import search
 
 pytest_plugins = ("tests.browser",)
 

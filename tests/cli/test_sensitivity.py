@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from alphaquant.cli import sensitivity
+from alphaquant.commands.sensitivity import SensitivitySpec
 from alphaquant.errors import ConfigError
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies import expert_sensitivity as studies
-from alphaquant.studies.expert_sensitivity import SensitivitySpec
 
 Command = Callable[..., int]
 

@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-
-from alphaquant.studies.quantize import QuantizeSpec, quantize
-from alphaquant.studies.runner import search
 from alphaquant.studies.spec import DataSpec, SearchSpec
+
+from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.search import search
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 from tests.corpus.engine import Place, contents
 

@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from alphaquant.studies.spec import SearchSpec
+
 import alphaquant
+from alphaquant.commands.api import make_spec
+from alphaquant.commands.evaluate import EvaluateSpec
+from alphaquant.commands.quantize import QuantizeSpec
+from alphaquant.commands.sensitivity import SensitivitySpec
 from alphaquant.errors import BudgetError, ConfigError, FormatError, ModelError, StoreError
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.config import load_config
 from alphaquant.spaces.formats import parse_format, parse_menu
-from alphaquant.studies.api import make_spec
-from alphaquant.studies.evaluate import EvaluateSpec
-from alphaquant.studies.expert_sensitivity import SensitivitySpec
-from alphaquant.studies.quantize import QuantizeSpec
-from alphaquant.studies.spec import SearchSpec
 from tests.corpus.engine import Call, Place
 from tests.corpus.packed import LAYER, copied, tensors
 

@@ -25,7 +25,7 @@ OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
 SERVER = """
 import json, os, signal, sys, time
 import alphaquant.cli.quantize, alphaquant.cli.search
-import alphaquant.studies.quantize, alphaquant.studies.runner
+import alphaquant.commands.quantize, alphaquant.commands.search
 import transformers.quantizers.auto, transformers.integrations
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 for line in sys.stdin:

@@ -22,7 +22,7 @@ from alphaquant.evaluators.routes import (
     pack,
     route_batches,
 )
-from alphaquant.quant.checkpoint import load
+from alphaquant.runtime.checkpoint import load
 from alphaquant.testing.models import ROUTED_EXPERTS, tiny_model, tiny_tokens
 from alphaquant.testing.packed import save_packed
 

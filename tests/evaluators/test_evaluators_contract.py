@@ -20,10 +20,10 @@ from alphaquant.evaluators.latency import LatencyEvaluator, LatencyRow, LatencyT
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
-from alphaquant.quant.checkpoint import load
-from alphaquant.quant.models import map_model
+from alphaquant.models.mapping import map_model
+from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.formats import MENUS
-from alphaquant.studies.sources import load_source, read_text
+from alphaquant.studies.inputs import load_source, read_text
 from alphaquant.testing.evaluators import check_evaluator, check_worse, round_model
 from alphaquant.testing.models import tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, save_packed

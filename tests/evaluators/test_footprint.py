@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from torch import nn
 
+from alphaquant.costs.fisher import unit_costs
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.base import Evaluated, Subject
 from alphaquant.evaluators.footprint import FootprintEvaluator, active_shares
-from alphaquant.evaluators.sensitivity import unit_costs
-from alphaquant.quant.models import map_model
-from alphaquant.search.constraints import SideConstraints, is_kept
+from alphaquant.models.mapping import map_model
 from alphaquant.search.problem import make_problem
+from alphaquant.search.side.constraints import SideConstraints, is_kept
 from alphaquant.spaces.assignment import (
     Assignment,
     assignment_from_units,

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from torch import nn
 
+from alphaquant.commands.quantize import QuantizeSpec, quantize
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError
 from alphaquant.evaluators import harness_tasks
 from alphaquant.evaluators.base import Score, Subject
 from alphaquant.evaluators.harness import SEEDS, HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest
-from alphaquant.quant.checkpoint import load
-from alphaquant.quant.loading import load_model, load_tokenizer
-from alphaquant.studies.quantize import QuantizeSpec, quantize
+from alphaquant.models.loading import load_model, load_tokenizer
+from alphaquant.runtime.checkpoint import load
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.evaluators import check_evaluator
 

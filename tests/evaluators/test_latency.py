@@ -15,7 +15,7 @@ from torch import nn
 from alphaquant.errors import ConfigError, DataError
 from alphaquant.evaluators.base import Subject
 from alphaquant.evaluators.latency import LatencyEvaluator, LatencyTable, read_latency_table
-from alphaquant.quant.models import map_model
+from alphaquant.models.mapping import map_model
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.testing.cost_cases import COST_FORMATS, make_cost_case

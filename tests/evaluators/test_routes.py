@@ -13,7 +13,6 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.base import Subject
-from alphaquant.evaluators.data import token_digest
 from alphaquant.evaluators.routes import (
     LayerRoutes,
     find_routed,
@@ -24,10 +23,11 @@ from alphaquant.evaluators.routes import (
     unpack,
 )
 from alphaquant.evaluators.utilization import UtilizationEvaluator
-from alphaquant.quant.checkpoint import load
-from alphaquant.quant.models import map_model
+from alphaquant.models.mapping import map_model
+from alphaquant.runtime.checkpoint import load
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 from alphaquant.testing.packed import quantize_mixed, save_packed
+from alphaquant.texts.windows import token_digest
 
 TOKENS = tiny_tokens(5, 9)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.gptq import GPTQConfig, get_layers_for_model, gptq_quantize_model
 from alphaquant.gptq.model import stack_windows
+from alphaquant.models.mapping import map_model
 from alphaquant.quant.engine import QuantizedMatrix
-from alphaquant.quant.models import map_model
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 INT4 = {"default": {"wq": "int4", "group_size": 32}}

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.gptq import GPTQMoE, MoEGPTQContext, get_layers_for_model
-from alphaquant.quant.architectures import ARCHITECTURES
-from alphaquant.quant.models import map_model
-from alphaquant.quant.routing import tokens_by_expert
+from alphaquant.models.architectures import ARCHITECTURES
+from alphaquant.models.mapping import map_model
+from alphaquant.models.routing import tokens_by_expert
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
 
 SPARSE_LAYER = 1

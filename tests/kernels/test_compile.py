@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from alphaquant.kernels.order import KernelWeight
-from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import pack_drawn
 from alphaquant.testing.machine_code import disassemble, main_loop
 
@@ -66,7 +66,7 @@ class Facts:
 
 def compile_linear(name: str, dtype: str, block_cols: int) -> tuple[Any, int]:
     """The compiled kernel of a format, and how many threads a program has."""
-    linear = importlib.import_module("alphaquant.kernels.linear_triton")
+    linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
     weight = order_matrix(pack_drawn(name, 128, 512))
     constants = linear.constants_of(weight, DTYPES[dtype], use_asm=True)
     config = linear.CONFIGS.get((weight.element, block_cols), linear.LinearConfig())
@@ -104,7 +104,7 @@ def compile_kernel(
 
 def compile_others() -> dict[str, bool]:
     """Whether each of the other kernels, and the linear one without PTX, compiles as meant."""
-    linear = importlib.import_module("alphaquant.kernels.linear_triton")
+    linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
     found = {}
     sums = {"parts_ptr": "*fp32", "out_ptr": "*bf16"}
     done = compile_kernel(linear.add_splits_kernel, {"BLOCK": 1024}, sums, {"num_warps": 4})

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from alphaquant.kernels import reference
-from alphaquant.kernels.moe_config import GroupedConfig
-from alphaquant.kernels.moe_plan import ExpertWeights, GroupedExperts, stack_experts
+from alphaquant.kernels.moe.config import GroupedConfig
+from alphaquant.kernels.moe.plan import ExpertWeights, GroupedExperts, stack_experts
 from alphaquant.kernels.order import KernelWeight
-from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import FORMATS, Case, check_product, pack_drawn
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
@@ -40,14 +40,14 @@ HIDDEN, WIDTH, N_EXPERTS, N_CHOICES = 256, 192, 8, 2
 
 @pytest.fixture(scope="module")
 def linear() -> ModuleType:
-    module = importlib.import_module("alphaquant.kernels.linear_triton")
+    module = importlib.import_module("alphaquant.kernels.linear.product_triton")
     assert not module.IS_INTERPRETED
     return module
 
 
 @pytest.fixture(scope="module")
 def grouped() -> ModuleType:
-    return importlib.import_module("alphaquant.kernels.grouped_triton")
+    return importlib.import_module("alphaquant.kernels.moe.launch_triton")
 
 
 @contextmanager

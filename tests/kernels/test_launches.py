@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from alphaquant.kernels.moe_plan import ExpertWeights, GroupedExperts, stack_experts
+from alphaquant.kernels.moe.plan import ExpertWeights, GroupedExperts, stack_experts
 from alphaquant.kernels.order import KernelWeight
-from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import pack_drawn
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
@@ -144,9 +144,9 @@ def main() -> None:
     importlib.import_module("triton.runtime").driver.set_active(ClaimedDevice())
     launched: list[tuple[str, bool]] = []
     stop_after_compiling(launched)
-    linear = importlib.import_module("alphaquant.kernels.linear_triton")
-    products = importlib.import_module("alphaquant.kernels.moe_products_triton")
-    grouped = importlib.import_module("alphaquant.kernels.grouped_triton")
+    linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
+    products = importlib.import_module("alphaquant.kernels.moe.products_triton")
+    grouped = importlib.import_module("alphaquant.kernels.moe.launch_triton")
     linear.can_use_asm = products.can_use_asm = lambda x: True
 
     def report(call: str, run: Callable[[], object]) -> None:

@@ -28,7 +28,7 @@ from alphaquant.kernels.tuning import (
     table_file,
     table_for,
 )
-from alphaquant.quant.kernel_order import order_matrix
+from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import pack_drawn
 
 KEY = LaunchKey("int4", "f16", 1, False, "bfloat16", 8192, 8192, 16)

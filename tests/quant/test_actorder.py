@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.quant.gptq import factorize, hessian_error, quantize_gptq, quantize_rtn
+from alphaquant.quant.rounding import factorize, hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.spaces.formats import parse_format
 
 FORMATS = ["int3-g64-asym", "int4-g128", "int4-g32", "fp4-e2m1-g128", "mxfp4", "nvfp4"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from alphaquant.errors import FormatError, ModelError, StoreError
+from alphaquant.files import locked
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, fill_bank, open_bank
-from alphaquant.quant.files import locked
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ModelMap
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ConfigError
+from alphaquant.models.mapping import map_model
 from alphaquant.quant import engine
 from alphaquant.quant.layerwise import quantize_layers
-from alphaquant.quant.models import map_model
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens

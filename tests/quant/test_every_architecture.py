@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import alphaquant
+from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.errors import ModelError
-from alphaquant.quant.gradients import SampledLabels, trace_layers
-from alphaquant.quant.loading import load_model
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ModelMap
-from alphaquant.quant.walk import check_walk, relative_error
-from alphaquant.studies.quantize import QuantizeSpec, quantize
+from alphaquant.models.loading import load_model
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import check_walk, relative_error
 from alphaquant.testing.any_model import routed_architectures, save_any
 
 REFUSED = {

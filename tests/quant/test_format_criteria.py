@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.codecs import make_grid
-from alphaquant.quant.gptq import factorize, quantize_gptq, quantize_rtn
+from alphaquant.quant.rounding import factorize, quantize_gptq, quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import SEARCHES, draw_weights
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import (
     CHECKS,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from alphaquant.demo import model_path
-from alphaquant.quant.checkpoint import load
-from alphaquant.quant.loading import load_model, load_tokenizer
-from alphaquant.quant.models import map_model
-from alphaquant.quant.modules import PackedLinear, cache_dequantized
-from alphaquant.quant.pipeline import quantize_to_checkpoint
+from alphaquant.models.loading import load_model, load_tokenizer
+from alphaquant.models.mapping import map_model
+from alphaquant.runtime.checkpoint import load
+from alphaquant.runtime.modules import PackedLinear, cache_dequantized
+from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.quant.gptq import (
+from alphaquant.quant.hessian import accumulate
+from alphaquant.quant.matrix import RoundedBatch
+from alphaquant.quant.refine import refine
+from alphaquant.quant.rounding import (
     dampen,
     factorize,
     hessian_error,
     quantize_gptq,
     quantize_rtn,
 )
-from alphaquant.quant.hessian import accumulate
-from alphaquant.quant.matrix import RoundedBatch
-from alphaquant.quant.refine import refine
 from alphaquant.spaces.formats import FORMAT_KINDS, make_format, parse_format
 from alphaquant.testing.formats import draw_weights
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ExpertsSite, LayerSite, ModelMap
+from alphaquant.models.walk import observe_layer, walk
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
-from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.hessian import HessianBatch, LayerHessians
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ExpertsSite, LayerSite, ModelMap
-from alphaquant.quant.walk import observe_layer, walk
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import LinearSite, ModelMap
+from alphaquant.models.walk import check_walk
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.layerwise import quantize_layers, written
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import LinearSite, ModelMap
-from alphaquant.quant.walk import check_walk
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens

@@ -5,9 +5,9 @@ from functools import cache
 
 import pytest
 
-from alphaquant.quant.architectures import detect_moe_architecture, get_layers_for_model
-from alphaquant.quant.models import map_model
-from alphaquant.quant.sites import ModelMap
+from alphaquant.models.architectures import detect_moe_architecture, get_layers_for_model
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.published import PUBLISHED, skeleton
 

@@ -14,9 +14,9 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_q
 from torch import Tensor
 
 from alphaquant.kernels.packing import unpack_codes
-from alphaquant.quant.activations import fake_quantize as round_activations
 from alphaquant.quant.codecs import make_grid, rebuild, snap
-from alphaquant.quant.gptq import quantize_rtn
+from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.runtime.activations import fake_quantize as round_activations
 from alphaquant.spaces.formats import PER_ROW, Format, make_format, parse_format
 from alphaquant.testing.formats import SEARCHES, draw_weights
 

@@ -15,10 +15,10 @@ from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M
 from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 
 from alphaquant.kernels.packing import unpack_codes
-from alphaquant.quant.activations import fake_quantize
 from alphaquant.quant.codecs import make_grid
-from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.runtime.activations import fake_quantize
 from alphaquant.spaces.formats import parse_format
 
 TORCHAO = {

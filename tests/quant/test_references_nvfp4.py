@@ -19,8 +19,8 @@ from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor
 
 from alphaquant.kernels.packing import unpack_codes
 from alphaquant.quant.codecs import make_grid
-from alphaquant.quant.gptq import quantize_rtn
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import draw_weights
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from alphaquant.kernels.grids import Grid
 from alphaquant.quant.codecs import make_grid
-from alphaquant.quant.gptq import dampen, factorize, hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.quant.refine import better_rows, fit_scales, refine, residual, sweep_codes
+from alphaquant.quant.rounding import dampen, factorize, hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.spaces.formats import MENUS, parse_format
 
 FORMATS = [n for n in MENUS["all"] if n != "bf16"]

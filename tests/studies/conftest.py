@@ -15,10 +15,13 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from alphaquant.studies.spec import DataSpec, SearchSpec
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import Divergence
+from alphaquant.progress import StageClock
 from alphaquant.search.problem import Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import parse_budget
@@ -26,14 +29,11 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory, Matrix
-from alphaquant.studies.folder import RunFolder
 from alphaquant.studies.loop import TrialLoop
 from alphaquant.studies.objective import Measured
 from alphaquant.studies.program import Run
-from alphaquant.studies.progress import StageClock
 from alphaquant.studies.result import SearchResult
-from alphaquant.studies.runner import search
-from alphaquant.studies.spec import DataSpec, SearchSpec
+from alphaquant.studies.store.folder import RunFolder
 from alphaquant.studies.trials import Proposer
 from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.testing.checkpoints import save_texts, save_tiny

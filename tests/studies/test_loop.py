@@ -17,7 +17,7 @@ from alphaquant.search.sampler import PlannedTrial
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.studies.loop import Proposal
 from alphaquant.studies.program import Run, run_program
-from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.store.study import TrialRow
 
 MakeRun = Callable[..., Run]
 

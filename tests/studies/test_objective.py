@@ -12,9 +12,9 @@ from alphaquant.quant.bank import Bank, fill_bank, open_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.evaluations import EvaluationLog
+from alphaquant.studies.inputs import Source, load_source, read_text
 from alphaquant.studies.objective import EvaluationSet, Objective, SearchObjective
-from alphaquant.studies.sources import Source, load_source, read_text
+from alphaquant.studies.store.scores import EvaluationLog
 
 NAMES = ("int2-g32", "bf16")
 N_WINDOWS = 7

@@ -2,9 +2,9 @@
 
 import pytest
 
+from alphaquant.studies.gate.winner import best_of
 from alphaquant.studies.result import StageGain, front_of, stage_gains
-from alphaquant.studies.storage import TrialRow
-from alphaquant.studies.winner import best_of
+from alphaquant.studies.store.study import TrialRow
 
 
 def row(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, menu_of
 
 from alphaquant.errors import BudgetError, ConfigError, FormatError
-from alphaquant.search.constraints import SideConstraints
+from alphaquant.search.side.constraints import SideConstraints
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.spec import SERVING_MENU, DataSpec, SearchSpec, menu_of
 
 
 @pytest.mark.parametrize(

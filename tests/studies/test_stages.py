@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alphaquant.studies.spec import SearchSpec, menu_of
 
 from alphaquant.evaluators.divergence import Divergence
+from alphaquant.progress import StageClock, no_progress
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
-from alphaquant.studies.progress import StageClock, no_progress
-from alphaquant.studies.sources import load_source
-from alphaquant.studies.spec import SearchSpec, menu_of
+from alphaquant.studies.inputs import load_source
 from alphaquant.studies.stages import (
     LOAD_STEPS,
     Inputs,

@@ -12,7 +12,7 @@ from alphaquant.studies.stopping import (
     outlook,
     stagnation,
 )
-from alphaquant.studies.storage import TrialRow
+from alphaquant.studies.store.study import TrialRow
 
 LOWEST = np.linspace(0.5, 1.5, 16)
 

@@ -1,0 +1,372 @@
+"""`evaluate`: scores of a model or packed checkpoint, beside its reference where one is given."""
+
+import difflib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from alphaquant.errors import ConfigError
+from alphaquant.evaluators.base import Evaluator, Score, Subject
+from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
+from alphaquant.evaluators.drift import RoutingDriftEvaluator
+from alphaquant.evaluators.harness import HarnessEvaluator
+from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
+from alphaquant.evaluators.local_tasks import is_mmlu, write_mmlu_tasks
+from alphaquant.evaluators.perplexity import PerplexityEvaluator
+from alphaquant.evaluators.routes import keep_routes
+from alphaquant.evaluators.utilization import UtilizationEvaluator
+from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
+from alphaquant.models.quantization_config import is_packed
+from alphaquant.progress import Progress, no_progress
+from alphaquant.provenance import versions
+from alphaquant.reports.tables import fitted, wrapped
+from alphaquant.runtime.checkpoint import load
+from alphaquant.runtime.integrity import verify_checksums
+from alphaquant.specs.check import check_kind
+from alphaquant.specs.evaluate import EvaluateSpec
+from alphaquant.studies.inputs import (
+    DEMO,
+    check_model_name,
+    find_device,
+    load_windows,
+    model_location,
+    seq_len_of,
+)
+from alphaquant.texts.windows import TextRequest, TokenSet, check_sources
+
+SEQ_LEN = 2048
+"""Tokens per window of models other than the demo, or the model's limit where that is less."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What evaluators on windows are made from.
+
+    Attributes:
+        model: the reference, or the model itself where there is none.
+        tokens: the windows.
+        batch_size: windows per forward pass.
+        folder: for what is kept of the reference.
+        progress: called with a stage's name, steps done, steps.
+    """
+
+    model: nn.Module
+    tokens: TokenSet
+    batch_size: int
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that can be measured on windows of text.
+
+    Attributes:
+        metrics: what it gives.
+        make: makes the evaluator, which may give more.
+        compares: whether it compares with the reference.
+    """
+
+    metrics: tuple[str, ...]
+    make: Callable[[Ground], Evaluator]
+    compares: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        spec: what was asked.
+        scores: of the model.
+        reference_scores: of the reference on the same data; empty without one.
+        tokens: the windows; None where only tasks of lm-eval were asked.
+        details: tables behind the scores, by evaluator.
+        reference_details: those of the reference.
+    """
+
+    spec: EvaluateSpec
+    scores: tuple[Score, ...]
+    reference_scores: tuple[Score, ...]
+    tokens: TokenSet | None
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Evaluators, each with the metrics of its that were asked for."""
+
+    evaluators: tuple[tuple[Evaluator, frozenset[str]], ...]
+    tokens: TokenSet | None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Scores and details of one model."""
+
+    scores: tuple[Score, ...] = ()
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluation:
+    """Measure a model.
+
+    The reference comes first and is let go of, so that one model is in memory at a time.
+
+    Args:
+        spec: what to measure.
+        progress: called with a stage's name, steps done, steps.
+
+    Raises:
+        AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
+    """
+    check_kind(spec, EvaluateSpec, "evaluate")
+    device = _check(spec)
+    with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
+        folder = Path(scratch)
+        harness = _harness(spec, folder)
+        if spec.reference is not None and not is_packed(spec.model):
+            load_skeleton(model_location(spec.model))  # a wrong name is told before the long work
+        progress("load", 0, 1)
+        model = open_model(spec.reference or spec.model, device, spec.dtype)
+        chosen = _choose(spec, model, harness, folder, progress)
+        progress("load", 1, 1)
+        n_steps = len(chosen.evaluators) * (1 if spec.reference is None else 2)
+        found = _measure(chosen, model, lambda done: progress("evaluate", done, n_steps))
+        own = _Measured()
+        if spec.reference is not None:
+            del model
+            own, first = found, len(chosen.evaluators)
+            model = open_model(spec.model, device, spec.dtype)
+            found = _measure(
+                chosen, model, lambda done: progress("evaluate", first + done, n_steps)
+            )
+    return Evaluation(spec, found.scores, own.scores, chosen.tokens, found.details, own.details)
+
+
+def open_model(name: str, device: str, dtype: str) -> nn.Module:
+    """A packed checkpoint or any model that transformers loads.
+
+    Packed ones run in plain torch everywhere, so that scores are those of the search's trials.
+
+    Raises:
+        StoreError: a file of a packed checkpoint is not what was written.
+    """
+    if is_packed(name):
+        verify_checksums(Path(name))
+        return load(name, device, dtype, kernels=False)
+    return load_model(model_location(name), device, dtype, quantized=True)
+
+
+def window_tasks(spec: EvaluateSpec) -> list[str]:
+    """Those measured on windows of text."""
+    return [task for task in spec.names if task in TASKS]
+
+
+def harness_tasks(spec: EvaluateSpec) -> tuple[str, ...]:
+    """Those of lm-eval."""
+    return tuple(task for task in spec.names if task not in TASKS)
+
+
+def evaluation_text(found: Evaluation, width: int | None = None) -> str:
+    """The scores for people, one per line, and what they were measured on.
+
+    Args:
+        found: what was measured.
+        width: characters of the screen; columns that do not fit are left out. None for all.
+    """
+    compared = {m for task in TASKS.values() if task.compares for m in task.metrics}
+    reference = {s.metric: s for s in found.reference_scores if s.metric not in compared}
+    rows = []
+    for score in found.scores:
+        stderr = "" if score.stderr is None else f"+- {score.stderr:.6f}"
+        beside = reference.get(score.metric)
+        original = "" if beside is None else f"original {beside.value:.6f}"
+        rows.append([score.metric, f"{score.value:.6f}", stderr, score.unit, original])
+    head = ("metric", "value", "stderr", "unit", "")
+    lines = [fitted(head, rows, width, ("unit",), left=("metric", "unit", ""))]
+    if found.tokens is not None:
+        n_samples, seq_len = found.tokens.tokens.shape
+        lines.append(
+            f"{n_samples} of {found.tokens.n_available} windows of {seq_len} tokens of "
+            f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
+        )
+    lines += [_harness_text(d) for d in found.details.values() if "lm_eval" in d]
+    return "\n".join(wrapped(line, width) for line in lines)
+
+
+def evaluation_json(found: Evaluation) -> dict[str, Any]:
+    """The scores with their provenance, for programs."""
+    spec = found.spec
+    return {
+        "model": spec.model,
+        "reference": spec.reference,
+        "tasks": list(spec.names),
+        "scores": [asdict(s) for s in found.scores],
+        "reference_scores": [asdict(s) for s in found.reference_scores],
+        "details": found.details,
+        "reference_details": found.reference_details,
+        "data": None if found.tokens is None else found.tokens.provenance(),
+        "task_data": None if spec.task_data is None else str(spec.task_data),
+        "dtype": spec.dtype,
+        "batch_size": spec.batch_size,
+        "versions": versions(),
+    }
+
+
+def _check(spec: EvaluateSpec) -> str:
+    """Refuse what cannot be measured; the device otherwise."""
+    for name, value in (("model", spec.model), ("reference", spec.reference)):
+        if value is not None:
+            check_model_name(value, name)
+    if not spec.names:
+        raise ConfigError(f"tasks: none; possible are {_possible()}; name some")
+    for name in harness_tasks(spec):
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.75)
+        if near and not Path(name).exists():
+            raise ConfigError(
+                f"unknown task {name!r}; possible are {_possible()}; did you mean {near[0]}?"
+            )
+    if window_tasks(spec):
+        check_sources({"heldout": spec.data}, spec.bos)
+    comparing = [name for name in window_tasks(spec) if TASKS[name].compares]
+    if comparing and spec.reference is None:
+        raise ConfigError(
+            f"{', '.join(comparing)} asked, which needs the original model, and none is given; "
+            "give --reference MODEL, or --tasks perplexity"
+        )
+    only = {"shots": spec.shots, "limit": spec.limit, "task-data": spec.task_data}
+    given = [f"--{name} {value}" for name, value in only.items() if value is not None]
+    if given and not harness_tasks(spec):
+        raise ConfigError(
+            f"{', '.join(given)} given, which are for tasks of lm-eval, and the tasks are "
+            f"{', '.join(spec.names)}; name a task of lm-eval such as mmlu, or leave them out"
+        )
+    if spec.task_data is not None and not any(map(is_mmlu, spec.names)):
+        raise ConfigError(
+            f"--task-data {spec.task_data} given, which is for mmlu and its subjects, and the "
+            f"tasks are {', '.join(spec.names)}; add mmlu, or give a task file of your own "
+            "(docs/evaluation.md)"
+        )
+    local = spec.task_data is not None
+    check_task_names([name for name in harness_tasks(spec) if not (local and is_mmlu(name))])
+    return find_device(spec.device)
+
+
+def _possible() -> str:
+    return f"{', '.join(TASKS)}, and any task, task file or folder of task files of lm-eval"
+
+
+def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
+    """The evaluator of lm-eval's tasks, with their documents; None where none are asked."""
+    tasks = harness_tasks(spec)
+    if not tasks:
+        return None
+    local = None
+    if spec.task_data is not None:
+        local = folder / "tasks"
+        local.mkdir()
+        write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
+    tokenizer = load_tokenizer(model_location(spec.reference or spec.model))
+    request = HarnessRequest(tasks, local, spec.shots, spec.limit, spec.batch_size)
+    return HarnessEvaluator(request, tokenizer, spec.bos)
+
+
+def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:
+    """The windows, by the tokenizer and length limit of a model."""
+    asked = spec.seq_len
+    if asked is None and name != DEMO:
+        config: Any = model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        asked = SEQ_LEN if limit is None else min(SEQ_LEN, int(limit))
+    seq_len = seq_len_of(name, model, asked)
+    request = TextRequest(spec.data, "heldout", spec.samples, seq_len, spec.seed, spec.bos)
+    return load_windows(request, name, model, load_tokenizer(model_location(name)))
+
+
+def _choose(
+    spec: EvaluateSpec,
+    model: nn.Module,
+    harness: HarnessEvaluator | None,
+    folder: Path,
+    progress: Progress,
+) -> _Chosen:
+    """The evaluators asked for; `model` is the first one that is measured.
+
+    Divergence gives perplexity in the same pass, so with both asked the model runs once.
+    """
+    chosen: list[tuple[Evaluator, frozenset[str]]] = []
+    tokens = None
+    if window_tasks(spec):
+        tokens = _windows(spec, spec.reference or spec.model, model)
+        ground = Ground(model, tokens, spec.batch_size, folder, progress)
+        asked: dict[Callable[[Ground], Evaluator], list[str]] = {}
+        for name in window_tasks(spec):
+            make = _divergence if name == "perplexity" and "kl" in spec.names else TASKS[name].make
+            asked.setdefault(make, []).extend(TASKS[name].metrics)
+        chosen += [(make(ground), frozenset(metrics)) for make, metrics in asked.items()]
+    if harness is not None:
+        chosen.append((harness, frozenset(metric.name for metric in harness.metrics)))
+    return _Chosen(tuple(chosen), tokens)
+
+
+def _measure(chosen: _Chosen, model: nn.Module, progress: Callable[[int], None]) -> _Measured:
+    """Scores and details of one model by every evaluator."""
+    scores: list[Score] = []
+    details: dict[str, Mapping[str, Any]] = {}
+    progress(0)
+    for done, (evaluator, metrics) in enumerate(chosen.evaluators, 1):
+        found = evaluator.evaluate(Subject(model))
+        scores += [score for score in found.scores if score.metric in metrics]
+        if found.details:
+            details[evaluator.name] = found.details
+        progress(done)
+    return _Measured(tuple(scores), details)
+
+
+def _harness_text(details: Mapping[str, Any]) -> str:
+    """What tasks of lm-eval were measured on."""
+    rows: Sequence[Mapping[str, Any]] = details["tasks"]
+    shots = ", ".join(str(n) for n in sorted({row["n_shots"] for row in rows}))
+    n_samples, n_available, n_cut = (
+        sum(row[key] for row in rows) for key in ("n_samples", "n_available", "n_cut")
+    )
+    cut = f", {n_cut} prompts cut to the last {details['max_length']} tokens" if n_cut else ""
+    return (
+        f"lm-eval {details['lm_eval']}: {n_samples} of {n_available} documents of {len(rows)} "
+        f"tasks, {shots} shots{cut}"
+    )
+
+
+def _divergence(ground: Ground) -> Evaluator:
+    tokens, size = ground.tokens.tokens, ground.batch_size
+    path = ground.folder / "teacher.safetensors"
+    teacher = store_teacher(path, ground.model, tokens, batch_size=size, progress=ground.progress)
+    return DivergenceEvaluator(tokens, teacher, size)
+
+
+def _perplexity(ground: Ground) -> Evaluator:
+    return PerplexityEvaluator(ground.tokens.tokens, ground.batch_size)
+
+
+def _utilization(ground: Ground) -> Evaluator:
+    return UtilizationEvaluator(ground.tokens.tokens, ground.batch_size)
+
+
+def _drift(ground: Ground) -> Evaluator:
+    routes = keep_routes(ground.model, ground.tokens.tokens, ground.batch_size)
+    return RoutingDriftEvaluator(ground.tokens.tokens, routes)
+
+
+TASKS = {
+    "kl": Task(("kl", "same_top"), _divergence, compares=True),
+    "perplexity": Task(("perplexity",), _perplexity),
+    "utilization": Task(("load_imbalance", "load_entropy", "starved_experts"), _utilization),
+    "drift": Task(("router_kl", "expert_overlap"), _drift, compares=True),
+}
+"""What can be measured on windows of text."""

@@ -1,0 +1,305 @@
+"""`quantize`: from a configuration to a packed checkpoint, with the calibration that it names."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alphaquant.errors import ConfigError, ModelError
+from alphaquant.models.architectures import check_architecture, choose_architecture
+from alphaquant.models.loading import load_skeleton, named_dtype
+from alphaquant.models.mapping import map_model
+from alphaquant.models.quantization_config import is_packed
+from alphaquant.models.source_files import with_source
+from alphaquant.progress import Progress, no_progress
+from alphaquant.reports.bits import bit_lines
+from alphaquant.reports.tables import aligned
+from alphaquant.runtime.parts import open_part
+from alphaquant.runtime.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.spaces.assignment import BitCount
+from alphaquant.spaces.config import Config, Plan, load_config, resolve
+from alphaquant.spaces.formats import BF16, Format
+from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.check import check_kind
+from alphaquant.specs.flat import make
+from alphaquant.specs.quantize import ConfiguredTextSpec, QuantizeSpec
+from alphaquant.specs.quantizer import QuantSettings, changed
+from alphaquant.specs.texts import DEMO_TEXT
+from alphaquant.studies.inputs import (
+    Source,
+    find_device,
+    load_source,
+    model_location,
+    model_notes,
+    read_text,
+)
+from alphaquant.texts.windows import TokenSet, check_sources
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
+
+_LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
+"""Of a summary's numbers; a specification calls the first `n_calibration`."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a configuration would do, found without weights."""
+
+    plan: Plan
+    inventory: Inventory
+    counts: BitCount
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What `aq-search` wrote into a configuration so that its trial can be made again.
+
+    Attributes:
+        settings: how its matrices were quantized.
+        calibration: provenance of the calibration windows, see `TokenSet.provenance`.
+        model_digest: of the weights, None if not stated.
+    """
+
+    settings: QuantSettings
+    calibration: Mapping[str, Any]
+    model_digest: str | None
+
+
+def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
+    """Quantize a model as a configuration says and write a packed checkpoint.
+
+    Args:
+        spec: what to do.
+        progress: called with a stage's name, steps done, steps.
+
+    Raises:
+        AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
+    """
+    check_kind(spec, QuantizeSpec, "quantize")
+    config = load_config(spec.config)
+    summary = _read_summary(config.summary or {}, spec.config)
+    settings = _settings(spec, summary)
+    check_architecture(spec.model_type)
+    if spec.dtype != "auto":
+        named_dtype(spec.dtype)
+    device = find_device(spec.device)
+    if settings.method == "gptq":
+        check_sources({"calibration": _calibration_text(spec, summary)}, spec.text.bos or "auto")
+    if spec.out is None:
+        raise ConfigError("quantize needs out; the directory of the packed checkpoint")
+    with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
+        progress("load", 0, 1)
+        source = load_source(spec.model, device, spec.dtype)
+        architecture = choose_architecture(source.map.model, spec.model_type)
+        plan = resolve(config, source.map.inventory, strict=spec.strict)
+        warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
+        warnings += model_notes(source.map)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
+        progress("load", 1, 1)
+        facts = _facts(source, config, plan, tokens, warnings)
+        return quantize_to_checkpoint(
+            source.map,
+            plan.assignment,
+            part,
+            settings,
+            None if tokens is None else tokens.tokens,
+            facts=facts | {"architecture": architecture.name},
+            activations=_activations(plan),
+            tokenizer=source.tokenizer,
+            progress=progress,
+        )
+
+
+def dry_run(spec: QuantizeSpec) -> DryRun:
+    """Resolve a configuration on a model without loading weights.
+
+    Raises:
+        AlphaQuantError: a bad configuration or model.
+    """
+    config = load_config(spec.config)
+    _settings(spec, _read_summary(config.summary or {}, spec.config))
+    if is_packed(model_location(spec.model)):  # whose skeleton could be had all the same
+        raise ModelError(
+            f"{spec.model} is quantized already, by aq-quantize; quantizing starts from the "
+            "original weights: give those"
+        )
+    skeleton = load_skeleton(model_location(spec.model))
+    architecture = choose_architecture(skeleton, spec.model_type)
+    model_map = with_source(map_model(skeleton), model_location(spec.model))
+    inventory = model_map.inventory
+    plan = resolve(config, inventory, strict=spec.strict)
+    for warning in (*plan.warnings, *architecture.warnings, *model_notes(model_map)):
+        logger.warning("%s", warning)
+    return DryRun(plan, inventory, plan.assignment.count_bits(inventory))
+
+
+def plan_text(found: DryRun) -> str:
+    """What a configuration would do, for people: matrices by kind and format, and the bits."""
+    formats, activations = found.plan.assignment.formats, _activations(found.plan)
+    shown = ["kind", "format", *(["inputs"] if activations else [])]
+
+    def words(matrix: Matrix) -> tuple[str, ...]:
+        inputs = activations.get(matrix.name, BF16).name
+        return (matrix.kind, formats[matrix.name], inputs)[: len(shown)]
+
+    counts = Counter(words(m) for m in found.inventory.matrices)
+    rows = [[*key, str(n)] for key, n in sorted(counts.items())]
+    table = aligned([*shown, "matrices"], rows, left=shown)
+    return "\n".join([table, *bit_lines(found.counts)])
+
+
+def result_json(result: PipelineResult) -> dict[str, Any]:
+    """What was written, for programs."""
+    return {
+        "path": str(result.path),
+        "quantized_bytes": result.quantized_bytes,
+        "checkpoint_bytes": result.checkpoint_bytes,
+        "fallbacks": dict(result.fallbacks),
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
+    """Take from a configuration's summary what making its trial again needs.
+
+    Raises:
+        ConfigError: a part has another type, or a setting another value, than is possible.
+    """
+    quantization = _part(summary, "quantization", {}, path)
+    calibration = _part(summary, "calibration", _CALIBRATION_TYPES, path)
+    for name, least in _LEAST.items():
+        if calibration.get(name, least) < least:
+            raise ConfigError(
+                f"{path}: summary.calibration.{name} is {calibration[name]}; use {least} or more"
+            )
+    digest = summary.get("model_digest")
+    settings = _read_settings(quantization, path)
+    return _Summary(settings, calibration, digest if isinstance(digest, str) else None)
+
+
+def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
+    nulls = [name for name, value in quantization.items() if value is None]
+    if nulls:
+        raise ConfigError(
+            f"{path}: summary.quantization.{nulls[0]} is null; leave the key out for its default"
+        )
+    # People write 1.0 as 1; reports and digests of both are to be the same.
+    percdamp = quantization.get("percdamp")
+    if type(percdamp) is int:
+        quantization = {**quantization, "percdamp": float(percdamp)}
+    try:
+        return make(QuantSettings, quantization, "a quantization")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: summary.quantization: {error}") from error
+
+
+def _part(
+    summary: Mapping[str, Any], name: str, types: Mapping[str, type], path: Path
+) -> Mapping[str, Any]:
+    """One part of a summary, empty where it is absent; what `types` names has these types."""
+    found = summary.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{path}: summary.{name} is {found!r}; it is an object; remove it")
+    for key in sorted(types.keys() & found.keys()):
+        if type(found[key]) is not types[key]:
+            raise ConfigError(
+                f"{path}: summary.{name}.{key} is {found[key]!r}; it is a "
+                f"{types[key].__name__}; remove it"
+            )
+    return found
+
+
+def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
+    """Flag over summary over default."""
+    return changed(summary.settings, spec.quantizer)
+
+
+def _asked(
+    spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
+) -> dict[str, Any]:
+    """What decides the checkpoint and is known before anything is loaded, see `Part.claim`."""
+    found, text = summary.calibration, spec.text
+    calibration = {
+        "source": text.calibration or found.get("source"),
+        "n_samples": text.calibration_samples or found.get("n_samples"),
+        "seq_len": text.seq_len or found.get("seq_len"),
+        "seed": found.get("seed") if text.seed is None else text.seed,
+        "bos": text.bos or found.get("bos"),
+    }
+    return {
+        "model": spec.model,
+        "configuration": config.model_dump(exclude_none=True, exclude={"summary", "comment"}),
+        "settings": asdict(settings),
+        "calibration": calibration if settings.method == "gptq" else None,
+        "dtype": spec.dtype,
+        "device": spec.device,
+    }
+
+
+def _facts(
+    source: Source, config: Config, plan: Plan, tokens: TokenSet | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Provenance for `quantize_report.json`."""
+    return {
+        **source.facts(),
+        "config": config.model_dump(exclude_none=True, exclude={"summary"}),
+        "staying": [asdict(s) for s in source.map.staying],
+        "carried": sorted(c.name for c in source.map.carried),
+        "assignment_digest": plan.assignment.digest,
+        "calibration": None if tokens is None else tokens.provenance(),
+        "warnings": warnings,
+    }
+
+
+def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:
+    """Flag over summary over default."""
+    found, text = summary.calibration, spec.text
+    tokens = read_text(
+        source,
+        _calibration_text(spec, summary),
+        "calibration",
+        text.calibration_samples or found.get("n_samples", 128),
+        text.seq_len or found.get("seq_len"),
+        found.get("seed", 0) if text.seed is None else text.seed,
+        _bos_of(found) if text.bos is None else text.bos,
+    )
+    if found.get("digest") not in (None, tokens.digest) and text == ConfiguredTextSpec():
+        raise ConfigError(
+            f"{spec.config} was searched with other calibration text than {tokens.name} gives "
+            "now; give --calibration to use this text, or restore the file"
+        )
+    return tokens
+
+
+def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:
+    stated = str(summary.calibration.get("source", DEMO_TEXT))
+    return stated if spec.text.calibration is None else spec.text.calibration
+
+
+def _bos_of(calibration: Mapping[str, Any]) -> str:
+    """What the windows of a summary start with; those of older versions did with the text."""
+    if "bos" not in calibration:
+        return "never" if "digest" in calibration else "auto"
+    return "always" if calibration["bos"] else "never"
+
+
+def _activations(plan: Plan) -> dict[str, Format]:
+    """What inputs are rounded to, for the matrices whose inputs are."""
+    return {
+        name: scheme.activation
+        for name, scheme in plan.schemes.items()
+        if scheme.activation.is_quantized
+    }
+
+
+def _check_source(summary: _Summary, source: Source) -> list[str]:
+    """What the user should know before the result is trusted."""
+    if summary.model_digest not in (None, source.digest):
+        return [f"the configuration was searched on other weights than those of {source.name}"]
+    return []

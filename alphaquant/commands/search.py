@@ -1,0 +1,299 @@
+"""`search`: from a specification to a front of configurations.
+
+Stages: load (model, texts), teacher (the original's predictions), hessians and bank (every matrix
+in every format), costs, study, gate (held-out text), report. Banks, costs and teachers are kept in
+the cache and found again by digest; trials are kept in the study. The same specification gives the
+same trials, and running it again resumes where it stopped.
+
+Everything that can be refused is refused before the output directory is made: names and ranges
+first, then whose directory it is, then the model with its space, then the texts.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+from alphaquant.costs.fisher import rare_matrices
+from alphaquant.evaluators.scores import check_scores
+from alphaquant.models.loading import named_dtype
+from alphaquant.progress import Progress, StageClock, no_progress
+from alphaquant.provenance import device_facts, versions
+from alphaquant.quant.swap import Swapper
+from alphaquant.reports.cautions import RARE_TOKENS
+from alphaquant.reports.decoration import decorate
+from alphaquant.reports.notes import TrialNotes, begin_study_note, study_note
+from alphaquant.reports.report import write_configs, write_report
+from alphaquant.search.groups import check_grouping
+from alphaquant.search.sampler import make_sampler
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.budget import Budget, parse_budget
+from alphaquant.spaces.menus import menu_of
+from alphaquant.spaces.profiles import Profile, find_profile
+from alphaquant.spaces.space import make_space
+from alphaquant.specs.check import check_kind
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.gate.judge import GateResult, judge
+from alphaquant.studies.inputs import cache_dir, find_device, load_source, model_notes
+from alphaquant.studies.loop import OnTrial, TrialLoop
+from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.program import Run, run_program
+from alphaquant.studies.result import SearchResult, front_of
+from alphaquant.studies.stages import (
+    LOAD_STEPS,
+    Inputs,
+    Prepared,
+    bank_formats,
+    check_constraints,
+    load_inputs,
+    open_scorer,
+    prepare,
+)
+from alphaquant.studies.store.folder import (
+    RunFolder,
+    check_folder,
+    check_place,
+    claim_folder,
+    default_storage,
+    facts_digest,
+    locked_folder,
+)
+from alphaquant.studies.store.study import open_study
+from alphaquant.studies.store.urls import check_storage
+from alphaquant.studies.trials import Proposer, check_allocators, check_constrained, constraints_of
+from alphaquant.studies.truth import ChoiceTruth
+from alphaquant.texts.windows import check_sources
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A specification whose names were all found."""
+
+    budget: Budget
+    profile: Profile
+    menu: tuple[str, ...]
+    device: str
+
+
+def search(
+    spec: SearchSpec,
+    *,
+    progress: Progress = no_progress,
+    on_trial: OnTrial = lambda row: None,
+) -> SearchResult:
+    """Search formats for a model under a budget and write the results to `spec.run.out`.
+
+    Args:
+        spec: what to search.
+        progress: called with a stage's name, steps done, steps.
+        on_trial: called after each trial.
+
+    Raises:
+        AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
+    """
+    check_kind(spec, SearchSpec, "run_search")
+    request = _check(spec)
+    with locked_folder(spec.run.out):
+        return _search(spec, request, StageClock(progress), on_trial)
+
+
+def _search(
+    spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial
+) -> SearchResult:
+    """The stages, in an output directory that no other process works on."""
+    clock("load", 0, LOAD_STEPS)
+    steps = clock.counted("load", LOAD_STEPS)
+    source = load_source(spec.checkpoint.model, request.device, spec.checkpoint.dtype, steps)
+    for note in model_notes(source.map):
+        logger.warning("%s", note)
+    space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
+    check_constraints(space, constraints_of(spec.limits))
+    inputs = load_inputs(spec, source, clock)
+    with _claimed(spec, inputs) as (folder, study):
+        if space.idle_budget is not None:
+            logger.warning("%s", space.idle_budget)
+        begin_study_note(study, study_note(spec, space.menu))
+        clock("load", LOAD_STEPS, LOAD_STEPS)
+        prepared = prepare(spec, inputs, space, clock)
+        run = _make_run(prepared, folder, study, clock, on_trial)
+        findings = run_program(run)
+        run.loop.end()
+    gate = _judge(run, prepared)
+    objective = run.truth.objective
+    result = SearchResult(
+        spec=spec,
+        space=space,
+        rows=tuple(run.loop.rows),
+        gate=gate,
+        seconds={},
+        n_measured=objective.n_evaluations,
+        n_passes=objective.n_passes,
+        probe=findings.probe,
+        stopped=findings.stopped,
+        facts=_provenance(prepared, request.device),
+        folder=folder,
+        scores=inputs.scores,
+        original_perplexity=prepared.teachers.heldout.teacher.perplexity,
+    )
+    return _decorated(_write(result, clock), inputs)
+
+
+def _check(spec: SearchSpec) -> _Request:
+    """Find every name in a specification, before anything is loaded.
+
+    Raises:
+        AlphaQuantError: a name or number that does not exist, or an `out` that is taken.
+    """
+    budget, profile = parse_budget(spec.limits.budget), find_profile(spec.limits.profile)
+    menu = menu_of(spec.limits.formats, profile)
+    make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
+    check_grouping(spec.proposals.grouping)
+    check_allocators(spec)
+    check_constrained(spec)
+    check_scores(spec.scores)
+    check_sources(spec.texts.sources, spec.texts.bos)
+    device = find_device(spec.checkpoint.device)
+    if spec.checkpoint.dtype != "auto":
+        named_dtype(spec.checkpoint.dtype)
+    if spec.run.storage is not None:
+        check_storage(spec.run.storage)
+    check_place(spec.run.out, "--out")
+    check_place(cache_dir(spec.run.cache), "--cache")
+    check_folder(spec.run.out, spec.facts(), overwrite=spec.run.overwrite)
+    return _Request(budget, profile, menu, device)
+
+
+def _make_run(
+    prepared: Prepared,
+    folder: RunFolder,
+    study: optuna.Study,
+    clock: StageClock,
+    on_trial: OnTrial,
+) -> Run:
+    """What the steps of a program share."""
+    spec, space = prepared.spec, prepared.space
+    source, texts = prepared.inputs.source, prepared.teachers
+    scorer = open_scorer(prepared, clock)
+    log = prepared.log_of(texts.evaluation)
+    swapper = Swapper(source.map, prepared.bank.read)
+    objective = SearchObjective(source.map, swapper, texts.evaluation, log)
+    proposer = Proposer(space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits))
+
+    def predict(assignment: Assignment) -> float:
+        return prepared.costs.predict_kl(space, assignment)
+
+    notes = TrialNotes(spec, prepared.inputs.source.map.inventory, folder)
+    return Run(
+        spec=spec,
+        proposer=proposer,
+        loop=TrialLoop(spec, study, objective, predict, folder, clock, on_trial, notes, scorer),
+        truth=ChoiceTruth(objective, proposer.spread),
+        clock=clock,
+    )
+
+
+def _judge(run: Run, prepared: Prepared) -> GateResult:
+    """The comparison with uniform formats on held-out text."""
+    heldout = prepared.teachers.heldout
+    front = front_of(run.loop.rows, prepared.inputs.scores.objectives)
+    rows = {row.digest: row for row in (*front, run.best())}
+    points = [(row, run.loop.assignment(row)) for row in rows.values()]
+    objective = Objective(run.truth.objective.swapper)
+    names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
+    return judge(
+        objective,
+        heldout,
+        prepared.space,
+        points,
+        names,
+        prepared.log_of(heldout),
+        objectives=prepared.inputs.scores.objectives,
+        progress=run.clock,
+    )
+
+
+@contextmanager
+def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optuna.Study]]:
+    """The output directory and the study, opened for this search.
+
+    A study outside the directory comes first, so that a wrong one leaves no directory.
+    """
+    facts = _facts(spec, inputs)
+    with ExitStack() as stack:
+        open_it = _study(spec, inputs)
+        if spec.run.storage is None:
+            folder = claim_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
+            yield folder, stack.enter_context(open_it)
+        else:
+            study = stack.enter_context(open_it)
+            yield (
+                claim_folder(
+                    spec.run.out, facts, overwrite=spec.run.overwrite, storage=spec.run.storage
+                ),
+                study,
+            )
+
+
+def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
+    """Everything that decides the trials."""
+    return {**spec.facts(), **inputs.digests()}
+
+
+def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:
+    url = spec.run.storage or default_storage(spec.run.out)
+    digest = facts_digest(_facts(spec, inputs))
+    return open_study(url, spec.run.study, digest, inputs.scores.objectives)
+
+
+def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
+    spec, inputs, bank = prepared.spec, prepared.inputs, prepared.bank
+    tokens_per_expert: dict[str, list[int]] = {}
+    for layer in range(inputs.source.map.inventory.n_layers):
+        tokens_per_expert |= bank.utilization(layer)
+    return {
+        **inputs.facts(),
+        **device_facts(device),
+        "versions": versions(),
+        "seed": spec.proposals.seed,
+        "bank": bank.path.name,
+        "bank_bytes": bank.n_bytes(),
+        "calibration_tokens_per_expert": tokens_per_expert,
+        "rare_matrices": list(rare_matrices(prepared.costs.table, RARE_TOKENS)),
+    }
+
+
+def _write(result: SearchResult, clock: StageClock) -> SearchResult:
+    """Write all files; the seconds in them include writing the configurations."""
+    clock("report", 0, 1)
+    write_configs(result)
+    clock("report", 1, 1)
+    clock.stop()
+    result = replace(result, seconds=dict(clock.seconds))
+    write_report(result)
+    return result
+
+
+def _decorated(result: SearchResult, inputs: Inputs) -> SearchResult:
+    """Show the result in the study too; its files are written, and nothing here may lose them.
+
+    A failure is told on the terminal and kept in front.json.
+    """
+    try:
+        with _study(result.spec, inputs) as study:
+            decorate(study, result)
+    except Exception as error:  # of any kind: hours of search end here
+        problem = " ".join(str(error).split()) or type(error).__name__
+        logger.warning(
+            "all results are in %s, but the study lacks its note and figures for the dashboard "
+            "(%s); run the same command again to add them",
+            result.folder.path,
+            problem,
+        )
+        result = replace(result, facts={**result.facts, "dashboard_problem": problem})
+        write_report(result)
+    return result

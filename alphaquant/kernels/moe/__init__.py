@@ -1,0 +1,1 @@
+"""Triton kernels of routed experts in any mix of formats."""

@@ -1,0 +1,1 @@
+"""Ways in which models keep routed experts, each a class of `ExpertsSite`."""

@@ -1,0 +1,266 @@
+"""Models and tokenizers from a directory or the hub, through transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphaquant.errors import ModelError
+from alphaquant.models.quantization_config import QUANT_METHOD
+from alphaquant.models.source_files import check_source, locate
+from alphaquant.models.zero_rows import read_missing_rows
+
+
+def register_architectures() -> None:
+    """Make transformers know the models that it lacks and the project defines."""
+    from alphaquant.models.deepseek_moe import register
+
+    register()
+
+
+def load_model(
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    quantized: bool = False,
+) -> nn.Module:
+    """Load a causal language model with transformers, in evaluation mode, gradients off.
+
+    Args:
+        name: a local directory or a hub id.
+        device: `cpu`, `cuda`, ...
+        dtype: `float32`, `bfloat16`, `float16`; `auto` is float32 on the CPU (bfloat16 is slow
+            there) and the checkpoint's own elsewhere.
+        trust_remote_code: run code that comes with the checkpoint.
+        quantized: load checkpoints of other quantizers too, as transformers does, to run them.
+
+    Raises:
+        ModelError: the model cannot be found or read, or is quantized already.
+    """
+    from transformers import AutoConfig
+
+    register_architectures()
+    if Path(name).is_dir():
+        check_source(Path(name))
+    wanted: str | torch.dtype = "auto" if dtype == "auto" else named_dtype(dtype)
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32
+    try:
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+        dequantizing = _dequantizing(config, name, refuse=not quantized)
+        model, report = auto_class(config).from_pretrained(
+            str(name),
+            dtype=wanted,
+            trust_remote_code=trust_remote_code,
+            quantization_config=dequantizing,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+        )
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # a damaged configuration fails anywhere in transformers
+        raise ModelError(model_problem(name, error)) from error
+    _check_complete(name, model, report, can_read=dequantizing is None)
+    if config.dtype is not None:
+        # transformers overwrites this with the dtype in memory, but kept tensors are counted and
+        # saved in the checkpoint's own.
+        model.config.dtype = config.dtype
+    loaded: nn.Module = model.to(device)
+    if dequantizing is not None and isinstance(wanted, torch.dtype):
+        loaded.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
+    loaded.requires_grad_(False)
+    return loaded.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that loads a model whole: with its vision tower, if any.
+
+    Args:
+        config: of transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    stated = next(iter(config.architectures or ()), None)
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    only_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    names_whole = stated == with_images or (stated is None and only_text is None)
+    if with_images is not None and names_whole:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _check_complete(
+    name: str | Path, model: nn.Module, report: dict[str, Any], *, can_read: bool
+) -> None:
+    """Refuse a model that transformers filled up with random numbers.
+
+    Args:
+        name: where it was loaded from.
+        model: as transformers loaded it; rows that no code reads may be filled here.
+        report: of transformers.
+        can_read: whether the files hold the weights as they are.
+
+    Raises:
+        ModelError: tensors are missing or of another shape than config.json says.
+    """
+    wrong, directory = sorted(report.get("mismatched_keys") or ()), locate(name)
+    if wrong and directory is not None and can_read:
+        wrong = read_missing_rows(model, directory, wrong)
+    misfits = [f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in wrong]
+    if misfits:
+        raise ModelError(
+            f"{name}: {len(misfits)} tensors have other shapes than config.json says: "
+            f"{'; '.join(misfits[:3])}; give the configuration that belongs to these files"
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    broken = sorted(str(e) for e in report.get("error_msgs") or ())
+    if missing or broken:
+        raise ModelError(
+            f"{name}: {len(missing) + len(broken)} tensors that config.json promises are not "
+            f"whole in its safetensors, e.g. {', '.join([*missing, *broken][:3])}; they would be "
+            "random numbers: fetch what is missing, or correct config.json"
+        )
+
+
+def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
+    """What makes transformers dequantize a published checkpoint; None for unquantized ones.
+
+    gpt-oss is published in mxfp4 only, DeepSeek-V3 in fp8 blocks only.
+
+    Raises:
+        ModelError: the checkpoint is quantized in another way, and `refuse` is on.
+    """
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    method = stated.get("quant_method")
+    if method == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    if method == "fp8":
+        return FineGrainedFP8Config(dequantize=True)
+    if not refuse:
+        return None
+    raise ModelError(
+        f"{name} is quantized already ({stated_text(stated)}); quantizing starts from the "
+        "original weights, or from published mxfp4 or fp8 ones: give those"
+    )
+
+
+def stated_text(stated: Any) -> str:
+    """How a quantization_config says that a model is quantized."""
+    method = stated.get("quant_method")
+    fields = ", ".join(sorted(stated))
+    return f"quant_method {method}" if method else f"its quantization_config has {fields}"
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that does not exist or cannot hold numbers.
+
+    Raises:
+        ModelError: naming it.
+    """
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        # What follows the first sentence is a list of all of torch's backends.
+        said = str(error).splitlines()[0].split(". ")[0].split(" of cpu,")[0]
+        raise ModelError(
+            f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
+        ) from error
+
+
+def named_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating-point dtype of a name such as `bfloat16`, or a dtype itself.
+
+    Raises:
+        ModelError: there is none.
+    """
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"unknown dtype {name!r}; use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def load_skeleton(name: str | Path) -> nn.Module:
+    """The model without weights (meta device): enough for its inventory.
+
+    Raises:
+        ModelError: no configuration can be found or read.
+    """
+    from transformers import AutoConfig
+
+    register_architectures()
+    if Path(name).is_dir():
+        check_source(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(str(name))
+        stated = getattr(config, "quantization_config", None) or {}
+        _dequantizing(config, name, refuse=stated.get("quant_method") != QUANT_METHOD)
+        with torch.device("meta"):
+            model: nn.Module = auto_class(config).from_config(config)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # a damaged configuration fails anywhere in transformers
+        raise ModelError(model_problem(name, error)) from error
+    return model
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer that belongs to a model, None where its directory has none.
+
+    Weights can be quantized without one. For a directory without its files transformers makes
+    tokenizers that know nothing but special tokens; those count as none.
+
+    Raises:
+        ModelError: none can be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # of a file of another form tokenizers says no more than that
+        if _lacks_tokenizer(Path(name)):
+            return None
+        raise ModelError(model_problem(name, error)) from error
+    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
+
+
+def _lacks_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory holds no file that a tokenizer is read from."""
+    patterns = ("*token*", "*vocab*", "*merges*", "*.model", "*.tiktoken", "*tekken*", "*spiece*")
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    found = {file.name for pattern in patterns for file in directory.glob(pattern)}
+    return (directory / "config.json").is_file() and not found - settings
+
+
+def tokenizer_missing(name: str | Path) -> str:
+    """What is said where a text is to be read and the model has no tokenizer."""
+    return (
+        f"{name} has no tokenizer, which is needed to read texts and token ids; copy the "
+        "tokenizer's files of the original model into it: tokenizer.json and "
+        "tokenizer_config.json, or tokenizer.model"
+    )
+
+
+def model_problem(name: str | Path, error: Exception) -> str:
+    """One line that says why a model could not be loaded and what to give instead."""
+    first_line = " ".join(str(error).split())[:300] or type(error).__name__
+    where = (
+        f"{name} is a directory, but"
+        if Path(name).is_dir()
+        else f"{name} is no directory here and"
+    )
+    return (
+        f"cannot load model {str(name)!r}: {where} transformers says: {first_line}; give 'demo', "
+        "a directory with config.json, safetensors and tokenizer, or a hub id that this machine "
+        "can reach"
+    )

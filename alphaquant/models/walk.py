@@ -1,0 +1,349 @@
+"""Walking a model decoder layer by decoder layer, over many batches at once.
+
+Every batch runs through the model's own forward pass, which is paused whenever it calls a decoder
+layer (a greenlet per batch). So the layers of all batches are run together, one layer after the
+other, and whatever the model does between its layers happens as it is written: positional
+arguments, masks, token ids, and state that one layer hands to the next. Memory holds the hidden
+states of all batches and one layer's work.
+
+    for step in walk(model_map, batches):
+        with observe_layer(step.layer, observer):
+            step.run()
+
+`check_walk` compares a walk with ordinary forward passes before hours are spent on one.
+
+Letters: B windows in a batch, T tokens in a window, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from alphaquant.errors import ModelError
+from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
+
+TOLERANCE = 1e-3
+"""Largest relative difference between a walk and a forward pass; float32 rounds below 1e-5."""
+
+ROUGH_TOLERANCE = 0.05
+"""Likewise where the model computes in bfloat16 or float16 and sums come in another order."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """With what the model calls a layer for one batch, hidden states included."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states that go into the layer, [B, T, H]."""
+        found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    def run(self, layer: LayerSite) -> Any:
+        """What the layer gives: hidden states, or a tuple that starts with them."""
+        return layer.module(*self.args, **self.kwargs)
+
+    def first(self, n_windows: int) -> "LayerCall":
+        """The same call for the first windows of the batch."""
+        n_batch = len(self.hidden)
+
+        def cut(x: Any) -> Any:
+            is_batched = isinstance(x, Tensor) and x.dim() > 0 and len(x) == n_batch > 1
+            return x[:n_windows] if is_batched else x
+
+        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
+        return LayerCall(args, kwargs)
+
+
+class LayerObserver(Protocol):
+    """Receives the inputs of the quantizable modules while a layer runs."""
+
+    def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
+        """Inputs [B, T, K] or [n, K] of an nn.Linear."""
+
+    def on_experts(
+        self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> None:
+        """Inputs [n, H], chosen experts [n, k] and routing weights [n, k] of routed experts."""
+
+
+@dataclass
+class LayerStep:
+    """A walk at one layer: the model waits there with every batch.
+
+    Attributes:
+        layer: the layer.
+        calls: how it is called, by batch.
+        outputs: what it gave, by batch; the model goes on with these.
+    """
+
+    layer: LayerSite
+    calls: list[LayerCall]
+    outputs: list[Any] = field(default_factory=list)
+
+    def run(self) -> list[Tensor]:
+        """Run the layer on every batch, again if called again; what it gives last counts.
+
+        Returns:
+            Hidden states [B, T, H] by batch.
+        """
+        self.outputs = [call.run(self.layer) for call in self.calls]
+        return [hidden_of(output) for output in self.outputs]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer gave."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def shared_state(kwargs: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Copies of the dictionaries among a call's arguments, in which layers leave state."""
+    return {
+        name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)
+    }
+
+
+def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
+    """Split windows [N, T] into batches; all but the last have `batch_size` rows."""
+    return list(torch.split(tokens, batch_size))
+
+
+def walk(
+    model_map: ModelMap, batches: Sequence[Tensor], results: list[Any] | None = None
+) -> Iterator[LayerStep]:
+    """Go through the decoder layers, first to last, with all batches.
+
+    Args:
+        model_map: the model.
+        batches: token ids, int64 [B, T] each.
+        results: is filled with what the model gives for every batch, after the last layer; None to
+            stop there, which leaves out norm and lm_head.
+
+    Yields:
+        One step per layer. It is run when the caller has not done so.
+
+    Raises:
+        ModelError: the model does not call its decoder layers in their order, once each.
+    """
+    with _pausing(model_map):
+        passes = [_Pass(model_map, batch) for batch in batches]
+        try:
+            for layer in model_map.layers:
+                step = LayerStep(layer, [p.wait_for(layer) for p in passes])
+                yield step
+                if not step.outputs:
+                    step.run()
+                for one, output in zip(passes, step.outputs, strict=True):
+                    is_last = layer is model_map.layers[-1]
+                    if not is_last or results is not None:
+                        one.resume(output)
+                step.calls, step.outputs = [], []
+            if results is not None:
+                results += [one.result for one in passes]
+        finally:
+            for one in passes:
+                one.end()
+
+
+@torch.no_grad()
+def check_walk(model_map: ModelMap, batches: Sequence[Tensor]) -> None:
+    """Compare a walk over two windows with ordinary forward passes, before hours are spent.
+
+    Every layer runs twice on each window, as later passes over its calls will.
+
+    Args:
+        model_map: the model.
+        batches: windows, int64 [B, T] each; the very first and the very last are used.
+
+    Raises:
+        ModelError: the results differ; the first layer that gives something else when it runs
+            again is named.
+    """
+    parameter = next(model_map.model.parameters())
+    limit = TOLERANCE if parameter.dtype == torch.float32 else ROUGH_TOLERANCE
+    windows = [w.to(parameter.device) for w in (batches[0][:1], batches[-1][-1:])]
+    expected = [model_map.model(window, use_cache=False).logits for window in windows]
+    found: list[Any] = []
+    for step in walk(model_map, windows, found):
+        before = [hidden.clone() for hidden in step.run()]
+        again = step.run()
+        worst = max(relative_error(a, b) for a, b in zip(again, before, strict=True))
+        if worst > limit:  # NaN is told by name where it is met
+            raise ModelError(
+                _walk_problem(model_map, f"{step.layer.name} run twice", worst, limit)
+            )
+    worst = max(relative_error(f.logits, e) for f, e in zip(found, expected, strict=True))
+    if worst > limit:  # NaN is told by name where it is met
+        raise ModelError(_walk_problem(model_map, "the walk through all layers", worst, limit))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is right; infinite for other shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    scale = float(expected.float().norm())
+    distance = float((found.float() - expected.float()).norm())
+    return distance / scale if scale else distance
+
+
+def _walk_problem(model_map: ModelMap, what: str, error: float, limit: float) -> str:
+    return (
+        f"{type(model_map.model).__name__} cannot be quantized layer by layer: {what} differs "
+        f"from an ordinary forward pass by {error:.1e} relative to it, at most {limit:.0e} is "
+        "rounding; its layers keep state that is not among their arguments: use --method rtn, or "
+        "report the architecture"
+    )
+
+
+class _Pass:
+    """The model's forward pass over one batch, waiting at a decoder layer."""
+
+    def __init__(self, model_map: ModelMap, batch: Tensor) -> None:
+        device = next(model_map.model.parameters()).device
+        self._model, self._batch = model_map.model, batch.to(device)
+        self._greenlet = _PassGreenlet(self._run)
+        self._with_gradients = torch.is_grad_enabled()
+        self._call: tuple[nn.Module, LayerCall] | None = None
+        self.result: Any = None
+        self._switch(None)
+
+    def wait_for(self, layer: LayerSite) -> LayerCall:
+        """The call that the model waits with.
+
+        Raises:
+            ModelError: it waits at another layer, or ended.
+        """
+        if self._call is None or self._call[0] is not layer.module:
+            raise ModelError(
+                f"the model's forward pass never called {layer.name} where it comes in order; its "
+                "layers cannot be walked one by one: use --method rtn or report the architecture"
+            )
+        return self._call[1]
+
+    def resume(self, output: Any) -> None:
+        """Let the model go on with what the layer gave, to the next layer or the end."""
+        self._switch(output)
+
+    def end(self) -> None:
+        """Unwind what still waits."""
+        if not self._greenlet.dead:
+            self._greenlet.throw()  # GreenletExit, which a greenlet swallows
+
+    def _run(self, _: Any) -> None:
+        self.result = self._model(self._batch, use_cache=False)
+
+    def _switch(self, value: Any) -> None:
+        outer = torch.is_grad_enabled()
+        torch.set_grad_enabled(self._with_gradients)
+        try:
+            self._call = self._greenlet.switch(value)
+        finally:
+            self._with_gradients = torch.is_grad_enabled()
+            torch.set_grad_enabled(outer)
+
+
+class _PassGreenlet(greenlet):  # type: ignore[misc]  # it has no types
+    """Tells a model that runs inside a walk from one that is simply called."""
+
+
+@contextmanager
+def _pausing(model_map: ModelMap) -> Iterator[None]:
+    """Let decoder layers hand their calls to the walk that runs the model, if one does."""
+
+    def pausing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            current = getcurrent()
+            if not isinstance(current, _PassGreenlet) or current.parent is None:
+                return forward(*args, **kwargs)
+            return current.parent.switch((module, LayerCall(args, kwargs)))
+
+        return run
+
+    with replaced_forwards([layer.module for layer in model_map.layers], pausing):
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module],
+    replace: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Give modules other forward functions for a while.
+
+    Args:
+        modules: in any order.
+        replace: called with a module and its own function; gives the other one.
+    """
+    own = [module.__dict__.get("forward") for module in modules]  # None: the class's
+    try:
+        for module in modules:
+            module.forward = replace(module, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
+def observe_layer(layer: LayerSite, observer: LayerObserver) -> Iterator[None]:
+    """Call an observer with the inputs of every quantizable module while the layer runs.
+
+    What a site runs to find the routing of its tokens is not observed.
+
+    Raises:
+        ModelError: on leaving, a module that the layer holds was never called.
+    """
+    reached: set[str] = set()
+    routing = False
+
+    def linear_hook(site: LinearSite) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not routing:
+                reached.add(site.matrix.name)
+                observer.on_linear(site, args[0])
+
+        return hook
+
+    def experts_hook(site: ExpertsSite) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal routing
+            routing = True
+            try:
+                tokens = site.route(args, kwargs)
+            finally:
+                routing = False
+            reached.add(site.name)
+            observer.on_experts(site, *tokens)
+
+        return hook
+
+    handles = [site.module.register_forward_pre_hook(linear_hook(site)) for site in layer.linears]
+    handles += [
+        site.hooked.register_forward_pre_hook(experts_hook(site), with_kwargs=True)
+        for site in layer.experts
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    expected = {site.matrix.name for site in layer.linears} | {site.name for site in layer.experts}
+    if expected - reached:
+        names = sorted(expected - reached)
+        raise ModelError(
+            f"{len(names)} modules of {layer.name} were never called during calibration, e.g. "
+            f"{names[0]}; their inputs are unknown, so they cannot be quantized with data: use "
+            "--method rtn or report the architecture"
+        )

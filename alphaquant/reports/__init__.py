@@ -1,0 +1,1 @@
+"""What people look at: report.html, report.md, plots, notes, tables."""

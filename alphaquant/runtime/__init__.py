@@ -1,0 +1,1 @@
+"""Packed models that run: modules, kernels' use, checkpoints, the plug-in of transformers."""

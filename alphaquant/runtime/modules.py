@@ -1,0 +1,293 @@
+"""Modules that hold packed weights and dequantize them in their forward pass.
+
+The torch reference of the packed runtime. Experts run one after the other, each once per call on
+all of its tokens; an expert without tokens costs nothing.
+
+Letters: n tokens, k experts per token, E experts, H hidden size, I expert width.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaquant.errors import ModelError
+from alphaquant.models.layouts.standard import ListedExperts
+from alphaquant.models.quantization_config import PackedFormats
+from alphaquant.models.routing import tokens_by_expert
+from alphaquant.models.sites import ExpertsSite, ModelMap
+from alphaquant.quant.matrix import PackedMatrix, packed_shapes
+from alphaquant.runtime.activations import fake_quantize
+from alphaquant.runtime.dequant_cache import DequantCache, parse_cache_size
+from alphaquant.spaces.formats import BF16, Format
+from alphaquant.spaces.units import Matrix
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is packed; its buffers are the tensors of `PackedMatrix`."""
+
+    def __init__(
+        self,
+        fmt: Format,
+        rows: int,
+        cols: int,
+        bias: nn.Parameter | None = None,
+        activation: Format = BF16,
+    ) -> None:
+        """Make an empty one; `load_state_dict` fills it.
+
+        Args:
+            fmt: the weight's format.
+            rows: outputs.
+            cols: inputs.
+            bias: kept as it is.
+            activation: what the inputs are rounded to, token by token; bf16 leaves them.
+        """
+        super().__init__()
+        self.format, self.rows, self.cols, self.activation = fmt, rows, cols, activation
+        for name, (shape, dtype) in packed_shapes(fmt, rows, cols).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.bias = bias
+        self.cache: DequantCache | None = None
+        # That of the model: transformers makes modules with its dtype as the default.
+        self.dtype = torch.get_default_dtype()
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` for model code that asks for it: dequantized, in the model's dtype.
+
+        A linear whose format is bf16 has a buffer of that name. It is made anew every time it is
+        asked for, so writing it changes nothing.
+        """
+        if name != "weight" or not self.format.is_quantized:
+            return super().__getattr__(name)
+        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        if device.type == "meta":
+            return torch.empty(self.rows, self.cols, dtype=self.dtype, device=device)
+        return self.dequantized(self.dtype)
+
+    def packed(self) -> PackedMatrix:
+        """The weight as stored."""
+        names = packed_shapes(self.format, self.rows, self.cols)
+        return PackedMatrix(
+            self.format, self.rows, self.cols, {n: self.get_buffer(n) for n in names}
+        )
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
+        if not self.format.is_quantized and dtype == torch.bfloat16:
+            return self.get_buffer("weight")
+        if self.cache is None:
+            return self.packed().dequantize().to(dtype)
+        return self.cache.weight(id(self), self.packed(), dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., cols] -> [..., rows] in the inputs' dtype."""
+        weight = self.dequantized(inputs.dtype)
+        return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Packed tensors go to other devices with the model, but never to another dtype.
+
+        `model.to(torch.bfloat16)` would round the scales and so change the weights.
+        """
+        packed = dict(self.named_buffers(recurse=False))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_dtypes(self, packed)
+        if self.cache is not None:
+            self.cache.drop(id(self))
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and format."""
+        activation = f", inputs {self.activation.name}" if self.activation.is_quantized else ""
+        return f"{self.cols} -> {self.rows}, {self.format.name}{activation}"
+
+
+class PackedExpert(nn.Module):
+    """Gate, up and down of one expert; `gate_proj` is None where it has no gate."""
+
+    def __init__(self, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear) -> None:
+        """Take the projections."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+
+    def inner(self) -> tuple[PackedLinear, ...]:
+        """What its inputs go into: gate and up, or up alone."""
+        return (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
+
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """All of them: gate, if it has one, up and down."""
+        return (*self.inner(), self.down_proj)
+
+
+class PackedExperts(nn.Module):
+    """An experts module with a format per matrix, called like the module that it replaces.
+
+    Attributes:
+        num_experts: E, of the whole layer.
+        owned: numbers of the experts that it holds; all, unless `keep_experts` was called.
+        reduce: what the sum over the owned experts goes through, [n, H] -> [n, H]; None leaves it.
+    """
+
+    def __init__(self, site: ExpertsSite, formats: PackedFormats) -> None:
+        """Make an empty one.
+
+        Args:
+            site: the module it replaces; its gating function is used.
+            formats: of its matrices and their inputs.
+        """
+        super().__init__()
+        self.num_experts = site.n_experts
+        self.owned = range(site.n_experts)
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+        # A site is no module: the replaced module's (meta) weights stay out of the state.
+        self.site = site
+        for name in site.bias_names:
+            self.register_parameter(name, site.module.get_parameter(name))
+        for e in range(site.n_experts):
+            *gate, up, down = (_empty(formats, m) for m in site.matrices(e))
+            self.add_module(str(e), PackedExpert(gate[0] if gate else None, up, down))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted, [n, H].
+
+        Experts that it does not own add nothing; ids of E and above are padding, or experts
+        without weights.
+
+        Args:
+            args: as the replaced module takes them; in transformers hidden states [n, H], expert
+                ids int64 [n, k], weights [n, k].
+            kwargs: likewise.
+        """
+        inputs, expert_ids, weights = self.site.route_packed(args, kwargs)
+        output = torch.zeros_like(inputs)
+        for tokens in tokens_by_expert(expert_ids, weights, self.num_experts):
+            if tokens.expert in self.owned:
+                y = self._run_expert(tokens.expert, inputs[tokens.rows])
+                weighted = (y * tokens.weights.unsqueeze(-1)).to(output.dtype)
+                output.index_add_(0, tokens.rows, weighted)
+        output = output if self.reduce is None else self.reduce(output)
+        return self.shaped(output, inputs, expert_ids, weights, (*args, *kwargs.values())[0])
+
+    def shaped(
+        self, output: Tensor, inputs: Tensor, expert_ids: Tensor, weights: Tensor, given: Tensor
+    ) -> Tensor:
+        """The sum with what experts without weights add, [n, H], in the shape of what was given.
+
+        DBRX hands over [B, T, H] and gets it back so.
+        """
+        passed = self.site.passed(inputs, expert_ids, weights)
+        return (output if passed is None else output + passed).view(given.shape)
+
+    def expert(self, number: int) -> PackedExpert:
+        """One of the owned experts."""
+        expert = self.get_submodule(str(number))
+        assert isinstance(expert, PackedExpert)
+        return expert
+
+    def keep_experts(self, owned: range) -> None:
+        """Forget the other experts; the numbers and names of these stay.
+
+        Args:
+            owned: part of the experts that it holds, step 1; may be empty.
+        """
+        for e in self.owned:
+            if e not in owned:
+                delattr(self, str(e))
+        self.owned = owned
+
+    def _run_expert(self, index: int, x: Tensor) -> Tensor:
+        """One expert on its tokens, [m, H] -> [m, H]; errors carry a note that names it."""
+        expert = self.expert(index)
+        try:
+            gate_up = torch.cat([linear(x) for linear in expert.inner()], -1)
+            bias = self.site.gate_up_bias(self, index)
+            if bias is not None:
+                gate_up = gate_up + bias
+            y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))
+        except Exception as error:
+            formats = ", ".join(part.format.name for part in expert.linears())
+            parts = "up, down" if expert.gate_proj is None else "gate, up, down"
+            error.add_note(f"in {self.site.name}, expert {index} ({parts}: {formats})")
+            raise
+        bias = self.site.down_bias(self, index)
+        return y if bias is None else y + bias
+
+
+def restore_dtypes(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Give buffers of a module that were cast their old contents, on the device they are on now.
+
+    Args:
+        module: just cast, moved, or both.
+        buffers: its buffers before that, by name.
+    """
+    for name, before in buffers.items():
+        after = module.get_buffer(name)
+        if after.dtype != before.dtype:
+            setattr(module, name, before.to(after.device))
+
+
+def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:
+    """Let a packed model keep dequantized weights between calls; outputs stay exactly the same.
+
+    Args:
+        model: with packed modules, from `alphaquant.load` or `from_pretrained`.
+        size: most bytes of kept weights, such as `512MiB` or an integer; 0 keeps none. Kept
+            weights have the dtype of the inputs, 4 bytes per weight in float32.
+
+    Returns:
+        The store, which the model's packed modules share; one of an earlier call is given up.
+
+    Raises:
+        ConfigError: the size cannot be read.
+        ModelError: the model has no packed modules.
+    """
+    cache = DequantCache(parse_cache_size(size))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not packed:
+        raise ModelError(
+            f"{type(model).__name__} has no packed matrices to keep dequantized; give a model "
+            "loaded from a checkpoint of aq-quantize"
+        )
+    for module in packed:
+        module.cache = cache if cache.max_bytes else None
+    return cache
+
+
+def install_packed_modules(model_map: ModelMap, formats: PackedFormats) -> None:
+    """Replace every quantizable module of a model by an empty packed one.
+
+    Args:
+        model_map: the model, on the meta device.
+        formats: of every matrix and its inputs.
+    """
+    for layer in model_map.layers:
+        replaced: dict[str, nn.Module] = {
+            site.matrix.name: _empty(formats, site.matrix, site.module.bias)
+            for site in layer.linears
+        }
+        for experts in layer.experts:
+            if isinstance(experts, ListedExperts):
+                replaced |= _listed(experts, formats)
+            else:
+                replaced[experts.name] = PackedExperts(experts, formats)
+        for name, module in replaced.items():
+            model_map.model.set_submodule(name, module)
+
+
+def _listed(site: ListedExperts, formats: PackedFormats) -> dict[str, nn.Module]:
+    """A packed linear for every linear of every expert."""
+    found: dict[str, nn.Module] = {}
+    for e in range(site.n_experts):
+        for matrix, linear in zip(site.matrices(e), site.linears(e), strict=True):
+            found[matrix.name] = _empty(formats, matrix, linear.bias)
+    return found
+
+
+def _empty(
+    formats: PackedFormats, matrix: Matrix, bias: nn.Parameter | None = None
+) -> PackedLinear:
+    activation = formats.activations.get(matrix.name, BF16)
+    return PackedLinear(formats.weights[matrix.name], matrix.rows, matrix.cols, bias, activation)

@@ -1,0 +1,244 @@
+"""From a model and an assignment to a packed checkpoint, layer by layer.
+
+A checkpoint made with a trial's settings has the trial's codes.
+"""
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaquant.errors import StoreError
+from alphaquant.models.loads import utilization_facts
+from alphaquant.models.mapping import weights_digest
+from alphaquant.models.sites import ModelMap
+from alphaquant.progress import Progress
+from alphaquant.provenance import device_facts, versions
+from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
+from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
+from alphaquant.runtime.first_run import first_run
+from alphaquant.runtime.integrity import write_checksums
+from alphaquant.runtime.parts import Part, open_part
+from alphaquant.spaces.assignment import Assignment, BitCount
+from alphaquant.spaces.formats import Format
+from alphaquant.specs.quantizer import QuantSettings
+
+logger = logging.getLogger(__name__)
+
+NO_ACTIVATIONS: Mapping[str, Format] = {}
+
+_DECIDING_VERSIONS = ("aq-search", "torch", "transformers")
+"""Packages with another version of which a layer may come out otherwise."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What was written.
+
+    Attributes:
+        path: the checkpoint's directory.
+        quantized_bytes: bytes of the packed matrices.
+        checkpoint_bytes: bytes of all tensors.
+        fallbacks: matrices quantized otherwise than asked, as name -> reason.
+        seconds: wall time.
+    """
+
+    path: Path
+    quantized_bytes: int
+    checkpoint_bytes: int
+    fallbacks: Mapping[str, str]
+    seconds: float
+
+
+@torch.no_grad()
+def quantize_to_checkpoint(
+    model_map: ModelMap,
+    assignment: Assignment,
+    target: Path | Part,
+    settings: QuantSettings,
+    tokens: Tensor | None,
+    *,
+    facts: Mapping[str, Any],
+    activations: Mapping[str, Format] = NO_ACTIVATIONS,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    batch_size: int = 16,
+    progress: Progress = lambda stage, done, total: None,
+) -> PipelineResult:
+    """Quantize every matrix to its format, write a packed checkpoint, and run it once.
+
+    Layers that an earlier run of the same job finished are not made again.
+
+    Args:
+        model_map: the original model.
+        assignment: format of every matrix.
+        target: directory to write, or what `open_part` gave for it.
+        settings: method and options; `rtn` needs no tokens.
+        tokens: calibration windows, int64 [N, T].
+        facts: provenance for the report (model, data, configuration).
+        activations: what the inputs of matrices are rounded to at inference, by matrix name;
+            calibration sees them as they are.
+        tokenizer: saved beside the weights.
+        overwrite: replace an existing target.
+        batch_size: windows per forward pass.
+        progress: called with ("quantize", layers done, layers), then ("first_run", 0 or 1, 1).
+
+    Raises:
+        ModelError: GPTQ without tokens, what the engine raises, or a checkpoint that gives other
+            numbers than its weights do in the original model.
+        StoreError: the target exists, another job is unfinished there, or the disk is full.
+    """
+    opened = nullcontext(target) if isinstance(target, Part) else open_part(target, overwrite)
+    with opened as part:
+        writer = CheckpointWriter(part.checkpoint, activations)
+        run = _Run(part, writer, model_map, assignment, settings, tokens, batch_size, progress)
+        part.claim(run.job(facts))
+        started = time.perf_counter()
+        report = run.start_report(facts)
+        for made in run.layers():
+            report["utilization"] |= made["utilization"]
+            report["matrices"] += made["matrices"]
+        path = run.finish(report, tokenizer)
+    fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
+    seconds = time.perf_counter() - started
+    return PipelineResult(
+        path, writer.quantized_bytes, run.counts.checkpoint_bytes, fallbacks, seconds
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a quantization works with; see `quantize_to_checkpoint`."""
+
+    part: Part
+    writer: CheckpointWriter
+    model_map: ModelMap
+    assignment: Assignment
+    settings: QuantSettings
+    tokens: Tensor | None
+    batch_size: int
+    progress: Progress
+
+    @property
+    def counts(self) -> BitCount:
+        """Bits and bytes of the checkpoint."""
+        return self.assignment.count_bits(self.model_map.inventory)
+
+    @property
+    def activations(self) -> dict[str, str]:
+        """What inputs are rounded to, by matrix name."""
+        return {name: fmt.name for name, fmt in self.writer.activations.items()}
+
+    def job(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that the bytes of the checkpoint depend on."""
+        parameter, found = next(self.model_map.model.parameters()), versions()
+        return {
+            "model_digest": facts.get("model_digest") or weights_digest(self.model_map),
+            "formats": self.assignment.digest,
+            "activations": self.activations,
+            "settings": asdict(self.settings),
+            "windows": None if self.tokens is None else _digest(self.tokens),
+            "batch_size": self.batch_size,
+            "computed_as": f"{parameter.dtype} on {parameter.device.type}",
+            "versions": {name: found[name] for name in _DECIDING_VERSIONS},
+        }
+
+    def start_report(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known before the first layer; utilization and matrices come layer by layer."""
+        return {
+            "settings": asdict(self.settings),
+            "versions": versions(),
+            **device_facts(str(next(self.model_map.model.parameters()).device)),
+            **facts,
+            "bits": asdict(self.counts),
+            "utilization": {},
+            "matrices": [],
+            "activations": self.activations,
+        }
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Quantize what is not finished; utilization and matrices of every layer, in order."""
+        made = self.part.finished()
+        for index, record in made.items():
+            self.writer.layers[index] = LayerFile(**record["layer"])
+        self._check_space()
+        n_layers = len(self.model_map.layers)
+        if made:
+            logger.warning(
+                "%d of %d layers were finished by an earlier run and are not made again",
+                *(len(made), n_layers),
+            )
+        self.progress("quantize", len(made), n_layers)
+        for done in quantize_layers(
+            self.model_map,
+            self.assignment,
+            self.settings,
+            self.tokens,
+            self.batch_size,
+            {index: partial(self._read, index) for index in made},
+        ):
+            made[done.layer.index] = self._add(done)
+            self.progress("quantize", len(made), n_layers)
+        return [made[index] for index in sorted(made)]
+
+    def finish(self, report: Mapping[str, Any], tokenizer: Any) -> Path:
+        """Write the rest, run the checkpoint once and move it to its target."""
+        self.progress("first_run", 0, 1)
+        self.writer.finish(self.model_map, tokenizer)
+        found = first_run(self.part.checkpoint, self.model_map, self.writer.layers, self.tokens)
+        self.writer.write_json("quantize_report.json", {**report, "first_run": asdict(found)})
+        write_checksums(self.part.checkpoint)
+        path = self.part.place()
+        self.progress("first_run", 1, 1)
+        return path
+
+    def _read(self, index: int) -> Mapping[str, PackedMatrix]:
+        layer = self.model_map.layers[index]
+        return read_layer(self.part.checkpoint, self.writer.layers[index], layer)
+
+    def _add(self, done: QuantizedLayer) -> dict[str, Any]:
+        """Store a layer; what is kept of it for the report."""
+        file = self.writer.add_layer(done.layer.index, done.items)
+        seconds = done.seconds / len(done.items)
+        widths = {site.name: site.up[0].cols for site in done.layer.experts}
+        record = {
+            "file": file.file,
+            "sha256": file.sha256,
+            "layer": asdict(file),
+            "utilization": utilization_facts(done.utilization, widths),
+            "matrices": [{**asdict(i.record), "seconds": seconds} for i in done.items],
+        }
+        self.part.add_layer(done.layer.index, record)
+        return record
+
+    def _check_space(self) -> None:
+        """Refuse a disk that cannot hold the rest, before hours are spent.
+
+        Raises:
+            StoreError: naming the folder and the bytes.
+        """
+        needed = self.counts.checkpoint_bytes - self.writer.quantized_bytes
+        free = shutil.disk_usage(self.part.folder).free
+        if free < needed:
+            raise StoreError(
+                f"{self.part.folder} needs {needed} bytes more and {free} are free there; free "
+                "space, or give another --out, then run the same command"
+            )
+
+
+def _digest(tokens: Tensor) -> str:
+    """sha256 of windows and their shape."""
+    numbers = tokens.to("cpu", torch.int64).contiguous()
+    return hashlib.sha256(
+        str(tuple(numbers.shape)).encode() + numbers.numpy().tobytes()
+    ).hexdigest()

@@ -1,0 +1,1 @@
+"""Side constraints: what an assignment keeps besides the budget."""

@@ -1,0 +1,1 @@
+"""The last comparison on held-out text, and what may be published."""

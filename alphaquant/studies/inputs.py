@@ -1,0 +1,225 @@
+"""Names to things: models, devices, texts and the cache directory that a command line asks for."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphaquant import demo
+from alphaquant.errors import ConfigError, DataError, ModelError
+from alphaquant.models.loading import check_device, load_model, load_tokenizer, tokenizer_missing
+from alphaquant.models.mapping import check_finite, map_model, weights_digest
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.source_files import carried_text, with_source
+from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
+
+SOURCE_STEPS = 3
+"""Steps of loading a model: its weights, what is in them, their digest."""
+
+DEMO = "demo"
+DEMO_SEQ_LEN = 256
+DEFAULT_SEQ_LEN = 1024
+
+_LARGE = 200
+"""A parameter that stays is told from one 200th of all decoder layers' weights on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        name: as asked for.
+        map: the model and its matrices.
+        tokenizer: of transformers; None where the model's directory has none.
+        digest: sha256 of the weights.
+    """
+
+    name: str
+    map: ModelMap
+    tokenizer: Any
+    digest: str
+
+    @property
+    def runs_as(self) -> str:
+        """Dtype and device type that the model computes with: `float32-cpu`."""
+        parameter = next(self.map.model.parameters())
+        return f"{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
+
+    def facts(self) -> dict[str, str]:
+        """Provenance: name, architecture, digest."""
+        return {
+            "model": self.name,
+            "model_type": self.map.inventory.model_type,
+            "model_digest": self.digest,
+        }
+
+
+def load_source(
+    name: str, device: str, dtype: str, on_step: Callable[[int], None] = lambda n_done: None
+) -> Source:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: `demo`, a directory or a hub id.
+        device: `cpu`, `cuda`, ...
+        dtype: of the computation.
+        on_step: called with the steps done of `SOURCE_STEPS`.
+
+    Raises:
+        ModelError: it cannot be found, read or quantized.
+    """
+    path = model_location(name)
+    model = load_model(path, device, dtype)
+    on_step(1)
+    model_map = with_source(map_model(model), path)
+    check_finite(model_map)
+    tokenizer = load_tokenizer(path)
+    on_step(2)
+    digest = weights_digest(model_map)
+    on_step(3)
+    return Source(name, model_map, tokenizer, digest)
+
+
+def model_notes(model_map: ModelMap) -> list[str]:
+    """What a user should know of a model: large parameters that stay, and what is carried."""
+    layers = [p for layer in model_map.layers for p in layer.module.parameters()]
+    n_all = sum(p.numel() for p in layers)
+    large = [s for s in model_map.staying if s.n_weights * _LARGE > n_all]
+    notes = []
+    if large:
+        share = 100 * sum(s.n_weights for s in large) / n_all
+        first = max(large, key=lambda s: s.n_weights)
+        notes.append(
+            f"{len(large)} large parameters of decoder layers stay unquantized, {share:.1f} % of "
+            f"their weights, e.g. {first.name} ({first.n_weights} weights: {first.reason})"
+        )
+    if model_map.not_probed is not None:
+        notes.append(
+            "the model's code could not be run without numbers, so routers were told by their "
+            f"place and size ({model_map.not_probed}); look at the dry run"
+        )
+    carried = carried_text(model_map)
+    return notes if carried is None else [*notes, carried]
+
+
+def check_model_name(name: str, what: str = "model") -> None:
+    """Refuse a name of blanks, which would be the working directory.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    if not name.strip():
+        raise ConfigError(f"{what} is {name!r}; give 'demo', a directory or a hub id")
+
+
+def model_location(name: str) -> str:
+    """The directory or hub id of a model; `demo` is the embedded one.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    check_model_name(name)
+    return str(demo.model_path()) if name == DEMO else name
+
+
+def find_device(name: str) -> str:
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ModelError: the device does not exist or cannot hold numbers.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+def seq_len_of(name: str, model: nn.Module, asked: int | None) -> int:
+    """Tokens per window.
+
+    Args:
+        name: of the model, as asked for.
+        model: the model; its configuration tells the longest text that it can take.
+        asked: tokens per window; None for 256 on the demo model, else 1024 or the model's limit.
+
+    Raises:
+        DataError: the model cannot take windows of the length asked for.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        default = DEMO_SEQ_LEN if name == DEMO else DEFAULT_SEQ_LEN
+        return default if limit is None else min(default, int(limit))
+    if limit is not None and asked > limit:
+        raise DataError(
+            f"windows of {asked} tokens asked; {name} takes 1 to {limit}; lower --seq-len"
+        )
+    return asked
+
+
+def read_text(
+    source: Source,
+    text: str,
+    role: str,
+    n_samples: int,
+    seq_len: int | None,
+    seed: int,
+    bos: str = "auto",
+) -> TokenSet:
+    """Token windows of one text for a model.
+
+    Args:
+        source: the model.
+        text: `demo`, a data set name or a path.
+        role: `calibration`, `search` or `heldout`.
+        n_samples: windows.
+        seq_len: tokens per window; None as in `seq_len_of`.
+        seed: of the draw.
+        bos: what windows start with: `auto`, `always` or `never`.
+
+    Raises:
+        DataError: the text cannot be found, is too short or of another vocabulary.
+        ModelError: the model has no tokenizer.
+    """
+    model = source.map.model
+    length = seq_len_of(source.name, model, seq_len)
+    request = TextRequest(text, role, n_samples, length, seed, bos)
+    return load_windows(request, source.name, model, source.tokenizer)
+
+
+def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: Any) -> TokenSet:
+    """Token windows that a model can read.
+
+    Args:
+        request: source, role, number and length of the windows.
+        name: of the model.
+        model: the model.
+        tokenizer: its tokenizer, None if it has none.
+
+    Raises:
+        DataError: the text cannot be found, is too short or of another vocabulary.
+        ModelError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ModelError(tokenizer_missing(name))
+    found = load_tokens(request, tokenizer)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    highest, n_ids = int(found.tokens.max()), int(embedding.weight.shape[0])
+    if highest >= n_ids:
+        raise DataError(
+            f"{found.role} text {found.name!r} has token id {highest}, and {name} embeds the ids "
+            f"0 to {n_ids - 1}; its tokenizer, of {len(tokenizer)} ids, is that of another model: "
+            "copy the tokenizer's files of this one into its directory"
+        )
+    return found
+
+
+def cache_dir(asked: Path | None) -> Path:
+    """Where banks and teachers are: as asked, `$ALPHAQUANT_CACHE`, or `~/.cache/alphaquant`."""
+    stated = os.environ.get("ALPHAQUANT_CACHE")
+    return asked or Path(stated or Path.home() / ".cache" / "alphaquant")

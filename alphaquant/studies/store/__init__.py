@@ -1,0 +1,1 @@
+"""Where a study is kept: output folder, Optuna storage, measured scores."""

@@ -1,0 +1,1 @@
+"""Text as windows: sources, documents, conversations, tokens, disjointness."""

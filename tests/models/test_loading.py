@@ -1,0 +1,147 @@
+"""Checkpoints that are published quantized: what loads, bit for bit, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alphaquant.errors import ModelError
+from alphaquant.models.loading import load_model, load_tokenizer
+from alphaquant.models.mapping import map_model
+from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.spaces.formats import parse_format
+from alphaquant.testing.checkpoints import save_tiny
+from alphaquant.testing.models import tiny_model, tiny_tokens
+from alphaquant.testing.packed import save_packed
+
+TOKENS = tiny_tokens(2, 9)
+FP8 = torch.float8_e4m3fn
+
+
+def publish(
+    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]
+) -> Path:
+    """A checkpoint of a model with some tensors replaced, and a `quantization_config`."""
+    model.save_pretrained(folder)
+    gone = {name.removesuffix("_blocks").removesuffix("_scale_inv") for name in tensors}
+    state = load_file(folder / "model.safetensors")
+    kept = {k: v.to(torch.bfloat16) for k, v in state.items() if k not in gone}
+    save_file({**kept, **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "bfloat16", "quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def in_mxfp4(model: nn.Module) -> dict[str, Tensor]:
+    """The experts in the blocks that gpt-oss is published in; the model gets their values."""
+    tensors = {}
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            parameter = layer.mlp.experts.get_parameter(name)  # [E, K, N]
+            weight = parameter.data.transpose(1, 2).contiguous()
+            rounded = quantize_rtn(weight, parse_format("mxfp4"), "minmax")
+            parameter.data.copy_(rounded.weights().transpose(1, 2))
+            packed = [rounded.pack(e, slice(None)).tensors for e in range(len(weight))]
+            n_experts, rows, cols = weight.shape
+            codes = torch.stack([p["codes"] for p in packed])
+            key = f"model.layers.{i}.mlp.experts.{name}"
+            tensors[f"{key}_blocks"] = codes.reshape(n_experts, rows, cols // 32, 16)
+            tensors[f"{key}_scales"] = torch.stack([p["scales"] for p in packed])
+    return tensors
+
+
+def in_fp8_blocks(model: nn.Module) -> dict[str, Tensor]:
+    """Every linear in the 128 x 128 blocks of DeepSeek-V3; the model gets their values."""
+    tensors = {}
+    model_map = map_model(model)
+    for matrix in model_map.inventory.matrices:
+        view = model_map.view(matrix.name)
+        assert max(view.shape) <= 128  # one block
+        scale = view.abs().max().reshape(1, 1) / 448
+        codes = (view / scale).to(FP8)
+        view.copy_((codes.to(torch.float32) * scale).to(torch.bfloat16))
+        tensors[f"{matrix.name}.weight"] = codes
+        tensors[f"{matrix.name}.weight_scale_inv"] = scale
+    return tensors
+
+
+@torch.no_grad()
+def test_the_mxfp4_blocks_of_gpt_oss_load_exactly(tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss", hidden_size=64, intermediate_size=32)
+    tensors = in_mxfp4(model)
+    entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    loaded = load_model(publish(model, tmp_path / "published", tensors, entry))
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert loaded.config.dtype == torch.bfloat16
+    assert len(map_model(loaded).inventory.matrices) == 32
+
+
+@torch.no_grad()
+def test_the_fp8_blocks_of_deepseek_v3_load(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    tensors = in_fp8_blocks(model)
+    entry = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    loaded = load_model(publish(model, tmp_path / "published", tensors, entry))
+    found, expected = map_model(loaded), map_model(model)
+    assert [k.name for k in found.inventory.kept] == [k.name for k in expected.inventory.kept]
+    for name, weight in expected.views.items():
+        # transformers multiplies in bfloat16 or float32; the model here was rounded once.
+        assert torch.allclose(found.view(name), weight, rtol=2**-7, atol=0), name
+    assert torch.allclose(loaded(TOKENS).logits, model(TOKENS).logits, atol=0.1)
+
+
+def test_our_own_packed_checkpoints_are_no_source(tmp_path: Path) -> None:
+    folder = save_packed(tiny_model("olmoe"), tmp_path / "packed")
+    with pytest.raises(ModelError, match=r"quantized already \(quant_method alphaquant\)"):
+        load_model(folder)
+
+
+def test_other_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    entry = {"quant_method": "gptq", "bits": 4}
+    folder = publish(tiny_model("llama"), tmp_path / "published", {}, entry)
+    with pytest.raises(ModelError, match=r"quantized already \(quant_method gptq\)"):
+        load_model(folder)
+
+
+@torch.no_grad()
+def test_to_run_it_a_checkpoint_of_another_quantizer_is_left_to_transformers(
+    tmp_path: Path,
+) -> None:
+    """transformers skips a method that it does not know, so the weights are plain ones."""
+    model = tiny_model("llama")
+    folder = publish(model, tmp_path / "published", {}, {"quant_method": "unheard-of"})
+    with pytest.raises(ModelError, match="quantized already"):
+        load_model(folder)
+    assert torch.equal(load_model(folder, quantized=True)(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "kept", [(), ("tokenizer_config.json",)], ids=["no file", "settings alone"]
+)
+def test_a_directory_without_a_vocabulary_has_no_tokenizer(
+    tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    folder = save_tiny(tmp_path / "bare")
+    assert len(load_tokenizer(folder)) == 4096
+    for file in folder.glob("tokenizer*"):
+        if file.name not in kept:
+            file.unlink()
+    assert load_tokenizer(folder) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '{"model": 5}', '{"model": {}}'])
+def test_a_tokenizer_that_cannot_be_read_is_an_error_and_not_none(
+    tmp_path: Path, content: str
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "olmoe"}')
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="broken is a directory, but transformers says"):
+        load_tokenizer(folder)
