@@ -1,10 +1,14 @@
-"""The environment of every test: no network, quiet libraries, one thread unless told otherwise.
+"""The environment of every test, and what tests of searches share.
 
-Test tensors are tiny: a second thread gains nothing, and on shared cores it made tests 15 times
-slower.
+No network, quiet libraries, one thread unless told otherwise: test tensors are tiny, and a second
+thread gains nothing; on shared cores it made tests 15 times slower. That is set before torch and
+transformers are imported, which read it then.
 
-Set before any test module is imported, because torch and transformers read it at import.
+A tiny random model with short texts and two searches of it, made once per session; and searches
+whose model is a table, for what depends on numbers that only a test can choose.
 """
+
+# ruff: noqa: E402
 
 import os
 
@@ -18,3 +22,240 @@ os.environ |= {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "NO_COLOR": "1",
 }
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from alphaquant.commands.search import search
+from alphaquant.evaluators.divergence import Divergence
+from alphaquant.progress import StageClock
+from alphaquant.search.problem import Problem, make_problem
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.profiles import find_profile
+from alphaquant.spaces.space import SearchSpace, make_space
+from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.limits import LimitSpec
+from alphaquant.specs.search import SearchSpec
+from alphaquant.specs.texts import TextSpec
+from alphaquant.studies.loop import TrialLoop
+from alphaquant.studies.objective import Measured
+from alphaquant.studies.program import Run
+from alphaquant.studies.result import SearchResult
+from alphaquant.studies.store.folder import RunFolder
+from alphaquant.studies.trials import Proposer, constraints_of
+from alphaquant.studies.truth import ChoiceTruth
+from alphaquant.testing.checkpoints import save_texts, save_tiny
+
+MakeSpec = Callable[..., SearchSpec]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """SQLite without waiting for the disk: 9 s instead of 18 for a search of 48 trials.
+
+    What a killed process wrote is there all the same; only a power cut would lose it.
+    """
+
+    def stop_waiting(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", stop_waiting)
+    yield
+    event.remove(Engine, "connect", stop_waiting)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files with the beginnings of the demo's three texts, by part."""
+    return save_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that all tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def make_spec(tiny: Path, texts: dict[str, Path], cache: Path) -> MakeSpec:
+    """Make a small specification: `make_spec(out, budget="4bits")`."""
+    texts_spec = TextSpec(
+        calibration=str(texts["calibration"]),
+        evaluation=str(texts["search"]),
+        heldout=str(texts["heldout"]),
+        calibration_samples=12,
+        evaluation_samples=6,
+        heldout_samples=6,
+        seq_len=48,
+    )
+
+    def make(out: Path, **changes: Any) -> SearchSpec:
+        spec = SearchSpec.of(
+            model=str(tiny),
+            budget="5.2bits",
+            formats="int3-g32,int4-g32,int8-row",
+            trials=14,
+            texts=texts_spec,
+            out=out,
+            cache=cache,
+        )
+        return replaced(spec, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def found(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """A finished search; read it, do not change its folder."""
+    return search(make_spec(tmp_path_factory.mktemp("found") / "out"))
+
+
+@pytest.fixture(scope="session")
+def long(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """A finished search of more trials, with races that end early; read it only.
+
+    It has a cache of its own, so what was measured is what this search measured.
+    """
+    spec = make_spec(tmp_path_factory.mktemp("long") / "out", trials=30)
+    own = tmp_path_factory.mktemp("long-cache")
+    return search(replaced(spec, evaluation_samples=24, cache=own))
+
+
+MENU = ("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
+FACTORS = np.random.default_rng(5).lognormal(0.0, 0.3, 24)
+"""KL of each window in parts of the mean; the same for all assignments."""
+
+
+def _matrices() -> Iterator[Matrix]:
+    """Two layers: odd widths, three experts."""
+    for layer in range(2):
+        name = f"model.layers.{layer}"
+        yield Matrix(f"{name}.self_attn.o_proj", 40, 72, "attention", layer)
+        for e in range(3):
+            for part, shape in (("gate_proj", (24, 40)), ("up_proj", (24, 40))):
+                yield Matrix(f"{name}.mlp.experts.{e}.{part}", *shape, "expert", layer, e)
+            yield Matrix(f"{name}.mlp.experts.{e}.down_proj", 40, 24, "expert", layer, e)
+
+
+INVENTORY = Inventory("tiny", tuple(_matrices()))
+
+
+def _problem(space: SearchSpace) -> Problem:
+    """Costs that fall with bits, by less or more."""
+    formats = [parse_format(n) for n in space.menu]
+    bits = np.array([[u.storage_bits(f) for f in formats] for u in space.units])
+    cost = np.random.default_rng(0).uniform(0.5, 1.0, bits.shape) * 4.0 ** -(bits / 1000)
+    share = [2 / 3 if u.kind == "expert" else 1.0 for u in space.units]
+    return make_problem(
+        space.units,
+        space.menu,
+        bits,
+        np.array([[n in space.allowed(u) for n in space.menu] for u in space.units]),
+        {"fisher": cost, "error": cost**1.1},
+        np.linspace(0, 90, len(space.units)),
+        INVENTORY.n_layers,
+        {"active_share": share},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_proposer() -> Callable[..., Proposer]:
+    """A proposer over a made-up problem: `make_proposer("4bits", menu, "transformers")`."""
+
+    def make(
+        budget: str, menu: tuple[str, ...] = MENU, profile: str = "any", **limits: Any
+    ) -> Proposer:
+        space = make_space(INVENTORY, find_profile(profile), menu, parse_budget(budget))
+        return Proposer(
+            space, _problem(space), 0, constraints_of(LimitSpec(budget="4bits", **limits))
+        )
+
+    return make
+
+
+@dataclass
+class TableObjective:
+    """Stands for `SearchObjective`: the KL of an assignment is looked up.
+
+    Attributes:
+        kl: mean KL of an assignment.
+        calls: digest and windows of every measurement.
+    """
+
+    kl: Callable[[Assignment], float]
+    batch_size: int = 8
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    model_map: Any = field(default_factory=lambda: SimpleNamespace(inventory=INVENTORY))
+
+    @property
+    def n_windows(self) -> int:
+        return len(FACTORS)
+
+    def measure(self, assignment: Assignment, n_windows: int | None = None) -> Measured:
+        n = min(n_windows or self.n_windows, self.n_windows)
+        self.calls.append((assignment.digest, n))
+        kl = torch.tensor(self.kl(assignment) * FACTORS[:n], dtype=torch.float32)
+        found = Divergence(kl, torch.full((n,), 0.9), torch.full((n,), 3.0), 16, 0.5)
+        return Measured(tuple(found.scores("digest")), found.kl)
+
+
+@pytest.fixture
+def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable[..., Run]:
+    """A search whose true costs are a table: `make_run(budget="4bits", trials=30)`.
+
+    The truth is additive, with the Fisher costs of the first layer's experts times three. `study`
+    and `objective` may be those of an earlier run.
+    """
+
+    def make(
+        study: optuna.Study | None = None,
+        objective: TableObjective | None = None,
+        on_trial: Callable[..., None] = lambda row: None,
+        menu: tuple[str, ...] = MENU,
+        **changes: Any,
+    ) -> Run:
+        spec = SearchSpec.of(**{"budget": "4bits", "out": tmp_path / "out", **changes})
+        limits = ("max_formats_per_layer", "layer_minimum_bits", "active_budget")
+        proposer = make_proposer(spec.budget, menu, **{n: getattr(spec, n) for n in limits})
+        true = proposer.problem.costs["fisher"].copy()
+        true[[u.layer == 0 and u.kind == "expert" for u in proposer.problem.units]] *= 3.0
+        rows = np.arange(len(true))
+
+        def kl(assignment: Assignment) -> float:
+            choice = proposer.choice(assignment)
+            assert choice is not None, "trials take formats of the menu"
+            return float(true[rows, choice].sum())
+
+        measured: Any = objective or TableObjective(kl)
+        study = study or optuna.create_study(directions=["minimize", "minimize"])
+        folder, clock = RunFolder(spec.out), StageClock(lambda *call: None)
+        return Run(
+            spec=spec,
+            proposer=proposer,
+            loop=TrialLoop(spec, study, measured, kl, folder, clock, on_trial),
+            truth=ChoiceTruth(measured, proposer.spread),
+            clock=clock,
+        )
+
+    return make

@@ -19,7 +19,7 @@ from alphaquant.reports.front import FrontRow, front_rows
 from alphaquant.reports.report import summary_text, trials_frame
 from alphaquant.reports.verdict import headline, winner_text
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.specs.flat import make, read_file
+from alphaquant.specs.flat import read_file
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.loop import OnTrial
 from alphaquant.studies.result import SearchResult
@@ -124,7 +124,7 @@ def search(
         AlphaQuantError: a setting that does not exist, or bad input.
     """
     given = settings if budget is None else {"budget": budget, **settings}
-    asked = make(SearchSpec, {**({} if spec is None else read_file(spec)), **given}, "search")
+    asked = SearchSpec.of(**{**({} if spec is None else read_file(spec)), **given})
     with _quiet_optuna():
         return Study(run_search(asked, progress=progress, on_trial=on_trial))
 

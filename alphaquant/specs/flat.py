@@ -108,6 +108,18 @@ def flat(spec: Any) -> dict[str, Any]:
     return found
 
 
+def replaced(spec: T, **changes: Any) -> T:
+    """A specification with some fields changed, by flat names or as whole parts.
+
+    Raises:
+        ConfigError: an unknown name, or a value that makes no sense.
+    """
+    parts = {name: value for name, value in changes.items() if is_dataclass(value)}
+    inner = {name for part in parts.values() for name in flat(part)}
+    same = {name: value for name, value in flat(spec).items() if name not in inner}
+    return make(type(spec), {**same, **changes}, type(spec).__name__)
+
+
 def optional(kind: type[Any], name: str) -> type[Any]:
     """A copy of a class without parts whose every field may be left out, as None.
 

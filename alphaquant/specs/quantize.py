@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from alphaquant.specs.check import Natural, Pair, Positive, check
-from alphaquant.specs.flat import optional, subject
+from alphaquant.specs.flat import make, optional, subject
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.texts import BosMode
 
@@ -70,6 +70,15 @@ class QuantizeSpec:
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
     """Of the Hessians."""
     quantizer: Annotated[QuantChanges, subject("Quantizer", 2)] = QuantChanges()
+
+    @classmethod
+    def of(cls, **settings: Any) -> "QuantizeSpec":
+        """The specification of flat settings, named as the options of the command.
+
+        Raises:
+            ConfigError: an unknown name, a missing one, or a value that makes no sense.
+        """
+        return make(cls, settings, "quantize")
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong type.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.specs.check import check
 from alphaquant.specs.checkpoint import CheckpointSpec
-from alphaquant.specs.flat import subject
+from alphaquant.specs.flat import make, subject
 from alphaquant.specs.limits import LimitSpec
 from alphaquant.specs.proposals import ProposalSpec
 from alphaquant.specs.quantizer import RoundingSpec
@@ -37,6 +37,15 @@ class SearchSpec:
     proposals: Annotated[ProposalSpec, subject("Search", 4)] = ProposalSpec()
     scores: Annotated[ScoreSpec, subject("Scores", 5)] = ScoreSpec()
     quantizer: Annotated[RoundingSpec, subject("Quantizer", 6)] = RoundingSpec()
+
+    @classmethod
+    def of(cls, **settings: Any) -> "SearchSpec":
+        """The specification of flat settings, named as the options of the command.
+
+        Raises:
+            ConfigError: an unknown name, a missing one, or a value that makes no sense.
+        """
+        return make(cls, settings, "search")
 
     def __post_init__(self) -> None:
         """Refuse parts of the wrong type.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from alphaquant.specs.check import Natural, check
 from alphaquant.specs.checkpoint import CheckpointSpec
-from alphaquant.specs.flat import subject
+from alphaquant.specs.flat import make, subject
 from alphaquant.specs.quantizer import RoundingSpec
 from alphaquant.specs.texts import CalibrationSpec
 
@@ -27,6 +27,15 @@ class SensitivitySpec:
     checkpoint: Annotated[CheckpointSpec, subject("Model", 1)] = CheckpointSpec()
     text: Annotated[CalibrationSpec, subject("Text", 2)] = CalibrationSpec()
     quantizer: Annotated[RoundingSpec, subject("Quantizer", 3)] = RoundingSpec()
+
+    @classmethod
+    def of(cls, **settings: Any) -> "SensitivitySpec":
+        """The specification of flat settings, named as the options of the command.
+
+        Raises:
+            ConfigError: an unknown name, a missing one, or a value that makes no sense.
+        """
+        return make(cls, settings, "sensitivity")
 
     def __post_init__(self) -> None:
         """Refuse wrong types.

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from alphaquant.testing.checkpoints import save_texts, save_tiny
-
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMMANDS = {name: target.partition(":")[0] for name, target in PROJECT["scripts"].items()}
@@ -29,24 +27,6 @@ class Done:
 
 Run = Callable[..., Done]
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny model."""
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files with short texts, by part."""
-    return save_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that all tests share."""
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
