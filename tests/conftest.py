@@ -237,7 +237,9 @@ def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable
     ) -> Run:
         spec = SearchSpec.of(**{"budget": "4bits", "out": tmp_path / "out", **changes})
         limits = ("max_formats_per_layer", "layer_minimum_bits", "active_budget")
-        proposer = make_proposer(spec.budget, menu, **{n: getattr(spec, n) for n in limits})
+        proposer = make_proposer(
+            spec.limits.budget, menu, **{n: getattr(spec.limits, n) for n in limits}
+        )
         true = proposer.problem.costs["fisher"].copy()
         true[[u.layer == 0 and u.kind == "expert" for u in proposer.problem.units]] *= 3.0
         rows = np.arange(len(true))
@@ -249,7 +251,7 @@ def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable
 
         measured: Any = objective or TableObjective(kl)
         study = study or optuna.create_study(directions=["minimize", "minimize"])
-        folder, clock = RunFolder(spec.out), StageClock(lambda *call: None)
+        folder, clock = RunFolder(spec.run.out), StageClock(lambda *call: None)
         return Run(
             spec=spec,
             proposer=proposer,
