@@ -9,13 +9,21 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomlkit
-from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    Parameter,
+    UnusedCliTokensError,
+)
 from cyclopts.config import Dict
 
 from alphaquant.cli.console import INTERRUPTED, reported, set_up
@@ -32,7 +40,7 @@ Debug = Annotated[
 ]
 SpecFile = Annotated[
     Path | None,
-    Parameter(group=_GENERAL, help="TOML file of options; what is given beside it wins."),
+    Parameter(group=_GENERAL, help="TOML file of options; what is given beside it wins; none by default."),
 ]
 PrintSpec = Annotated[
     bool,
@@ -103,6 +111,7 @@ def application(command: Command) -> App:
         version_flags=["--version"],
         version=version_text,
         group_commands=_GENERAL,
+        default_parameter=Parameter(show_default=_default_text, show_choices=False),
         result_action="return_value",
     )
     app.default(command.run)
@@ -162,10 +171,26 @@ def spec_text(spec: Any) -> str:
     return tomlkit.dumps(document)
 
 
+def _default_text(value: Any) -> str | None:
+    """A default as `--help` shows it; that a flag is off, or a list empty, needs no words."""
+    return None if value is None or value is False or value == "" else str(value)
+
+
 def _usage_text(error: CycloptsError) -> str:
     """What is wrong with the options, in one line."""
-    part = None if error.argument is None else part_of(error.argument.hint)
-    if isinstance(error, MissingArgumentError) and part is not None:
-        needed = [o.name for o in options_of(part) if o.default is MISSING]
-        return f"{', '.join(f'--{name}' for name in needed)} is needed"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or [])} is no option"
+    if isinstance(error, MissingArgumentError) and error.argument and not error.argument.tokens:
+        part = part_of(error.argument.hint)
+        needed = [o.name for o in options_of(part) if o.default is MISSING] if part else []
+        names = [f"--{name}" for name in needed] or [error.argument.name]
+        if error.keyword is None:
+            return _needed_text(names, error.unused_tokens or [])
     return " ".join(str(error).split()).rstrip(".")
+
+
+def _needed_text(names: list[str], unused: list[str]) -> str:
+    """Which option is missing, and which unknown one may stand for it."""
+    near = [n for name in names for n in get_close_matches(name, unused, n=1)]
+    slip = f" instead of {near[0]}" if near else ""
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} needed{slip}"

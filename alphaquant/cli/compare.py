@@ -25,11 +25,11 @@ def command(
     No weights are loaded. The exit code is 0 also where they differ.
 
     Args:
-        a: configuration, packed checkpoint, or --out of aq-search.
-        b: the other one, of the same model.
+        a: Configuration, packed checkpoint, or --out of aq-search.
+        b: The other one, of the same model.
         model: demo, a local directory, or a hub id; default the model that A or B names.
-        show_all: list every matrix that differs.
-        as_json: print JSON instead of tables.
+        show_all: List every matrix that differs.
+        as_json: Print JSON instead of tables.
     """
     from alphaquant.commands.compare import compare, comparison_json, comparison_text
 

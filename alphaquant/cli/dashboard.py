@@ -25,12 +25,12 @@ def command(
     Prints the address and serves it until Ctrl-C.
 
     Args:
-        source: the --out of a search, or the storage of its study.
-        storage: storage of the study where it is not that of the directory: sqlite:///FILE,
+        source: The --out of a search, or the storage of its study.
+        storage: Storage of the study where it is not that of the directory: sqlite:///FILE,
             postgresql://USER@HOST/DATABASE, journal:FILE; default what the search used.
-        artifacts: directory of the trials' configurations; default that of the directory.
-        port: 0 is any free one.
-        host: address to listen on. There is no password: whoever reaches it can read and change
+        artifacts: Directory of the trials' configurations; default that of the directory.
+        port: Port to listen on; 0 is any free one.
+        host: Address to listen on. There is no password: whoever reaches it can read and change
             the study.
     """
     from alphaquant.commands.dashboard import DashboardSpec, serve

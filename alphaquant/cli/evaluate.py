@@ -17,8 +17,8 @@ def command(
     """Measure a model: divergence, perplexity, routing, tasks of lm-eval, with standard errors.
 
     Args:
-        spec: what to measure.
-        as_json: print JSON with provenance instead of a table.
+        spec: What to measure.
+        as_json: Print JSON with provenance instead of a table.
     """
     from alphaquant.commands import evaluate as commands
 

@@ -26,10 +26,10 @@ def command(
     files of a packed checkpoint instead.
 
     Args:
-        config: configuration, packed checkpoint, or --out of aq-search, whose best.json is read.
+        config: Configuration, packed checkpoint, or --out of aq-search, whose best.json is read.
         model: demo, a local directory, or a hub id; default the model that CONFIG names.
-        as_json: print JSON instead of tables.
-        verify: check every file of a packed checkpoint against its sha256, and every scale;
+        as_json: Print JSON instead of tables.
+        verify: Check every file of a packed checkpoint against its sha256, and every scale;
             prints one line.
     """
     if verify and model is not None:

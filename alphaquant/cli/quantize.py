@@ -22,8 +22,8 @@ def command(
     Prints a JSON summary; quantize_report.json in --out has a row per matrix.
 
     Args:
-        spec: what to do.
-        dry_run: print the plan and its bits without loading weights.
+        spec: What to do.
+        dry_run: Print the plan and its bits without loading weights.
     """
     if spec.out is None and not dry_run:
         raise ConfigError("--out is needed unless --dry-run; name the directory to write")

@@ -18,7 +18,7 @@ def command(*, spec: Annotated[SensitivitySpec, Parameter(name="*")], out: Path)
     costs stay in --cache, where aq-search finds them.
 
     Args:
-        spec: what to measure.
+        spec: What to measure.
         out: JSON file with all experts; written anew.
     """
     from alphaquant.commands import sensitivity as commands

@@ -3,17 +3,14 @@
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-COMMANDS = {name: target.partition(":")[0] for name, target in PROJECT["scripts"].items()}
+from alphaquant.cli.application import start as start_program
+from tests.programs import MODULES, ROOT, program
 
 
 @dataclass(frozen=True)
@@ -42,27 +39,22 @@ def small(tiny: Path, texts: dict[str, Path], cache: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command in this process: `run("aq-search", "--budget", "4bits")`."""
 
     def run_command(name: str, *options: str) -> Done:
-        monkeypatch.setattr(sys, "argv", [name, *options])
-        module = import_module(COMMANDS[name])
-        with pytest.raises(SystemExit) as ended:
-            module.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
+        code = start_program(program(name), list(options))
+        return Done(code, *capsys.readouterr())
 
     return run_command
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+def start() -> Start:
     """Start a command in a process of its own; the test waits for it."""
 
     def start_command(name: str, *options: str) -> "subprocess.Popen[str]":
-        code = f"from {COMMANDS[name]} import main; main()"
+        code = f"from {MODULES[name]} import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *options],
             stdout=subprocess.PIPE,

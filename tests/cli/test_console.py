@@ -8,22 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import indent
 from types import SimpleNamespace
 
 import pytest
-import typer
 from safetensors import SafetensorError
 
 from alphaquant.cli import console
-from alphaquant.cli.console import (
-    STAGES,
-    Bars,
-    duration_text,
-    reported,
-    set_up,
-    version_text,
-)
+from alphaquant.cli.application import version_text
+from alphaquant.cli.console import STAGES, Bars, duration_text, reported, set_up
 from alphaquant.cli.screen import printable
 from alphaquant.errors import BudgetError
 
@@ -34,15 +26,15 @@ def bars() -> Iterator[Bars]:
         yield display
 
 
-def fail(error: BaseException, *, debug: bool = False) -> typer.Exit:
+def fail(error: BaseException, *, debug: bool = False) -> SystemExit:
     """Raise an error inside `reported` and return the exit that comes out."""
-    with pytest.raises(typer.Exit) as ended, reported(debug, "stopped here"):
+    with pytest.raises(SystemExit) as ended, reported(debug, "stopped here"):
         raise error
     return ended.value
 
 
 def test_our_error_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fail(BudgetError("too\n  small")).exit_code == 1
+    assert fail(BudgetError("too\n  small")).code == 1
     assert capsys.readouterr() == ("", "error: too small\n")
 
 
@@ -57,7 +49,7 @@ def test_our_error_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> None
 def test_full_or_forbidden_disk_is_one_line_and_1(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fail(error).exit_code == 1
+    assert fail(error).code == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -66,16 +58,16 @@ def test_full_or_forbidden_disk_is_one_line_and_1(
 
 
 def test_interrupt_is_told_what_to_do_and_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fail(KeyboardInterrupt()).exit_code == 130
+    assert fail(KeyboardInterrupt()).code == 130
     assert capsys.readouterr() == ("", "\nstopped here\n")
 
 
 def test_only_what_resumes_says_that_nothing_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
     error = OSError(28, "No space left on device", "/out/x")
-    assert fail(error).exit_code == 1
+    assert fail(error).code == 1
     mend = "mend this and run the same command again\n"
     assert capsys.readouterr().err == f"error: /out/x: No space left on device; {mend}"
-    with pytest.raises(typer.Exit), reported(False, "", resumes=True):
+    with pytest.raises(SystemExit), reported(False, "", resumes=True):
         raise error
     shown = capsys.readouterr().err
     assert shown == f"error: /out/x: No space left on device; nothing is lost: {mend}"
@@ -92,13 +84,13 @@ def test_only_what_resumes_says_that_nothing_is_lost(capsys: pytest.CaptureFixtu
 def test_bug_is_one_line_that_asks_for_a_report(
     error: Exception, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fail(error).exit_code == 1
+    assert fail(error).code == 1
     expected = f"this is a bug of AlphaQuant: {said} run again with --debug and report it"
     assert capsys.readouterr() == ("", f"error: {expected}\n")
 
 
 def test_too_little_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fail(MemoryError()).exit_code == 1
+    assert fail(MemoryError()).code == 1
     assert "not enough memory" in capsys.readouterr().err
 
 
@@ -109,12 +101,7 @@ def test_reader_of_stdout_that_goes_away_is_no_error() -> None:
         "    for _ in range(9999):\n        print('x' * 99)\n"
     )
     with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import typer\ntry:\n{indent(code, '    ')}"
-            "except typer.Exit:\n    raise SystemExit(1)",
-        ],
+        [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

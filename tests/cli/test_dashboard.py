@@ -9,14 +9,13 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from alphaquant.studies.spec import DataSpec, SearchSpec
 
 from alphaquant.commands.search import search
+from alphaquant.specs.search import SearchSpec
 
 pytest_plugins = ("tests.browser",)
 
@@ -28,15 +27,20 @@ def out(
     tiny: Path, texts: dict[str, Path], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Directory of a finished search; read it only."""
-    files = (str(texts["calibration"]), str(texts["search"]), str(texts["heldout"]))
     out = tmp_path_factory.mktemp("dashboard") / "out"
     search(
-        SearchSpec(
+        SearchSpec.of(
             model=str(tiny),
             budget="5.2bits",
             formats="int3-g32,int4-g32,int8-row",
             trials=4,
-            data=DataSpec(*files, n_calibration=8, n_evaluation=4, n_heldout=4, seq_len=32),
+            calibration=str(texts["calibration"]),
+            evaluation=str(texts["search"]),
+            heldout=str(texts["heldout"]),
+            calibration_samples=8,
+            evaluation_samples=4,
+            heldout_samples=4,
+            seq_len=32,
             out=out,
             cache=cache,
         )
@@ -122,25 +126,12 @@ def test_ctrl_c_is_the_way_it_ends(served: Served, open_page: Any) -> None:
     assert served.process.stderr.read() == "Ctrl-C stops it\n\nstopped\n"
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *options: str) -> str:
-    """What the command says where it ends with exit code 1."""
-    monkeypatch.setattr(sys, "argv", ["aq-dashboard", *options])
-    with pytest.raises(SystemExit) as ended:
-        import_module("alphaquant.cli.dashboard").main()
-    assert ended.value.code == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
-def test_taken_port_is_refused(
-    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taken_port_is_refused(out: Path, run: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        message = refused(capsys, monkeypatch, str(out), "--port", port)
-    assert f"port {port} (" in message
-    assert "--port (0 is any free one)" in message
+        done = run("aq-dashboard", str(out), "--port", port)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert f"port {port} (" in done.err
+    assert "--port (0 is any free one)" in done.err

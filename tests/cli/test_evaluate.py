@@ -41,7 +41,7 @@ def test_mmlu_of_local_files(run: Any, options: tuple[str, ...], tmp_path: Path)
         rows = [f"Question {i}?,w,x,y,z,{'ABCD'[i]}\n" for i in range(3)]
         (tmp_path / part / f"anatomy_{part}.csv").write_text("".join(rows))
     local = ("--task-data", str(tmp_path), "--shots", "1", "--limit", "2")
-    tasks = ("--tasks", "ppl,utilization,mmlu_anatomy")
+    tasks = ("--tasks", "perplexity,utilization,mmlu_anatomy")
     done = run("aq-eval", *options, *tasks, *local)
     assert done.code == 0
     content = json.loads(run("aq-eval", *options, *tasks, *local, "--json").out)

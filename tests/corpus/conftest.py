@@ -3,22 +3,19 @@
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-from alphaquant.studies.spec import DataSpec, SearchSpec
 
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.cli.application import start as start_program
+from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.search import SearchSpec
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 from tests.corpus.engine import Place, contents
-
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-COMMANDS = {name: target.partition(":")[0] for name, target in PROJECT["scripts"].items()}
+from tests.programs import MODULES, ROOT, program
 
 Ended = tuple[int, str, str]
 """Exit code, stdout, stderr."""
@@ -41,7 +38,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         "heldout": texts["heldout"],
     }
     made["int4"].write_text('{"default": {"wq": "int4", "group_size": 32}}')
-    quantize(QuantizeSpec(str(made["tiny"]), made["int4"], made["packed"], {"method": "rtn"}))
+    inputs = {"model": str(made["tiny"]), "config": made["int4"], "out": made["packed"]}
+    quantize(QuantizeSpec.of(**inputs, method="rtn"))
     _search(made)
     before = contents(folder)
     yield made
@@ -50,17 +48,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
 
 def _search(made: dict[str, Path]) -> None:
     """The search of `engine.SEARCH`."""
-    texts = [str(made[name]) for name in ("calibration", "evaluation", "heldout")]
-    data = DataSpec(*texts, n_calibration=8, n_evaluation=4, n_heldout=4, seq_len=32)
-    spec = SearchSpec(
+    texts = {name: str(made[name]) for name in ("calibration", "evaluation", "heldout")}
+    spec = SearchSpec.of(
         model=str(made["tiny"]),
         budget="5.2bits",
         formats="int3-g32,int4-g32,int8-row",
         mode="knobs",
         trials=2,
-        data=data,
+        calibration_samples=8,
+        evaluation_samples=4,
+        heldout_samples=4,
+        seq_len=32,
         out=made["found"],
         cache=made["cache"],
+        **texts,
     )
     search(spec)
 
@@ -74,18 +75,12 @@ def place(shared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[list[str]], Ended]:
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], Ended]:
     """Run a command in this process."""
 
     def run_command(words: list[str]) -> Ended:
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            import_module(COMMANDS[words[0]]).main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, captured.out, captured.err)
+        code = start_program(program(words[0]), words[1:])
+        return (code, *capsys.readouterr())
 
     return run_command
 
@@ -95,7 +90,7 @@ def start() -> Callable[[list[str]], Ended]:
     """Run a command in a process of its own."""
 
     def start_command(words: list[str]) -> Ended:
-        code = f"from {COMMANDS[words[0]]} import main; main()"
+        code = f"from {MODULES[words[0]]} import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code, *words[1:]],
             capture_output=True,

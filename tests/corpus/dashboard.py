@@ -64,8 +64,8 @@ CASES = (
     ),
     Case("server of another kind", "aq-dashboard . --storage mongodb://x", "mongodb://x"),
     Case("password in a wrong address", "aq-dashboard . --storage mysql://u:secret@h/d", "mysql"),
-    Case("port above all", "aq-dashboard {found} --port 99999", "Input should be", 2),
-    Case("port below none", "aq-dashboard {found} --port -1", "Input should be", 2),
+    Case("port above all", "aq-dashboard {found} --port 99999", "Must be ", 2),
+    Case("port below none", "aq-dashboard {found} --port -1", "Must be ", 2),
     Case("host of nobody", "aq-dashboard {found} --host nowhere.invalid", "nowhere.invalid"),
     Case("address of another machine", "aq-dashboard {found} --host 192.0.2.1", "192.0.2.1"),
 )

@@ -142,10 +142,11 @@ def check_done(case: Case, code: int, out: str, err: str) -> None:
         assert case.says in out, f"{case.says!r} is not in {out!r}"
         assert "error" not in err.lower()
         return
-    head = "error: " if code == 1 else "Error: "
-    errors = [line for line in err.splitlines() if line.startswith(head)]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert out == ""
     assert len(errors) == 1, err
     assert err.splitlines()[-1] == errors[0], err
     check_line(errors[0], case.says)
-    assert code == 1 or "--help" in err
+    see = f"; see {case.command.split()[0]} --help"
+    assert errors[0].endswith(see) == (code == 2)
+    assert code == 1 or err == f"{errors[0]}\n", "an option is wrong before anything is done"

@@ -7,7 +7,7 @@ from tests.corpus.engine import EVALUATE, QUANTIZE, SEARCH, SENSITIVITY, Case, P
 
 GPTQ = QUANTIZE.replace("--method rtn", "--calibration {calibration} --nsamples 4 --seqlen 16")
 HUGE = "9" * 30
-RANGE = "Input should be"
+RANGE = "Must be "
 """Of what is said about a number that an option does not take."""
 
 
@@ -50,12 +50,12 @@ USAGE = (
     Case(
         "trials in words",
         f"{SEARCH} --trials many",
-        "should be a valid integer",
+        "into int",
         2,
         own_process=True,
     ),
-    Case("trials as a fraction", f"{SEARCH} --trials 1.5", "should be a valid integer", 2),
-    Case("trials of nothing", f"{SEARCH} --trials ''", "should be a valid integer", 2),
+    Case("trials as a fraction", f"{SEARCH} --trials 1.5", "into int", 2),
+    Case("trials of nothing", f"{SEARCH} --trials ''", "into int", 2),
     Case("negative seed", f"{SEARCH} --seed -1", RANGE, 2),
     Case("negative timeout", f"{SEARCH} --timeout -1", RANGE, 2),
     Case("no formats in a layer", f"{SEARCH} --max-formats-per-layer 0", RANGE, 2),
@@ -74,7 +74,7 @@ USAGE = (
     Case("columns by none", f"{QUANTIZE} --blocksize 0", RANGE, 2),
     Case("no calibration windows", f"{QUANTIZE} --nsamples 0", RANGE, 2),
     Case("negative damping", f"{QUANTIZE} --percdamp -1", RANGE, 2),
-    Case("damping in words", f"{QUANTIZE} --percdamp much", "should be a valid number", 2),
+    Case("damping in words", f"{QUANTIZE} --percdamp much", "into float", 2),
     Case("three starts", f"{QUANTIZE} --n-starts 3", RANGE, 2),
     Case("cubed routing weights", f"{QUANTIZE} --route-exponent 3", RANGE, 2),
     Case("negative pooled tokens", f"{QUANTIZE} --pooled-tokens -1", RANGE, 2),
@@ -192,7 +192,7 @@ CONTRADICTIONS = (
         f"{EVALUATE} --tasks mmlu_anatomy --task-data /nowhere",
         "anatomy_test.csv",
     ),
-    Case("task data of another task", f"{EVALUATE} --tasks ppl,foo --task-data .", "for mmlu"),
+    Case("task data of another task", f"{EVALUATE} --tasks perplexity,foo --task-data .", "for mmlu"),
 )
 
 LATENCY = f"{SEARCH} --also latency --latency-table"

@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from alphaquant.studies.spec import SearchSpec
-
 import alphaquant
-from alphaquant.commands.api import make_spec
-from alphaquant.commands.evaluate import EvaluateSpec
-from alphaquant.commands.quantize import QuantizeSpec
-from alphaquant.commands.sensitivity import SensitivitySpec
 from alphaquant.errors import BudgetError, ConfigError, FormatError, ModelError, StoreError
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.config import load_config
 from alphaquant.spaces.formats import parse_format, parse_menu
+from alphaquant.specs.evaluate import EvaluateSpec
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.search import SearchSpec
+from alphaquant.specs.sensitivity import SensitivitySpec
 from tests.corpus.engine import Call, Place
 from tests.corpus.packed import LAYER, copied, tensors
 
