@@ -40,7 +40,9 @@ Debug = Annotated[
 ]
 SpecFile = Annotated[
     Path | None,
-    Parameter(group=_GENERAL, help="TOML file of options; what is given beside it wins; none by default."),
+    Parameter(
+        group=_GENERAL, help="TOML file of options; what is given beside it wins; none by default."
+    ),
 ]
 PrintSpec = Annotated[
     bool,
@@ -111,7 +113,9 @@ def application(command: Command) -> App:
         version_flags=["--version"],
         version=version_text,
         group_commands=_GENERAL,
-        default_parameter=Parameter(show_default=_default_text, show_choices=False),
+        default_parameter=Parameter(
+            show_default=_default_text, show_choices=False, allow_repeating=True
+        ),
         result_action="return_value",
     )
     app.default(command.run)
@@ -186,7 +190,15 @@ def _usage_text(error: CycloptsError) -> str:
         names = [f"--{name}" for name in needed] or [error.argument.name]
         if error.keyword is None:
             return _needed_text(names, error.unused_tokens or [])
-    return " ".join(str(error).split()).rstrip(".")
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text}{_source_text(error, text)}"
+
+
+def _source_text(error: CycloptsError, text: str) -> str:
+    """The file that a wrong value stands in, where the text does not name it."""
+    tokens = [] if error.argument is None else error.argument.tokens
+    files = [t.source for t in tokens if t.source and t.source != "cli" and t.source not in text]
+    return f" in {files[0]}" if files else ""
 
 
 def _needed_text(names: list[str], unused: list[str]) -> str:

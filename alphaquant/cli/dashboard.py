@@ -5,10 +5,9 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter, validators
-
 from alphaquant.cli.application import Command, main_of
 from alphaquant.cli.console import quiet_libraries
+from alphaquant.specs.check import whole
 
 
 def command(
@@ -17,7 +16,7 @@ def command(
     *,
     storage: str | None = None,
     artifacts: Path | None = None,
-    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65535))] = 0,
+    port: Annotated[int, whole(0, 65535)] = 0,
     host: str = "127.0.0.1",
 ) -> None:
     """Show a study in optuna-dashboard, also while its search is running.

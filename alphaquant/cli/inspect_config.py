@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
 
 from alphaquant.cli.application import AsJson, Command, main_of
 from alphaquant.cli.console import quiet_libraries
 from alphaquant.cli.screen import say, screen_width
-from alphaquant.errors import ConfigError
 
 
 def command(
@@ -33,7 +32,7 @@ def command(
             prints one line.
     """
     if verify and model is not None:
-        raise ConfigError("--verify looks at files only; leave out --model")
+        raise CycloptsError(msg="--verify looks at files only; leave out --model")
     if verify:
         from alphaquant.commands.inspect_text import verified_json, verified_text
         from alphaquant.runtime.integrity import verify_checkpoint

@@ -3,12 +3,11 @@
 import json
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
 
 from alphaquant.cli.application import Command, main_of
 from alphaquant.cli.console import Bars, quiet_libraries
 from alphaquant.cli.screen import say
-from alphaquant.errors import ConfigError
 from alphaquant.specs.quantize import QuantizeSpec
 
 
@@ -26,7 +25,7 @@ def command(
         dry_run: Print the plan and its bits without loading weights.
     """
     if spec.out is None and not dry_run:
-        raise ConfigError("--out is needed unless --dry-run; name the directory to write")
+        raise CycloptsError(msg="--out is needed unless --dry-run")
     from alphaquant.commands import quantize as commands
 
     quiet_libraries()

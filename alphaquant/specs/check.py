@@ -5,7 +5,7 @@ from Python has no other check.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,13 +14,38 @@ from cyclopts import Parameter, validators
 
 from alphaquant.errors import ConfigError
 
-Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+
+def _whole_number(kind: type[int], tokens: Sequence[Any]) -> int:
+    """The number of a command line or a file; cyclopts would round 1.5 to 2.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no whole number") from error
+
+
+def whole(gte: int, lte: int | None = None) -> Parameter:
+    """Annotation of an int: a whole number of a range.
+
+    Args:
+        gte: the least.
+        lte: the greatest, None for any.
+    """
+    bounds = validators.Number(gte=gte, lte=lte)
+    return Parameter(converter=_whole_number, validator=bounds)
+
+
+Positive = Annotated[int, whole(1)]
 """A count of at least 1."""
 
-Pair = Annotated[int, Parameter(validator=validators.Number(gte=2))]
+Pair = Annotated[int, whole(2)]
 """A count of at least 2: what has a standard error."""
 
-Natural = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Natural = Annotated[int, whole(0)]
 """A number of at least 0."""
 
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0))]

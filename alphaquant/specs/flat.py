@@ -87,16 +87,21 @@ def make(kind: type[T], settings: Mapping[str, Any], what: str) -> T:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The options of a TOML file, flat.
+    """The options of a TOML file, flat; a list of texts is one text with commas.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        ConfigError: it cannot be read, is no TOML, or has a table or another file in it.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"spec {path}: {reason}; give a TOML file of options") from error
+    for name, value in found.items():
+        if isinstance(value, dict) or name == "spec":
+            what = "a table" if isinstance(value, dict) else "another file"
+            raise ConfigError(f"spec {path}: {name} is {what}; name the options, NAME = VALUE")
+    return {name: _joined(value) for name, value in found.items()}
 
 
 def flat(spec: Any) -> dict[str, Any]:
@@ -178,6 +183,9 @@ def _made(kind: type[T], settings: Mapping[str, Any]) -> T:
         if part is not None and isinstance(settings.get(field.name), part):
             _refuse_both(part, field.name, settings)
             values[field.name] = settings[field.name]
+        elif part is not None and field.name in settings:
+            given, wanted = shown(settings[field.name]), part.__name__
+            raise ConfigError(f"{field.name} is {given}; give a {wanted}, or its fields")
         elif part is not None:
             values[field.name] = _made(part, settings)
         elif field.name in settings:
@@ -188,7 +196,7 @@ def _made(kind: type[T], settings: Mapping[str, Any]) -> T:
 def _refuse_both(part: type[Any], name: str, settings: Mapping[str, Any]) -> None:
     """A whole part, and a field of it beside it, contradict each other."""
     twice = [option.name for option in options_of(part) if option.name in settings]
-    if twice and twice != [name]:
+    if twice:
         raise ConfigError(f"{name} and {', '.join(twice)} are both given; give one of the two")
 
 
@@ -196,9 +204,15 @@ def _fitted(hint: Any, name: str, value: Any) -> Any:
     """A value as its field has it: a list as a text, a text as a path."""
     kinds = {kind for kind, _ in kinds_of(hint)} - {NoneType}
     if isinstance(value, list | tuple) and str in kinds:
-        if not all(isinstance(part, str) for part in value):
-            raise ConfigError(f"{name} is {shown(value)}; give names")
-        return ",".join(value)
+        if isinstance(_joined(value), str):
+            return _joined(value)
+        raise ConfigError(f"{name} is {shown(value)}; give names")
     if isinstance(value, Path) and str in kinds:
         return str(value)
     return Path(value) if isinstance(value, str) and Path in kinds else value
+
+
+def _joined(value: Any) -> Any:
+    """A list of texts as one text, anything else as it is."""
+    is_texts = isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+    return ",".join(value) if is_texts else value

@@ -24,9 +24,7 @@ class LimitSpec:
     """What the result must load in: any, kernels, vllm, sglang, transformers."""
     max_formats_per_layer: Positive | None = None
     """At most so many formats among a layer's routed experts; none by default."""
-    layer_minimum_bits: Annotated[float, Parameter(validator=validators.Number(gt=0))] | None = (
-        None
-    )
+    layer_minimum_bits: Annotated[float, _ABOVE_ZERO] | None = None
     """Least stored bits per weight of every layer; none by default."""
     active_budget: str | None = None
     """Bytes of quantizable weights that a token may read on average: 600MiB; none by default."""

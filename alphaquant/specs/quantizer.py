@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter, validators
+from cyclopts import Parameter
 
-from alphaquant.specs.check import Natural, Positive, Share, check
+from alphaquant.specs.check import Natural, Positive, Share, check, whole
 
 Method = Literal["gptq", "rtn"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
@@ -26,7 +26,7 @@ class RoundingSpec:
     scale_search: ScaleSearch = "hessian"
     """How scales are chosen: minmax (the formats' plain rule), mse (least squared error), hessian
     (least GPTQ error)."""
-    route_exponent: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=2))] = 2
+    route_exponent: Annotated[int, whole(0, 2)] = 2
     """Power of the routing weight in experts' Hessians: 0 plain GPTQ, 1 MoEQuant, 2 exact."""
     pooled_tokens: Natural = 512
     """Tokens' worth of the layer's mean in each expert's Hessian; 0 is off."""
@@ -36,7 +36,7 @@ class RoundingSpec:
     """Scales from the original weights, before the loop."""
     refine_sweeps: Natural = 3
     """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ."""
-    n_starts: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=2))] = 2
+    n_starts: Annotated[int, whole(1, 2)] = 2
     """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
     better result."""
 

@@ -60,4 +60,4 @@ def test_verify_prints_one_line_or_names_the_damaged_file(inspect: Any, tmp_path
     code, out, err = inspect(str(packed), "--verify")
     assert (code, out) == (1, "") and err.count("\n") == 1
     assert err.startswith(f"error: {file} is not what aq-quantize wrote")
-    assert inspect(str(packed), "--verify", "--model", "demo")[0] == 1
+    assert inspect(str(packed), "--verify", "--model", "demo")[0] == 2

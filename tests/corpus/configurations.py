@@ -66,7 +66,7 @@ NO_JSON = (
     Case("configuration that is a circle of links", INSPECT, "c.json", make=_loop),
     Case("configuration without an end", "aq-inspect /dev/zero --model {tiny}", "longer than"),
     Case("configuration of nothing at all", "aq-inspect '' --model {tiny}", "without best.json"),
-    Case("configuration without a model", "aq-inspect {int4}", "give --model", own_process=True),
+    Case("configuration without a model", "aq-inspect {int4}", "give --model"),
 )
 
 VALUES = (

@@ -44,18 +44,18 @@ def _taken_out(place: Place) -> None:
 
 USAGE = (
     Case("search without a budget", "aq-search", "--budget", 2, own_process=True),
-    Case("option with a slip", f"{SEARCH} --trails 3", "--trials", 2),
+    Case("option with a slip", f"{SEARCH} --trails 3", "Did you mean --trials?", 2),
     Case("option of another command", f"{SEARCH} --sequential", "--sequential", 2),
     Case("no trials", f"{SEARCH} --trials 0", RANGE, 2),
     Case(
         "trials in words",
         f"{SEARCH} --trials many",
-        "into int",
+        "no whole number",
         2,
         own_process=True,
     ),
-    Case("trials as a fraction", f"{SEARCH} --trials 1.5", "into int", 2),
-    Case("trials of nothing", f"{SEARCH} --trials ''", "into int", 2),
+    Case("trials as a fraction", f"{SEARCH} --trials 1.5", "no whole number", 2),
+    Case("trials of nothing", f"{SEARCH} --trials ''", "no whole number", 2),
     Case("negative seed", f"{SEARCH} --seed -1", RANGE, 2),
     Case("negative timeout", f"{SEARCH} --timeout -1", RANGE, 2),
     Case("no formats in a layer", f"{SEARCH} --max-formats-per-layer 0", RANGE, 2),
@@ -121,9 +121,9 @@ BUDGETS = (
 
 NUMBERS = (
     Case("timeout nan", f"{SEARCH} --timeout nan", RANGE, 2),
-    Case("layer minimum nan", f"{SEARCH} --layer-minimum-bits nan", "layer_minimum_bits = nan"),
-    Case("layer minimum inf", f"{SEARCH} --layer-minimum-bits inf", "layer_minimum_bits = inf"),
-    Case("negative layer minimum", f"{SEARCH} --layer-minimum-bits -1", "more than 0"),
+    Case("layer minimum nan", f"{SEARCH} --layer-minimum-bits nan", RANGE, 2),
+    Case("layer minimum inf", f"{SEARCH} --layer-minimum-bits inf", "layer_minimum_bits is inf"),
+    Case("negative layer minimum", f"{SEARCH} --layer-minimum-bits -1", RANGE, 2),
     Case("layer minimum above all", f"{SEARCH} --layer-minimum-bits 1e9", "layer 0 reaches 8.5"),
     Case("damping nan", f"{QUANTIZE} --percdamp nan", RANGE, 2),
     Case("damping inf", f"{QUANTIZE} --percdamp 1e999", "percdamp is inf"),
@@ -145,21 +145,23 @@ NAMES = (
     Case("only commas", f"{SEARCH} --formats ,", "format"),
     Case("groups of none", f"{SEARCH} --formats int4-g0", "group size 0"),
     Case("profile with a slip", f"{SEARCH} --profile vlm", "vllm"),
-    Case("unknown mode", f"{SEARCH} --mode manual", "auto, knobs, groups"),
-    Case("unknown grouping", f"{SEARCH} --grouping name", "layer, utilization"),
-    Case("unknown sampler", f"{SEARCH} --sampler cma", "tpe"),
+    Case("unknown mode", f"{SEARCH} --mode manual", '"knobs", "groups"', 2),
+    Case("unknown grouping", f"{SEARCH} --grouping name", '"layer", "utilization"', 2),
+    Case("unknown sampler", f"{SEARCH} --sampler cma", '"tpe"', 2),
     Case("allocator with a slip", f"{SEARCH} --allocator fischer", "fisher"),
-    Case("study without a name", f"{SEARCH} --study ''", "--study NAME"),
-    Case("search by an unknown method", f"{SEARCH} --method awq", "use gptq or rtn"),
+    Case("study without a name", f"{SEARCH} --study ''", "the study has no name"),
+    Case("search by an unknown method", f"{SEARCH} --method awq", '"gptq", "rtn"', 2),
     Case("search on an unknown device", f"{SEARCH} --device quantum", "use cpu, cuda or auto"),
     Case("device of nothing", f"{EVALUATE} --device ''", "use cpu, cuda or auto"),
     Case("search in an unknown dtype", f"{SEARCH} --dtype int8", "unknown dtype 'int8'"),
     Case("eval in an unknown dtype", f"{EVALUATE} --dtype half-full", "unknown dtype"),
     Case("sensitivity in an unknown dtype", f"{SENSITIVITY} --dtype int8", "unknown dtype"),
-    Case("quantize with an unknown bos", f"{GPTQ} --bos perhaps", "auto, always, never"),
-    Case("search with an unknown bos", f"{SEARCH} --bos perhaps", "auto, always, never"),
-    Case("unknown scale search", f"{QUANTIZE} --scale-search best", "minmax or mse or hessian"),
-    Case("unknown method", f"{QUANTIZE} --method awq", "use gptq or rtn"),
+    Case("quantize with an unknown bos", f"{GPTQ} --bos perhaps", '"auto", "always", "never"', 2),
+    Case("search with an unknown bos", f"{SEARCH} --bos perhaps", '"auto", "always", "never"', 2),
+    Case(
+        "unknown scale search", f"{QUANTIZE} --scale-search best", '"minmax", "mse", "hessian"', 2
+    ),
+    Case("unknown method", f"{QUANTIZE} --method awq", '"gptq", "rtn"', 2),
     Case("model type with a slip", f"{QUANTIZE} --model-type olmo", "olmoe"),
     Case("model type of a dense model", f"{QUANTIZE} --model-type standard", "routed experts"),
     Case("sensitivity to an unknown format", f"{SENSITIVITY} --format int9", "int9"),
@@ -192,7 +194,9 @@ CONTRADICTIONS = (
         f"{EVALUATE} --tasks mmlu_anatomy --task-data /nowhere",
         "anatomy_test.csv",
     ),
-    Case("task data of another task", f"{EVALUATE} --tasks perplexity,foo --task-data .", "for mmlu"),
+    Case(
+        "task data of another task", f"{EVALUATE} --tasks perplexity,foo --task-data .", "for mmlu"
+    ),
 )
 
 LATENCY = f"{SEARCH} --also latency --latency-table"

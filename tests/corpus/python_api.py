@@ -1,5 +1,6 @@
 """Calls of the Python API: wrong types, wrong names, wrong files; and natural spellings."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from alphaquant.errors import BudgetError, ConfigError, FormatError, ModelError,
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.config import load_config
 from alphaquant.spaces.formats import parse_format, parse_menu
+from alphaquant.specs.checkpoint import CheckpointSpec
 from alphaquant.specs.evaluate import EvaluateSpec
-from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.run import RunSpec
 from alphaquant.specs.search import SearchSpec
 from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.specs.texts import TextSpec
 from tests.corpus.engine import Call, Place
 from tests.corpus.packed import LAYER, copied, tensors
 
@@ -22,9 +25,17 @@ def _search(name: str, says: str, budget: Any = "4bits", **settings: Any) -> Cal
     return Call(name, lambda place: alphaquant.search(budget, **settings), says)
 
 
-def _spec(name: str, kind: Any, says: str, **fields: Any) -> Call:
+def _spec(name: str, make: Callable[..., Any], says: str, **fields: Any) -> Call:
     """A specification with a field that makes no sense."""
-    return Call(name, lambda place: kind(**fields), says, error=ConfigError)
+    return Call(name, lambda place: make(**fields), says, error=ConfigError)
+
+
+def _file(name: str, says: str, content: str | None = None, **settings: Any) -> Call:
+    """`alphaquant.search` with a file of options, and options beside it."""
+    files = {} if content is None else {"s.toml": content}
+    return Call(
+        name, lambda place: alphaquant.search(spec="s.toml", **settings), says, files=files
+    )
 
 
 def _quantize(place: Place, **changes: Any) -> Any:
@@ -32,9 +43,9 @@ def _quantize(place: Place, **changes: Any) -> Any:
         "model": str(place.tiny),
         "config": place.int4,
         "out": place.here / "out",
-        "quant": {"method": "rtn"},
+        "method": "rtn",
     }
-    return alphaquant.quantize(QuantizeSpec(**{**spec, **changes}))
+    return alphaquant.quantize(QuantizeSpec.of(**{**spec, **changes}))
 
 
 def _loaded(place: Place, **options: Any) -> str:
@@ -42,14 +53,15 @@ def _loaded(place: Place, **options: Any) -> str:
 
 
 QUANTIZE: dict[str, Any] = {"model": "m", "config": Path("c"), "out": Path("o")}
+FOUR: dict[str, Any] = {"budget": "4bits"}
 
 SEARCHES = (
-    _search("budget of None", "budget is None; give str", None),
+    _search("no budget", "search needs budget; Size limit", None),
     _search("budget that is a number", "budget is 4.25 (float); give str", 4.25),
     _search("budget that is bytes", "budget is b'4bits' (bytes)", b"4bits"),
     _search("trials in a text", "trials is '5' (str); give int", trials="5"),
     _search("trials that are true", "trials is True (bool); give int", trials=True),
-    _search("trials below one", "trials is 0; use 1 or more", trials=0),
+    _search("trials below one", "trials is 0; must be >= 1", trials=0),
     _search("timeout in words", "timeout is '1h' (str); give float or None", timeout="1h"),
     _search("timeout of NaN", "timeout is nan", timeout=float("nan")),
     _search("output that is a number", "out is 3 (int); give Path", out=3),
@@ -58,17 +70,33 @@ SEARCHES = (
     _search("formats in a dict", "formats is {'int4': 1} (dict)", formats={"int4": 1}),
     _search("no formats in a list", "format", formats=[]),
     _search("windows of a fraction", "seq_len is 2.5 (float)", seq_len=2.5),
-    _search("one window of evaluation", "n_evaluation is 1; use 2", n_evaluation=1),
-    _search("objectives in a list", "objectives is ['kl'] (list)", objectives=["kl"]),
-    _search("setting of nobody", "search has no setting 'data'", data="x"),
+    _search("one window of evaluation", "evaluation_samples is 1; must", evaluation_samples=1),
+    _search("objectives that are numbers", "objectives is [1] (list)", objectives=[1]),
+    _search("setting of nobody", "search has no setting 'wq'", wq="x"),
     _search("setting with a slip", "perhaps trials", trails=3),
+    _search("setting of former times", "perhaps calibration", n_calibration=3),
     _search("damping in a text", "percdamp", percdamp="x"),
     _search("seed below none in Python", "seed", seed=-1),
     _search("damping of NaN", "percdamp is nan", percdamp=float("nan")),
-    _search("setting under both names", "also and reported are one", also="a", reported="b"),
-    _search("sequential search", "use it with aq-quantize", sequential=True),
-    _search("mode of nobody", "use one of auto, knobs, groups", mode="manual"),
-    _search("study of blanks", "--study NAME", study=" "),
+    _search("sequential search", "no setting 'sequential'", sequential=True),
+    _search("mode of nobody", "use knobs or groups", mode="manual"),
+    _search("study of blanks", "the study has no name", study=" "),
+    _search("part in a text", "texts is 'x' (str); give a TextSpec", texts="x"),
+    _search(
+        "part and a field of it",
+        "texts and seq_len are both given",
+        texts=TextSpec(),
+        seq_len=64,
+    ),
+)
+
+FILES = (
+    _file("file of options that is not there", "spec s.toml: No such file"),
+    _file("file of options that is no TOML", "spec s.toml", "budget: 4bits"),
+    _file("unknown option in a file in Python", "perhaps budget", 'budgt = "4bits"'),
+    _file("number for a text in a file", "budget is 4.25 (float); give str", "budget = 4.25"),
+    _file("text for a number in a file", "trials is '3' (str)", 'budget = "4bits"\ntrials = "3"'),
+    _file("wrong option beside a file", "trials is 0", 'budget = "4bits"\ntrials = 3', trials=0),
 )
 
 SPECS = (
@@ -76,18 +104,28 @@ SPECS = (
         "configuration in a dict", QuantizeSpec, "config is {} (dict)", **QUANTIZE | {"config": {}}
     ),
     _spec("configuration in a text", QuantizeSpec, "config is 'c'", **QUANTIZE | {"config": "c"}),
-    _spec("quant in a text", QuantizeSpec, "quant is 'rtn'", **QUANTIZE, quant="rtn"),
+    _spec("quantizer in a text", QuantizeSpec, "quantizer is 'rtn'", **QUANTIZE, quantizer="rtn"),
     _spec("strict in words", QuantizeSpec, "strict is 'yes'", **QUANTIZE, strict="yes"),
-    _spec("tasks in a text", EvaluateSpec, "tasks is 'kl'", model="m", tasks="kl"),
-    _spec("samples in a text", EvaluateSpec, "n_samples is '4'", model="m", n_samples="4"),
+    _spec("tasks in a tuple", EvaluateSpec, "tasks is ('kl',)", model="m", tasks=("kl",)),
+    _spec("samples in a text", EvaluateSpec, "samples is '4'", model="m", samples="4"),
     _spec("task data in a text", EvaluateSpec, "task_data is 'x'", model="m", task_data="x"),
-    _spec("output in a text", SearchSpec, "out is 'text' (str); give Path", out="text"),
+    _spec("output in a text", RunSpec, "out is 'text' (str); give Path", out="text"),
     _spec("device of None", EvaluateSpec, "device is None", model="m", device=None),
     _spec("format of None", SensitivitySpec, "format is None", format=None),
-    _spec("sensitivity of a Path", SensitivitySpec, "model", format="int4", model=Path("m")),
-    _spec("search of a Path", SearchSpec, "model is", model=Path("m")),
-    _spec("data in a text", SearchSpec, "data is 'x'", data="x"),
-    _spec("layer minimum in words", SearchSpec, "layer_minimum_bits", layer_minimum_bits="3"),
+    _spec("no format", SensitivitySpec.of, "sensitivity needs format"),
+    _spec("no configuration", QuantizeSpec.of, "quantize needs config", model="m"),
+    _spec("model in a number", SensitivitySpec.of, "model is 5", format="int4", model=5),
+    _spec("search of a Path", CheckpointSpec, "model is", model=Path("m")),
+    _spec("limits in a text", SearchSpec, "limits is 'x'", limits="x"),
+    _spec("parts in a dict", SearchSpec.of, "run is {}", **FOUR, run={}),
+    _spec(
+        "layer minimum in words",
+        SearchSpec.of,
+        "layer_minimum_bits",
+        **FOUR,
+        layer_minimum_bits="3",
+    ),
+    _spec("layer minimum of none", SearchSpec.of, "must be > 0", **FOUR, layer_minimum_bits=0),
 )
 
 RUNS = (
@@ -96,13 +134,13 @@ RUNS = (
     Call("evaluate a text", lambda p: alphaquant.evaluate("m"), "EvaluateSpec"),
     Call(
         "unknown setting of quantize",
-        lambda p: _quantize(p, quant={"methd": "rtn"}),
-        "methd",
+        lambda p: _quantize(p, methd="rtn"),
+        "perhaps method",
         error=ConfigError,
     ),
     Call(
         "method of nobody",
-        lambda p: _quantize(p, quant={"method": "awq"}),
+        lambda p: _quantize(p, method="awq"),
         "gptq or rtn",
         error=ConfigError,
     ),
@@ -115,12 +153,12 @@ RUNS = (
     Call(
         "windows of one token in Python",
         lambda p: _quantize(p, seq_len=1),
-        "seq_len is 1; use 2 or more",
+        "seq_len is 1; must be >= 2",
     ),
     Call(
         "no window in Python",
-        lambda p: _quantize(p, n_calibration=0),
-        "n_calibration is 0; use 1 or more",
+        lambda p: _quantize(p, calibration_samples=0),
+        "calibration_samples is 0; must be >= 1",
     ),
     Call(
         "device of nobody",
@@ -130,14 +168,14 @@ RUNS = (
     ),
     Call(
         "evaluate in batches of none",
-        lambda p: alphaquant.evaluate(EvaluateSpec(str(p.tiny), tasks=("ppl",), batch_size=0)),
+        lambda p: alphaquant.evaluate(EvaluateSpec(model=str(p.tiny), batch_size=0)),
         "batch_size is 0",
         error=ConfigError,
     ),
     Call(
         "evaluate one window less than one",
-        lambda p: alphaquant.evaluate(EvaluateSpec(str(p.tiny), tasks=("ppl",), n_samples=0)),
-        "n_samples",
+        lambda p: alphaquant.evaluate(EvaluateSpec(model=str(p.tiny), samples=0)),
+        "samples is 0",
     ),
 )
 
@@ -175,7 +213,7 @@ PARTS = (
     Call("menu of nothing", lambda p: parse_menu(""), "format", error=FormatError),
     Call("budget of half", lambda p: parse_budget("bits"), "'bits'", error=BudgetError),
     Call("load no configuration", lambda p: load_config(p.here / "c"), "c", error=ConfigError),
-    Call("spec of a slip", lambda p: make_spec("4bits", {"modle": "m"}), "perhaps mode, model"),
+    Call("spec of a slip", lambda p: SearchSpec.of(**FOUR, modle="m"), "perhaps mode, model"),
     Call(
         "name of nobody",
         lambda p: alphaquant.serach,
@@ -191,13 +229,13 @@ RIGHT = (
     ),
     Call(
         "formats in a list",
-        lambda p: make_spec("4bits", {"formats": ["int4-g64", "int8-row"]}).formats,
+        lambda p: SearchSpec.of(**FOUR, formats=["int4-g64", "int8-row"]).limits.formats,
         None,
         "int4-g64,int8-row",
     ),
     Call(
         "model in a Path",
-        lambda p: make_spec("4bits", {"model": Path("a"), "out": "b"}).model,
+        lambda p: SearchSpec.of(**FOUR, model=Path("a"), out="b").checkpoint.model,
         None,
         "a",
     ),
@@ -210,4 +248,4 @@ RIGHT = (
     ),
 )
 
-CALLS = (*SEARCHES, *SPECS, *RUNS, *LOADS, *PARTS, *RIGHT)
+CALLS = (*SEARCHES, *FILES, *SPECS, *RUNS, *LOADS, *PARTS, *RIGHT)

@@ -12,11 +12,12 @@ from tests.corpus import (
     packed,
     python_api,
     searches,
+    spec_files,
     texts,
 )
 from tests.corpus.engine import Call, Case, Place, check_done, check_line, contents, prepare
 
-SUBJECTS = (options, configurations, models, texts, packed, searches, dashboard)
+SUBJECTS = (options, spec_files, configurations, models, texts, packed, searches, dashboard)
 CASES = [case for subject in SUBJECTS for case in subject.CASES]
 CALLS = python_api.CALLS
 SECONDS = 60
