@@ -68,7 +68,7 @@ SEARCHES = (
     _search("model of None", "model is None; give str", model=None),
     _search("formats that are numbers", "formats is [4] (list); give names", formats=[4]),
     _search("formats in a dict", "formats is {'int4': 1} (dict)", formats={"int4": 1}),
-    _search("no formats in a list", "format", formats=[]),
+    _search("empty list of formats", "format", formats=[]),
     _search("windows of a fraction", "seq_len is 2.5 (float)", seq_len=2.5),
     _search("one window of evaluation", "evaluation_samples is 1; must", evaluation_samples=1),
     _search("objectives that are numbers", "objectives is [1] (list)", objectives=[1]),
@@ -91,12 +91,12 @@ SEARCHES = (
 )
 
 FILES = (
-    _file("file of options that is not there", "spec s.toml: No such file"),
+    _file("file of options that is not there in Python", "spec s.toml: No such file"),
     _file("file of options that is no TOML", "spec s.toml", "budget: 4bits"),
     _file("unknown option in a file in Python", "perhaps budget", 'budgt = "4bits"'),
     _file("number for a text in a file", "budget is 4.25 (float); give str", "budget = 4.25"),
     _file("text for a number in a file", "trials is '3' (str)", 'budget = "4bits"\ntrials = "3"'),
-    _file("wrong option beside a file", "trials is 0", 'budget = "4bits"\ntrials = 3', trials=0),
+    _file("wrong setting beside a file", "trials is 0", 'budget = "4bits"\ntrials = 3', trials=0),
 )
 
 SPECS = (
@@ -112,7 +112,9 @@ SPECS = (
     _spec("output in a text", RunSpec, "out is 'text' (str); give Path", out="text"),
     _spec("device of None", EvaluateSpec, "device is None", model="m", device=None),
     _spec("format of None", SensitivitySpec, "format is None", format=None),
-    _spec("no format", SensitivitySpec.of, "sensitivity needs format"),
+    _spec(
+        "sensitivity without a format in Python", SensitivitySpec.of, "sensitivity needs format"
+    ),
     _spec("no configuration", QuantizeSpec.of, "quantize needs config", model="m"),
     _spec("model in a number", SensitivitySpec.of, "model is 5", format="int4", model=5),
     _spec("search of a Path", CheckpointSpec, "model is", model=Path("m")),

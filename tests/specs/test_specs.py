@@ -35,7 +35,7 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
         ({"budget": "4", "trials": "5"}, r"trials is '5' \(str\); give int or None"),
         ({"budget": "4", "trials": True}, r"trials is True \(bool\); give int"),
         ({"budget": "4", "heldout_samples": 1}, "heldout_samples is 1; must be >= 2"),
-        ({"budget": "4", "mode": "x"}, r"mode is 'x' \(str\); use auto or knobs or groups"),
+        ({"budget": "4", "mode": "x"}, r"mode is 'x' \(str\); use knobs or groups"),
         ({"budget": "4", "percdamp": float("nan")}, "percdamp is nan; give a finite number"),
         ({"budget": "4", "n_starts": 3}, "n_starts is 3; must be <= 2"),
         ({"budget": "4", "layer_minimum_bits": 0.0}, "layer_minimum_bits is 0.0; must be > 0"),
