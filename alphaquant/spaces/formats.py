@@ -313,7 +313,7 @@ _INT_MENU: tuple[str, ...] = (
 DEFAULT_MENU: tuple[str, ...] = (*_INT_MENU, "mxfp4")
 """Formats that a search considers unless told otherwise.
 
-Chosen by measurement: docs/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly 4.25
+Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly 4.25
 bits, which people use: as part of the menu they are trials, so a search at that budget cannot end
 above them.
 """
