@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help search test lint types unit clean
+.PHONY: help search test lint types unit docs clean
 
 help:
 	@echo "make search [BUDGET=4.25bits] [OUT=aq-out] [ARGS='--trials 50 ...']   set up, then aq-search"
 	@echo "make test                                                            set up, then lint, types and tests"
 	@echo "make lint | types | unit                                             one part of it"
+	@echo "make docs                                                            the documentation as a site in build/site"
 	@echo "make clean                                                           remove $(VENV), caches and build files"
 
 search: $(VENV)/.installed
@@ -37,6 +38,13 @@ unit: $(VENV)/.installed-dev
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# Pages keep their places, so that links between them are right on GitHub and in the site.
+docs: $(VENV)/.installed-docs
+	@rm -rf build/docs && mkdir -p build/docs
+	@cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md alphaquant/demo/TERMS.md docs benchmarks/*.md benchmarks/results configs/README.md build/docs 2>/dev/null || true
+	@$(BIN)/zensical build --strict
+	@echo "build/site/index.html"
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -55,4 +63,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "==> installing the development tools"
 	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "==> installing what builds the documentation"
+	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@

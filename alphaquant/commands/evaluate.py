@@ -1,6 +1,5 @@
 """`evaluate`: scores of a model or packed checkpoint, beside its reference where one is given."""
 
-import difflib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,14 +10,10 @@ from torch import nn
 
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
-from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
-from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
 from alphaquant.evaluators.local_tasks import is_mmlu, write_mmlu_tasks
-from alphaquant.evaluators.perplexity import PerplexityEvaluator
-from alphaquant.evaluators.routes import keep_routes
-from alphaquant.evaluators.utilization import UtilizationEvaluator
+from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.progress import Progress, no_progress
@@ -40,40 +35,6 @@ from alphaquant.texts.windows import TextRequest, TokenSet, check_sources
 
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What evaluators on windows are made from.
-
-    Attributes:
-        model: the reference, or the model itself where there is none.
-        tokens: the windows.
-        batch_size: windows per forward pass.
-        folder: for what is kept of the reference.
-        progress: called with a stage's name, steps done, steps.
-    """
-
-    model: nn.Module
-    tokens: TokenSet
-    batch_size: int
-    folder: Path
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something that can be measured on windows of text.
-
-    Attributes:
-        metrics: what it gives.
-        make: makes the evaluator, which may give more.
-        compares: whether it compares with the reference.
-    """
-
-    metrics: tuple[str, ...]
-    make: Callable[[Ground], Evaluator]
-    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,12 +126,12 @@ def open_model(name: str, device: str, dtype: str) -> nn.Module:
 
 def window_tasks(spec: EvaluateSpec) -> list[str]:
     """Those measured on windows of text."""
-    return [task for task in spec.names if task in TASKS]
+    return [task for task in spec.names if find(task) is not None]
 
 
 def harness_tasks(spec: EvaluateSpec) -> tuple[str, ...]:
     """Those of lm-eval."""
-    return tuple(task for task in spec.names if task not in TASKS)
+    return tuple(task for task in spec.names if find(task) is None)
 
 
 def evaluation_text(found: Evaluation, width: int | None = None) -> str:
@@ -180,7 +141,7 @@ def evaluation_text(found: Evaluation, width: int | None = None) -> str:
         found: what was measured.
         width: characters of the screen; columns that do not fit are left out. None for all.
     """
-    compared = {m for task in TASKS.values() if task.compares for m in task.metrics}
+    compared = {name for entry in EVALUATORS.values() if entry.compares for name in entry.names}
     reference = {s.metric: s for s in found.reference_scores if s.metric not in compared}
     rows = []
     for score in found.scores:
@@ -227,14 +188,21 @@ def _check(spec: EvaluateSpec) -> str:
     if not spec.names:
         raise ConfigError(f"tasks: none; possible are {_possible()}; name some")
     for name in harness_tasks(spec):
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.75)
+        near = nearest(name)
         if near and not Path(name).exists():
             raise ConfigError(
-                f"unknown task {name!r}; possible are {_possible()}; did you mean {near[0]}?"
+                f"unknown task {name!r}; possible are {_possible()}; did you mean {near}?"
             )
     if window_tasks(spec):
         check_sources({"heldout": spec.data}, spec.bos)
-    comparing = [name for name in window_tasks(spec) if TASKS[name].compares]
+    entries = {name: EVALUATORS[find(name) or name] for name in window_tasks(spec)}
+    counting = [name for name, entry in entries.items() if entry.counts]
+    if counting:
+        raise ConfigError(
+            f"{', '.join(counting)}: an assignment of formats is counted, no model is run; ask "
+            "for it with --also of aq-search, or use aq-inspect"
+        )
+    comparing = [name for name, entry in entries.items() if entry.compares]
     if comparing and spec.reference is None:
         raise ConfigError(
             f"{', '.join(comparing)} asked, which needs the original model, and none is given; "
@@ -259,7 +227,8 @@ def _check(spec: EvaluateSpec) -> str:
 
 
 def _possible() -> str:
-    return f"{', '.join(TASKS)}, and any task, task file or folder of task files of lm-eval"
+    known = ", ".join(name for name, entry in EVALUATORS.items() if not entry.counts)
+    return f"{known}, one of their metrics, and any task, task file or folder of these of lm-eval"
 
 
 def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
@@ -304,12 +273,15 @@ def _choose(
     tokens = None
     if window_tasks(spec):
         tokens = _windows(spec, spec.reference or spec.model, model)
-        ground = Ground(model, tokens, spec.batch_size, folder, progress)
-        asked: dict[Callable[[Ground], Evaluator], list[str]] = {}
+        ground = Ground(model, tokens.tokens, spec.batch_size, folder, progress=progress)
+        asked: dict[str, set[str]] = {}
         for name in window_tasks(spec):
-            make = _divergence if name == "perplexity" and "kl" in spec.names else TASKS[name].make
-            asked.setdefault(make, []).extend(TASKS[name].metrics)
-        chosen += [(make(ground), frozenset(metrics)) for make, metrics in asked.items()]
+            known = find(name) or name
+            with_kl = known == "perplexity" and any(find(n) == "kl" for n in spec.names)
+            metrics = {metric.name for metric in metrics_of(name)}
+            asked.setdefault("kl" if with_kl else known, set()).update(metrics)
+        for name, metrics in asked.items():
+            chosen.append((EVALUATORS[name].make(ground), frozenset(metrics)))
     if harness is not None:
         chosen.append((harness, frozenset(metric.name for metric in harness.metrics)))
     return _Chosen(tuple(chosen), tokens)
@@ -341,32 +313,3 @@ def _harness_text(details: Mapping[str, Any]) -> str:
         f"lm-eval {details['lm_eval']}: {n_samples} of {n_available} documents of {len(rows)} "
         f"tasks, {shots} shots{cut}"
     )
-
-
-def _divergence(ground: Ground) -> Evaluator:
-    tokens, size = ground.tokens.tokens, ground.batch_size
-    path = ground.folder / "teacher.safetensors"
-    teacher = store_teacher(path, ground.model, tokens, batch_size=size, progress=ground.progress)
-    return DivergenceEvaluator(tokens, teacher, size)
-
-
-def _perplexity(ground: Ground) -> Evaluator:
-    return PerplexityEvaluator(ground.tokens.tokens, ground.batch_size)
-
-
-def _utilization(ground: Ground) -> Evaluator:
-    return UtilizationEvaluator(ground.tokens.tokens, ground.batch_size)
-
-
-def _drift(ground: Ground) -> Evaluator:
-    routes = keep_routes(ground.model, ground.tokens.tokens, ground.batch_size)
-    return RoutingDriftEvaluator(ground.tokens.tokens, routes)
-
-
-TASKS = {
-    "kl": Task(("kl", "same_top"), _divergence, compares=True),
-    "perplexity": Task(("perplexity",), _perplexity),
-    "utilization": Task(("load_imbalance", "load_entropy", "starved_experts"), _utilization),
-    "drift": Task(("router_kl", "expert_overlap"), _drift, compares=True),
-}
-"""What can be measured on windows of text."""

@@ -8,8 +8,7 @@ its evaluator, which stands for that evaluator's first metric (`drift` for `rout
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,11 @@ from torch import Tensor
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Metric, Score, Subject
 from alphaquant.evaluators.divergence import DivergenceEvaluator
-from alphaquant.evaluators.drift import RoutingDriftEvaluator
-from alphaquant.evaluators.footprint import FootprintEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
 from alphaquant.evaluators.latency import LatencyEvaluator, read_latency_table
 from alphaquant.evaluators.local_tasks import is_mmlu, write_mmlu_tasks
-from alphaquant.evaluators.routes import keep_routes
-from alphaquant.evaluators.utilization import UtilizationEvaluator
+from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, no_progress
 from alphaquant.specs.scores import ScoreSpec
@@ -33,18 +29,11 @@ from alphaquant.specs.scores import ScoreSpec
 ALWAYS = ("bits", "kl")
 """Objectives of every study."""
 
+WITH_KL = ("kl", "perplexity")
+"""Evaluators whose metrics come with every KL, so that they are not made."""
+
 IN_ROW = tuple(m for m in DivergenceEvaluator.metrics if m.name != "kl")
 """What comes with every KL, so that it needs no evaluator of its own."""
-
-_FOOTPRINT = tuple(m for m in FootprintEvaluator.metrics if m.name == "active_bytes")
-_KNOWN: Mapping[str, tuple[Metric, ...]] = {
-    "drift": RoutingDriftEvaluator.metrics,
-    "utilization": UtilizationEvaluator.metrics,
-    "footprint": _FOOTPRINT,
-    "latency": LatencyEvaluator.metrics,
-    "": IN_ROW,
-}
-"""Metrics by evaluator; an empty name where none is needed."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +106,7 @@ def check_scores(spec: ScoreSpec) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{', '.join(twice)} asked for twice; name every score once")
-    found = {name: _evaluator_of(name) for name in names[2:]}
+    found = {name: find(name) for name in names[2:]}
     tasks = [name for name, evaluator in found.items() if evaluator is None]
     has_table = spec.latency_table is not None
     if ("latency" in found.values()) != has_table:
@@ -135,9 +124,9 @@ def check_scores(spec: ScoreSpec) -> None:
 def _check_tasks(spec: ScoreSpec, tasks: Sequence[str]) -> None:
     """Refuse tasks of lm-eval that cannot be, and their options where there are none."""
     for name in tasks:
-        near = get_close_matches(name, _names(), n=1, cutoff=0.75)
+        near = nearest(name)
         if near:
-            raise ConfigError(f"unknown score {name!r}; did you mean {near[0]}?")
+            raise ConfigError(f"unknown score {name!r}; did you mean {near}?")
     if not tasks and (spec.task_data, spec.shots) != (None, None):
         raise ConfigError(
             "--task-data and --shots are for tasks of lm-eval, and none is asked for; add one "
@@ -160,7 +149,7 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan
             data, or a table that cannot be read.
     """
     objectives, reported = split_names(spec.objectives)[2:], split_names(spec.also)
-    evaluators = {name: _evaluator_of(name) for name in (*objectives, *reported)}
+    evaluators = {name: find(name) for name in (*objectives, *reported)}
     tasks = tuple(name.partition(".")[0] for name, found in evaluators.items() if found is None)
     harness = _harness(spec, tuple(dict.fromkeys(tasks)), tokenizer, bos) if tasks else None
     latency = None
@@ -169,7 +158,7 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan
     return ScorePlan(
         tuple(_metric(name, harness) for name in objectives),
         tuple(_metric(name, harness) for name in reported),
-        tuple(sorted({found for found in evaluators.values() if found})),
+        tuple(sorted({found for found in evaluators.values() if found} - set(WITH_KL))),
         latency,
         harness,
     )
@@ -194,20 +183,15 @@ def open_scores(
     Raises:
         ModelError: the model has no routed experts, and drift or utilization is asked for.
     """
-    made: list[Evaluator] = []
-    for name in plan.windows:
-        if name == "drift":
-            routes = keep_routes(model_map.model, tokens, progress=progress)
-            made.append(RoutingDriftEvaluator(tokens, routes))
-        elif name == "utilization":
-            made.append(UtilizationEvaluator(tokens))
-        elif name == "footprint":
-            made.append(FootprintEvaluator(active_share))
-        elif plan.latency is not None:
-            made.append(replace(plan.latency, active_share=active_share))
-    if plan.harness is not None:
-        made.append(plan.harness)
-    return Scorer(plan, tuple(made))
+    ground = Ground(
+        model_map.model,
+        tokens,
+        active_share=active_share,
+        latency=plan.latency,
+        progress=progress,
+    )
+    made = [EVALUATORS[name].make(ground) for name in plan.windows]
+    return Scorer(plan, (*made, *(() if plan.harness is None else (plan.harness,))))
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -215,25 +199,10 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _names() -> list[str]:
-    metrics = [m.name for found in _KNOWN.values() for m in found]
-    return [*filter(None, _KNOWN), *metrics]
-
-
-def _evaluator_of(name: str) -> str | None:
-    """The evaluator behind a name, empty where none is needed; None for a task of lm-eval."""
-    for evaluator, metrics in _KNOWN.items():
-        if name == evaluator or name in {m.name for m in metrics}:
-            return evaluator
-    return None
-
-
 def _metric(name: str, harness: HarnessEvaluator | None) -> Metric:
     """The metric behind a name."""
-    evaluator = _evaluator_of(name)
-    if evaluator is not None:
-        metrics: Sequence[Metric] = _KNOWN[evaluator]
-        return next((m for m in metrics if m.name == name), metrics[0])
+    if find(name) is not None:
+        return metrics_of(name)[0]
     assert harness is not None, "tasks were asked for"
     task, _, rest = name.partition(".")
     known = [m for m in harness.metrics if m.name.partition(".")[0] == task]

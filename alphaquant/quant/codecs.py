@@ -221,10 +221,10 @@ def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = N
         return SignCodec(grid)
     if isinstance(grid, IntegerGrid):
         return IntegerCodec(grid, _int_shrinks(fmt.bits) if searched else (1.0,))
-    if fmt.family == "mxfp":
+    if fmt.shared.scale == "e8m0":
         shifts = (0, 1) if searched else (0,)
         return MxCodec(grid, ELEMENTS[fmt.element].emax, shifts)
-    if fmt.family == "nvfp":
+    if fmt.shared.scale == "e4m3":
         assert global_scale is not None
         return NvCodec(
             grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if searched else (1.0,)
@@ -236,7 +236,7 @@ def make_grid(fmt: Format) -> SignGrid | IntegerGrid | FloatGrid:
     """The grid of a format's codes."""
     if fmt.kind == "int1":
         return SignGrid()
-    if fmt.family == "int":
+    if not fmt.element:
         return IntegerGrid(fmt.bits, signed=fmt.symmetric)
     element = ELEMENTS[fmt.element]
     return FloatGrid(element.exponent_bits, element.mantissa_bits, element.max_value)

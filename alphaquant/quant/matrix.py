@@ -44,9 +44,9 @@ class RoundedBatch:
         fmt, scales = self.format, self.scales[index, rows]
         codes = make_grid(fmt).to_codes(self.values[index, rows])
         stored = {"codes": pack_codes(codes, fmt.bits), "scales": scales.to(torch.float16)}
-        if fmt.family == "mxfp":
+        if fmt.shared.scale == "e8m0":
             stored["scales"] = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
-        if fmt.family == "nvfp":
+        if fmt.shared.global_bits:
             assert self.global_scale is not None
             shared = self.global_scale[index, rows][:1]
             stored["scales"] = (scales / shared).to(torch.float8_e4m3fn)
@@ -95,10 +95,10 @@ class PackedMatrix:
 
     def _scales(self) -> Tensor:
         stored = self.tensors["scales"]
-        if self.format.family == "mxfp":
+        if self.format.shared.scale == "e8m0":
             return from_e8m0(stored)
         scales = stored.to(torch.float32)
-        return scales * self.tensors["global_scale"] if self.format.family == "nvfp" else scales
+        return scales * self.tensors["global_scale"] if self.format.shared.global_bits else scales
 
 
 def pack_bf16(weight: Tensor) -> PackedMatrix:
@@ -115,19 +115,14 @@ def packed_shapes(
     """Shape and dtype of every tensor that a packed [rows, cols] matrix has."""
     if not fmt.is_quantized:
         return {"weight": ((rows, cols), torch.bfloat16)}
-    scale_dtype = {
-        "int": torch.float16,
-        "fp": torch.float16,
-        "mxfp": torch.uint8,
-        "nvfp": torch.float8_e4m3fn,
-    }
+    scale_dtype = {"float16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": ((rows, fmt.row_bytes(cols)), torch.uint8),
-        "scales": ((rows, fmt.n_groups(cols)), scale_dtype[fmt.family]),
+        "scales": ((rows, fmt.n_groups(cols)), scale_dtype[fmt.shared.scale]),
     }
     if not fmt.symmetric:
         shapes["zeros"] = ((fmt.zero_bytes(rows, cols),), torch.uint8)
-    if fmt.family == "nvfp":
+    if fmt.shared.global_bits:
         shapes["global_scale"] = ((1,), torch.float32)
     return shapes
 
@@ -160,7 +155,7 @@ def dequantize_groups(fmt: Format, values: Tensor, scales: Tensor, zeros: Tensor
         float32 [..., N, K].
     """
     n_cols = values.shape[-1]
-    group_size = n_cols if fmt.n_groups(n_cols) == 1 else fmt.group_size
+    group_size = fmt.columns_per_scale(n_cols)
     if n_cols % group_size == 0:
         grouped = values.reshape(*values.shape[:-1], -1, group_size)  # [..., N, G, g]
         zero = None if zeros is None else zeros.unsqueeze(-1)

@@ -108,7 +108,7 @@ def fit_scales(hessian: Tensor, rounded: RoundedBatch, R: Tensor) -> tuple[Round
     Returns:
         The batch with these scales, and its residual.
     """
-    if rounded.format.family not in ("int", "fp"):
+    if not rounded.format.has_groups:
         return rounded, R
     n_cols = R.shape[-1]
     codes = rounded.values

@@ -150,7 +150,7 @@ def quantize_gptq(
     W = weight.to(torch.float32).clone()
     U = factor.upper
     global_scale, codec = _codec(W, fmt, search, row_counts)
-    group_size = _group_size(fmt, W.shape[-1])
+    group_size = fmt.columns_per_scale(W.shape[-1])
     collected: list[GroupScales] = []
     fixed = None
     if static_groups or factor.order is not None:
@@ -208,7 +208,7 @@ def quantize_rtn(
     global_scale, codec = _codec(W, fmt, search, row_counts)
     values = torch.empty_like(W)
     collected = []
-    group_size = _group_size(fmt, W.shape[-1])
+    group_size = fmt.columns_per_scale(W.shape[-1])
     for start in range(0, W.shape[-1], group_size):
         group = W[..., start : start + group_size]
         scales = fit(codec, group)
@@ -265,17 +265,13 @@ def _importance(U: Tensor, start: int, stop: int) -> Tensor:
 def _codec(
     W: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...]
 ) -> tuple[Tensor | None, Codec]:
-    if fmt.family != "nvfp":
+    if not fmt.shared.global_bits:
         return None, make_codec(fmt, search)
     parts = torch.split(W, list(row_counts) or [W.shape[-2]], -2)
     global_scale = torch.cat(
         [nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1
     )  # [B, N]
     return global_scale, make_codec(fmt, search, global_scale)
-
-
-def _group_size(fmt: Format, n_cols: int) -> int:
-    return n_cols if fmt.n_groups(n_cols) == 1 else fmt.group_size
 
 
 def _blocks(n_cols: int, group_size: int, blocksize: int) -> Iterator[tuple[int, int]]:

@@ -38,7 +38,7 @@ from alphaquant.quant.codecs import (
     rebuild,
     snap,
 )
-from alphaquant.spaces.formats import ACTIVATION_KINDS, FIXED_BLOCK_SIZES, Format
+from alphaquant.spaces.formats import ACTIVATION_KINDS, Format
 
 # Tokens below 2^-126 * the largest code round to fewer codes, in the end to zero.
 _SCALE_MIN = torch.finfo(torch.float32).tiny
@@ -75,14 +75,14 @@ def fake_quantize(inputs: Tensor, fmt: Format) -> Tensor:
     if not fmt.is_quantized or inputs.numel() == 0:
         return inputs
     n_cols = inputs.shape[-1]
-    block = FIXED_BLOCK_SIZES.get(fmt.family, n_cols)
+    block = fmt.shared.block or n_cols
     tokens = inputs.reshape(-1, n_cols).to(torch.float32)  # [T, K]
     padded = torch.nn.functional.pad(tokens, (0, -n_cols % block))
     blocks = padded.reshape(len(tokens), -1, block)  # [T, G, C]; zeros do not change an amax
     scale = _scales(blocks, fmt).unsqueeze(-1)  # [T, G, 1]
     rounded = rebuild(snap(make_grid(fmt), blocks, scale, None), scale, None)
     usable = torch.isfinite(blocks).all(-1, keepdim=True)  # [T, G, 1]
-    if fmt.family != "mxfp":
+    if fmt.shared.scale != "e8m0":
         usable = usable.all(-2, keepdim=True)
     made = torch.where(usable, rounded, torch.nan).flatten(-2)[:, :n_cols]
     # code * (amax / code) can be a rounding error above the largest number of the dtype.
@@ -92,9 +92,9 @@ def fake_quantize(inputs: Tensor, fmt: Format) -> Tensor:
 
 def _scales(blocks: Tensor, fmt: Format) -> Tensor:
     """Scale of every block, float32 [T, G], for blocks [T, G, C]."""
-    if fmt.family in ("int", "fp"):
+    if fmt.has_groups:
         return (blocks.abs().amax(-1) / make_grid(fmt).high).clamp(min=_SCALE_MIN)
     shared = None
-    if fmt.family == "nvfp":
+    if fmt.shared.global_bits:
         shared = nv_global_scale(blocks).expand(blocks.shape[:-1])
     return fit(make_codec(fmt, "minmax", shared), blocks).scale

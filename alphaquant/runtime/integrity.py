@@ -197,13 +197,13 @@ def _spans_of(file: Path, formats: Mapping[str, Format]) -> list[Span]:
 
 def _reason(scale_of: Format | None, low: float, high: float) -> str | None:
     """What is wrong with numbers from `low` to `high`, in one word; None if nothing is."""
-    if scale_of is not None and scale_of.family == "mxfp":
+    if scale_of is not None and scale_of.shared.scale == "e8m0":
         return "NaN" if high == _E8M0_NAN else None
     if math.isnan(low) or math.isnan(high):
         return "NaN"
     if math.isinf(low) or math.isinf(high):
         return "infinite"
-    is_positive = scale_of is not None and scale_of.family == "nvfp"
+    is_positive = scale_of is not None and scale_of.shared.scale == "e4m3"
     return "negative or zero" if is_positive and low <= 0 else None
 
 

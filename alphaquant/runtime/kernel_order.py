@@ -27,13 +27,13 @@ def order_matrix(matrix: PackedMatrix) -> KernelWeight:
     fmt, cols = matrix.format, matrix.cols
     if not fmt.is_quantized:
         return order_bfloat16(matrix.tensors["weight"])
-    group_size = cols if fmt.n_groups(cols) == 1 else fmt.group_size
+    group_size = fmt.columns_per_scale(cols)
     zeros = None
     if "zeros" in matrix.tensors:
         shape = (matrix.rows, fmt.n_groups(cols))
         flat = unpack_codes(matrix.tensors["zeros"], fmt.bits, shape[0] * shape[1])
         zeros = groups_to_kernel_order(flat.reshape(shape), group_size, cols)
-    element = fmt.element or fmt.kind
+    element = fmt.code
     scales = groups_to_kernel_order(matrix.tensors["scales"], group_size, cols)
     global_scale = matrix.tensors.get("global_scale")
     return KernelWeight(

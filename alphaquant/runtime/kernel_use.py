@@ -219,12 +219,12 @@ def _why_not_matrix(linear: PackedLinear) -> str | None:
     if not fmt.is_quantized:
         return None
     try:
-        layout_of(fmt.element or fmt.kind)
-        span_of(linear.cols if fmt.n_groups(linear.cols) == 1 else fmt.group_size, linear.cols)
+        layout_of(fmt.code)
+        span_of(fmt.columns_per_scale(linear.cols), linear.cols)
     except FormatError as error:
         return str(error)
     device = _device(linear)
-    if fmt.family == "nvfp" and device.type == "cuda":
+    if fmt.shared.scale == "e4m3" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _E4M3_CAPABILITY:
             return f"{fmt.name} needs compute capability {_E4M3_CAPABILITY}, not {capability}"

@@ -36,7 +36,6 @@ from alphaquant.spaces.foreign import READABLE, file_kind, tool_of, way_text
 from alphaquant.spaces.formats import (
     ASYMMETRIC_KINDS,
     BF16,
-    FIXED_BLOCK_SIZES,
     PER_ROW,
     Format,
     elements_of,
@@ -314,7 +313,7 @@ def _fold(config: Config, hits: Sequence[int], matrix_name: str) -> _Folded:
         culprit = symmetric_at if symmetric is False else extra_at
         where = ["default", *(_override_text(config, index) for index in hits)][culprit]
         raise ConfigError(f"{where}, on {matrix_name}: {error}") from error
-    fixed = FIXED_BLOCK_SIZES.get(weight.family)
+    fixed = weight.shared.block
     is_ignored = fixed not in (None, group_size) and group_at >= max(wq_at, 0)
     return _Folded(ResolvedScheme(weight, activation), group_size if is_ignored else None)
 
@@ -394,7 +393,7 @@ def _patterns(stem: tuple[str, ...], experts: Sequence[int]) -> Iterator[str]:
 def _scheme_fields(fmt: Format, default: Format) -> dict[str, object]:
     """The fields that give a format, also on top of the fields of the default format."""
     fields: dict[str, object] = {"wq": fmt.kind}
-    if fmt.family in ("int", "fp"):
+    if fmt.has_groups:
         fields["group_size"] = fmt.group_size
     if fmt.family == "int" and not (fmt.symmetric and default.symmetric):
         fields["symmetric"] = fmt.symmetric

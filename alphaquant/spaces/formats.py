@@ -32,10 +32,12 @@ point (OFP8) v1.0, table 1.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from math import ceil
+from types import MappingProxyType
 
 from alphaquant.errors import FormatError
 
@@ -103,16 +105,41 @@ Of the squares of normal weights those keep at most max phi(t)^2 / (1 - Phi(t)) 
 """
 
 DEFAULT_GROUP_SIZE = 128
-MX_BLOCK_SIZE = 32
-NV_BLOCK_SIZE = 16
 PER_ROW = -1
 MIN_GROUP_SIZE = 8
 MAX_GROUP_SIZE = 2**24
 """Sixteen million inputs, far more than any matrix has: a larger number is a mistake."""
 GROUP_SIZES = f"-1 (one scale per row) or {MIN_GROUP_SIZE} to {MAX_GROUP_SIZE}"
 """Group sizes that are possible, for messages."""
-FIXED_BLOCK_SIZES: dict[str, int] = {"mxfp": MX_BLOCK_SIZE, "nvfp": NV_BLOCK_SIZE}
-"""Families whose group size is part of the format and cannot be chosen."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all formats of a family share.
+
+    Attributes:
+        scale: how a scale is stored: `float16`, `e8m0` (a power of two), `e4m3`; empty for none.
+        scale_bits: bits of one scale.
+        block: inputs per scale where that is part of the format; None where it is chosen.
+        global_bits: bits of a factor for the whole matrix.
+    """
+
+    scale: str
+    scale_bits: int
+    block: int | None = None
+    global_bits: int = 0
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "int": Family("float16", 16),
+        "fp": Family("float16", 16),
+        "mxfp": Family("e8m0", 8, block=32),
+        "nvfp": Family("e4m3", 8, block=16, global_bits=32),
+        "bf16": Family("", 0),
+    }
+)
+"""The one table of what families are; a new kind of scale begins with a row here."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +173,7 @@ class Format:
             self.family == "fp" or self.element != _DEFAULT_ELEMENT[self.bits]
         ):
             parts.append(self.element)
-        if self.family in ("int", "fp"):
+        if self.has_groups:
             parts.append("row" if self.group_size == PER_ROW else f"g{self.group_size}")
         if not self.symmetric:
             parts.append("asym")
@@ -158,9 +185,23 @@ class Format:
         return self.family != "bf16"
 
     @property
-    def scale_bits(self) -> int:
-        """Bits of one scale: 16 (float16), 8 (E8M0, E4M3) or 0."""
-        return {"int": 16, "fp": 16, "mxfp": 8, "nvfp": 8, "bf16": 0}[self.family]
+    def shared(self) -> Family:
+        """What it shares with its family: the kind of its scales and more."""
+        return FAMILIES[self.family]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether its group size is chosen, and not a part of the format."""
+        return self.is_quantized and self.shared.block is None
+
+    @property
+    def code(self) -> str:
+        """What one code is: `e2m1`, `int4`, ..."""
+        return self.element or self.kind
+
+    def columns_per_scale(self, cols: int) -> int:
+        """Inputs that share a scale, of `cols`: all of them where there is one group."""
+        return cols if self.n_groups(cols) == 1 else self.group_size
 
     def n_groups(self, cols: int) -> int:
         """Scales per row of `cols` inputs; the last group may be short."""
@@ -178,13 +219,12 @@ class Format:
 
     def storage_bits(self, rows: int, cols: int) -> int:
         """Bits of a [rows, cols] matrix on disk: packed codes, scales, zeros, padding, global."""
-        global_bits = 32 if self.family == "nvfp" else 0
-        scale_bits = rows * self.n_groups(cols) * self.scale_bits
+        scale_bits = rows * self.n_groups(cols) * self.shared.scale_bits
         return (
             8 * rows * self.row_bytes(cols)
             + scale_bits
             + 8 * self.zero_bytes(rows, cols)
-            + global_bits
+            + self.shared.global_bits
         )
 
     @property
@@ -193,7 +233,7 @@ class Format:
         if self.group_size == PER_ROW:
             return float(self.bits)
         zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (self.scale_bits + zero_bits) / self.group_size
+        return self.bits + (self.shared.scale_bits + zero_bits) / self.group_size
 
 
 BF16 = Format("bf16", 16)
@@ -265,7 +305,7 @@ def make_format(
         raise FormatError(f"{kind} cannot store {element} elements; {change}")
     if family == "bf":
         return BF16
-    fixed = FIXED_BLOCK_SIZES.get(family)
+    fixed = FAMILIES[family].block
     n_shared = _group_size(kind, group_size) if fixed is None else fixed
     if family == "int":
         return Format(family, bits, n_shared, symmetric)
@@ -313,9 +353,9 @@ _INT_MENU: tuple[str, ...] = (
 DEFAULT_MENU: tuple[str, ...] = (*_INT_MENU, "mxfp4")
 """Formats that a search considers unless told otherwise.
 
-Chosen by measurement: docs/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly 4.25
-bits, which people use: as part of the menu they are trials, so a search at that budget cannot end
-above them.
+Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly
+4.25 bits, which people use: as part of the menu they are trials, so a search at that budget cannot
+end above them.
 """
 
 MENUS: dict[str, tuple[str, ...]] = {

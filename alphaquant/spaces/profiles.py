@@ -89,11 +89,7 @@ class FormatRule:
         return (
             fmt.kind in self.kinds
             and (fmt.symmetric or not self.symmetric_only)
-            and (
-                fmt.family not in ("int", "fp")
-                or not self.group_sizes
-                or fmt.group_size in self.group_sizes
-            )
+            and (not fmt.has_groups or not self.group_sizes or fmt.group_size in self.group_sizes)
             and (not fmt.element or not self.elements or fmt.element in self.elements)
         )
 

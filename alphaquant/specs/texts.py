@@ -8,7 +8,7 @@ from alphaquant.specs.check import Pair, Positive, check
 DEMO_TEXT = "demo=0.75,demo:code=0.25"
 """Default text of every part of a search: three quarters books, one quarter Python, so that no
 expert is starved of the tokens that it is for. Calibrated on books alone the demo's winner has
-four times the KL on this mixture (docs/allocation.md)."""
+four times the KL on this mixture (benchmarks/allocation.md)."""
 
 BosMode = Literal["auto", "always", "never"]
 """Whether texts start with the tokenizer's beginning of text; `auto`: as the tokenizer does it."""

@@ -210,6 +210,6 @@ def _assert_valid_scales(rounded: RoundedBatch) -> None:
     # Signs of zeros are stored with a scale of zero; all other formats have a zero of their own.
     is_valid = rounded.scales >= 0 if rounded.format.kind == "int1" else rounded.scales != 0
     assert bool(is_valid.all()), rounded.format.name
-    if rounded.format.family in ("int", "fp"):
+    if rounded.format.has_groups:
         stored = rounded.scales.to(torch.float16).to(torch.float32)
         assert torch.equal(stored, rounded.scales), rounded.format.name

@@ -257,7 +257,7 @@ def test_elements_have_the_constants_of_the_ocp_tables(
 def test_bf16_is_the_only_format_that_does_not_quantize() -> None:
     assert [k for k in KINDS if not make_format(k).is_quantized] == ["bf16"]
     assert BF16.n_groups(128) == 0
-    assert BF16.scale_bits == 0
+    assert BF16.shared.scale_bits == 0
 
 
 def test_a_menu_is_sorted_by_bits_and_without_duplicates() -> None:

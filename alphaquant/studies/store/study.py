@@ -122,7 +122,10 @@ def finish_trial(
     for key in _ATTRIBUTES:
         if known.get(key) != stored[key]:  # the origin is known since the trial was planned
             trial.set_user_attr(key, stored[key])
-    trial.storage.set_trial_system_attr(trial._trial_id, _ROW, stored)
+    storage = trial.storage
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    storage.set_trial_system_attr(trial_id, _ROW, stored)
     if row.is_pruned:
         study.tell(trial, state=TrialState.PRUNED)
     else:
