@@ -87,6 +87,9 @@ EAGER_IN_CLI = {
     "cli",
 }
 
+# Names that `alphaquant/__init__.py` finds when they are asked for.
+SET_BY_IMPORT = {"__version__"}
+
 # Modules in one folder, which a person can look through; its `__init__.py` is not counted.
 MOST_FILES = 16
 
@@ -227,6 +230,33 @@ def form_violations(sources: Mapping[str, str]) -> list[str]:
     return messages
 
 
+def missing_names(sources: Mapping[str, str]) -> list[str]:
+    """Imports of the package's own names that do not exist, also inside functions."""
+    defined = {module: {*names_of(source), *SET_BY_IMPORT} for module, source in sources.items()}
+    messages = []
+    for found in all_imports(sources):
+        parent, _, name = found.target.rpartition(".")
+        is_there = found.target in sources or name in defined.get(parent, set())
+        if found.is_own and not is_there:
+            messages.append(f"{found.where}: there is no {found.target}")
+    return messages
+
+
+def names_of(source: str) -> Iterator[str]:
+    """Names that a module defines or imports, outside its functions and classes."""
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name.split(".")[0]
+        todo += ast.iter_child_nodes(node)
+
+
 def leaves(sources: Mapping[str, str]) -> list[str]:
     """Modules that are no folders."""
     folders = {module.rpartition(".")[0] for module in sources}
@@ -288,6 +318,7 @@ def test_the_package_is_found(package: dict[str, str]) -> None:
         eager_violations,
         demo_violations,
         form_violations,
+        missing_names,
         crowded_folders,
         twin_names,
         import_cycle,
@@ -429,6 +460,28 @@ def test_demo_check_sees_a_forbidden_import(module: str, source: str, n_messages
 )
 def test_form_check_sees_a_forbidden_form(source: str, n_messages: int) -> None:
     assert len(form_violations({"alphaquant.quant.a": source})) == n_messages
+
+
+@pytest.mark.parametrize(
+    ("source", "n_messages"),
+    [
+        ("from alphaquant.quant import b", 0),
+        ("from alphaquant.quant.b import known, Kind, json, either", 0),
+        ("def f():\n    from alphaquant.quant.b import unknown", 1),
+        ("from alphaquant.quant import c", 1),
+        ("import alphaquant.quant.c", 1),
+        ("from alphaquant.quant.b import local", 1),
+    ],
+)
+def test_missing_check_sees_a_name_that_is_gone(source: str, n_messages: int) -> None:
+    sources = {
+        "alphaquant": "",
+        "alphaquant.quant": "",
+        "alphaquant.quant.a": source,
+        "alphaquant.quant.b": "import json\nknown: int = 1\nclass Kind: pass\n"
+        "def f():\n    local = 1\nif known:\n    either = 2",
+    }
+    assert len(missing_names(sources)) == n_messages
 
 
 def test_crowd_check_sees_a_folder_of_many_files() -> None:

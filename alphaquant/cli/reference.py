@@ -22,13 +22,16 @@ COMMANDS = (SEARCH, QUANTIZE, EVALUATE, INSPECT, COMPARE, SENSITIVITY, DASHBOARD
 _HEAD = """\
 # Options
 
-Made from the specifications in `alphaquant/specs` by `python -m alphaquant.cli.reference > docs/options.md`; change them there. What the
-commands do and print is in [commands](commands.md).
+Made from the specifications in `alphaquant/specs` by
+`python -m alphaquant.cli.reference > docs/options.md`; change them there. What the commands do and
+print is in [commands](commands.md).
 
-Every command takes `--help`, `--version` and `--debug` (tracebacks and debug logs). Those with a specification (all but `aq-inspect`,
-`aq-compare` and `aq-dashboard`) also take `--spec FILE`, a TOML file of options named as in Python, and `--print-spec`, which prints such a file with
-all options as they are. What is given on the command line wins over the file, and the file over the default. In Python the same names have `_` for
-`-`: `alphaquant.search("4.25bits", calibration_samples=64)`.
+Every command takes `--help`, `--version` and `--debug` (tracebacks and debug logs). Those with a
+specification (all but `aq-inspect`, `aq-compare` and `aq-dashboard`) also take `--spec FILE`, a
+TOML file of options named as in Python, and `--print-spec`, which prints such a file with all
+options as they are. What is given on the command line wins over the file, and the file over the
+default. In Python the same names have `_` for `-`:
+`alphaquant.search("4.25bits", calibration_samples=64)`.
 """
 
 
