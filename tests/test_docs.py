@@ -143,3 +143,11 @@ def test_page_of_options_has_every_program() -> None:
 
 def test_architecture_is_short() -> None:
     assert len(read("docs/architecture.md").splitlines()) <= 90
+
+
+def test_every_benchmark_is_on_the_page_of_benchmarks() -> None:
+    files = sorted((ROOT / "benchmarks").glob("*.py"))
+    programs = [p.name for p in files if "__main__" in p.read_text(encoding="utf-8")]
+    text = read("benchmarks/README.md")
+    assert len(programs) > 10
+    assert [name for name in programs if f"`{name}`" not in text] == []
