@@ -37,12 +37,11 @@ from allocation_peers import (
     choose,
     modelopt_options,
 )
-from alphaquant.studies.spec import SearchSpec, menu_of
 from release import BOOKS, commit, parse_with_out
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
 from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
@@ -55,8 +54,12 @@ from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.evolution import EvolutionSettings, evolve
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import find_device, load_source
 from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.result import SearchResult, stage_gains
@@ -118,11 +121,11 @@ class Bench:
         started = time.process_time()
         self.clock = StageClock(no_progress)
         self.clock("load", 0, 1)
-        source = load_source(spec.model, find_device(spec.device), spec.dtype)
-        menu = menu_of(spec.formats, find_profile(spec.profile))
-        space = make_space(
-            source.map.inventory, find_profile(spec.profile), menu, parse_budget(spec.budget)
-        )
+        asked, limits = spec.checkpoint, spec.limits
+        source = load_source(asked.model, find_device(asked.device), asked.dtype)
+        profile, budget = find_profile(limits.profile), parse_budget(limits.budget)
+        menu = menu_of(limits.formats, profile)
+        space = make_space(source.map.inventory, profile, menu, budget)
         self.prepared: Prepared = prepare(spec, load_inputs(spec, source), space, self.clock)
         self.clock.stop()
         self.prepare_cpu_seconds = time.process_time() - started
@@ -136,7 +139,7 @@ class Bench:
     @property
     def proposer(self) -> Proposer:
         """Rules to assignments."""
-        return Proposer(self.prepared.space, self.prepared.problem, self.spec.seed)
+        return Proposer(self.prepared.space, self.prepared.problem, self.spec.proposals.seed)
 
     def limit(self, budget: float) -> int:
         """Total bits of a budget in bits per weight."""
@@ -215,7 +218,11 @@ def run_allocators(bench: Bench, budget: float) -> None:
     problem = bench.prepared.problem
     for name in available(problem):
         started = time.process_time()
-        choice = ALLOCATORS[name].allocate(problem, bench.limit(budget), bench.spec.seed).choice
+        choice = (
+            ALLOCATORS[name]
+            .allocate(problem, bench.limit(budget), bench.spec.proposals.seed)
+            .choice
+        )
         seconds = time.process_time() - started
         assignment = bench.proposer.spread(choice)
         bench.add("allocator", name, budget, assignment, cpu_seconds=seconds)
@@ -236,7 +243,7 @@ def run_evolution(bench: Bench, budget: float, n_evaluations: int) -> None:
     found = evolve(
         prepared.problem,
         bench.limit(budget),
-        bench.spec.seed,
+        bench.spec.proposals.seed,
         lambda choice, n_windows: float(truth.measure(choice, n_windows).mean()),
         n_evaluations,
         EvolutionSettings(windows=(max(1, n // 8), max(1, n // 2), n)),
@@ -253,14 +260,15 @@ def run_evolution(bench: Bench, budget: float, n_evaluations: int) -> None:
 
 def run_search(bench: Bench, budget: float, folder: Path) -> None:
     """A search at one budget: the best after each stage, and the checkpoint of `best.json`."""
-    spec = replace(bench.spec, budget=f"{budget}bits", out=folder / f"search-{budget}")
+    spec = replaced(bench.spec, budget=f"{budget}bits", out=folder / f"search-{budget}")
     started = time.process_time()
     found = search(spec)
     seconds = time.process_time() - started
     for name, assignment in best_of_stages(found):
         bench.add("stage", name, budget, assignment)
     target = folder / f"best-{budget}"
-    quantize(QuantizeSpec(spec.model, spec.out / "best.json", target))
+    config = spec.run.out / "best.json"
+    quantize(QuantizeSpec(model=spec.checkpoint.model, config=config, out=target))
     heldout = bench.prepared.teachers.heldout
     measured = measure_divergence(load(target), heldout.tokens.tokens, heldout.teacher)
     n_bytes = quantized_bytes(target)
@@ -302,7 +310,8 @@ def run_peers(bench: Bench, budget: float, python: str, folder: Path, cache: Pat
     inputs = bench.prepared.inputs
     tokens = folder / "tokens.safetensors"
     save_file({"tokens": inputs.calibration.tokens}, tokens)
-    location = demo.model_path() if bench.spec.model == "demo" else bench.spec.model
+    asked = bench.spec.checkpoint.model
+    location = demo.model_path() if asked == "demo" else asked
     for name, (peer, iters) in PEERS.items():
         options = modelopt_options() if peer == MODELOPT else auto_scheme_options(budget, iters)
         made = choose(python, peer, Path(location), tokens, budget, options, cache)
@@ -335,10 +344,13 @@ def run_peer_weights(bench: Bench, name: str, budget: float, made: PeerChoice) -
 
 def forward_backward_seconds(spec: SearchSpec) -> float:
     """Processor seconds of one forward and backward pass over the calibration windows."""
-    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    asked = spec.checkpoint
+    source = load_source(asked.model, find_device(asked.device), asked.dtype)
     tokens = load_inputs(spec, source).calibration.tokens
     started = time.process_time()
-    for _ in trace_layers(source.map, batches_of(tokens, 8), [SampledLabels(1, spec.seed)]):
+    for _ in trace_layers(
+        source.map, batches_of(tokens, 8), [SampledLabels(1, spec.proposals.seed)]
+    ):
         pass
     return time.process_time() - started
 
@@ -380,11 +392,11 @@ PUBLISHED_NAMES = ("alpha-hill", "alphaq", "pmq", "gemq", "evolution", "utilizat
 
 def make_spec(args: argparse.Namespace, folder: Path) -> SearchSpec:
     """The search of the first budget; the others differ in budget and folder."""
-    return SearchSpec(
+    return SearchSpec.of(
         model=args.model,
         budget=f"{args.budgets[0]}bits",
         trials=args.trials,
-        data=replace(BOOKS, heldout=args.heldout, seq_len=args.seq_len),
+        texts=replace(BOOKS, heldout=args.heldout, seq_len=args.seq_len),
         out=folder / "search",
         cache=args.cache or folder / "cache",
     )

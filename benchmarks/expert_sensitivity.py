@@ -24,14 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from alphaquant.studies.spec import DataSpec
 from release import commit, parse_with_out
 from scipy.stats import spearmanr
 
 from alphaquant.commands.sensitivity import (
     N_SHOWN,
     FoundSensitivity,
-    SensitivitySpec,
     measure_expert_sensitivity,
     sensitivity_json,
 )
@@ -42,6 +40,8 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.provenance import device_facts
 from alphaquant.quant.bank import Bank
 from alphaquant.spaces.units import Matrix
+from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.specs.texts import TextSpec
 from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet
 
@@ -174,19 +174,19 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--format", default="int2-g64")
     parser.add_argument("--against", default="bf16")
-    parser.add_argument("--calibration-samples", type=int, default=DataSpec.n_calibration)
-    parser.add_argument("--heldout", default=DataSpec.heldout)
-    parser.add_argument("--heldout-samples", type=int, default=DataSpec.n_heldout)
+    parser.add_argument("--calibration-samples", type=int, default=TextSpec.calibration_samples)
+    parser.add_argument("--heldout", default=TextSpec.heldout)
+    parser.add_argument("--heldout-samples", type=int, default=TextSpec.heldout_samples)
     parser.add_argument("--experts", type=int, default=64, help="how many are quantized alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path)
     args = parse_with_out(parser)
     started = time.perf_counter()
-    spec = SensitivitySpec(
-        args.format,
-        args.model,
-        args.against,
-        n_calibration=args.calibration_samples,
+    spec = SensitivitySpec.of(
+        format=args.format,
+        model=args.model,
+        against=args.against,
+        calibration_samples=args.calibration_samples,
         seed=args.seed,
         cache=args.cache,
     )

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from allocation import BUDGETS, Bench, table
-from alphaquant.studies.spec import SearchSpec
 from release import BOOKS, commit, parse_with_out
 
 from alphaquant.errors import BudgetError
@@ -29,6 +28,7 @@ from alphaquant.provenance import device_facts, versions
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
 from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import find_device
 
 WIDE = (
@@ -90,11 +90,11 @@ def main() -> None:
     args = parse_with_out(parser)
     with tempfile.TemporaryDirectory(prefix="alphaquant-menu-") as name:
         folder = Path(name)
-        spec = SearchSpec(
+        spec = SearchSpec.of(
             model=args.model,
             budget=f"{BUDGETS[0]}bits",
             formats=",".join(WIDE),
-            data=replace(BOOKS, seq_len=args.seq_len),
+            texts=replace(BOOKS, seq_len=args.seq_len),
             out=folder / "out",
             cache=args.cache or folder / "cache",
         )

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alphaquant.studies.spec import DataSpec
 from release import BOOKS, commit
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from alphaquant.quant.swap import Swapper
 from alphaquant.reports.tables import markdown
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.texts import TextSpec
 from alphaquant.studies.inputs import load_source, read_text
 
 logger = logging.getLogger("options")
@@ -90,10 +90,10 @@ class Row:
 class Bench:
     """The demo model, its held-out text, and quantizations of it."""
 
-    def __init__(self, folder: Path, data: DataSpec) -> None:
+    def __init__(self, folder: Path, data: TextSpec) -> None:
         """Load the model and store its predictions."""
         self.source, self.data, self.folder = load_source("demo", "cpu", "auto"), data, folder
-        self.heldout = self._read(data.heldout, "heldout", data.n_heldout, 0)
+        self.heldout = self._read(data.heldout, "heldout", data.heldout_samples, 0)
         store_teacher(folder / "teacher.safetensors", self.source.map.model, self.heldout)
         self.teacher = open_teacher(folder / "teacher.safetensors")
         self.original = {n: v.clone() for n, v in self.source.map.views.items()}
@@ -103,7 +103,7 @@ class Bench:
     def calibration(self, seed: int, *, one_domain: bool) -> Tensor:
         """Windows of the calibration text, or of one author's passages in it."""
         text = str(self.author) if one_domain else self.data.calibration
-        return self._read(text, "calibration", self.data.n_calibration, seed)
+        return self._read(text, "calibration", self.data.calibration_samples, seed)
 
     @torch.no_grad()
     def measure(
@@ -204,7 +204,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cases for all seeds; prints the table and returns the result."""
-    data = replace(BOOKS, n_calibration=8, n_heldout=4) if args.quick else BOOKS
+    data = replace(BOOKS, calibration_samples=8, heldout_samples=4) if args.quick else BOOKS
     seeds = range(2 if args.quick else args.seeds)
     formats = args.formats or (("int4-g128",) if args.quick else FORMATS)
     rows: list[Row] = []

@@ -49,7 +49,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         offset = {"xytext": (8, up), "textcoords": "offset points"}
         axes.annotate(label, (xs[-1], ys[-1]), color=colour, va="center", **offset)
     axes.set_yscale("log")
-    axes.set_xlim(2.1, 5.6)
+    axes.set_xlim(2.1, 5.9)
     axes.set_xlabel("stored bits per weight")
     axes.set_ylabel("KL to the original, nats per token")
     axes.spines[["top", "right"]].set_visible(False)

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from alphaquant.studies.spec import DataSpec
 from peers import Clock, peak_memory
 from quantizer_layer import LayerShape, layer_text, measure_layer
 from quantizer_peers import (
@@ -51,13 +50,13 @@ from torch import nn
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.provenance import device_facts, versions
-from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
-from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.quantizer import QuantSettings, ScaleSearch
+from alphaquant.specs.texts import TextSpec
 from alphaquant.studies.inputs import cache_dir, load_source, model_location, read_text
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.texts.windows import token_digest
@@ -150,11 +149,14 @@ def variants() -> dict[str, QuantSettings]:
     return found
 
 
-def prepare(model: str, folder: Path, data: DataSpec) -> dict[str, Any]:
+def prepare(model: str, folder: Path, data: TextSpec) -> dict[str, Any]:
     """Write the windows and the original's predictions for the workers; facts for the result."""
     source = load_source(model, "cpu", "auto")
     facts: dict[str, Any] = {"model": source.facts()}
-    for role, count in (("calibration", data.n_calibration), ("heldout", data.n_heldout)):
+    for role, count in (
+        ("calibration", data.calibration_samples),
+        ("heldout", data.heldout_samples),
+    ):
         text = read_text(source, getattr(data, role), role, count, data.seq_len, 0)
         save_file({"tokens": text.tokens}, folder / f"{role}.safetensors")
         facts[role] = text.provenance()
@@ -347,7 +349,7 @@ def measure_peers(
 
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     """All methods on one model; prints the tables and returns the result."""
-    data = replace(BOOKS, n_calibration=8, n_heldout=4) if args.quick else BOOKS
+    data = replace(BOOKS, calibration_samples=8, heldout_samples=4) if args.quick else BOOKS
     wanted = args.variants or (QUICK_VARIANTS if args.quick else tuple(variants()))
     asked = args.formats or (("int4-g128",) if args.quick else FORMATS)
     formats = [parse_format(name).name for name in asked]

@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaquant.studies.spec import REFERENCE_FORMATS, DataSpec, SearchSpec
-
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.provenance import device_facts, versions
@@ -33,7 +31,11 @@ from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
+from alphaquant.spaces.menus import REFERENCE_FORMATS
+from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.search import SearchSpec
+from alphaquant.specs.texts import TextSpec
 from alphaquant.studies.inputs import find_device, load_source, read_text
 
 logger = logging.getLogger("release")
@@ -61,7 +63,7 @@ class Row:
     seconds: float
 
 
-BOOKS = DataSpec(calibration="demo", evaluation="demo", heldout="demo")
+BOOKS = TextSpec(calibration="demo", evaluation="demo", heldout="demo")
 """The texts of all benchmarks: one domain, so that figures of different releases compare."""
 
 
@@ -74,9 +76,11 @@ class Bench:
         self.model, self.cache = model, cache
         self.source = load_source(model, find_device("auto"), "auto")
         self.calibration = read_text(
-            self.source, data.calibration, "calibration", data.n_calibration, None, 0
+            self.source, data.calibration, "calibration", data.calibration_samples, None, 0
         )
-        self.heldout = read_text(self.source, data.heldout, "heldout", data.n_heldout, None, 0)
+        self.heldout = read_text(
+            self.source, data.heldout, "heldout", data.heldout_samples, None, 0
+        )
         self.scratch = Path(tempfile.mkdtemp(prefix="alphaquant-release-"))
         path = self.scratch / "teacher.safetensors"
         store_teacher(path, self.source.map.model, self.heldout.tokens)
@@ -100,15 +104,15 @@ class Bench:
     def best(self, budget: str, trials: int) -> tuple[Row, dict[str, Any]]:
         """Search, quantize `best.json`, measure the checkpoint."""
         out = self.scratch / f"search-{budget}"
-        spec = SearchSpec(
-            model=self.model, budget=budget, trials=trials, data=BOOKS, out=out, cache=self.cache
+        spec = SearchSpec.of(
+            model=self.model, budget=budget, trials=trials, texts=BOOKS, out=out, cache=self.cache
         )
         started = time.perf_counter()
         found = search(spec)
         seconds = time.perf_counter() - started
         target = self.scratch / f"best-{budget}"
         config = out / "best.json"
-        quantize(QuantizeSpec(self.model, config, target))
+        quantize(QuantizeSpec(model=self.model, config=config, out=target))
         plan = resolve(load_config(config), self.source.map.inventory)
         row = self._measure(
             f"best.json {budget}", "gptq + refinement", target, plan.assignment, seconds

@@ -14,11 +14,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alphaquant.studies.spec import SearchSpec
 from release import BOOKS, commit, parse_with_out
 
 from alphaquant.commands.search import search
@@ -27,6 +25,8 @@ from alphaquant.progress import StageClock, no_progress
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import find_device, load_source, read_text
 from alphaquant.studies.objective import EvaluationSet, Objective
 from alphaquant.studies.stages import bank_formats, load_inputs, open_filled_bank
@@ -40,7 +40,8 @@ def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
     found = search(spec)
     seconds = time.process_time() - started
     clock = StageClock(no_progress)
-    source = load_source(spec.model, find_device(spec.device), spec.dtype)
+    asked = spec.checkpoint
+    source = load_source(asked.model, find_device(asked.device), asked.dtype)
     inputs = load_inputs(spec, source)
     bank = open_filled_bank(spec, inputs, bank_formats(found.space), clock)
     objective = Objective(Swapper(source.map, bank.read))
@@ -54,7 +55,7 @@ def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
         if found.gate.row(name).is_within_budget
     }
     return {
-        "seed": spec.seed,
+        "seed": spec.proposals.seed,
         "bits_per_weight": found.counts.bits_per_weight,
         "kl": best.value,
         "kl_stderr": best.stderr,
@@ -69,8 +70,10 @@ def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
 
 def common_heldout(spec: SearchSpec, folder: Path) -> EvaluationSet:
     """Held-out windows of seed 0 with the original's predictions."""
-    source = load_source(spec.model, find_device(spec.device), spec.dtype)
-    tokens = read_text(source, spec.data.heldout, "heldout", spec.data.n_heldout, None, 0)
+    asked = spec.checkpoint
+    source = load_source(asked.model, find_device(asked.device), asked.dtype)
+    texts = spec.texts
+    tokens = read_text(source, texts.heldout, "heldout", texts.heldout_samples, None, 0)
     path = folder / "heldout.safetensors"
     return EvaluationSet(tokens, store_teacher(path, source.map.model, tokens.tokens))
 
@@ -112,13 +115,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="alphaquant-seeds-") as name:
         folder = Path(name)
-        spec = SearchSpec(model=args.model, budget=args.budget, trials=args.trials, data=BOOKS)
+        spec = SearchSpec.of(model=args.model, budget=args.budget, trials=args.trials, texts=BOOKS)
         heldout = common_heldout(spec, folder)
         for seed in range(args.first, args.first + args.seeds):
             one = folder / str(seed)
-            rows.append(
-                run_seed(replace(spec, seed=seed, out=one / "out", cache=one / "cache"), heldout)
-            )
+            spec = replaced(spec, seed=seed, out=one / "out", cache=one / "cache")
+            rows.append(run_seed(spec, heldout))
             shutil.rmtree(one)
             logger.info("%s", table(rows[-1:]).splitlines()[-1])
             result = {

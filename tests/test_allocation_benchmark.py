@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alphaquant.search.solver import solve
-from alphaquant.studies.spec import DataSpec, SearchSpec
+from alphaquant.specs.search import SearchSpec
 from alphaquant.testing.allocators import example_problem
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
@@ -35,14 +35,18 @@ def measured(load: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPat
     allocation = load("allocation")
     folder = tmp_path_factory.mktemp("allocation")
     texts = save_texts(tmp_path_factory.mktemp("texts"))
-    parts = [str(texts[name]) for name in ("calibration", "search", "heldout")]
-    data = DataSpec(*parts, n_calibration=12, n_evaluation=6, n_heldout=6, seq_len=48)
-    spec = SearchSpec(
+    spec = SearchSpec.of(
         model=str(save_tiny(tmp_path_factory.mktemp("tiny"))),
         budget=f"{BUDGET}bits",
         formats="int3-g32,int4-g32,int8-row",
         trials=6,
-        data=data,
+        calibration=str(texts["calibration"]),
+        evaluation=str(texts["search"]),
+        heldout=str(texts["heldout"]),
+        calibration_samples=12,
+        evaluation_samples=6,
+        heldout_samples=6,
+        seq_len=48,
         out=folder / "out",
         cache=folder / "cache",
     )

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from alphaquant.studies.spec import DataSpec
 
 from alphaquant.demo import text_path
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.specs.texts import TextSpec
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -36,7 +36,9 @@ def demo(quantizer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
         text = text_path(part).read_text(encoding="utf-8")[:30_000]
         (folder / f"{part}.txt").write_text(text, encoding="utf-8")
     calibration, heldout = str(folder / "calibration.txt"), str(folder / "heldout.txt")
-    data = DataSpec(calibration, "demo", heldout, n_calibration=16, n_heldout=2)
+    data = TextSpec(
+        calibration=calibration, heldout=heldout, calibration_samples=16, heldout_samples=2
+    )
     facts = quantizer.prepare("demo", folder, data)
     assert facts["calibration"]["role"] == "calibration"
     assert facts["heldout"]["role"] == "heldout"
@@ -226,7 +228,7 @@ def test_passages_of_one_author_are_only_theirs(options: ModuleType) -> None:
 def test_measuring_an_option_leaves_the_model_as_it_was(
     options: ModuleType, tmp_path: Path
 ) -> None:
-    bench = options.Bench(tmp_path, DataSpec(n_calibration=2, n_heldout=4, seq_len=64))
+    bench = options.Bench(tmp_path, TextSpec(calibration_samples=2, heldout_samples=4, seq_len=64))
     tokens = bench.calibration(0, one_domain=True)
     for settings in (QuantSettings(), QuantSettings(sequential=True)):
         rows = list(bench.measure("x", settings, tokens, ["int2-g64"], 0))

@@ -11,11 +11,11 @@ import torch
 
 from alphaquant.commands.sensitivity import (
     FoundSensitivity,
-    SensitivitySpec,
     measure_expert_sensitivity,
 )
 from alphaquant.costs.experts import VIEWS, expert_units
 from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.testing.checkpoints import save_texts, save_tiny
@@ -34,11 +34,11 @@ def bench() -> ModuleType:
 def found(tmp_path_factory: pytest.TempPathFactory) -> FoundSensitivity:
     folder = tmp_path_factory.mktemp("found")
     texts = save_texts(folder)
-    spec = SensitivitySpec(
-        "int2-g32",
-        str(save_tiny(folder / "tiny", num_experts=8)),
+    spec = SensitivitySpec.of(
+        format="int2-g32",
+        model=str(save_tiny(folder / "tiny", num_experts=8)),
         calibration=str(texts["calibration"]),
-        n_calibration=4,
+        calibration_samples=4,
         seq_len=32,
         cache=folder / "cache",
     )

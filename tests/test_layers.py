@@ -1,12 +1,13 @@
 """Who may import whom, read from the syntax trees of the package; nothing is imported.
 
 The rules are data (`MAY_IMPORT`, `OUTSIDE`, `EAGER_IN_CLI`), the checker is a few functions from
-sources to messages, and every rule is shown to fail on a synthetic source. A part is a folder of
-`alphaquant`, `errors` and `import_hook` for the files of that name, or `root` for `__init__.py`.
+sources to messages, and every rule is shown to fail on a synthetic source. A part is a room, that
+is a folder of `alphaquant`, or a module beside them, or `root` for `__init__.py`.
 """
 
 import ast
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -18,37 +19,90 @@ Check = Callable[[Mapping[str, str]], list[str]]
 
 PACKAGE = Path(__file__).parents[1] / "alphaquant"
 
-# Chains: errors < spaces < kernels < quant < evaluators < studies < cli, quant < gptq, and
-# spaces < search < studies. kernels take integers and tensors, so they see no Format and nothing
-# else of spaces. demo is data, and testing is for tests only.
+# The modules at the package's root that everybody may import: they import nothing but each other.
+GROUND = {"errors", "files", "checksums", "provenance", "progress", "import_hook"}
+
+# Each line: the rooms to the left that a room may import, beside the ground. kernels take integers
+# and tensors, so they see no Format and nothing else of spaces; search never sees a tensor, so it
+# sees neither kernels nor models. demo is data, gptq is for users, and testing is for tests only.
+_ROOMS: dict[str, set[str]] = {
+    "spaces": set(),
+    "specs": {"spaces"},
+    "demo": set(),
+    "kernels": set(),
+    "models": {"spaces", "kernels"},
+    "texts": {"spaces", "specs", "demo"},
+    "search": {"spaces", "specs"},
+    "quant": {"spaces", "specs", "kernels", "models"},
+    "costs": {"spaces", "specs", "kernels", "models", "quant"},
+    "runtime": {"spaces", "specs", "kernels", "models", "quant"},
+    "gptq": {"spaces", "specs", "kernels", "models", "quant", "runtime"},
+    "evaluators": {"spaces", "specs", "kernels", "models", "texts", "quant", "runtime"},
+}
+_BELOW_STUDIES = set(_ROOMS) - {"gptq", "runtime"}
+_BELOW_REPORTS = _BELOW_STUDIES | {"studies"}
+_BELOW_COMMANDS = _BELOW_REPORTS | {"runtime", "reports"}
+_LATE_ROOMS = {
+    "studies": _BELOW_STUDIES,
+    "reports": _BELOW_REPORTS,
+    "commands": _BELOW_COMMANDS,
+    "cli": _BELOW_COMMANDS | {"commands"},
+    "testing": _BELOW_COMMANDS - {"reports"},
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"import_hook"},
     "import_hook": set(),
     "errors": set(),
-    "spaces": {"errors"},
-    "kernels": {"errors"},
-    "demo": {"errors"},
-    "quant": {"errors", "spaces", "kernels"},
-    "gptq": {"errors", "spaces", "kernels", "quant"},
-    "search": {"errors", "spaces"},
-    "evaluators": {"errors", "spaces", "kernels", "quant", "demo"},
-    "studies": {"errors", "spaces", "kernels", "quant", "evaluators", "search", "demo"},
-    "cli": {"errors", "spaces", "kernels", "quant", "evaluators", "search", "studies", "demo"},
-    "testing": {"errors", "spaces", "kernels", "quant", "evaluators", "search", "studies", "demo"},
-}
+    "files": {"errors"},
+    "checksums": {"errors"},
+    "provenance": {"errors"},
+    "progress": {"errors"},
+} | {room: below | GROUND - {"import_hook"} for room, below in (_ROOMS | _LATE_ROOMS).items()}
 
 # Packages from outside that a part may import; parts not listed may import any dependency.
 OUTSIDE: dict[str, set[str]] = {
     "root": set(),
     "import_hook": set(),
     "errors": set(),
+    "files": {"safetensors"},
+    "checksums": {"numpy"},
+    "provenance": {"torch"},
+    "progress": set(),
     "spaces": {"pydantic"},
+    "specs": {"cyclopts", "docstring_parser"},
     "search": {"numpy", "scipy", "optuna"},
     "kernels": {"torch", "triton"},
 }
 
 # What a module of cli, which every --help loads, may import outside its functions.
-EAGER_IN_CLI = {"typer", "rich", "errors", "spaces", "cli"}
+EAGER_IN_CLI = {
+    "cyclopts",
+    "rich",
+    "tomlkit",
+    "errors",
+    "files",
+    "progress",
+    "spaces",
+    "specs",
+    "cli",
+}
+
+# Names that `alphaquant/__init__.py` finds when they are asked for.
+SET_BY_IMPORT = {"__version__"}
+
+# Modules in one folder, which a person can look through; its `__init__.py` is not counted.
+MOST_FILES = 16
+
+# One command has one word in these rooms, suites are named as what they test, and gptq keeps the
+# names of the old pipeline.
+SAME_NAMES = {"specs", "commands", "cli", "testing", "gptq"}
+
+# Module names that two other rooms share, each with what tells them apart.
+TWINS = {
+    "config": "spaces: the file of formats by pattern; kernels.moe: launch parameters",
+    "parts": "kernels: of one packed matrix; runtime: of an unfinished checkpoint",
+    "scores": "evaluators: how they are made; studies.store: how they are kept",
+}
 
 # The script that made the demo model: it imports torch, and nothing imports it.
 DEMO_SCRIPT = "alphaquant.demo.train"
@@ -176,6 +230,56 @@ def form_violations(sources: Mapping[str, str]) -> list[str]:
     return messages
 
 
+def missing_names(sources: Mapping[str, str]) -> list[str]:
+    """Imports of the package's own names that do not exist, also inside functions."""
+    defined = {module: {*names_of(source), *SET_BY_IMPORT} for module, source in sources.items()}
+    messages = []
+    for found in all_imports(sources):
+        parent, _, name = found.target.rpartition(".")
+        is_there = found.target in sources or name in defined.get(parent, set())
+        if found.is_own and not is_there:
+            messages.append(f"{found.where}: there is no {found.target}")
+    return messages
+
+
+def names_of(source: str) -> Iterator[str]:
+    """Names that a module defines or imports, outside its functions and classes."""
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name.split(".")[0]
+        todo += ast.iter_child_nodes(node)
+
+
+def leaves(sources: Mapping[str, str]) -> list[str]:
+    """Modules that are no folders."""
+    folders = {module.rpartition(".")[0] for module in sources}
+    return [module for module in sources if module not in folders]
+
+
+def crowded_folders(sources: Mapping[str, str]) -> list[str]:
+    """Folders with more modules than `MOST_FILES`."""
+    counts = Counter(module.rpartition(".")[0] for module in leaves(sources))
+    return [f"{folder}: {n} modules" for folder, n in counts.items() if n > MOST_FILES]
+
+
+def twin_names(sources: Mapping[str, str]) -> list[str]:
+    """Modules of one name, or of a name and its plural, in two rooms or in one."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for module in leaves(sources):
+        if part_of(module) not in SAME_NAMES:
+            places[module.rpartition(".")[2]].append(module)
+    twins = [found for name, found in places.items() if len(found) > 1 and name not in TWINS]
+    plurals = [places[n] + places[f"{n}s"] for n in list(places) if f"{n}s" in places]
+    return [" and ".join(found) for found in twins + plurals]
+
+
 def import_cycle(sources: Mapping[str, str]) -> list[str]:
     """One cycle between modules, function-level imports included; empty when there is none."""
     graph: dict[str, set[str]] = {module: set() for module in sources}
@@ -214,6 +318,9 @@ def test_the_package_is_found(package: dict[str, str]) -> None:
         eager_violations,
         demo_violations,
         form_violations,
+        missing_names,
+        crowded_folders,
+        twin_names,
         import_cycle,
     ],
 )
@@ -226,10 +333,14 @@ def test_the_layer_rule_itself_has_no_cycle() -> None:
 
 
 CHAINS = (
-    ("errors", "spaces", "quant", "evaluators", "studies", "cli"),
-    ("errors", "kernels", "quant"),
-    ("errors", "spaces", "quant", "gptq"),
-    ("spaces", "search", "studies"),
+    ("errors", "spaces", "specs", "quant", "costs", "studies", "reports", "commands", "cli"),
+    ("errors", "files", "spaces"),
+    ("kernels", "models", "quant", "runtime", "evaluators", "commands"),
+    ("spaces", "specs", "search", "studies"),
+    ("demo", "texts", "studies"),
+    ("texts", "evaluators", "studies"),
+    ("models", "quant", "runtime", "gptq"),
+    ("quant", "runtime", "commands"),
 )
 
 
@@ -246,21 +357,33 @@ def test_layers_import_to_the_left_and_never_to_the_right(chain: tuple[str, ...]
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("kernels.linear", "from alphaquant.spaces.formats import Format"),
-        ("kernels.linear", "import alphaquant.spaces"),
+        ("kernels.packing", "from alphaquant.spaces.formats import Format"),
+        ("kernels.packing", "import alphaquant.spaces"),
         ("search.solver", "from alphaquant.quant.bank import Bank"),
         ("search.solver", "from alphaquant.kernels import packing"),
-        ("quant.gptq", "from alphaquant.search import solver"),
+        ("search.solver", "from alphaquant.costs.cost_store import load_costs"),
+        ("quant.rounding", "from alphaquant.search import solver"),
+        ("models.walk", "from alphaquant.quant import hessian"),
+        ("models.walk", "from alphaquant.texts import windows"),
+        ("texts.windows", "from alphaquant.models import loading"),
+        ("costs.fisher", "from alphaquant.evaluators import divergence"),
+        ("evaluators.divergence", "from alphaquant.costs import fisher"),
+        ("costs.fisher", "from alphaquant.runtime import modules"),
         ("evaluators.base", "from alphaquant import studies"),
-        ("quant.pipeline", "def f():\n    from alphaquant.studies import runner"),
-        ("spaces.units", "from alphaquant import run_search"),
-        ("quant.pipeline", "from alphaquant.demo import text_path"),
+        ("studies.loop", "from alphaquant.reports import notes"),
+        ("studies.loop", "from alphaquant.runtime import checkpoint"),
+        ("reports.html", "from alphaquant.commands import search"),
+        ("runtime.pipeline", "def f():\n    from alphaquant.commands import quantize"),
+        ("spaces.units", "from alphaquant import search"),
+        ("specs.search", "from alphaquant.search import solver"),
+        ("files", "from alphaquant.spaces import json_files"),
+        ("runtime.pipeline", "from alphaquant.demo import text_path"),
         ("demo", "from alphaquant.spaces import formats"),
         ("cli.search", "from alphaquant.testing import formats"),
         ("testing.formats", "from alphaquant.cli import search"),
-        ("studies.quantize", "from alphaquant.gptq import GPTQConfig"),
+        ("commands.quantize", "from alphaquant.gptq import GPTQConfig"),
         ("testing.models", "import alphaquant.gptq"),
-        ("gptq.model", "from alphaquant.evaluators import data"),
+        ("gptq.model", "from alphaquant.texts import windows"),
         ("helpers.things", "import os"),
     ],
 )
@@ -282,10 +405,14 @@ def test_version_may_be_imported_anywhere() -> None:
         ("search.solver", "import torch", 1),
         ("search.solver", "def f():\n    from torch.nn import functional", 1),
         ("errors", "import pydantic", 1),
-        ("kernels.linear_triton", "import triton", 0),
-        ("kernels.linear", "import triton.language as tl", 1),
-        ("kernels.linear", "import transformers", 1),
-        ("quant.models", "import transformers", 0),
+        ("specs.search", "import cyclopts\nfrom docstring_parser import parse", 0),
+        ("specs.search", "import torch", 1),
+        ("specs.search", "def f():\n    import optuna", 1),
+        ("specs.search", "import numpy", 1),
+        ("kernels.linear.dequant_triton", "import triton", 0),
+        ("kernels.packing", "import triton.language as tl", 1),
+        ("kernels.packing", "import transformers", 1),
+        ("models.mapping", "import transformers", 0),
     ],
 )
 def test_outside_check_sees_a_forbidden_package(module: str, source: str, n_messages: int) -> None:
@@ -295,7 +422,7 @@ def test_outside_check_sees_a_forbidden_package(module: str, source: str, n_mess
 @pytest.mark.parametrize(
     ("source", "n_messages"),
     [
-        ("import typer\nfrom alphaquant.errors import AlphaQuantError", 0),
+        ("import cyclopts\nfrom alphaquant.errors import AlphaQuantError", 0),
         ("import torch", 1),
         ("from alphaquant.commands.search import search", 1),
         ("def main():\n    from alphaquant.commands.search import search", 0),
@@ -311,9 +438,9 @@ def test_eager_check_sees_a_heavy_import_of_a_command(source: str, n_messages: i
     [
         ("demo", "import torch", 1),
         ("demo.train", "import torch", 0),
-        ("studies.runner", "from alphaquant.demo.train import main", 1),
-        ("studies.runner", "from alphaquant.demo import train", 1),
-        ("studies.runner", "from alphaquant.demo import text_path", 0),
+        ("studies.inputs", "from alphaquant.demo.train import main", 1),
+        ("studies.inputs", "from alphaquant.demo import train", 1),
+        ("studies.inputs", "from alphaquant.demo import text_path", 0),
     ],
 )
 def test_demo_check_sees_a_forbidden_import(module: str, source: str, n_messages: int) -> None:
@@ -333,6 +460,59 @@ def test_demo_check_sees_a_forbidden_import(module: str, source: str, n_messages
 )
 def test_form_check_sees_a_forbidden_form(source: str, n_messages: int) -> None:
     assert len(form_violations({"alphaquant.quant.a": source})) == n_messages
+
+
+@pytest.mark.parametrize(
+    ("source", "n_messages"),
+    [
+        ("from alphaquant.quant import b", 0),
+        ("from alphaquant.quant.b import known, Kind, json, either", 0),
+        ("def f():\n    from alphaquant.quant.b import unknown", 1),
+        ("from alphaquant.quant import c", 1),
+        ("import alphaquant.quant.c", 1),
+        ("from alphaquant.quant.b import local", 1),
+    ],
+)
+def test_missing_check_sees_a_name_that_is_gone(source: str, n_messages: int) -> None:
+    sources = {
+        "alphaquant": "",
+        "alphaquant.quant": "",
+        "alphaquant.quant.a": source,
+        "alphaquant.quant.b": "import json\nknown: int = 1\nclass Kind: pass\n"
+        "def f():\n    local = 1\nif known:\n    either = 2",
+    }
+    assert len(missing_names(sources)) == n_messages
+
+
+def test_crowd_check_sees_a_folder_of_many_files() -> None:
+    files = {f"alphaquant.quant.a{i}": "" for i in range(MOST_FILES)}
+    assert crowded_folders(files) == []
+    assert crowded_folders({**files, "alphaquant.quant.b": ""}) == ["alphaquant.quant: 17 modules"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "n_messages"),
+    [
+        (("quant.bank", "costs.spectra"), 0),
+        (("quant.bank", "costs.bank"), 1),
+        (("quant.bank", "quant.banks"), 1),
+        (("quant.bank", "costs.deep.banks"), 1),
+        (("specs.search", "commands.search", "cli.search"), 0),
+        (("spaces.config", "kernels.moe.config"), 0),
+        (("spaces.config", "kernels.configs"), 1),
+    ],
+)
+def test_twin_check_sees_one_name_in_two_rooms(modules: tuple[str, ...], n_messages: int) -> None:
+    assert len(twin_names({f"alphaquant.{module}": "" for module in modules})) == n_messages
+
+
+def test_every_allowed_twin_exists(package: dict[str, str]) -> None:
+    names = Counter(m.rpartition(".")[2] for m in leaves(package) if part_of(m) not in SAME_NAMES)
+    assert {name for name in TWINS if names[name] < 2} == set()
+
+
+def test_every_room_has_its_rule(package: dict[str, str]) -> None:
+    assert {part_of(module) for module in package} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("importing", ["from q.b import y", "from q import b", "import q.b"])

@@ -40,9 +40,9 @@ def test_importing_the_package_again_leaves_one_hook() -> None:
         ("quantize", "alphaquant.commands.quantize", "quantize"),
         ("load", "alphaquant.runtime.checkpoint", "load"),
         ("evaluate", "alphaquant.commands.evaluate", "evaluate"),
-        ("SearchSpec", "alphaquant.studies.spec", "SearchSpec"),
-        ("QuantizeSpec", "alphaquant.commands.quantize", "QuantizeSpec"),
-        ("EvaluateSpec", "alphaquant.commands.evaluate", "EvaluateSpec"),
+        ("SearchSpec", "alphaquant.specs.search", "SearchSpec"),
+        ("QuantizeSpec", "alphaquant.specs.quantize", "QuantizeSpec"),
+        ("EvaluateSpec", "alphaquant.specs.evaluate", "EvaluateSpec"),
     ],
 )
 def test_public_name_is_loaded_from_its_module(

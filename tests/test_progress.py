@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from alphaquant import progress
 from alphaquant.progress import N_RECENT, StageClock, StageTimes, no_progress
-from alphaquant.studies import progress
 
 Call = tuple[str, int, int]
 

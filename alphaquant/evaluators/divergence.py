@@ -8,7 +8,7 @@ stored mass is in `Teacher.facts`.
 
 KL = sum_v p(v) (log p(v) - log q(v)), p the original, in nats per token, averaged over all T
 positions of a window; at the first one the models predict from one token alone, which is the
-beginning of text where windows begin with it (see `data.py`). With p = (1/2, 1/4, 1/4) and
+beginning of text where windows begin with it (see `windows.py`). With p = (1/2, 1/4, 1/4) and
 q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2 = 0.1733; with k = 1 the buckets are (1/2, 1/2) and
 (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3 = 0.1438.
 

@@ -1,7 +1,7 @@
 """Perplexity: exp of the mean negative log-likelihood of the next token, over separate windows.
 
 Each window of T tokens gives T - 1 predictions; its first token is only context, and windows do
-not overlap. Where windows begin with the tokenizer's beginning of text (see `data.py`), that is
+not overlap. Where windows begin with the tokenizer's beginning of text (see `windows.py`), that is
 the context: it is never predicted, and the first token of the text is, given it. Token
 perplexity, not word perplexity.
 

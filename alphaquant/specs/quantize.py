@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -11,10 +11,7 @@ from alphaquant.specs.flat import make, optional, subject
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.texts import BosMode
 
-if TYPE_CHECKING:
-    QuantChanges = Any
-else:
-    QuantChanges = optional(QuantSettings, "QuantChanges")
+QuantChanges: Any = optional(QuantSettings, "QuantChanges")
 
 
 @dataclass(frozen=True, kw_only=True)

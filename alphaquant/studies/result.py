@@ -1,4 +1,4 @@
-"""What a search found, as one object: the runner makes it, the report writes it down."""
+"""What a search found, as one object: made when it ends, written down by the reports."""
 
 import math
 from collections.abc import Container, Mapping, Sequence

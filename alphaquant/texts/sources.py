@@ -1,7 +1,7 @@
 """Text sources as streams of token ids: embedded texts, hub data sets, local files.
 
 Finds a source, reads it in pieces and tokenizes them, or checks the token ids that it holds. JSON
-files are read by `documents.py`. Cuts no windows and draws nothing: that is `data.py`, whose
+files are read by `documents.py`. Cuts no windows and draws nothing: that is `windows.py`, whose
 header lists the sources.
 
 Letters: n rows, T tokens per row of a token file.
@@ -65,7 +65,7 @@ def open_source(name: str, role: str, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Token pieces of one source: a known name, or a file that exists.
 
     Args:
-        name: one source of those in the header of `data.py`, without a share.
+        name: one source of those in the header of `windows.py`, without a share.
         role: one of `ROLES`.
         tokenizer: a transformers tokenizer.
 
@@ -86,7 +86,7 @@ def find_source(name: str, role: str) -> Path | None:
     """The file of one source, None for those of the hub; nothing is read.
 
     Args:
-        name: one source of those in the header of `data.py`, without a share.
+        name: one source of those in the header of `windows.py`, without a share.
         role: one of `ROLES`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Token ids: what is used of a tokenizer, what it puts before a text, and ids that it has.
 
-Reads no files and cuts no windows: that is `texts.py` and `data.py`.
+Reads no files and cuts no windows: that is `sources.py` and `windows.py`.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 Calibration, search and held-out gate each read a text; this file cuts the tokens of its sources
 into windows that do not overlap and draws some of them with a seed. Sources are read and tokenized
-by `texts.py`. It runs no model and keeps no cache. Sources:
+by `sources.py`. It runs no model and keeps no cache. Sources:
 
     demo, demo:search         the embedded text of the request's role, or of a named role
     demo:code                 embedded Python sources of the request's role

@@ -60,8 +60,8 @@ def test_every_option_reaches_the_engine() -> None:
     [
         ({"groupsize": 0}, r"groupsize is 0; use -1 .* at least 8"),
         ({"groupsize": -2}, "groupsize is -2"),
-        ({"blocksize": 0}, "blocksize is 0; use a whole number, 1 or more"),
-        ({"percdamp": -0.1}, "percdamp is -0.1; use a number, 0 or more"),
+        ({"blocksize": 0}, "blocksize is 0; must be >= 1"),
+        ({"percdamp": -0.1}, "percdamp is -0.1; must be >= 0"),
     ],
 )
 def test_impossible_options_are_refused(change: dict[str, Any], words: str) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from alphaquant.errors import FormatError, ModelError
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.models.mapping import map_model
-from alphaquant.quant import kernel_use
+from alphaquant.runtime import kernel_use
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.expert_parallel import keep_rank
 from alphaquant.runtime.kernel_modules import KernelExperts, KernelLinear
@@ -152,7 +152,7 @@ def test_another_dtype_of_the_model_leaves_packed_tensors_alone(packed: Path) ->
 def test_a_kernel_with_other_numbers_or_none_is_refused(
     op: str, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = {"packed_linear": "linear_triton", "grouped_moe": "grouped_triton"}[op]
+    file = {"packed_linear": "linear.product_triton", "grouped_moe": "moe.launch_triton"}[op]
     module = importlib.import_module(f"alphaquant.kernels.{file}")
     right = getattr(module, op)
     monkeypatch.setattr(module, op, lambda *args: 1.001 * right(*args))
