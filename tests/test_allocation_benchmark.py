@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alphaquant.studies.spec import DataSpec, SearchSpec
 
 from alphaquant.search.solver import solve
-from alphaquant.studies.spec import DataSpec, SearchSpec
 from alphaquant.testing.allocators import example_problem
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 

@@ -3,8 +3,8 @@
 A table is a JSON file that `benchmarks/kernel_speed.py --tune` writes on the GPU it is for. It
 says, per kind of matrix and block of tokens, how the packed kernel is launched, and from how many
 rows of x on dequantizing the matrix is faster. Where a table has no entry, and without a table,
-the defaults of `alphaquant.kernels.linear.product_triton` hold. A table changes speed, and the order in
-which float32 numbers are added where columns are split otherwise; nothing else.
+the defaults of `alphaquant.kernels.linear.product_triton` hold. A table changes speed, and the
+order in which float32 numbers are added where columns are split otherwise; nothing else.
 
 Sizes are classes: the power of two nearest to N and to K by ratio. Worked example: 1408 and 1792
 are nearest to 1024 and 2048, because 1408 / 1024 = 1.375 < sqrt(2) = 1.414 < 1.75 = 1792 / 1024.

@@ -10,7 +10,8 @@ Six names, from `config.model_type` and from structure, never from the name of a
     standard      no routed experts
 
 The name is a label: what is quantized, and with which Hessian, follows from the structure alone
-(`alphaquant.models.mapping`), so a model of an unknown family is treated like one of a known family.
+(`alphaquant.models.mapping`), so a model of an unknown family is treated like one of a known
+family.
 """
 
 from collections.abc import Sequence

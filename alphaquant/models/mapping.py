@@ -1,11 +1,11 @@
 """Models: finding what can be quantized.
 
 One walk serves every architecture: linears of the decoder layers, and routed experts in any layout
-of `alphaquant.models.layouts.standard`. A linear is quantized if it is exactly an `nn.Linear` that computes
-a plain product for its own caller; what only chooses (routers, indexers) stays, as seen in one
-pass of the model's code without numbers (`alphaquant.models.probe`). 3-D parameters that no layout
-knows are refused by name, and so are experts that the configuration promises and that are not
-found; everything else of two dimensions that stays is listed with its reason.
+of `alphaquant.models.layouts.standard`. A linear is quantized if it is exactly an `nn.Linear` that
+computes a plain product for its own caller; what only chooses (routers, indexers) stays, as seen
+in one pass of the model's code without numbers (`alphaquant.models.probe`). 3-D parameters that no
+layout knows are refused by name, and so are experts that the configuration promises and that are
+not found; everything else of two dimensions that stays is listed with its reason.
 
 Letters: E experts.
 """

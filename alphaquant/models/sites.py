@@ -1,8 +1,8 @@
 """Sites: where in a model the quantizable matrices live, and how experts see their tokens.
 
 `ExpertsSite` is the interface between the engine and a way of storing routed experts; the ways
-that come with the project are in `alphaquant.models.layouts.standard`. Another is a subclass with four
-members: `sizes`, `views`, `apply_gate`, `state_names`; see CONTRIBUTING.md, "a model".
+that come with the project are in `alphaquant.models.layouts.standard`. Another is a subclass with
+four members: `sizes`, `views`, `apply_gate`, `state_names`; see CONTRIBUTING.md, "a model".
 
 Letters: E experts, H hidden size, I expert width, n tokens, k experts per token.
 """

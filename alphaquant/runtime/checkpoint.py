@@ -226,8 +226,8 @@ def load(
         dequant_cache: most bytes of dequantized weights to keep between calls, such as `512MiB`;
             0 keeps none. See `alphaquant.runtime.modules.cache_dequantized`. What kernels run
             keeps none.
-        kernels: whether Triton kernels run it, see `alphaquant.runtime.kernel_use`; by default where
-            they can, on NVIDIA GPUs with triton installed.
+        kernels: whether Triton kernels run it, see `alphaquant.runtime.kernel_use`; by default
+            where they can, on NVIDIA GPUs with triton installed.
 
     Returns:
         The transformers model, in evaluation mode, gradients off.

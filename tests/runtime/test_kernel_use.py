@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from alphaquant.errors import FormatError, ModelError
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.models.mapping import map_model
-from alphaquant.quant import kernel_use
+from alphaquant.runtime import kernel_use
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.expert_parallel import keep_rank
 from alphaquant.runtime.kernel_modules import KernelExperts, KernelLinear

@@ -16,8 +16,8 @@ parts are added in a fixed order, those of gate and up by a kernel that also gat
 by the last one. Where an expert has many slots, its weights are dequantized once
 (`alphaquant.kernels.moe.dense_triton`). `alphaquant.kernels.moe.config` decides.
 
-Numbers are those of `alphaquant.kernels.linear.product_triton`: products and sums in float32, and gating
-too; rows between the steps have the type of x, and parts are float32.
+Numbers are those of `alphaquant.kernels.linear.product_triton`: products and sums in float32, and
+gating too; rows between the steps have the type of x, and parts are float32.
 
 Limits: the gating function is silu(gate) * up, and experts have no biases. Nothing here was run
 on a GPU: the tests run it in Triton's interpreter and compile it for sm_90.

@@ -7,7 +7,8 @@
     ListedExperts   a ModuleList of experts with three linears each, as in older and remote code.
     RowExperts      DBRX: three 2-D parameters with the experts' rows one after the other.
     UngatedExperts  Nemotron-H: up and down and no gate; in `alphaquant.models.layouts.ungated`.
-    InputWeightedExperts  Llama 4: weights multiply inputs; in `alphaquant.models.layouts.input_weighted`.
+    InputWeightedExperts  Llama 4: weights multiply inputs; in
+                    `alphaquant.models.layouts.input_weighted`.
     ZeroExperts     LongCat-Flash: experts that give their input back beside fused ones.
     SharedExperts   Inkling: shared experts in three 3-D parameters.
 

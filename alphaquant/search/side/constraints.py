@@ -2,10 +2,11 @@
 
 Side constraints say what the budget cannot: how many launches the experts of a layer need, that
 no layer is starved, how much a token reads. `solve_constrained` finds prices of all limits
-(`alphaquant.search.side.prices`), keeps the formats that each layer's experts take at these prices,
-repairs what the choice then still violates, fills what is left with single-unit moves, and lets
-HiGHS close the gap where little is open (`alphaquant.search.side.closing`). The gap is certified by the
-prices. Unlike `solve`, a larger limit can give a slightly worse choice, within the gap.
+(`alphaquant.search.side.prices`), keeps the formats that each layer's experts take at these
+prices, repairs what the choice then still violates, fills what is left with single-unit moves, and
+lets HiGHS close the gap where little is open (`alphaquant.search.side.closing`). The gap is
+certified by the prices. Unlike `solve`, a larger limit can give a slightly worse choice, within
+the gap.
 
 Letters: U units, F formats, L layers, K limits, q formats per layer.
 """
