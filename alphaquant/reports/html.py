@@ -266,4 +266,4 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("alphaquant.studies") / "assets" / name).read_text(encoding="utf-8")
+    return (files("alphaquant.reports") / "assets" / name).read_text(encoding="utf-8")

@@ -196,7 +196,7 @@ def test_one_model_is_in_memory_at_a_time(
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"reference": None}, ConfigError, "give --reference"),
+        ({"reference": None, "tasks": "kl"}, ConfigError, "give --reference"),
         ({"tasks": "utilisation"}, ConfigError, "utilisation.*kl, perplexity.*mean utilization"),
         (
             {"tasks": "drift,perplexity", "reference": None},

@@ -471,8 +471,8 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"budget": "1bits"}, BudgetError, "cannot be reached.*reach from.*larger budget"),
         ({"budget": "1KB"}, BudgetError, "stays unquantized"),
         ({"profile": "tgi"}, ConfigError, "tgi.*vllm"),
-        ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
-        ({"grouping": "name"}, ConfigError, "name.*layer, utilization"),
+        ({"sampler": "cma"}, ConfigError, "sampler is 'cma' .*use tpe"),
+        ({"grouping": "name"}, ConfigError, "grouping is 'name' .*use layer or utilization"),
         ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
         ({"active_budget": "3bits"}, BudgetError, "active budget '3bits'; write bytes"),
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
@@ -493,9 +493,8 @@ def test_wrong_names_are_refused_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SearchObjective, "measure", no_work)
-    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes)
     with pytest.raises(error, match=words):
-        search(spec)
+        search(make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes))
     assert list(tmp_path.iterdir()) == []
 
 

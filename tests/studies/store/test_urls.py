@@ -36,7 +36,7 @@ from alphaquant.studies.store.urls import (
     sqlite_url,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SERVER_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 ROW = TrialRow(
     *(0, "knobs", "d0", 4.1, 1000, 0.1 + 0.2, 1e-3, (0.1, 1 / 3), 0.9, 60.0, 0.2, None, 1.5)
@@ -169,7 +169,7 @@ import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.studies.store import study as storage
-from test_storages import propose
+from test_urls import propose
 with storage.open_study({url!r}, "s", "f") as study:
     for number in range(12):
         propose(study, number)
