@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from alphaquant.kernels import grouped_triton, linear_triton
+from alphaquant.kernels.linear import product_triton
+from alphaquant.kernels.moe import launch_triton
 from alphaquant.kernels.parts import put_together, read_facts
 
 
@@ -25,7 +26,7 @@ def packed_linear(x: Tensor, tensors: list[Tensor], facts: str) -> Tensor:
         facts: likewise.
     """
     with _device_of(x):
-        return linear_triton.packed_linear(x, put_together(tensors, facts))
+        return product_triton.packed_linear(x, put_together(tensors, facts))
 
 
 @packed_linear.register_fake
@@ -48,7 +49,7 @@ def grouped_moe(
     """
     with _device_of(x):
         experts = put_together(tensors, facts)
-        return grouped_triton.grouped_moe(x, expert_ids, weights, experts)
+        return launch_triton.grouped_moe(x, expert_ids, weights, experts)
 
 
 @grouped_moe.register_fake
