@@ -33,7 +33,9 @@ SERIES = (
 
 def points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """(bits per weight, held-out KL) of a series, by size; of uniform formats the lower hull."""
-    found = sorted((r["bits_per_weight"], r["kl"]) for r in rows if name in (r["name"], r["group"]))
+    found = sorted(
+        (r["bits_per_weight"], r["kl"]) for r in rows if name in (r["name"], r["group"])
+    )
     if name != "uniform":
         return found
     best = [p for i, p in enumerate(found) if all(p[1] < q[1] for q in found[:i])]

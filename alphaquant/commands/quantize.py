@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
 
 _LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
-"""Of a summary's numbers; a specification calls the first `n_calibration`."""
+"""Of a summary's numbers; a specification calls the first `calibration_samples`."""
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,20 @@ from typing import Any
 import pytest
 from torch import nn
 
-from alphaquant.commands.evaluate import (
-    TASKS,
-    EvaluateSpec,
-    evaluate,
-    evaluation_json,
-    evaluation_text,
-)
+from alphaquant.commands import evaluate as command
+from alphaquant.commands.evaluate import TASKS, evaluate, evaluation_json, evaluation_text
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.evaluators.base import Score
-from alphaquant.studies import evaluate as studies
+from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.testing.checkpoints import save_tiny
 
 
 @pytest.fixture
 def spec(tiny: Path, texts: dict[str, Path]) -> EvaluateSpec:
     """The tiny model against itself on four short windows."""
-    return EvaluateSpec(str(tiny), str(tiny), data=str(texts["heldout"]), n_samples=4, seq_len=24)
+    return EvaluateSpec(
+        model=str(tiny), reference=str(tiny), data=str(texts["heldout"]), samples=4, seq_len=24
+    )
 
 
 @pytest.fixture
@@ -55,13 +52,13 @@ def test_model_is_no_different_from_itself(spec: EvaluateSpec) -> None:
 
 def test_perplexity_alone_needs_no_reference(spec: EvaluateSpec) -> None:
     both = values_of(evaluate(spec).scores)["perplexity"]
-    alone = evaluate(replace(spec, reference=None, tasks=("ppl",)))
+    alone = evaluate(replace(spec, reference=None, tasks="perplexity"))
     assert values_of(alone.scores) == {"perplexity": pytest.approx(both, rel=1e-6)}
     assert alone.reference_scores == ()
 
 
 def test_tasks_choose_the_metrics(spec: EvaluateSpec) -> None:
-    assert values_of(evaluate(replace(spec, tasks=("kl",))).scores).keys() == {"kl", "same_top"}
+    assert values_of(evaluate(replace(spec, tasks="kl")).scores).keys() == {"kl", "same_top"}
 
 
 def test_text_and_json_say_the_same(spec: EvaluateSpec) -> None:
@@ -81,7 +78,7 @@ def test_text_and_json_say_the_same(spec: EvaluateSpec) -> None:
 
 
 def test_every_task_measures_both_models(spec: EvaluateSpec) -> None:
-    found = evaluate(replace(spec, tasks=tuple(TASKS)))
+    found = evaluate(replace(spec, tasks=",".join(TASKS)))
     metrics = [metric for task in TASKS.values() for metric in task.metrics]
     assert [s.metric for s in found.scores] == metrics
     assert [s.metric for s in found.reference_scores] == metrics
@@ -95,8 +92,8 @@ def test_every_task_measures_both_models(spec: EvaluateSpec) -> None:
 
 def test_perplexity_alone_of_two_models_measures_both(spec: EvaluateSpec, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", "llama", vocab_size=4096)
-    found = evaluate(replace(spec, model=str(other), tasks=("ppl",)))
-    alone = evaluate(replace(spec, tasks=("ppl",), reference=None))
+    found = evaluate(replace(spec, model=str(other), tasks="perplexity"))
+    alone = evaluate(replace(spec, tasks="perplexity", reference=None))
     assert values_of(found.reference_scores) == values_of(alone.scores)
     assert values_of(found.scores) != values_of(alone.scores)
 
@@ -104,8 +101,8 @@ def test_perplexity_alone_of_two_models_measures_both(spec: EvaluateSpec, tmp_pa
 def test_tasks_of_lm_eval_stand_beside_those_on_windows(
     spec: EvaluateSpec, task_data: Path
 ) -> None:
-    changes: dict[str, Any] = {"n_shots": 2, "limit": 2, "task_data": task_data}
-    found = evaluate(replace(spec, tasks=("mmlu_anatomy", "ppl"), **changes))
+    changes: dict[str, Any] = {"shots": 2, "limit": 2, "task_data": task_data}
+    found = evaluate(replace(spec, tasks="mmlu_anatomy,perplexity", **changes))
     assert [s.metric for s in found.scores] == ["perplexity", "mmlu_anatomy.acc"]
     assert values_of(found.scores) == values_of(found.reference_scores)
     assert found.scores[1].n_samples == 2
@@ -122,7 +119,7 @@ def test_tasks_of_lm_eval_stand_beside_those_on_windows(
 def test_without_windows_there_are_none_in_the_result(spec: EvaluateSpec, task_data: Path) -> None:
     settings: dict[str, Any] = {
         "reference": None,
-        "tasks": ("mmlu_anatomy",),
+        "tasks": "mmlu_anatomy",
         "task_data": task_data,
     }
     found = evaluate(replace(spec, data="nothing.txt", **settings))
@@ -136,7 +133,7 @@ def test_prompts_that_were_cut_are_told(spec: EvaluateSpec, task_data: Path) -> 
     (task_data / "test" / "anatomy_test.csv").write_text(f"{long},w,x,y,z,A\nq,w,x,y,z,B\n")
     settings: dict[str, Any] = {
         "reference": None,
-        "tasks": ("mmlu_anatomy",),
+        "tasks": "mmlu_anatomy",
         "task_data": task_data,
     }
     found = evaluate(replace(spec, **settings))
@@ -152,17 +149,17 @@ def test_windows_are_as_long_as_the_model_takes_up_to_2048(
     changes: dict[str, Any] = {
         "model": str(model),
         "reference": None,
-        "tasks": ("ppl",),
+        "tasks": "perplexity",
         "seq_len": None,
     }
-    found = evaluate(replace(spec, n_samples=2, **changes))
+    found = evaluate(replace(spec, samples=2, **changes))
     assert found.tokens is not None
     assert found.tokens.tokens.shape == (2, expected)
     assert f"windows of {expected} tokens" in evaluation_text(found)
 
 
 def test_windows_of_the_demo_are_those_of_its_training(spec: EvaluateSpec) -> None:
-    demo = replace(spec, model="demo", reference=None, tasks=("ppl",), seq_len=None, n_samples=2)
+    demo = replace(spec, model="demo", reference=None, tasks="perplexity", seq_len=None, samples=2)
     found = evaluate(replace(demo, data="demo"))
     assert found.tokens is not None
     assert found.tokens.tokens.shape == (2, 256)
@@ -170,9 +167,7 @@ def test_windows_of_the_demo_are_those_of_its_training(spec: EvaluateSpec) -> No
 
 def test_progress_counts_evaluators_of_both_models(spec: EvaluateSpec) -> None:
     calls: list[tuple[str, int, int]] = []
-    evaluate(
-        replace(spec, tasks=("kl", "ppl", "utilization")), progress=lambda *c: calls.append(c)
-    )
+    evaluate(replace(spec, tasks="kl,perplexity,utilization"), progress=lambda *c: calls.append(c))
     steps = [(done, total) for stage, done, total in calls if stage == "evaluate"]
     assert sorted(set(steps)) == [(done, 4) for done in range(5)]
 
@@ -182,9 +177,9 @@ def test_one_model_is_in_memory_at_a_time(
     with_lm_eval: bool, spec: EvaluateSpec, task_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if with_lm_eval:
-        spec = replace(spec, tasks=("mmlu_anatomy", *TASKS), task_data=task_data)
+        spec = replace(spec, tasks=",".join(["mmlu_anatomy", *TASKS]), task_data=task_data)
     loaded: list[weakref.ref[nn.Module]] = []
-    load = studies.open_model
+    load = command.open_model
 
     def load_alone(*args: Any) -> nn.Module:
         gc.collect()
@@ -193,7 +188,7 @@ def test_one_model_is_in_memory_at_a_time(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(studies, "open_model", load_alone)
+    monkeypatch.setattr(command, "open_model", load_alone)
     evaluate(spec)
     assert len(loaded) == 2
 
@@ -201,19 +196,23 @@ def test_one_model_is_in_memory_at_a_time(
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"reference": None}, ConfigError, "give --reference"),
-        ({"tasks": ("utilisation",)}, ConfigError, "utilisation.*kl, ppl.*mean utilization"),
-        ({"tasks": ("drift", "ppl"), "reference": None}, ConfigError, "drift asked.*--reference"),
-        ({"n_shots": 5}, ConfigError, "--shots 5 given.*kl, ppl"),
-        ({"limit": 5}, ConfigError, "--limit 5 given.*kl, ppl"),
-        ({"task_data": Path("d")}, ConfigError, "--task-data d given.*kl, ppl"),
-        ({"task_data": Path("d"), "tasks": ("arc_easy",)}, ConfigError, "add mmlu"),
-        ({"tasks": ()}, ConfigError, "none.*kl, ppl"),
+        ({"reference": None, "tasks": "kl"}, ConfigError, "give --reference"),
+        ({"tasks": "utilisation"}, ConfigError, "utilisation.*kl, perplexity.*mean utilization"),
+        (
+            {"tasks": "drift,perplexity", "reference": None},
+            ConfigError,
+            "drift asked.*--reference",
+        ),
+        ({"shots": 5}, ConfigError, "--shots 5 given.*kl, perplexity"),
+        ({"limit": 5}, ConfigError, "--limit 5 given.*kl, perplexity"),
+        ({"task_data": Path("d")}, ConfigError, "--task-data d given.*kl, perplexity"),
+        ({"task_data": Path("d"), "tasks": "arc_easy"}, ConfigError, "add mmlu"),
+        ({"tasks": ","}, ConfigError, "none.*kl, perplexity"),
         ({"model": "/nowhere"}, ModelError, "/nowhere"),
         ({"reference": "/nowhere"}, ModelError, "/nowhere"),
         ({"data": "nothing.txt"}, DataError, "nothing.txt"),
         ({"seq_len": 4000}, DataError, "4000"),
-        ({"n_samples": 100_000}, DataError, "too short"),
+        ({"samples": 100_000}, DataError, "too short"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),
         ({"device": "quantum"}, ModelError, "quantum"),
     ],
@@ -228,9 +227,9 @@ def test_bad_input_is_refused(
 def test_missing_files_of_mmlu_are_told_before_a_model_is_loaded(
     spec: EvaluateSpec, task_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(studies, "open_model")
+    monkeypatch.delattr(command, "open_model")
     with pytest.raises(DataError, match=r"mmlu_|astronomy_test.csv"):
-        evaluate(replace(spec, tasks=("mmlu_astronomy",), task_data=task_data))
+        evaluate(replace(spec, tasks="mmlu_astronomy", task_data=task_data))
 
 
 def test_reference_with_another_vocabulary_is_refused(spec: EvaluateSpec, tmp_path: Path) -> None:

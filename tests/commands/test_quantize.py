@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from alphaquant.commands.quantize import QuantizeSpec, dry_run, plan_text, quantize, result_json
+from alphaquant.commands import quantize as command
+from alphaquant.commands.quantize import dry_run, plan_text, quantize, result_json
 from alphaquant.errors import ConfigError, DataError, ModelError, StoreError
-from alphaquant.quant import pipeline
+from alphaquant.runtime import pipeline
 from alphaquant.runtime.checkpoint import quantized_bytes
-from alphaquant.studies import quantize as studies
+from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.studies.result import SearchResult
 
 MakeQuantize = Callable[..., QuantizeSpec]
@@ -30,10 +31,10 @@ def make(tiny: Path, texts: dict[str, Path], tmp_path: Path) -> MakeQuantize:
             "config": path,
             "out": tmp_path / "out",
             "calibration": str(texts["calibration"]),
-            "n_calibration": 4,
+            "calibration_samples": 4,
             "seq_len": 32,
         }
-        return QuantizeSpec(**{**values, **changes})
+        return QuantizeSpec.of(**{**values, **changes})
 
     return make_spec
 
@@ -51,7 +52,7 @@ def test_bytes_on_disk_are_those_that_the_summary_says(
 ) -> None:
     best = found.folder.path / "best.json"
     summary = json.loads(best.read_text())["summary"]
-    spec = make(INT4, config=best, calibration=None, n_calibration=None, seq_len=None)
+    spec = make(INT4, config=best, calibration=None, calibration_samples=None, seq_len=None)
     result = quantize(spec)
     assert result.quantized_bytes == summary["quantized_bytes"] == quantized_bytes(spec.out)
     assert result.checkpoint_bytes == summary["checkpoint_bytes"]
@@ -65,11 +66,11 @@ def test_flags_win_over_the_summary_and_the_summary_over_defaults(
 ) -> None:
     calibration = {"source": str(texts["search"]), "n_samples": 3, "seq_len": 16, "seed": 5}
     summary = {"calibration": calibration, "quantization": {"pooled_tokens": 7}}
-    unset = dict.fromkeys(("calibration", "n_calibration", "seq_len"))
+    unset = dict.fromkeys(("calibration", "calibration_samples", "seq_len"))
     report = report_of(quantize(make({**INT4, "summary": summary}, **unset)).path)
     assert {k: report["calibration"][k] for k in calibration} == calibration
     assert report["settings"]["pooled_tokens"] == 7
-    changes = {"n_calibration": 2, "seed": 1, "quant": {"method": "gptq"}}
+    changes = {"calibration_samples": 2, "seed": 1, "method": "gptq"}
     spec = make({**INT4, "summary": summary}, out=tmp_path / "b", **{**unset, **changes})
     changed = report_of(quantize(spec).path)
     assert changed["calibration"]["n_samples"] == 2
@@ -104,7 +105,7 @@ def test_summaries_of_versions_without_bos_give_their_windows(
         asked.append(arguments[-1])
         raise DataError("read")
 
-    monkeypatch.setattr(studies, "read_text", read)
+    monkeypatch.setattr(command, "read_text", read)
     for calibration in ({"digest": "abc"}, {"seed": 1}):
         with pytest.raises(DataError, match="read"):
             quantize(make({**INT4, "summary": {"calibration": calibration}}))
@@ -112,15 +113,15 @@ def test_summaries_of_versions_without_bos_give_their_windows(
 
 
 def test_rtn_needs_no_text(make: MakeQuantize) -> None:
-    result = quantize(make(INT4, quant={"method": "rtn"}, calibration="nothing.txt"))
+    result = quantize(make(INT4, method="rtn", calibration="nothing.txt"))
     assert report_of(result.path)["calibration"] is None
     assert result_json(result)["fallbacks"] == {}
 
 
 def test_settings_are_flag_over_summary_over_default(make: MakeQuantize, tmp_path: Path) -> None:
     summary = {"quantization": {"percdamp": 0.05, "route_exponent": 1}}
-    quant = {"route_exponent": 0, "refine_sweeps": None}
-    found = report_of(quantize(make({**INT4, "summary": summary}, quant=quant)).path)["settings"]
+    flags = {"route_exponent": 0, "refine_sweeps": None}
+    found = report_of(quantize(make({**INT4, "summary": summary}, **flags)).path)["settings"]
     assert (found["percdamp"], found["route_exponent"], found["refine_sweeps"]) == (0.05, 0, 3)
 
 
@@ -151,13 +152,13 @@ def test_a_given_model_type_is_reported_and_changes_no_byte(
 
 
 def test_layers_see_the_quantized_ones_before_them_when_asked(make: MakeQuantize) -> None:
-    report = report_of(quantize(make(INT4, quant={"sequential": True})).path)
+    report = report_of(quantize(make(INT4, sequential=True)).path)
     assert report["settings"]["sequential"] is True
 
 
 def test_an_unknown_setting_is_refused(make: MakeQuantize) -> None:
-    with pytest.raises(ConfigError, match="unknown quantization settings sweeps; known are"):
-        quantize(make(INT4, quant={"sweeps": 3}))
+    with pytest.raises(ConfigError, match="no setting 'sweeps'; perhaps refine_sweeps"):
+        quantize(make(INT4, sweeps=3))
 
 
 def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> None:
@@ -174,15 +175,15 @@ def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> N
 def test_existing_out_is_refused_before_the_model_is_loaded(
     make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(make(INT4, quant={"method": "rtn"}))
+    quantize(make(INT4, method="rtn"))
     before = (tmp_path / "out" / "config.json").read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.setattr(studies, "load_source", no_load)
+        patch.setattr(command, "load_source", no_load)
         with pytest.raises(StoreError, match="exists already.*--overwrite"):
-            quantize(make(INT4, quant={"method": "rtn"}))
+            quantize(make(INT4, method="rtn"))
     assert (tmp_path / "out" / "config.json").read_bytes() == before
-    int8 = make({"default": {"wq": "int8"}}, quant={"method": "rtn"}, overwrite=True)
+    int8 = make({"default": {"wq": "int8"}}, method="rtn", overwrite=True)
     assert quantize(int8).quantized_bytes == quantized_bytes(tmp_path / "out")
 
 
@@ -205,9 +206,9 @@ def test_a_stopped_quantization_is_gone_on_with_and_another_is_refused_before_lo
         quantize(make(INT4), progress=stop)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["config.json", "out.part"]
     with monkeypatch.context() as patch:
-        patch.setattr(studies, "load_source", no_load)
+        patch.setattr(command, "load_source", no_load)
         with pytest.raises(StoreError, match="another job .settings.percdamp was 0.01, now 0.5"):
-            quantize(make(INT4, quant={"percdamp": 0.5}))
+            quantize(make(INT4, percdamp=0.5))
         with pytest.raises(StoreError, match="another job .calibration.seed was None, now 3"):
             quantize(make(INT4, seed=3))
         with pytest.raises(StoreError, match="another job .configuration.default.wq was int4"):
@@ -252,7 +253,7 @@ def test_what_cannot_be_written_is_refused_before_loading(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(studies, "load_source", no_load)
+    monkeypatch.setattr(command, "load_source", no_load)
     spec = make(INT4, out=Path(out), config=tmp_path / "config.json", **changes)
     (tmp_path / "theirs.part").mkdir()
     (tmp_path / "theirs.part" / "precious").write_text("mine")
@@ -268,23 +269,22 @@ def test_what_cannot_be_written_is_refused_before_loading(
 def test_empty_directories_links_and_deep_places_are_written(
     make: MakeQuantize, tmp_path: Path
 ) -> None:
-    quant = {"method": "rtn"}
     (tmp_path / "empty").mkdir()
-    quantize(make(INT4, quant=quant, out=tmp_path / "empty"))
+    quantize(make(INT4, method="rtn", out=tmp_path / "empty"))
     assert quantized_bytes(tmp_path / "empty")
     (tmp_path / "link").symlink_to("empty")
     with pytest.raises(StoreError, match="link exists already"):
-        quantize(make(INT4, quant=quant, out=tmp_path / "link"))
-    int8 = make({"default": {"wq": "int8"}}, quant=quant, out=tmp_path / "link", overwrite=True)
+        quantize(make(INT4, method="rtn", out=tmp_path / "link"))
+    int8 = make({"default": {"wq": "int8"}}, method="rtn", out=tmp_path / "link", overwrite=True)
     result = quantize(int8)
     assert result.path == tmp_path / "link" and (tmp_path / "link").is_symlink()
     assert quantized_bytes(tmp_path / "empty") == result.quantized_bytes
     (tmp_path / "later").symlink_to("not/yet")
-    quantize(make(INT4, quant=quant, out=tmp_path / "later"))
+    quantize(make(INT4, method="rtn", out=tmp_path / "later"))
     assert quantized_bytes(tmp_path / "not" / "yet")
     deep = tmp_path.joinpath(*["a"] * 1200)
     try:
-        assert quantize(make(INT4, quant=quant, out=deep)).path == deep
+        assert quantize(make(INT4, method="rtn", out=deep)).path == deep
     finally:  # too deep for what cleans up after tests, which ends them with an error
         subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)
 
@@ -292,9 +292,9 @@ def test_empty_directories_links_and_deep_places_are_written(
 def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
     make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(make(INT4, quant={"method": "rtn"}))
+    quantize(make(INT4, method="rtn"))
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    int8 = make({"default": {"wq": "int8"}}, quant={"method": "rtn"}, overwrite=True)
+    int8 = make({"default": {"wq": "int8"}}, method="rtn", overwrite=True)
 
     def fail(*args: Any) -> Any:
         raise ModelError("wrong numbers")
@@ -313,15 +313,15 @@ def test_pattern_that_matches_nothing_is_warned_of_and_strictly_an_error(
 ) -> None:
     config = {**INT4, "overrides": [{"pattern": "*.nothing", "wq": "int8"}]}
     with pytest.raises(ConfigError, match=r"\*\.nothing.*matches nothing"):
-        quantize(make(config, strict=True, quant={"method": "rtn"}))
-    result = quantize(make(config, quant={"method": "rtn"}))
+        quantize(make(config, strict=True, method="rtn"))
+    result = quantize(make(config, method="rtn"))
     assert "matches nothing" in caplog.text
     assert "matches nothing" in report_of(result.path)["warnings"][0]
 
 
 def test_activations_reach_the_checkpoint_and_the_plan(make: MakeQuantize) -> None:
     overrides = [{"pattern": "*.self_attn.*", "wq": "int4", "aq": "int8", "group_size": 64}]
-    spec = make({**INT4, "overrides": overrides}, quant={"method": "rtn"})
+    spec = make({**INT4, "overrides": overrides}, method="rtn")
     text = plan_text(dry_run(spec))
     assert "attention" in text and "int8-row" in text and "bf16" in text
     path = quantize(spec).path
@@ -336,7 +336,7 @@ def test_activations_reach_the_checkpoint_and_the_plan(make: MakeQuantize) -> No
 def test_configuration_of_other_weights_is_warned_of(
     make: MakeQuantize, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quantize(make({**INT4, "summary": {"model_digest": "abc"}}, quant={"method": "rtn"}))
+    quantize(make({**INT4, "summary": {"model_digest": "abc"}}, method="rtn"))
     assert "searched on other weights" in caplog.text
 
 
@@ -345,33 +345,43 @@ def test_configuration_of_other_weights_is_warned_of(
     [
         ({"defualt": {}}, {}, ConfigError, "defualt"),
         ({"default": {"wq": "int9"}}, {}, ConfigError, "int9"),
-        (INT4, {"quant": {"method": "awq"}}, ConfigError, "awq.*gptq or rtn"),
+        (INT4, {"method": "awq"}, ConfigError, "awq.*gptq or rtn"),
         (INT4, {"model": "/nowhere"}, ModelError, "/nowhere"),
         (INT4, {"device": "quantum"}, ModelError, "quantum"),
         (INT4, {"calibration": "nothing.txt"}, DataError, "nothing.txt"),
         (INT4, {"calibration": ""}, DataError, "source ''"),
-        (INT4, {"bos": ""}, DataError, "--bos '' is not known"),
-        (INT4, {"bos": "on"}, DataError, "--bos 'on' is not known"),
-        (INT4, {"n_calibration": 100_000}, DataError, "too short"),
+        (INT4, {"bos": ""}, ConfigError, "bos is '' .*use auto or always or never"),
+        (INT4, {"bos": "on"}, ConfigError, "bos is 'on'"),
+        (INT4, {"calibration_samples": 100_000}, DataError, "too short"),
         (INT4, {"config": Path("/nowhere.json")}, ConfigError, "/nowhere.json"),
-        ({"summary": {"quantization": {"x": 1}}}, {}, ConfigError, "quantization: unknown .* x;"),
+        (
+            {"summary": {"quantization": {"x": 1}}},
+            {},
+            ConfigError,
+            "quantization: a quantization has no setting 'x'",
+        ),
         ({"summary": {"quantization": {"method": 3}}}, {}, ConfigError, "method is 3"),
         (
             {"summary": {"quantization": {"method": "x"}}},
             {},
             ConfigError,
-            "method is 'x'; use gptq or rtn",
+            "method is 'x' .*use gptq or rtn",
         ),
         ({"summary": {"quantization": {"scale_search": "x"}}}, {}, ConfigError, "hessian"),
-        ({"summary": {"quantization": {"base": 1}}}, {}, ConfigError, "unknown .* base;"),
+        ({"summary": {"quantization": {"base": 1}}}, {}, ConfigError, "has no setting 'base'"),
         ({"summary": {"quantization": "x"}}, {}, ConfigError, "is an object"),
         ({"summary": {"quantization": {"percdamp": -1}}}, {}, ConfigError, "percdamp is -1"),
         ({"summary": {"quantization": {"percdamp": True}}}, {}, ConfigError, "percdamp is True"),
         ({"summary": {"quantization": {"percdamp": None}}}, {}, ConfigError, "percdamp is null"),
         ({"summary": {"quantization": {"blocksize": 0}}}, {}, ConfigError, "blocksize is 0"),
         ({"summary": {"quantization": {"actorder": 1}}}, {}, ConfigError, "actorder is 1"),
-        ({"summary": {"quantization": {"route_exponent": 3}}}, {}, ConfigError, "0 to 2"),
-        (INT4, {"quant": {"pooled_tokens": -1}}, ConfigError, "pooled_tokens is -1"),
+        (
+            {"summary": {"quantization": {"route_exponent": 3}}},
+            {},
+            ConfigError,
+            "route_exponent is 3; must be <= 2",
+        ),
+        (INT4, {"pooled_tokens": -1}, ConfigError, "pooled_tokens is -1"),
         (INT4, {"model_type": "olmo"}, ModelError, "unknown model type 'olmo'"),
         (INT4, {"model_type": "standard"}, ModelError, "has routed experts"),
         ({"summary": {"calibration": "demo"}}, {}, ConfigError, "summary.calibration is 'demo'"),
@@ -396,7 +406,7 @@ def test_calibration_text_that_changed_since_the_search_is_refused(
 ) -> None:
     stated = {"source": str(texts["calibration"]), "n_samples": 4, "seq_len": 32, "digest": "ab"}
     config = {**INT4, "summary": {"calibration": stated}}
-    unset = dict.fromkeys(("calibration", "n_calibration", "seq_len"))
+    unset = dict.fromkeys(("calibration", "calibration_samples", "seq_len"))
     with pytest.raises(ConfigError, match="other calibration text"):
         quantize(make(config, **unset))
     quantize(make(config))
@@ -405,7 +415,7 @@ def test_calibration_text_that_changed_since_the_search_is_refused(
 @pytest.mark.parametrize(
     ("summary", "words"),
     [
-        ({"quantization": {"x": 1}}, "quantization: unknown .* x;"),
+        ({"quantization": {"x": 1}}, "quantization: a quantization has no setting 'x'"),
         ({"calibration": {"n_samples": -4}}, "n_samples is -4; use 1 or more"),
         ({"calibration": {"seq_len": 1}}, "seq_len is 1; use 2 or more"),
     ],

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alphaquant.studies.spec import SearchSpec
 
-from alphaquant.commands.evaluate import EvaluateSpec, evaluate
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands import search as command
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
 from alphaquant.errors import (
     AlphaQuantError,
@@ -27,7 +27,12 @@ from alphaquant.errors import (
 )
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.units import Inventory
-from alphaquant.studies import gate, loop, runner
+from alphaquant.specs.evaluate import EvaluateSpec
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies import loop
+from alphaquant.studies.gate import judge
 from alphaquant.studies.objective import Measured, SearchObjective
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.store.study import TrialRow
@@ -156,7 +161,7 @@ def test_search_stopped_in_one_stage_after_the_other_resumes(
     for stage in ("teacher", "spectra", "bank", "costs", "study", "gate", "report"):
         with pytest.raises(Killed):
             search(spec, progress=stop_in(stage))
-        assert not (spec.out / "front.json").exists()
+        assert not (spec.run.out / "front.json").exists()
     assert comparable(search(spec).rows) == comparable(found.rows)
 
 
@@ -171,10 +176,11 @@ def measurements(cache: Path) -> dict[str, list[dict[str, Any]]]:
 def test_search_killed_in_its_steps_is_one_that_was_not_and_measures_nothing_twice(
     long: SearchResult, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = replace(long.spec, out=tmp_path / "out", cache=tmp_path / "cache")
-    assert long.spec.cache is not None
+    spec = replaced(long.spec, out=tmp_path / "out", cache=tmp_path / "cache")
+    cache = long.spec.run.cache
+    assert cache is not None
     ignore = shutil.ignore_patterns("evaluations")
-    shutil.copytree(long.spec.cache, tmp_path / "cache", ignore=ignore)
+    shutil.copytree(cache, tmp_path / "cache", ignore=ignore)
 
     def die_in_a_race(*args: Any) -> bool:
         raise Killed
@@ -183,19 +189,19 @@ def test_search_killed_in_its_steps_is_one_that_was_not_and_measures_nothing_twi
         search(spec, progress=stop_in("probe", 7))
     for module, name, die in (
         (loop, "is_hopeless", die_in_a_race),
-        (gate, "uniform_assignment", die_in_a_race),
-        (runner, "write_configs", die_in_a_race),
+        (judge, "uniform_assignment", die_in_a_race),
+        (command, "write_configs", die_in_a_race),
     ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(module, name, die)
             search(spec)
-        assert not (spec.out / "best.json").exists()
+        assert not (spec.run.out / "best.json").exists()
     last = search(spec)
     assert comparable(last.rows) == comparable(long.rows)
     assert last.published == long.published
     assert last.gate == long.gate
     assert last.probe == long.probe
-    assert measurements(tmp_path / "cache") == measurements(long.spec.cache)
+    assert measurements(tmp_path / "cache") == measurements(cache)
     assert (last.n_measured, last.n_passes) == (0, 0.0)
 
 
@@ -208,8 +214,8 @@ def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it
     again = search(spec, on_trial=lambda row: ran.append(row.number))
     assert again.rows == first.rows
     assert ran == list(range(9))
-    (spec.out / "configs" / "trial-999.json").write_text("of a point that left the front")
-    longer = search(replace(spec, trials=14), on_trial=lambda row: ran.append(row.number))
+    (spec.run.out / "configs" / "trial-999.json").write_text("of a point that left the front")
+    longer = search(replaced(spec, trials=14), on_trial=lambda row: ran.append(row.number))
     assert ran == list(range(14))
     assert comparable(longer.rows) == comparable(found.rows)
     assert_configs_are_those_of_the_gate(longer)
@@ -227,17 +233,18 @@ def test_timeout_stops_after_a_trial_and_says_so(
 def test_packed_checkpoint_of_best_measures_as_its_trial(
     found: SearchResult, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    spec = QuantizeSpec(found.spec.model, found.folder.path / "best.json", tmp_path / "packed")
+    model, best = found.spec.checkpoint.model, found.folder.path / "best.json"
+    spec = QuantizeSpec.of(model=model, config=best, out=tmp_path / "packed")
     written = quantize(spec)
     assert written.quantized_bytes == found.counts.quantized_bytes
     row = next(r for r in found.rows if r.digest == found.published.digest)
     scores = evaluate(
         EvaluateSpec(
-            str(tmp_path / "packed"),
-            found.spec.model,
+            model=str(tmp_path / "packed"),
+            reference=model,
             data=str(texts["search"]),
-            n_samples=6,
-            seq_len=found.spec.data.seq_len,
+            samples=6,
+            seq_len=found.spec.texts.seq_len,
         )
     ).scores
     assert {s.metric: s.value for s in scores} == pytest.approx(
@@ -464,8 +471,8 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"budget": "1bits"}, BudgetError, "cannot be reached.*reach from.*larger budget"),
         ({"budget": "1KB"}, BudgetError, "stays unquantized"),
         ({"profile": "tgi"}, ConfigError, "tgi.*vllm"),
-        ({"sampler": "cma"}, ConfigError, "cma.*tpe"),
-        ({"grouping": "name"}, ConfigError, "name.*layer, utilization"),
+        ({"sampler": "cma"}, ConfigError, "sampler is 'cma' .*use tpe"),
+        ({"grouping": "name"}, ConfigError, "grouping is 'name' .*use layer or utilization"),
         ({"allocator": "magic"}, ConfigError, "magic.*fisher.*evolution"),
         ({"active_budget": "3bits"}, BudgetError, "active budget '3bits'; write bytes"),
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
@@ -486,9 +493,8 @@ def test_wrong_names_are_refused_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SearchObjective, "measure", no_work)
-    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes)
     with pytest.raises(error, match=words):
-        search(spec)
+        search(make_spec(tmp_path / "out", cache=tmp_path / "cache", **changes))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -507,7 +513,7 @@ def test_model_without_quantizable_units_is_refused_and_leaves_nothing(
     ("changes", "words"),
     [
         ({"calibration": "nothing.txt"}, "nothing.txt.*existing file"),
-        ({"n_calibration": 100_000}, "too short.*lower the number"),
+        ({"calibration_samples": 100_000}, "too short.*lower the number"),
         ({"seq_len": 4000}, "4000.*1 to 128.*--seq-len"),
     ],
 )
@@ -516,16 +522,15 @@ def test_wrong_texts_are_refused_and_leave_nothing(
 ) -> None:
     spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
     with pytest.raises(DataError, match=words):
-        search(replace(spec, data=replace(spec.data, **changes)))
+        search(replaced(spec, **changes))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_file_for_two_roles_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "out")
-    data = replace(spec.data, heldout=spec.data.evaluation)
     with pytest.raises(DataError, match="overlap.*disjoint"):
-        search(replace(spec, data=data))
-    assert not spec.out.exists()
+        search(replaced(spec, heldout=spec.texts.evaluation))
+    assert not spec.run.out.exists()
 
 
 def test_out_of_something_else_is_never_touched(make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -543,9 +548,9 @@ def test_out_of_another_search_needs_overwrite(make_spec: MakeSpec, tmp_path: Pa
         search(other)
     assert (tmp_path / "out" / "front.json").read_bytes() == before
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    replaced = search(replace(other, overwrite=True))
-    assert len(replaced.rows) == 3
-    assert replaced.space.limit_bits != first.space.limit_bits
+    again = search(replaced(other, overwrite=True))
+    assert len(again.rows) == 3
+    assert again.space.limit_bits != first.space.limit_bits
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
@@ -557,7 +562,7 @@ def test_taken_out_is_refused_before_the_model_is_loaded(
     def no_load(*args: Any) -> Any:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(runner, "load_source", no_load)
+    monkeypatch.setattr(command, "load_source", no_load)
     with pytest.raises(StoreError, match=r"other settings \(seed\)"):
         search(make_spec(tmp_path / "out", seed=1))
 
@@ -569,7 +574,7 @@ def test_overwrite_with_a_wrong_text_keeps_the_earlier_search(
     before = sorted(p.name for p in (tmp_path / "out").rglob("*"))
     spec = make_spec(tmp_path / "out", budget="6bits", overwrite=True)
     with pytest.raises(DataError):
-        search(replace(spec, data=replace(spec.data, heldout="nothing.txt")))
+        search(replaced(spec, heldout="nothing.txt"))
     assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == before
 
 
@@ -578,8 +583,7 @@ def test_text_that_changed_since_is_noticed(
 ) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(texts["search"], text)
-    spec = make_spec(tmp_path / "out", trials=2)
-    spec = replace(spec, data=replace(spec.data, evaluation=str(text)))
+    spec = make_spec(tmp_path / "out", trials=2, evaluation=str(text))
     search(spec)
     text.write_text(text.read_text()[500:])
     with pytest.raises(StoreError, match=r"other settings \(evaluation_text\)"):
@@ -631,7 +635,7 @@ def test_external_storage_that_cannot_be_opened_leaves_no_directory(
 def test_places_that_cannot_be_written_are_refused_before_anything_is_loaded(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "load_source", no_work)
+    monkeypatch.setattr(command, "load_source", no_work)
     file = tmp_path / "file"
     file.write_text("mine")
     for changes, words in (
@@ -654,14 +658,14 @@ def test_second_search_of_an_out_or_a_study_is_refused_and_the_first_goes_on(
 
     def start_others(row: TrialRow) -> None:
         if row.number in (3, 9):
-            for other in (spec, replace(spec, out=tmp_path / "other")):
+            for other in (spec, replaced(spec, out=tmp_path / "other")):
                 with pytest.raises(StoreError, match=f"in use: process {os.getpid()} ") as caught:
                     search(other)
                 refused.append(str(caught.value).split(" is in use")[0])
 
     result = search(spec, on_trial=start_others)
     assert comparable(result.rows) == comparable(found.rows)
-    assert refused == [f"--out {spec.out}", f"study 'aq-search' in {url}"] * 2
+    assert refused == [f"--out {spec.run.out}", f"study 'aq-search' in {url}"] * 2
     assert not (tmp_path / "other").exists()
     assert not list(tmp_path.rglob("*.lock"))
     assert comparable(search(spec).rows) == comparable(found.rows)

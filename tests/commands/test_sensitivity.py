@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alphaquant.studies.spec import SearchSpec
 
 from alphaquant.commands.sensitivity import (
     FoundSensitivity,
-    SensitivitySpec,
     measure_expert_sensitivity,
     sensitivity_json,
     sensitivity_text,
@@ -18,6 +16,8 @@ from alphaquant.commands.sensitivity import (
 )
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, FormatError, ModelError
 from alphaquant.progress import StageClock, no_progress
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.inputs import load_source
 from alphaquant.studies.stages import load_inputs, measure_unit_costs, open_filled_bank
 from alphaquant.testing.checkpoints import save_tiny
@@ -28,11 +28,11 @@ def spec(
     tiny: Path, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> SensitivitySpec:
     """The tiny model, which has two layers of four experts, two per token."""
-    return SensitivitySpec(
-        "int3-g32",
-        str(tiny),
+    return SensitivitySpec.of(
+        format="int3-g32",
+        model=str(tiny),
         calibration=str(texts["calibration"]),
-        n_calibration=6,
+        calibration_samples=6,
         seq_len=32,
         cache=tmp_path_factory.mktemp("sensitivity-cache"),
     )
@@ -57,14 +57,14 @@ def test_the_same_specification_gives_the_same_bytes(
 ) -> None:
     write_sensitivity(found, tmp_path / "a.json")
     write_sensitivity(measure_expert_sensitivity(spec), tmp_path / "b.json")
-    anew = measure_expert_sensitivity(replace(spec, cache=tmp_path / "cache"))
+    anew = measure_expert_sensitivity(replaced(spec, cache=tmp_path / "cache"))
     write_sensitivity(anew, tmp_path / "c.json")
     first = (tmp_path / "a.json").read_bytes()
     assert first == (tmp_path / "b.json").read_bytes() == (tmp_path / "c.json").read_bytes()
 
 
 def test_another_seed_draws_other_labels(spec: SensitivitySpec, found: FoundSensitivity) -> None:
-    other = measure_expert_sensitivity(replace(spec, seed=1))
+    other = measure_expert_sensitivity(replaced(spec, seed=1))
     assert other.sensitivity.total.fisher != found.sensitivity.total.fisher
 
 
@@ -72,7 +72,7 @@ def test_json_carries_digests_seed_and_versions(
     spec: SensitivitySpec, found: FoundSensitivity
 ) -> None:
     content = json.loads(json.dumps(sensitivity_json(found), allow_nan=False))
-    assert content["model"] == spec.model
+    assert content["model"] == spec.checkpoint.model
     assert content["model_digest"] == found.source.digest
     assert content["calibration"]["digest"] == found.calibration.digest
     assert content["calibration"]["seed"] == content["settings"]["seed"] == 0
@@ -93,7 +93,7 @@ def test_text_shows_both_ends_and_no_expert_twice(found: FoundSensitivity) -> No
     assert ranks == [str(n) for n in (*range(1, 6), *range(12, 17))]
     assert found.calibration.digest[:12] in lines[-1]
     narrow = sensitivity_text(found, 50).splitlines()
-    assert all(len(line) <= 50 or str(found.spec.calibration) in line for line in narrow)
+    assert all(len(line) <= 50 or str(found.spec.text.calibration) in line for line in narrow)
     assert any("fragility" in line for line in narrow)
 
 
@@ -112,10 +112,8 @@ def test_an_expert_without_tokens_is_called_unseen(found: FoundSensitivity) -> N
 def test_a_search_reads_what_was_measured(
     spec: SensitivitySpec, found: FoundSensitivity, texts: dict[str, Path], make_spec: Any
 ) -> None:
-    data = make_spec(Path("unused")).data
-    data = replace(data, n_calibration=6, seq_len=32)
-    search = SearchSpec(model=spec.model, budget="4bits", data=data, cache=spec.cache)
-    inputs = load_inputs(search, load_source(spec.model, "cpu", "auto"))
+    search = make_spec(Path("unused"), calibration_samples=6, seq_len=32, cache=spec.cache)
+    inputs = load_inputs(search, load_source(spec.checkpoint.model, "cpu", "auto"))
     before = _written(found)
     stages: list[str] = []
     clock = StageClock(lambda stage, done, total: stages.append(stage))
@@ -145,7 +143,7 @@ def _written(found: FoundSensitivity) -> dict[Path, int]:
 
 
 def test_a_quantized_reference_is_measured_too(spec: SensitivitySpec) -> None:
-    found = measure_expert_sensitivity(replace(spec, against="int8-g32")).sensitivity
+    found = measure_expert_sensitivity(replaced(spec, against="int8-g32")).sensitivity
     assert found.against == "int8-g32"
     assert all(e.added_fisher != e.fisher for e in found.experts)
     assert found.experts[0].added_fisher > 0.9 * found.experts[0].fisher
@@ -159,7 +157,7 @@ def test_a_quantized_reference_is_measured_too(spec: SensitivitySpec) -> None:
         ({"against": "int2-g32"}, ConfigError, "no fewer bits"),
         ({"model": "/nowhere"}, ModelError, "/nowhere"),
         ({"calibration": "nothing.txt"}, DataError, "nothing.txt"),
-        ({"n_calibration": 100_000}, DataError, "too short"),
+        ({"calibration_samples": 100_000}, DataError, "too short"),
         ({"device": "quantum"}, ModelError, "quantum"),
     ],
 )
@@ -167,7 +165,7 @@ def test_bad_input_is_refused(
     changes: dict[str, Any], error: type[AlphaQuantError], words: str, spec: SensitivitySpec
 ) -> None:
     with pytest.raises(error, match=words):
-        measure_expert_sensitivity(replace(spec, **changes))
+        measure_expert_sensitivity(replaced(spec, **changes))
 
 
 def test_what_cannot_be_compared_is_refused_before_the_long_work(
@@ -176,7 +174,7 @@ def test_what_cannot_be_compared_is_refused_before_the_long_work(
     cache = tmp_path / "cache"
     dense = str(save_tiny(tmp_path / "dense", "llama"))
     with pytest.raises(ModelError, match="no routed experts"):
-        measure_expert_sensitivity(replace(spec, model=dense, cache=cache))
+        measure_expert_sensitivity(replaced(spec, model=dense, cache=cache))
     with pytest.raises(ConfigError, match="no fewer bits"):
-        measure_expert_sensitivity(replace(spec, against="int2-g32", cache=cache))
+        measure_expert_sensitivity(replaced(spec, against="int2-g32", cache=cache))
     assert not cache.exists()

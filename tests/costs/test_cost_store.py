@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from alphaquant.costs import fisher, matrix_costs
 from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
 from alphaquant.errors import StoreError
-from alphaquant.evaluators import matrix_costs, sensitivity
 from alphaquant.testing.cost_cases import (
     COST_FAMILIES,
     COST_FORMATS,
@@ -47,13 +47,13 @@ def names(case: CostCase) -> list[str]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
     """Layers and formats that are measured, in order."""
     calls = []
-    layer_costs = sensitivity._layer_costs
+    layer_costs = fisher._layer_costs
 
     def record(trace: Any, bank: Any, formats: tuple[str, ...]) -> Any:
         calls.append((trace.layer.index, tuple(formats)))
         return layer_costs(trace, bank, formats)
 
-    monkeypatch.setattr(sensitivity, "_layer_costs", record)
+    monkeypatch.setattr(fisher, "_layer_costs", record)
     return calls
 
 
@@ -120,7 +120,7 @@ def test_a_complete_table_is_read_without_running_the_model(
     case: CostCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = case.costs()
-    monkeypatch.delattr(sensitivity, "trace_layers")
+    monkeypatch.delattr(fisher, "trace_layers")
     assert equal(first, case.costs())
 
 
@@ -226,7 +226,7 @@ def test_an_interrupted_measurement_leaves_the_weights_as_they_were(
 def test_a_measurement_that_was_killed_between_files_resumes(
     case: CostCase, monkeypatch: pytest.MonkeyPatch, measured: list[Any]
 ) -> None:
-    file = sensitivity.CostStore.file
+    file = fisher.CostStore.file
 
     def killed(store: Any, layer: int, format_name: str | None = None) -> Path:
         path = file(store, layer, format_name)
@@ -235,7 +235,7 @@ def test_a_measurement_that_was_killed_between_files_resumes(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity.CostStore, "file", killed)
+        patch.setattr(fisher.CostStore, "file", killed)
         with pytest.raises(KeyboardInterrupt):
             case.costs()
     assert names(case) == ["layer-001.int3-g32-asym.safetensors", "layer-001.safetensors"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from alphaquant.costs import matrix_costs
 from alphaquant.costs.matrix_costs import MatrixTrace, token_sums
-from alphaquant.evaluators import matrix_costs
 from alphaquant.spaces.units import Matrix
 
 

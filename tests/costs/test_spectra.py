@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alphaquant.costs import spectra as spectra_module
 from alphaquant.costs.spectra import (
     Spectra,
     farms_alpha,
@@ -16,7 +17,6 @@ from alphaquant.costs.spectra import (
     unit_spectra,
 )
 from alphaquant.errors import ModelError
-from alphaquant.evaluators import spectra as spectra_module
 from alphaquant.models.mapping import map_model
 from alphaquant.spaces.units import Matrix, Unit
 from alphaquant.testing.models import tiny_model

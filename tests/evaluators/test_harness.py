@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.quantize import quantize
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError
 from alphaquant.evaluators import harness_tasks
 from alphaquant.evaluators.base import Score, Subject
@@ -20,6 +20,7 @@ from alphaquant.evaluators.harness import SEEDS, HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest
 from alphaquant.models.loading import load_model, load_tokenizer
 from alphaquant.runtime.checkpoint import load
+from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.evaluators import check_evaluator
 
@@ -191,7 +192,7 @@ def test_tasks_need_a_tokenizer(files: Path) -> None:
 def test_packed_model_scores_as_its_weights_do(files: Path, tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"default": {"wq": "int8"}}')
-    quantize(QuantizeSpec(str(tiny), config, tmp_path / "packed"))
+    quantize(QuantizeSpec.of(model=str(tiny), config=config, out=tmp_path / "packed"))
     packed = load(tmp_path / "packed")
     (score,) = evaluator(tiny, "my_choices.yaml").evaluate(Subject(packed)).scores
     direct = directly(packed, tiny, ["my_choices.yaml"])["results"]["my_choices"]

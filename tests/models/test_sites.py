@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models import mapping
 from alphaquant.models.layouts.standard import LAYOUTS, ListedExperts
 from alphaquant.models.mapping import known_layouts, map_model
 from alphaquant.models.sites import ExpertSizes, ExpertsSite, ExpertViews
 from alphaquant.models.walk import observe_layer, walk
-from alphaquant.quant import models
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.pipeline import quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
@@ -241,9 +241,9 @@ def test_a_layout_that_a_user_adds_is_quantized_like_the_projects_own(tmp_path: 
 
 
 def test_installed_packages_add_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("split", f"{__name__}:SplitExperts", models.LAYOUT_GROUP)
+    entry = EntryPoint("split", f"{__name__}:SplitExperts", mapping.LAYOUT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: SplitExperts)
-    monkeypatch.setattr(models, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(mapping, "entry_points", lambda group: [entry])
     assert known_layouts() == (SplitExperts, *LAYOUTS)
     assert len(map_model(split_model()).inventory.matrices) == 56
 
@@ -251,7 +251,7 @@ def test_installed_packages_add_layouts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_entry_point_that_names_something_else_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entry = EntryPoint("wrong", "pathlib:Path", models.LAYOUT_GROUP)
-    monkeypatch.setattr(models, "entry_points", lambda group: [entry])
+    entry = EntryPoint("wrong", "pathlib:Path", mapping.LAYOUT_GROUP)
+    monkeypatch.setattr(mapping, "entry_points", lambda group: [entry])
     with pytest.raises(ModelError, match=r"entry point wrong of group alphaquant\.experts"):
         known_layouts()

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import alphaquant
-from alphaquant.commands.quantize import QuantizeSpec, dry_run, quantize
+from alphaquant.commands.quantize import dry_run, quantize
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.models.source_files import with_source
+from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.testing.checkpoints import save_tiny
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +48,7 @@ def test_tensors_that_the_model_does_not_load_are_carried_byte_for_byte(
     assert skeleton.inventory.kept[-1].n_bytes == 48
     config = tmp_path / "int4.json"
     config.write_text('{"default": {"wq": "int4", "group_size": 32}}')
-    spec = QuantizeSpec(str(source), config, tmp_path / "out", {"method": "rtn"})
+    spec = QuantizeSpec.of(model=str(source), config=config, out=tmp_path / "out", method="rtn")
     assert dry_run(spec).counts.checkpoint_bytes == quantize(spec).checkpoint_bytes
     stored = load_file(tmp_path / "out" / "model-carried.safetensors")
     assert torch.equal(stored[next(iter(head))], head[next(iter(head))])

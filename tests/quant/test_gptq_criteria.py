@@ -1,4 +1,4 @@
-"""What GPTQ promises for each of the promised formats; details are in test_gptq.py."""
+"""What GPTQ promises for each of the promised formats; details are in test_rounding.py."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
-from alphaquant.quant import gptq
+from alphaquant.quant import rounding
 from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.hessian import accumulate
 from alphaquant.quant.refine import refine
@@ -207,7 +207,7 @@ def test_stacked_nvfp4_matrices_equal_separate_ones(method: str) -> None:
     hessian = (draw_inputs(3).T @ draw_inputs(3))[None]
     factor, fmt = factorize(hessian, 0.01), parse_format("nvfp4")
 
-    def run(weight: Tensor, row_counts: tuple[int, ...] = ()) -> gptq.RoundedBatch:
+    def run(weight: Tensor, row_counts: tuple[int, ...] = ()) -> rounding.RoundedBatch:
         if method == "rtn":
             return quantize_rtn(weight[None], fmt, "mse", row_counts)
         return quantize_gptq(weight[None], factor, fmt, "mse", row_counts=row_counts)

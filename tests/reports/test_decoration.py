@@ -8,17 +8,17 @@ from typing import Any
 
 import optuna
 import pytest
-from alphaquant.studies.spec import SearchSpec
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import (  # type: ignore[import-untyped]
     get_plotly_graph_objects,
 )
 
+from alphaquant.commands import search as command
 from alphaquant.commands.search import search
 from alphaquant.reports.decoration import FIGURE_ID, decorate
 from alphaquant.reports.front import config_name
 from alphaquant.reports.plots import figures
-from alphaquant.studies import runner
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.store.folder import storage_of
 from alphaquant.studies.store.urls import open_storage
@@ -36,7 +36,7 @@ def test_finished_search_has_its_note_its_figures_and_notes_of_all_trials(
     found: SearchResult,
 ) -> None:
     with open_storage(storage_of(found.folder.path), must_exist=True) as storage:
-        study = optuna.load_study(study_name=found.spec.study, storage=storage)
+        study = optuna.load_study(study_name=found.spec.run.study, storage=storage)
         note, shown = get_note(study), shown_figures(study)
         attrs = storage.get_study_system_attrs(study._study_id)
     assert "The search is running." not in note
@@ -71,14 +71,14 @@ def test_failure_is_told_and_recorded_and_loses_nothing(
 
     spec = make_spec(tmp_path / "out", trials=1)
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
-        patched.setattr(runner, "decorate", fail)
+        patched.setattr(command, "decorate", fail)
         result = search(spec)
-    assert (spec.out / "best.json").exists()
-    front = json.loads((spec.out / "front.json").read_text())
+    assert (spec.run.out / "best.json").exists()
+    front = json.loads((spec.run.out / "front.json").read_text())
     assert front["provenance"]["dashboard_problem"] == "no such colour"
     assert result.facts["dashboard_problem"] == "no such colour"
     assert "(no such colour); run the same command again" in caplog.text
     again = search(spec)
     assert "dashboard_problem" not in again.facts
-    front = json.loads((spec.out / "front.json").read_text())
+    front = json.loads((spec.run.out / "front.json").read_text())
     assert "dashboard_problem" not in front["provenance"]

@@ -26,6 +26,7 @@ from alphaquant.reports.sections import (
 )
 from alphaquant.reports.verdict import headline, why_text, winner_text
 from alphaquant.spaces.profiles import find_profile
+from alphaquant.specs.flat import replaced
 from alphaquant.studies.result import SearchResult
 
 pytest_plugins = ("tests.browser",)
@@ -125,12 +126,20 @@ def test_the_script_gets_the_figures_and_a_command_for_every_published_point(
     for name, command in commands(found).items():
         path = str(found.folder.path / name)
         assert shlex.split(command) == [
-            *("aq-quantize", "--model", found.spec.model, "--config", path, "--out", "DIR")
+            *(
+                "aq-quantize",
+                "--model",
+                found.spec.checkpoint.model,
+                "--config",
+                path,
+                "--out",
+                "DIR",
+            )
         ]
 
 
 def test_commands_quote_what_a_shell_would_split(found: SearchResult) -> None:
-    spec = replace(found.spec, model="my models/$HOME")
+    spec = replaced(found.spec, model="my models/$HOME")
     command = next(iter(commands(replace(found, spec=spec)).values()))
     assert "'my models/$HOME'" in command
 
@@ -147,7 +156,7 @@ def test_profiles_of_engines_say_that_their_checkpoints_are_not_written(
 
 def test_names_that_users_chose_are_escaped(found: SearchResult) -> None:
     facts = {**found.facts, "model": HOSTILE}
-    text = report_html(replace(found, facts=facts, spec=replace(found.spec, model=HOSTILE)))
+    text = report_html(replace(found, facts=facts, spec=replaced(found.spec, model=HOSTILE)))
     assert HOSTILE not in text
     assert "<script>alert" not in text
     assert f"<h1>{escape(model_name(HOSTILE))} at 5.2bits</h1>" in text
@@ -325,5 +334,5 @@ def test_title_and_heading_are_without_the_path(found: SearchResult) -> None:
     for part in (r"<title>(.*?)</title>", r"<h1>(.*?)</h1>"):
         text = re.findall(part, page)[0]
         assert "/" not in text
-        assert text.startswith(model_name(found.spec.model))
+        assert text.startswith(model_name(found.spec.checkpoint.model))
     assert not report_text(found).splitlines()[0].startswith("# /")

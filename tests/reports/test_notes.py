@@ -5,7 +5,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from alphaquant.studies.spec import DataSpec, SearchSpec
 from optuna_dashboard import get_note, save_note  # type: ignore[import-untyped]
 
 from alphaquant.reports.notes import (
@@ -20,6 +19,7 @@ from alphaquant.reports.notes import (
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.store.study import TrialRow
 
@@ -36,11 +36,12 @@ INVENTORY = Inventory(
 )
 NAMES = [matrix.name for matrix in INVENTORY.matrices]
 ASSIGNMENT = Assignment(dict(zip(NAMES, ("bf16", "int4-g64", "int8-g64"), strict=True)))
-SPEC = SearchSpec(
+SPEC = SearchSpec.of(
     model="some/model",
     budget="4.25bits",
     out=Path("o"),
-    data=DataSpec(calibration="a.txt", n_calibration=7),
+    calibration="a.txt",
+    calibration_samples=7,
     max_formats_per_layer=2,
 )
 

@@ -39,6 +39,7 @@ from alphaquant.reports.sections import (
 from alphaquant.reports.verdict import headline, why_text, winner_text
 from alphaquant.spaces.assignment import BitCount, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
+from alphaquant.specs.flat import replaced
 from alphaquant.studies.gate.intervals import Difference
 from alphaquant.studies.gate.judge import Comparison, DomainScore, GateResult, HeldoutRow
 from alphaquant.studies.result import Probe, SearchResult
@@ -406,7 +407,9 @@ def test_summary_marks_the_best_and_what_is_above_the_budget(judged: SearchResul
 def test_summary_fits_100_columns(judged: SearchResult) -> None:
     lines = summary_text(judged).splitlines()
     paths = [
-        line for line in lines if str(judged.folder.path) in line or judged.spec.model in line
+        line
+        for line in lines
+        if str(judged.folder.path) in line or judged.spec.checkpoint.model in line
     ]
     assert all(len(line) <= 100 for line in lines if line not in paths)
 
@@ -517,7 +520,7 @@ def test_front_on_a_narrow_screen_leaves_columns_out_and_wraps_nothing(
 
 def test_commands_to_copy_are_quoted_everywhere(judged: SearchResult) -> None:
     model = "a 'model' $(touch x)"
-    result = replace(judged, spec=replace(judged.spec, model=model))
+    result = replace(judged, spec=replaced(judged.spec, model=model))
     shown = [summary_text(result), report_text(result), study_note(result.spec, ("int4-g32",))]
     for text in shown:
         commands = [line for line in text.splitlines() if "aq-quantize --model" in line]

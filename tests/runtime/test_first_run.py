@@ -10,7 +10,7 @@ import torch
 
 from alphaquant.errors import ModelError
 from alphaquant.models.mapping import map_model
-from alphaquant.quant import first_run as module
+from alphaquant.runtime import first_run as module
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.first_run import relative_error
 from alphaquant.runtime.modules import PackedLinear

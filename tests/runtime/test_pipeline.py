@@ -11,10 +11,11 @@ import torch
 from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.quant import checkpoint, layerwise, pipeline
+from alphaquant.quant import layerwise
 from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.swap import Swapper
+from alphaquant.runtime import checkpoint, pipeline
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.pipeline import PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment

@@ -1,5 +1,6 @@
 """Every option once: types, ranges, names, and the three doors that read them."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from alphaquant.cli.application import spec_text
 from alphaquant.errors import ConfigError
 from alphaquant.specs.evaluate import EvaluateSpec
-from alphaquant.specs.flat import flat, make, options_of
+from alphaquant.specs.flat import flat, make, options_of, replaced
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.search import SearchSpec
@@ -34,7 +35,19 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
         ({"budget": "4", "trials": 0}, "trials is 0; must be >= 1"),
         ({"budget": "4", "trials": "5"}, r"trials is '5' \(str\); give int or None"),
         ({"budget": "4", "trials": True}, r"trials is True \(bool\); give int"),
+        ({"budget": "4", "calibration_samples": 0}, "calibration_samples is 0; must be >= 1"),
+        ({"budget": "4", "evaluation_samples": 1}, "evaluation_samples is 1; must be >= 2"),
         ({"budget": "4", "heldout_samples": 1}, "heldout_samples is 1; must be >= 2"),
+<<<<<<< HEAD
+=======
+        ({"budget": "4", "seq_len": 1}, "seq_len is 1; must be >= 2"),
+        ({"budget": "4", "timeout": -1.0}, "timeout is -1.0; must be >= 0"),
+        ({"budget": "4", "timeout": float("nan")}, "timeout is nan; give a finite number"),
+        ({"budget": "4", "max_formats_per_layer": 0}, "max_formats_per_layer is 0; must be >= 1"),
+        ({"budget": "4", "shots": -1}, "shots is -1; must be >= 0"),
+        ({"budget": "4", "task_limit": -1}, "task_limit is -1; must be >= 1"),
+        ({"budget": "4", "sequential": True}, "no setting 'sequential'"),
+>>>>>>> t2
         ({"budget": "4", "mode": "x"}, r"mode is 'x' \(str\); use knobs or groups"),
         ({"budget": "4", "percdamp": float("nan")}, "percdamp is nan; give a finite number"),
         ({"budget": "4", "n_starts": 3}, "n_starts is 3; must be <= 2"),
@@ -63,11 +76,61 @@ def test_flat_names_and_parts_are_the_same_specification() -> None:
     assert make(SearchSpec, whole | {"texts": spec.texts}, "search") == spec
 
 
-def test_facts_are_what_decides_the_trials() -> None:
-    spec = make(SearchSpec, {"budget": "4.25bpw", "trials": 3, "out": "x"}, "search")
-    assert spec.facts() == make(SearchSpec, {"budget": "4.25bits"}, "search").facts()
-    assert spec.facts()["budget"] == "4.25bits"
-    assert spec.facts() != make(SearchSpec, {"budget": "4.25bits", "seed": 1}, "search").facts()
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trials", 3),
+        ("timeout", 9.0),
+        ("out", Path("x")),
+        ("cache", Path("y")),
+        ("overwrite", True),
+        ("storage", "sqlite:///z"),
+        ("study", "s"),
+    ],
+)
+def test_how_long_and_where_are_no_facts(name: str, value: Any) -> None:
+    spec = SearchSpec.of(budget="4.25bits")
+    assert replaced(spec, **{name: value}).facts() == spec.facts()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "x"),
+        ("budget", "3bits"),
+        ("formats", "int"),
+        ("profile", "vllm"),
+        ("mode", "groups"),
+        ("grouping", "utilization"),
+        ("allocator", "fisher"),
+        ("allocators", "pmq"),
+        ("max_formats_per_layer", 2),
+        ("layer_minimum_bits", 3.0),
+        ("active_budget", "1MiB"),
+        ("seed", 1),
+        ("heldout_samples", 9),
+        ("method", "rtn"),
+        ("also", "drift"),
+        ("sampler", "gp"),
+        ("device", "cpu"),
+        ("dtype", "float32"),
+    ],
+)
+def test_what_decides_the_trials_is_a_fact(name: str, value: Any) -> None:
+    spec = SearchSpec.of(budget="4.25bits")
+    assert replaced(spec, **{name: value}).facts() != spec.facts()
+
+
+def test_facts_survive_json() -> None:
+    facts = SearchSpec.of(budget="4.25bits", latency_table="t.csv").facts()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_budget_in_other_words_is_the_same_search() -> None:
+    facts = SearchSpec.of(budget="4.25 bpw").facts()
+    assert facts == SearchSpec.of(budget="4.25bits").facts()
+    assert facts["budget"] == "4.25bits"
+    assert facts != SearchSpec.of(budget="4.24bits").facts()
 
 
 def test_a_change_of_settings_leaves_what_nobody_gave() -> None:

@@ -13,6 +13,7 @@ from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all
 from optuna.trial import TrialState
 
 from alphaquant.errors import ModelError, StoreError
+from alphaquant.reports.notes import TrialNotes
 from alphaquant.search.sampler import PlannedTrial
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.studies.loop import Proposal
@@ -176,6 +177,7 @@ def test_every_trial_has_its_configuration_as_an_artifact(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run()
+    run.loop.show = TrialNotes(run.spec, run.proposer.space.inventory, run.loop.folder)
     for columns in ((0,), (1, 2), (0,)):
         with_choice(run, *columns)
     store = FileSystemArtifactStore(run.loop.folder.path / "artifacts")

@@ -1,13 +1,11 @@
 """Stages before the study: cached by content, in order, with progress that adds up."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from alphaquant.studies.spec import SearchSpec, menu_of
 
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import StageClock, no_progress
@@ -15,8 +13,11 @@ from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import load_source
 from alphaquant.studies.stages import (
     LOAD_STEPS,
@@ -41,13 +42,13 @@ def spec(make_spec: MakeSpec, tmp_path: Path) -> SearchSpec:
 
 @pytest.fixture
 def inputs(spec: SearchSpec) -> Inputs:
-    return load_inputs(spec, load_source(spec.model, "cpu", "auto"))
+    return load_inputs(spec, load_source(spec.checkpoint.model, "cpu", "auto"))
 
 
 @pytest.fixture
 def space(inputs: Inputs, spec: SearchSpec) -> SearchSpace:
     profile = find_profile("any")
-    menu, budget = menu_of(spec.formats, profile), parse_budget(spec.budget)
+    menu, budget = menu_of(spec.limits.formats, profile), parse_budget(spec.limits.budget)
     return make_space(inputs.source.map.inventory, profile, menu, budget)
 
 
@@ -60,7 +61,7 @@ def test_texts_have_their_roles_and_counts(inputs: Inputs, spec: SearchSpec) -> 
     }
     assert inputs.digests()["heldout_text"] == inputs.heldout.digest
     calls: list[tuple[str, int, int]] = []
-    other = load_inputs(replace(spec, seed=1), inputs.source, lambda *call: calls.append(call))
+    other = load_inputs(replaced(spec, seed=1), inputs.source, lambda *call: calls.append(call))
     assert calls == [("load", n, LOAD_STEPS) for n in range(LOAD_STEPS - 3, LOAD_STEPS)]
     assert other.digests()["evaluation_text"] != inputs.digests()["evaluation_text"]
 
@@ -74,7 +75,7 @@ def test_teachers_of_all_texts_count_up_together(
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     clock = StageClock(lambda *call: calls.append(call))
-    spec = replace(spec, cache=tmp_path / "cache")
+    spec = replaced(spec, cache=tmp_path / "cache")
     teachers = store_teachers(spec, inputs, clock)
     assert teachers.evaluation.tokens is inputs.evaluation
     assert teachers.heldout.tokens is inputs.heldout

@@ -1,6 +1,7 @@
 """Proposals: feasible, one format per unit, and only what keeps the side constraints."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import optuna
@@ -10,13 +11,16 @@ from alphaquant.errors import AlphaQuantError, BudgetError, ConfigError
 from alphaquant.search.allocators import available
 from alphaquant.search.groups import make_groups
 from alphaquant.search.sampler import PlannedTrial, next_trial
+from alphaquant.search.side.constraints import SideConstraints
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
-from alphaquant.studies.spec import SearchSpec
+from alphaquant.specs.limits import LimitSpec
+from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.trials import (
     Proposer,
     check_allocators,
     check_constrained,
+    constraints_of,
     is_uniform_loadable,
     uniform_fits,
 )
@@ -24,6 +28,10 @@ from alphaquant.testing.feasibility import is_feasible
 
 MENU = ("int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
 MakeProposer = Callable[..., Proposer]
+
+
+def asked(**settings: Any) -> SearchSpec:
+    return SearchSpec.of(budget="4bits", **settings)
 
 
 def sampled(proposer: Proposer, n_trials: int) -> list[tuple[str, bool]]:
@@ -136,14 +144,14 @@ def test_limit_that_side_constraints_cannot_meet_is_an_error(make_proposer: Make
 
 def test_unknown_allocator_is_refused_by_name() -> None:
     for name in (None, "fisher", "evolution"):
-        check_allocators(SearchSpec(allocator=name))
+        check_allocators(asked(allocator=name))
     for names in ("", "all", "pmq", "gemq, evolution"):
-        check_allocators(SearchSpec(allocators=names))
+        check_allocators(asked(allocators=names))
     for changes in ({"allocator": "fishy"}, {"allocators": "pmq,fishy"}):
         with pytest.raises(ConfigError, match="unknown allocator 'fishy'; use one of .*evolution"):
-            check_allocators(SearchSpec(**changes))
+            check_allocators(asked(**changes))
     with pytest.raises(ConfigError, match="--allocator pmq runs alone .*give one of the two"):
-        check_allocators(SearchSpec(allocator="pmq", allocators="gemq"))
+        check_allocators(asked(allocator="pmq", allocators="gemq"))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +161,12 @@ def test_unknown_allocator_is_refused_by_name() -> None:
         ({"allocator": "evolution"}, "allocator evolution .*use another allocator"),
         ({"allocators": "pmq,evolution"}, "allocator evolution .*use another allocator"),
         ({"active_budget": "4bits"}, "active budget '4bits'; write bytes"),
-        ({"max_formats_per_layer": 0}, "max_formats_per_layer = 0; give 1 or more"),
     ],
 )
 def test_side_constraints_that_nothing_would_keep_are_refused(
-    changes: dict[str, str], words: str
+    changes: dict[str, Any], words: str
 ) -> None:
-    spec = SearchSpec(**{"max_formats_per_layer": 2, **changes})  # type: ignore[arg-type]
+    spec = asked(**{"max_formats_per_layer": 2, **changes})
     with pytest.raises(AlphaQuantError, match=words):
         check_constrained(spec)
 
@@ -167,12 +174,24 @@ def test_side_constraints_that_nothing_would_keep_are_refused(
 @pytest.mark.parametrize(
     "spec",
     [
-        SearchSpec(mode="groups"),
-        SearchSpec(allocator="evolution"),
-        SearchSpec(max_formats_per_layer=2),
-        SearchSpec(mode="knobs", layer_minimum_bits=3.0, active_budget="1MiB"),
-        SearchSpec(mode="groups", allocator="fisher", layer_minimum_bits=3.0),
+        asked(mode="groups"),
+        asked(allocator="evolution"),
+        asked(max_formats_per_layer=2),
+        asked(mode="knobs", layer_minimum_bits=3.0, active_budget="1MiB"),
+        asked(mode="groups", allocator="fisher", layer_minimum_bits=3.0),
     ],
 )
 def test_side_constraints_that_are_kept_are_taken(spec: SearchSpec) -> None:
     check_constrained(spec)
+
+
+def test_side_constraints_are_those_asked_for_with_the_active_budget_in_bits() -> None:
+    def made(**limits: Any) -> SideConstraints:
+        return constraints_of(LimitSpec(budget="4bits", **limits))
+
+    assert made() == SideConstraints()
+    some = made(max_formats_per_layer=2, layer_minimum_bits=3.5, active_budget="1KiB")
+    assert some == SideConstraints(2, 3.5, 8192)
+    assert made(active_budget="1KB") == SideConstraints(active_bits=8000)
+    with pytest.raises(BudgetError, match="active budget '4.25bits'; write bytes, such as 600MiB"):
+        made(active_budget="4.25bits")

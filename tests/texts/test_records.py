@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alphaquant.errors import DataError
-from alphaquant.evaluators import records
+from alphaquant.texts import records
 from alphaquant.texts.records import read_records
 
 

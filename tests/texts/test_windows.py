@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaquant import demo
 from alphaquant.errors import DataError
-from alphaquant.evaluators import data, texts
+from alphaquant.texts import sources, windows
 from alphaquant.texts.windows import TextRequest, TokenSet, check_disjoint, load_tokens
 
 EOS = 255
@@ -81,7 +81,7 @@ def all_tokens(source: Path, n_tokens: int, **options: Any) -> list[int]:
 
 
 def token_set(tokens: torch.Tensor, role: str = "search") -> TokenSet:
-    digest, domains = data.token_digest(tokens), ("made up",) * len(tokens)
+    digest, domains = windows.token_digest(tokens), ("made up",) * len(tokens)
     return TokenSet("made up", role, tokens, len(tokens), 0, digest, domains)
 
 
@@ -128,7 +128,7 @@ def test_more_samples_of_the_same_seed_contain_the_fewer(tmp_path: Path) -> None
 
 def test_the_digest_depends_on_tokens_and_shape() -> None:
     tokens = torch.arange(12).view(3, 4)
-    digests = {data.token_digest(t) for t in (tokens, tokens.view(4, 3), tokens + 1)}
+    digests = {windows.token_digest(t) for t in (tokens, tokens.view(4, 3), tokens + 1)}
     assert len(digests) == 3
 
 
@@ -181,28 +181,28 @@ def test_a_text_without_a_whole_window_is_too_short(tmp_path: Path, text: str) -
 
 def test_a_long_text_is_tokenized_in_pieces_that_add_up(tmp_path: Path) -> None:
     line = "0123456789" * 1000 + "\n"
-    text = line * 150 + "a" * (3 * texts.CHUNK)  # ends in a line that is longer than a piece
+    text = line * 150 + "a" * (3 * sources.CHUNK)  # ends in a line that is longer than a piece
     tokenizer = CharTokenizer()
     tokens = load(write(tmp_path / "a.txt", text), 1, 1_000, tokenizer=tokenizer)
     assert tokenizer.n_calls == 3  # what texts start with, then CHUNK twice: 2M tokens are enough
     assert tokens.n_available == 2_000
-    pieces = list(texts._read_path(tmp_path / "a.txt", CharTokenizer()))
-    assert [len(piece) > texts.CHUNK for piece in pieces] == [True] * 3
+    pieces = list(sources._read_path(tmp_path / "a.txt", CharTokenizer()))
+    assert [len(piece) > sources.CHUNK for piece in pieces] == [True] * 3
     assert np.array_equal(np.concatenate(pieces), np.frombuffer(text.encode(), dtype=np.uint8))
     assert pieces[0][-1] == ord("\n")
 
 
 def test_only_the_beginning_of_a_long_source_is_used(tmp_path: Path) -> None:
-    values = np.zeros(data.MIN_READ_TOKENS + 5_000, dtype=np.uint8)
+    values = np.zeros(windows.MIN_READ_TOKENS + 5_000, dtype=np.uint8)
     np.save(tmp_path / "a.npy", values)
-    assert load(tmp_path / "a.npy", 1, 1_000).n_available == data.MIN_READ_TOKENS // 1_000
-    assert load(tmp_path / "a.npy", 252, 1_000).n_available == 252 * data.READ_FACTOR - 11
+    assert load(tmp_path / "a.npy", 1, 1_000).n_available == windows.MIN_READ_TOKENS // 1_000
+    assert load(tmp_path / "a.npy", 252, 1_000).n_available == 252 * windows.READ_FACTOR - 11
 
 
 def test_windows_line_ends_and_byte_order_marks_leave_no_trace(tmp_path: Path) -> None:
     plain = write(tmp_path / "a.txt", "ab\ncd\n")
-    windows = write(tmp_path / "b.txt", "\ufeffab\r\ncd\r\n")
-    assert all_tokens(plain, 6) == all_tokens(windows, 6)
+    other = write(tmp_path / "b.txt", "\ufeffab\r\ncd\r\n")
+    assert all_tokens(plain, 6) == all_tokens(other, 6)
 
 
 def test_documents_of_json_lines_end_in_eos(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_windows_are_drawn_in_the_shares(
     tokens = load(source, n_samples)
     assert "".join(chr(first) for first in tokens.tokens[:, 0]) == letters
     assert tokens.n_available == 30
-    assert tokens.digest == data.token_digest(tokens.tokens)
+    assert tokens.digest == windows.token_digest(tokens.tokens)
 
 
 def test_every_window_of_a_mixture_has_its_source_as_domain(files: list[str]) -> None:
@@ -375,9 +375,9 @@ def test_every_window_of_a_mixture_has_its_source_as_domain(files: list[str]) ->
 def test_domains_stay_with_their_windows(files: list[str]) -> None:
     tokens = load(f"{files[0]}=0.7,{files[1]}=0.3", 10)
     letters = {files[0]: "a", files[1]: "b"}
-    mixed = data.shuffled(tokens)
+    mixed = windows.shuffled(tokens)
     assert mixed.domains != tokens.domains
-    assert mixed.digest == data.token_digest(mixed.tokens) != tokens.digest
+    assert mixed.digest == windows.token_digest(mixed.tokens) != tokens.digest
     found = [chr(window) for window in mixed.tokens[:, 0]]
     assert found == [letters[name] for name in mixed.domains]
 
@@ -385,8 +385,8 @@ def test_domains_stay_with_their_windows(files: list[str]) -> None:
 def test_the_reading_limit_of_a_mixture_goes_by_the_windows_of_each_text(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MIN_READ_TOKENS", 1)
-    assert load(f"{files[0]},{files[1]}", n_samples=2).n_available == 2 * data.READ_FACTOR
+    monkeypatch.setattr(windows, "MIN_READ_TOKENS", 1)
+    assert load(f"{files[0]},{files[1]}", n_samples=2).n_available == 2 * windows.READ_FACTOR
 
 
 def test_each_text_of_a_mixture_must_be_long_enough(files: list[str]) -> None:
@@ -455,15 +455,15 @@ def test_texts_in_other_encodings_are_refused(tmp_path: Path, encoding: str) -> 
 
 
 def test_two_roles_with_one_file_are_refused_before_it_is_read(files: list[str]) -> None:
-    data.check_sources({"calibration": f"{files[0]},{files[1]}", "search": files[2]})
+    windows.check_sources({"calibration": f"{files[0]},{files[1]}", "search": files[2]})
     link = Path(files[0]).with_name("link.txt")
     link.symlink_to(files[0])
     for source in (files[0], f"{files[2]}=0.5,{link}=0.5"):
         with pytest.raises(DataError, match=r"calibration text and heldout text overlap: both"):
-            data.check_sources({"calibration": f"{files[0]},{files[1]}", "heldout": source})
+            windows.check_sources({"calibration": f"{files[0]},{files[1]}", "heldout": source})
     with pytest.raises(DataError, match="overlap"):
-        data.check_sources({"calibration": "demo", "search": "demo:calibration"})
-    data.check_sources({role: "demo=0.7,demo:code=0.3,c4=1" for role in texts.ROLES})
+        windows.check_sources({"calibration": "demo", "search": "demo:calibration"})
+    windows.check_sources({role: "demo=0.7,demo:code=0.3,c4=1" for role in sources.ROLES})
 
 
 # Beginning of text
@@ -558,15 +558,15 @@ def test_c4_is_streamed_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_c4_reads_a_bounded_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "C4_MAX_DOCUMENTS", 3)
+    monkeypatch.setattr(sources, "C4_MAX_DOCUMENTS", 3)
     fake_datasets(monkeypatch, iter(["ab"] * 10))
     assert load("c4", n_samples=1, seq_len=3).n_available == 3
 
 
 def test_every_role_reads_another_part_of_the_hub_data_sets() -> None:
-    for parts in (texts.WIKITEXT_SPLITS, texts.C4_FILES):
-        assert tuple(parts) == texts.ROLES
-        assert len(set(parts.values())) == len(texts.ROLES)
+    for parts in (sources.WIKITEXT_SPLITS, sources.C4_FILES):
+        assert tuple(parts) == sources.ROLES
+        assert len(set(parts.values())) == len(sources.ROLES)
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,13 +648,13 @@ def test_demo_windows_decode_to_passages_of_the_text(
 
 
 def test_whole_demo_parts_share_no_passage(demo_tokenizer: PreTrainedTokenizerBase) -> None:
-    sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in texts.ROLES]
+    sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in sources.ROLES]
     for a, b in itertools.combinations(sets, 2):
         check_disjoint(a, b)
 
 
 def test_demo_code_is_that_of_the_role(demo_tokenizer: PreTrainedTokenizerBase) -> None:
-    for role in texts.ROLES:
+    for role in sources.ROLES:
         code = load("demo:code", 4, 32, role=role, tokenizer=demo_tokenizer)
         named = load(f"demo:code-{role}", 4, 32, tokenizer=demo_tokenizer)
         assert code.digest == named.digest
@@ -664,9 +664,9 @@ def test_demo_code_is_that_of_the_role(demo_tokenizer: PreTrainedTokenizerBase) 
 def test_demo_code_has_windows_enough_and_shares_no_passage(
     demo_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    parts = [f"demo:code-{role}" for role in texts.ROLES]
+    parts = [f"demo:code-{role}" for role in sources.ROLES]
     code = [load(part, 120, 256, tokenizer=demo_tokenizer) for part in parts]
-    books = [load(f"demo:{role}", 800, 256, tokenizer=demo_tokenizer) for role in texts.ROLES]
+    books = [load(f"demo:{role}", 800, 256, tokenizer=demo_tokenizer) for role in sources.ROLES]
     for a, b in itertools.combinations(code, 2):
         check_disjoint(a, b)
     for a, b in itertools.product(code, books):
@@ -676,7 +676,7 @@ def test_demo_code_has_windows_enough_and_shares_no_passage(
 def test_modules_of_demo_code_are_named_once_and_listed_in_the_terms() -> None:
     terms = (demo.text_path("code-heldout").parents[1] / "TERMS.md").read_text(encoding="utf-8")
     seen: list[str] = []
-    for role in texts.ROLES:
+    for role in sources.ROLES:
         text = demo.text_path(f"code-{role}").read_text(encoding="utf-8")
         named = re.findall(r"^# Python standard library: (.+)$", text, re.MULTILINE)
         line = re.search(rf"^Modules of `code-{role}.txt`.*$", terms, re.MULTILINE)

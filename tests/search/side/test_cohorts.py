@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from alphaquant.search import cohorts
+from alphaquant.search.side import cohorts
 from alphaquant.search.side.cohorts import Cohorts, best_columns, choose, uncovered
 
 EXAMPLE = np.array([[0.0, 5, 5], [5, 0, 4], [5, 5, 0]])

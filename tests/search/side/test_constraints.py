@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaquant.errors import BudgetError, ConfigError
-from alphaquant.search import cohorts
 from alphaquant.search.problem import Problem, make_problem
+from alphaquant.search.side import cohorts
 from alphaquant.search.side.constraints import (
     SideConstraints,
     check_reachable,

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from alphaquant.errors import StoreError
 from alphaquant.search.sampler import PlannedTrial, next_trial
-from alphaquant.studies import storages
+from alphaquant.studies.store import urls
 from alphaquant.studies.store.study import (
     TrialRow,
     finish_trial,
@@ -36,7 +36,7 @@ from alphaquant.studies.store.urls import (
     sqlite_url,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SERVER_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 ROW = TrialRow(
     *(0, "knobs", "d0", 4.1, 1000, 0.1 + 0.2, 1e-3, (0.1, 1 / 3), 0.9, 60.0, 0.2, None, 1.5)
@@ -168,8 +168,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from alphaquant.search.sampler import PlannedTrial, next_trial
-from alphaquant.studies import storage
-from test_storages import propose
+from alphaquant.studies.store import study as storage
+from test_urls import propose
 with storage.open_study({url!r}, "s", "f") as study:
     for number in range(12):
         propose(study, number)
@@ -255,7 +255,7 @@ def test_url_that_cannot_be_used_is_refused_before_anything_is_opened(
 
 
 def test_missing_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storages, "find_spec", lambda name: None)
+    monkeypatch.setattr(urls, "find_spec", lambda name: None)
     with pytest.raises(
         StoreError, match=r"package psycopg.*pip install 'aq-search\[postgresql\]'"
     ):
@@ -288,7 +288,7 @@ def test_password_in_what_a_database_says_is_hidden(
     def fail(*args: Any) -> None:
         raise OSError("could not use secret as password")
 
-    monkeypatch.setattr(storages, "_open", fail)
+    monkeypatch.setattr(urls, "_open", fail)
     url = "postgresql://u:secret@h/d"
     with pytest.raises(StoreError, match=r"could not use \*\*\* as") as caught, open_storage(url):
         pass

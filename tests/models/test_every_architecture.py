@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import alphaquant
-from alphaquant.commands.quantize import QuantizeSpec, quantize
+from alphaquant.commands.quantize import quantize
 from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.errors import ModelError
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import check_walk, relative_error
+from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.testing.any_model import routed_architectures, save_any
 
 REFUSED = {
@@ -90,7 +91,7 @@ def assert_packed(source: Path, folder: Path) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps(CONFIG))
     out = folder / "packed"
-    quantize(QuantizeSpec(str(source), config, out, {"method": "rtn"}))
+    quantize(QuantizeSpec.of(model=str(source), config=config, out=out, method="rtn"))
     report = json.loads((out / "quantize_report.json").read_text())
     assert report["first_run"]["max_relative_error"] <= report["first_run"]["tolerance"]
     assert not report["carried"]
