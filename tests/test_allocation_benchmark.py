@@ -9,13 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alphaquant.studies.spec import DataSpec, SearchSpec
 
 from alphaquant.search.solver import solve
-<<<<<<< HEAD
 from alphaquant.specs.search import SearchSpec
-=======
->>>>>>> t2
 from alphaquant.testing.allocators import example_problem
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 

@@ -38,8 +38,6 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
         ({"budget": "4", "calibration_samples": 0}, "calibration_samples is 0; must be >= 1"),
         ({"budget": "4", "evaluation_samples": 1}, "evaluation_samples is 1; must be >= 2"),
         ({"budget": "4", "heldout_samples": 1}, "heldout_samples is 1; must be >= 2"),
-<<<<<<< HEAD
-=======
         ({"budget": "4", "seq_len": 1}, "seq_len is 1; must be >= 2"),
         ({"budget": "4", "timeout": -1.0}, "timeout is -1.0; must be >= 0"),
         ({"budget": "4", "timeout": float("nan")}, "timeout is nan; give a finite number"),
@@ -47,7 +45,6 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
         ({"budget": "4", "shots": -1}, "shots is -1; must be >= 0"),
         ({"budget": "4", "task_limit": -1}, "task_limit is -1; must be >= 1"),
         ({"budget": "4", "sequential": True}, "no setting 'sequential'"),
->>>>>>> t2
         ({"budget": "4", "mode": "x"}, r"mode is 'x' \(str\); use knobs or groups"),
         ({"budget": "4", "percdamp": float("nan")}, "percdamp is nan; give a finite number"),
         ({"budget": "4", "n_starts": 3}, "n_starts is 3; must be <= 2"),
