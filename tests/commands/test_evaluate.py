@@ -11,11 +11,14 @@ import pytest
 from torch import nn
 
 from alphaquant.commands import evaluate as command
-from alphaquant.commands.evaluate import TASKS, evaluate, evaluation_json, evaluation_text
+from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_text
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.evaluators.base import Score
+from alphaquant.evaluators.registry import EVALUATORS
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.testing.checkpoints import save_tiny
+
+MEASURED = {name: entry for name, entry in EVALUATORS.items() if not entry.counts}
 
 
 @pytest.fixture
@@ -78,8 +81,8 @@ def test_text_and_json_say_the_same(spec: EvaluateSpec) -> None:
 
 
 def test_every_task_measures_both_models(spec: EvaluateSpec) -> None:
-    found = evaluate(replace(spec, tasks=",".join(TASKS)))
-    metrics = [metric for task in TASKS.values() for metric in task.metrics]
+    found = evaluate(replace(spec, tasks=",".join(MEASURED)))
+    metrics = [metric for entry in MEASURED.values() for metric in entry.names]
     assert [s.metric for s in found.scores] == metrics
     assert [s.metric for s in found.reference_scores] == metrics
     values = values_of(found.scores)
@@ -87,7 +90,7 @@ def test_every_task_measures_both_models(spec: EvaluateSpec) -> None:
     assert set(found.details) == set(found.reference_details) == {"utilization", "drift"}
     lines = evaluation_text(found).splitlines()
     with_original = {line.split()[0] for line in lines if "original" in line}
-    assert with_original == {m for t in TASKS.values() if not t.compares for m in t.metrics}
+    assert with_original == {n for e in MEASURED.values() if not e.compares for n in e.names}
 
 
 def test_perplexity_alone_of_two_models_measures_both(spec: EvaluateSpec, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_one_model_is_in_memory_at_a_time(
     with_lm_eval: bool, spec: EvaluateSpec, task_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if with_lm_eval:
-        spec = replace(spec, tasks=",".join(["mmlu_anatomy", *TASKS]), task_data=task_data)
+        spec = replace(spec, tasks=",".join(["mmlu_anatomy", *MEASURED]), task_data=task_data)
     loaded: list[weakref.ref[nn.Module]] = []
     load = command.open_model
 
