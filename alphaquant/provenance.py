@@ -1,12 +1,53 @@
 """What a number on disk depends on besides its data: versions and device."""
 
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 _PACKAGES = ("aq-search", "torch", "transformers", "safetensors", "numpy", "scipy", "optuna")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the numbers of a search depend on.
+
+    Attributes:
+        model: its name, as asked for.
+        model_type: of its configuration.
+        model_digest: sha256 of its weights.
+        data: role of a text -> its provenance, see `TokenSet.provenance`.
+        device: see `device_facts`.
+        versions: see `versions`.
+        seed: of windows, labels and proposals.
+        bank: name of the bank.
+        bank_bytes: of all its files.
+        calibration_tokens_per_expert: experts module -> tokens of each expert, [E].
+        rare_matrices: matrices that too few calibration tokens reached.
+        dashboard_problem: why the study lacks its note and figures; None where it has them.
+    """
+
+    model: str
+    model_type: str
+    model_digest: str
+    data: Mapping[str, Mapping[str, Any]]
+    device: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seed: int
+    bank: str
+    bank_bytes: int
+    calibration_tokens_per_expert: Mapping[str, Sequence[int]]
+    rare_matrices: tuple[str, ...]
+    dashboard_problem: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for JSON; what is None is left out."""
+        found = asdict(self)
+        device = found.pop("device")
+        return {k: v for k, v in (found | device).items() if v is not None}
 
 
 def versions() -> dict[str, str]:

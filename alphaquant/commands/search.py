@@ -21,7 +21,7 @@ from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.models.loading import named_dtype
 from alphaquant.progress import Progress, StageClock, no_progress
-from alphaquant.provenance import device_facts, versions
+from alphaquant.provenance import Provenance, device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.cautions import RARE_TOKENS
 from alphaquant.reports.decoration import decorate
@@ -135,7 +135,7 @@ def _search(
         n_passes=objective.n_passes,
         probe=findings.probe,
         stopped=findings.stopped,
-        facts=_provenance(prepared, request.device),
+        provenance=_provenance(prepared, request.device),
         folder=folder,
         scores=inputs.scores,
         original_perplexity=prepared.teachers.heldout.teacher.perplexity,
@@ -250,21 +250,23 @@ def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.St
     return open_study(url, spec.run.study, digest, inputs.scores.objectives)
 
 
-def _provenance(prepared: Prepared, device: str) -> dict[str, Any]:
+def _provenance(prepared: Prepared, device: str) -> Provenance:
     spec, inputs, bank = prepared.spec, prepared.inputs, prepared.bank
     tokens_per_expert: dict[str, list[int]] = {}
     for layer in range(inputs.source.map.inventory.n_layers):
         tokens_per_expert |= bank.utilization(layer)
-    return {
-        **inputs.facts(),
-        **device_facts(device),
-        "versions": versions(),
-        "seed": spec.proposals.seed,
-        "bank": bank.path.name,
-        "bank_bytes": bank.n_bytes(),
-        "calibration_tokens_per_expert": tokens_per_expert,
-        "rare_matrices": list(rare_matrices(prepared.costs.table, RARE_TOKENS)),
-    }
+    texts = (inputs.calibration, inputs.evaluation, inputs.heldout)
+    return Provenance(
+        **inputs.source.facts(),
+        data={text.role: text.provenance() for text in texts},
+        device=device_facts(device),
+        versions=versions(),
+        seed=spec.proposals.seed,
+        bank=bank.path.name,
+        bank_bytes=bank.n_bytes(),
+        calibration_tokens_per_expert=tokens_per_expert,
+        rare_matrices=rare_matrices(prepared.costs.table, RARE_TOKENS),
+    )
 
 
 def _write(result: SearchResult, clock: StageClock) -> SearchResult:
@@ -294,6 +296,7 @@ def _decorated(result: SearchResult, inputs: Inputs) -> SearchResult:
             result.folder.path,
             problem,
         )
-        result = replace(result, facts={**result.facts, "dashboard_problem": problem})
+        told = replace(result.provenance, dashboard_problem=problem)
+        result = replace(result, provenance=told)
         write_report(result)
     return result

@@ -34,7 +34,7 @@ def cautions(result: SearchResult) -> tuple[str, ...]:
         None if result.gate.winner == SEARCH else f"{winner_text(result)}.",
         withheld_caution(len(result.gate.withheld)),
         costs_caution(result.probe),
-        rare_caution(result.facts["rare_matrices"]),
+        rare_caution(result.provenance.rare_matrices),
         *_window_cautions(result),
     )
     return tuple(text for text in found if text is not None)

@@ -62,7 +62,7 @@ _CAPTIONS = {
 
 def report_html(result: SearchResult) -> str:
     """The whole report as one HTML file."""
-    title = f"{model_name(result.facts['model'])} at {result.spec.limits.budget}"
+    title = f"{model_name(result.provenance.model)} at {result.spec.limits.budget}"
     shown = figures(result)
     body = [
         _header(result, title),
@@ -255,7 +255,7 @@ def _seconds(result: SearchResult) -> str:
 
 def _provenance(result: SearchResult) -> str:
     """What was asked of what, as the JSON that front.json has."""
-    facts = {k: v for k, v in result.facts.items() if k not in _LONG_FACTS}
+    facts = {k: v for k, v in result.provenance.as_json().items() if k not in _LONG_FACTS}
     text = json.dumps({"settings": result.spec.facts(), "provenance": facts}, indent=1)
     return f"<details><summary>Provenance</summary><pre>{escape(text)}</pre></details>"
 

@@ -39,7 +39,7 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
     bits = bits_by_expert(result.published, result.space.inventory)
     if bits is None:
         return None
-    tokens = tokens_by_expert(result.facts["calibration_tokens_per_expert"])
+    tokens = tokens_by_expert(result.provenance.calibration_tokens_per_expert)
     maps = [bits] if tokens is None else [bits, tokens]
     names = ["Bits per weight", "Calibration tokens"][: len(maps)]
     pixels = _pixels(bits)

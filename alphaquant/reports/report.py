@@ -66,7 +66,7 @@ def write_report(result: SearchResult) -> None:
 
 def config_text(result: SearchResult, row: HeldoutRow) -> str:
     """A configuration with the numbers of its trial, if it was one, and of the gate."""
-    data, assignment = result.facts["data"], _assignment(result, row)
+    data, assignment = result.provenance.data, _assignment(result, row)
     trial = _trial(result, row)
     summary: dict[str, Any] = {
         "budget": result.spec.limits.budget,
@@ -79,12 +79,12 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "heldout": [asdict(row)],
         **({"why": why_text(result)} if result.gate.is_best(row) else {}),
         "assignment_digest": assignment.digest,
-        "model": result.facts["model"],
-        "model_digest": result.facts["model_digest"],
+        "model": result.provenance.model,
+        "model_digest": result.provenance.model_digest,
         "calibration": data["calibration"],
         "evaluation": data["search"],
         "quantization": asdict(result.spec.quantizer),
-        "versions": result.facts["versions"],
+        "versions": result.provenance.versions,
     }
     return dump_config(config_from_assignment(assignment, result.space.inventory, summary))
 
@@ -116,7 +116,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
         "n_measured": result.n_measured,
         "n_passes": round(result.n_passes, 3),
         "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
-        "provenance": dict(result.facts),
+        "provenance": result.provenance.as_json(),
         "settings": result.spec.facts(),
     }
 
@@ -150,7 +150,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
 
     return "\n".join(
         [
-            f"front of {result.facts['model']} at {result.spec.limits.budget} "
+            f"front of {result.provenance.model} at {result.spec.limits.budget} "
             f"(held-out text; {marks})",
             _summary_table(result, width),
             *(withheld if n_withheld else []),
@@ -195,7 +195,7 @@ def report_text(result: SearchResult) -> str:
     said = headline(result).text
     best = result.folder.path / "best.json"
     parts = [
-        f"# {model_name(result.facts['model'])} at {result.spec.limits.budget}",
+        f"# {model_name(result.provenance.model)} at {result.spec.limits.budget}",
         f"{said[0].upper()}{said[1:]}.",
         f"The result: {winner_text(result)}.",
         f"Why this one: {why_text(result)}.",

@@ -217,7 +217,7 @@ def costs_text(result: SearchResult) -> str:
 
 def coverage_text(result: SearchResult) -> str:
     """Calibration tokens per expert, and which experts saw few."""
-    counts = result.facts["calibration_tokens_per_expert"]
+    counts = result.provenance.calibration_tokens_per_expert
     if not counts:
         return "No routed experts; every matrix saw every token."
     rows = []
@@ -229,4 +229,4 @@ def coverage_text(result: SearchResult) -> str:
     rare_head = f"under {_RARE_SHARE:.0%} of the uniform share"
     table = markdown(["experts", "routed tokens", "fewest", "most", rare_head], rows)
     reached = f"Every matrix was reached by {RARE_TOKENS} tokens or more."
-    return f"{table}\n\n{rare_caution(result.facts['rare_matrices']) or reached}"
+    return f"{table}\n\n{rare_caution(result.provenance.rare_matrices) or reached}"

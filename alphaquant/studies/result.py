@@ -3,12 +3,12 @@
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from alphaquant.evaluators.base import Metric
 from alphaquant.evaluators.scores import ScorePlan
+from alphaquant.provenance import Provenance
 from alphaquant.search.pareto import nondominated
 from alphaquant.spaces.assignment import Assignment, BitCount, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
@@ -67,7 +67,7 @@ class SearchResult:
         n_passes: that work in full passes of the model over the text.
         probe: how well the costs rank; None where that was not measured.
         stopped: why there were no more trials, a sentence without an end.
-        facts: provenance.
+        provenance: what the numbers depend on.
         folder: where everything is written.
         scores: what was measured besides bits and KL.
         original_perplexity: of the original on the held-out text; None where it is not known.
@@ -82,7 +82,7 @@ class SearchResult:
     n_passes: float
     probe: Probe | None
     stopped: str
-    facts: Mapping[str, Any]
+    provenance: Provenance
     folder: RunFolder
     scores: ScorePlan = field(default_factory=ScorePlan)
     original_perplexity: float | None = None

@@ -7,7 +7,6 @@ digest, so a stage that ran before costs a read.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,11 +58,6 @@ class Inputs:
     evaluation: TokenSet
     heldout: TokenSet
     scores: ScorePlan = field(default_factory=ScorePlan)
-
-    def facts(self) -> dict[str, Any]:
-        """Provenance of the model and the texts."""
-        texts = (self.calibration, self.evaluation, self.heldout)
-        return {**self.source.facts(), "data": {t.role: t.provenance() for t in texts}}
 
     def digests(self) -> dict[str, str]:
         """What trials depend on besides the specification: sha256 of weights and windows."""

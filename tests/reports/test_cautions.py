@@ -19,8 +19,8 @@ def sound(found: SearchResult) -> SearchResult:
     rows = tuple(replace(row, domains=scores, replaced_by=None) for row in found.gate.rows)
     many = tuple(replace(row, kl_per_window=(row.kl,) * FEW_WINDOWS) for row in found.rows)
     gate = replace(found.gate, rows=rows, winner=SEARCH)
-    facts = {**found.facts, "rare_matrices": []}
-    return replace(found, rows=many, gate=gate, facts=facts, probe=None)
+    told = replace(found.provenance, rare_matrices=())
+    return replace(found, rows=many, gate=gate, provenance=told, probe=None)
 
 
 def with_best(result: SearchResult, **changes: Any) -> SearchResult:
@@ -41,8 +41,9 @@ def test_costs_that_rank_badly_are_not_to_be_trusted(sound: SearchResult, rho: f
 
 
 def test_rare_experts_are_named(sound: SearchResult) -> None:
-    facts = {**sound.facts, "rare_matrices": ["model.layers.0.mlp.experts.3.up_proj"]}
-    result = replace(sound, facts=facts)
+    rare = ("model.layers.0.mlp.experts.3.up_proj",)
+    told = replace(sound.provenance, rare_matrices=rare)
+    result = replace(sound, provenance=told)
     (text,) = cautions(result)
     assert "experts.3.up_proj" in text and text in coverage_text(result)
 

@@ -76,9 +76,9 @@ def test_failure_is_told_and_recorded_and_loses_nothing(
     assert (spec.run.out / "best.json").exists()
     front = json.loads((spec.run.out / "front.json").read_text())
     assert front["provenance"]["dashboard_problem"] == "no such colour"
-    assert result.facts["dashboard_problem"] == "no such colour"
+    assert result.provenance.dashboard_problem == "no such colour"
     assert "(no such colour); run the same command again" in caplog.text
     again = search(spec)
-    assert "dashboard_problem" not in again.facts
+    assert again.provenance.dashboard_problem is None
     front = json.loads((spec.run.out / "front.json").read_text())
     assert "dashboard_problem" not in front["provenance"]

@@ -155,8 +155,8 @@ def test_profiles_of_engines_say_that_their_checkpoints_are_not_written(
 
 
 def test_names_that_users_chose_are_escaped(found: SearchResult) -> None:
-    facts = {**found.facts, "model": HOSTILE}
-    text = report_html(replace(found, facts=facts, spec=replaced(found.spec, model=HOSTILE)))
+    told = replace(found.provenance, model=HOSTILE)
+    text = report_html(replace(found, provenance=told, spec=replaced(found.spec, model=HOSTILE)))
     assert HOSTILE not in text
     assert "<script>alert" not in text
     assert f"<h1>{escape(model_name(HOSTILE))} at 5.2bits</h1>" in text
@@ -197,7 +197,7 @@ def test_warnings_are_in_one_box_and_provenance_is_folded(found: SearchResult) -
     assert folded is not None
     facts = json.loads(unescape(folded[1]))
     assert facts["settings"]["budget"] == "5.2bits"
-    assert facts["provenance"]["model_digest"] == found.facts["model_digest"]
+    assert facts["provenance"]["model_digest"] == found.provenance.model_digest
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -147,7 +147,7 @@ def test_maps_are_the_bits_and_tokens_of_best_json(found: SearchResult) -> None:
     assert [list(row) for row in bits.z] == experts.values.tolist()
     assert layers.texttemplate == "%{z:.2f}" and bits.texttemplate == "%{z:.2f}"
     assert tokens.texttemplate == "%{z:,.0f}"  # counts have no decimals
-    counts = found.facts["calibration_tokens_per_expert"].values()
+    counts = found.provenance.calibration_tokens_per_expert.values()
     assert [list(row) for row in tokens.z] == [list(map(float, row)) for row in counts]
 
 
@@ -155,8 +155,8 @@ def test_a_model_without_routed_experts_has_no_figure_of_experts(found: SearchRe
     space = found.space
     dense = tuple(m for m in space.inventory.matrices if m.expert is None)
     inventory = replace(space.inventory, matrices=dense)
-    facts = {**found.facts, "calibration_tokens_per_expert": {}}
-    result = replace(found, space=replace(space, inventory=inventory), facts=facts)
+    facts = replace(found.provenance, calibration_tokens_per_expert={})
+    result = replace(found, space=replace(space, inventory=inventory), provenance=facts)
     assert list(figures(result)) == ["front", "trials", "layers", "costs", "stages"]
 
 

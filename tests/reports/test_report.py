@@ -354,16 +354,19 @@ def test_work_and_certificate_are_told(judged: SearchResult) -> None:
 
 
 def test_rare_experts_are_listed(judged: SearchResult) -> None:
-    facts = {**judged.facts, "calibration_tokens_per_expert": {"x.experts": [100, 24, 276, 0]}}
+    counts = {"x.experts": [100, 24, 276, 0]}
+    facts = replace(judged.provenance, calibration_tokens_per_expert=counts)
     facts["rare_matrices"] = [f"x.experts.{i}" for i in range(9)]
-    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in coverage_text(replace(judged, facts=facts))
-    text = coverage_text(replace(judged, facts=facts))
+    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in coverage_text(
+        replace(judged, provenance=facts)
+    )
+    text = coverage_text(replace(judged, provenance=facts))
     assert "9 matrices were reached by fewer than 64 tokens" in text
     assert "x.experts.7, ...." in text and "x.experts.8" not in text
-    none_rare = {**facts, "rare_matrices": []}
-    assert "reached by 64 tokens or more" in coverage_text(replace(judged, facts=none_rare))
-    dense = {**judged.facts, "calibration_tokens_per_expert": {}}
-    assert "No routed experts" in coverage_text(replace(judged, facts=dense))
+    none_rare = replace(facts, rare_matrices=())
+    assert "reached by 64 tokens or more" in coverage_text(replace(judged, provenance=none_rare))
+    dense = replace(judged.provenance, calibration_tokens_per_expert={})
+    assert "No routed experts" in coverage_text(replace(judged, provenance=dense))
 
 
 def test_report_has_every_section(judged: SearchResult) -> None:
