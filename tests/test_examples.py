@@ -27,6 +27,7 @@ def test_every_example_has_a_test() -> None:
     assert {f"test_{name}" for name in names} <= globals().keys()
 
 
+@pytest.mark.slow
 def test_gptq_quantization_example() -> None:
     printed = run("gptq_quantization_example.py")
     assert "architecture: olmoe\n" in printed

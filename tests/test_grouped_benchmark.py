@@ -53,6 +53,7 @@ def test_a_layer_with_wrong_outputs_ends_the_run(load: Callable[[str], Any]) -> 
         list(grouped.measure_grouped(replace(bench, kernels=wrong), shapes.TINY_MOE[0], [3]))
 
 
+@pytest.mark.slow
 def test_the_mix_is_compared_with_bfloat16_and_the_slowest_format(
     load: Callable[[str], Any],
 ) -> None:

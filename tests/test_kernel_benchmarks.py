@@ -147,6 +147,7 @@ def test_the_example_of_the_mix_is_right(shapes: Any) -> None:
         shapes.mix_counts(3)
 
 
+@pytest.mark.slow
 def test_every_format_and_layer_of_the_benchmark_runs(
     speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,8 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("command", SHOWN)
 def test_shown_command_is_taken(command: str) -> None:
-    if not command.endswith("--help"):
+    is_mention = "[OPTIONS]" in command or len(command.split()) == 2  # an option's name alone
+    if not is_mention:
         parse(command)
 
 

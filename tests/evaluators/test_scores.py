@@ -178,7 +178,7 @@ def test_the_same_search_goes_on_and_another_objective_is_another_search(
     again = search(drifting.spec)
     assert again.rows == drifting.rows
     other = replaced(drifting.spec, objectives="bits,kl,utilization", also="")
-    with pytest.raises(AlphaQuantError, match=r"other settings \(scores\)"):
+    with pytest.raises(AlphaQuantError, match=r"other settings \(also, objectives\)"):
         search(other)
 
 

@@ -194,6 +194,7 @@ def most_per_weight(facts: Facts) -> float:
     return 1.05 * cells[1 if facts.dtype == "fp16" else 3]
 
 
+@pytest.mark.slow
 def test_weights_reach_the_tensor_core_from_registers(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     kernels = (

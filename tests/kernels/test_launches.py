@@ -33,6 +33,9 @@ EXPERTS = ("int4-g128", "int2-g128-asym", "mxfp4", "bf16")
 HIDDEN, WIDTH = 256, 192
 
 
+pytestmark = pytest.mark.slow  # compiles for a GPU in another process
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

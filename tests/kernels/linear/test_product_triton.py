@@ -214,7 +214,7 @@ def test_many_rows_are_multiplied_with_dequantized_weights(kernels: ModuleType) 
 
 
 def test_the_example_of_the_page_runs(kernels: ModuleType) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 1
     names: dict[str, Any] = {}
@@ -225,7 +225,7 @@ def test_the_example_of_the_page_runs(kernels: ModuleType) -> None:
 
 
 def test_the_page_counts_the_bytes_of_its_example() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text(encoding="utf-8")
     weight = order_matrix(pack_drawn("int3-g64-asym", 1408, 2048))
     assert weight.zeros is not None
     tensors = (weight.words, weight.scales, weight.zeros)

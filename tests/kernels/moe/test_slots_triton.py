@@ -225,6 +225,7 @@ def test_large_plans_are_left_to_torch(
     assert plan.blocks[0].starts.tolist() == cut_blocks(sorted_slots, order, 16).starts.tolist()
 
 
+@pytest.mark.slow
 def test_sm_90_needs_few_registers_and_little_shared_memory(
     planner: ModuleType, tmp_path: Path
 ) -> None:

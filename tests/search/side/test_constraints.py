@@ -96,6 +96,7 @@ def test_tiny_cases_are_feasible_bounded_and_nearly_all_exact() -> None:
     assert n_exact >= 0.95 * N_CASES
 
 
+@pytest.mark.slow
 def test_close_gap_is_exact_on_the_same_cases_without_constraints() -> None:
     for case in map(tiny_case, range(N_CASES)):
         free = replace(case, constraints=SideConstraints())
