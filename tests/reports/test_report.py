@@ -355,12 +355,10 @@ def test_work_and_certificate_are_told(judged: SearchResult) -> None:
 
 def test_rare_experts_are_listed(judged: SearchResult) -> None:
     counts = {"x.experts": [100, 24, 276, 0]}
-    facts = replace(judged.provenance, calibration_tokens_per_expert=counts)
-    facts["rare_matrices"] = [f"x.experts.{i}" for i in range(9)]
-    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in coverage_text(
-        replace(judged, provenance=facts)
-    )
+    rare = tuple(f"x.experts.{i}" for i in range(9))
+    facts = replace(judged.provenance, calibration_tokens_per_expert=counts, rare_matrices=rare)
     text = coverage_text(replace(judged, provenance=facts))
+    assert "| x.experts | 400 | 0 | 276 | 1, 3 |" in text
     assert "9 matrices were reached by fewer than 64 tokens" in text
     assert "x.experts.7, ...." in text and "x.experts.8" not in text
     none_rare = replace(facts, rare_matrices=())
