@@ -57,7 +57,7 @@ def test_the_measured_kl_is_that_of_the_held_out_comparison_in_size(ran: dict[st
 
 def test_a_second_search_reuses_what_the_first_one_made(ran: dict[str, Any]) -> None:
     first, second = ran["study"].result, ran["smaller"].result
-    assert first.facts["bank"] == second.facts["bank"]
+    assert first.provenance.bank == second.provenance.bank
     assert second.limit < first.limit
     seconds = {name: s.seconds for name, s in (("first", first), ("second", second))}
     stages = ("hessians", "bank")

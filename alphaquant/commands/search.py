@@ -255,10 +255,9 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
     tokens_per_expert: dict[str, list[int]] = {}
     for layer in range(inputs.source.map.inventory.n_layers):
         tokens_per_expert |= bank.utilization(layer)
-    texts = (inputs.calibration, inputs.evaluation, inputs.heldout)
     return Provenance(
         **inputs.source.facts(),
-        data={text.role: text.provenance() for text in texts},
+        data=inputs.text_facts(),
         device=device_facts(device),
         versions=versions(),
         seed=spec.proposals.seed,

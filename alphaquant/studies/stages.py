@@ -7,6 +7,7 @@ digest, so a stage that ran before costs a read.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,11 @@ class Inputs:
     evaluation: TokenSet
     heldout: TokenSet
     scores: ScorePlan = field(default_factory=ScorePlan)
+
+    def text_facts(self) -> dict[str, Mapping[str, Any]]:
+        """Provenance of the texts, by role."""
+        texts = (self.calibration, self.evaluation, self.heldout)
+        return {text.role: text.provenance() for text in texts}
 
     def digests(self) -> dict[str, str]:
         """What trials depend on besides the specification: sha256 of weights and windows."""

@@ -53,7 +53,7 @@ def space(inputs: Inputs, spec: SearchSpec) -> SearchSpace:
 
 
 def test_texts_have_their_roles_and_counts(inputs: Inputs, spec: SearchSpec) -> None:
-    facts = inputs.facts()["data"]
+    facts = inputs.text_facts()
     assert {role: text["n_samples"] for role, text in facts.items()} == {
         "calibration": 12,
         "search": 6,
