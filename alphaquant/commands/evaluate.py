@@ -11,8 +11,8 @@ from torch import nn
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
 from alphaquant.evaluators.harness import HarnessEvaluator
-from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
-from alphaquant.evaluators.local_tasks import is_mmlu, write_mmlu_tasks
+from alphaquant.evaluators.harness_tasks import HarnessRequest
+from alphaquant.evaluators.local_tasks import check_tasks, is_mmlu, open_harness
 from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.quantization_config import is_packed
@@ -90,7 +90,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
     device = _check(spec)
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         folder = Path(scratch)
-        harness = _harness(spec, folder)
+        harness = _harness(spec)
         if spec.reference is not None and not is_packed(spec.model):
             load_skeleton(model_location(spec.model))  # a wrong name is told before the long work
         progress("load", 0, 1)
@@ -221,8 +221,7 @@ def _check(spec: EvaluateSpec) -> str:
             f"tasks are {', '.join(spec.names)}; add mmlu, or give a task file of your own "
             "(docs/evaluation.md)"
         )
-    local = spec.task_data is not None
-    check_task_names([name for name in harness_tasks(spec) if not (local and is_mmlu(name))])
+    check_tasks(harness_tasks(spec), spec.task_data)
     return find_device(spec.device)
 
 
@@ -231,19 +230,14 @@ def _possible() -> str:
     return f"{known}, one of their metrics, and any task, task file or folder of these of lm-eval"
 
 
-def _harness(spec: EvaluateSpec, folder: Path) -> HarnessEvaluator | None:
+def _harness(spec: EvaluateSpec) -> HarnessEvaluator | None:
     """The evaluator of lm-eval's tasks, with their documents; None where none are asked."""
     tasks = harness_tasks(spec)
     if not tasks:
         return None
-    local = None
-    if spec.task_data is not None:
-        local = folder / "tasks"
-        local.mkdir()
-        write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
     tokenizer = load_tokenizer(model_location(spec.reference or spec.model))
-    request = HarnessRequest(tasks, local, spec.shots, spec.limit, spec.batch_size)
-    return HarnessEvaluator(request, tokenizer, spec.bos)
+    request = HarnessRequest(tasks, None, spec.shots, spec.limit, spec.batch_size)
+    return open_harness(request, tokenizer, spec.bos, spec.task_data)
 
 
 def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:

@@ -15,13 +15,20 @@ the header `question,choice0,choice1,choice2,choice3,answer`.
 import csv
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alphaquant.errors import DataError
-from alphaquant.evaluators.harness_tasks import require_harness
+from alphaquant.evaluators.harness import HarnessEvaluator
+from alphaquant.evaluators.harness_tasks import (
+    HarnessRequest,
+    check_task_names,
+    require_harness,
+)
 
 _HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 _ANSWERS = {**{str(i): i for i in range(4)}, **{letter: i for i, letter in enumerate("ABCD")}}
@@ -31,6 +38,40 @@ _READER = f"{__name__}.read_mmlu"
 def is_mmlu(task: str) -> bool:
     """Whether `write_mmlu_tasks` can make a task: `mmlu`, `mmlu_stem`, `mmlu_anatomy`, ..."""
     return task == "mmlu" or task.startswith("mmlu_")
+
+
+def check_tasks(names: Iterable[str], data: Path | None) -> None:
+    """Refuse tasks that lm-eval does not have; those of local MMLU files are looked at later.
+
+    Args:
+        names: tasks, groups, task files or folders of these.
+        data: folder of MMLU's CSV files; None is the hub.
+
+    Raises:
+        ConfigError, DataError: as `check_task_names`.
+    """
+    check_task_names([name for name in names if data is None or not is_mmlu(name)])
+
+
+def open_harness(
+    request: HarnessRequest, tokenizer: Any, bos: str, data: Path | None
+) -> HarnessEvaluator:
+    """The evaluator of tasks of lm-eval, with their documents.
+
+    Args:
+        request: what to ask for; its folder is made here.
+        tokenizer: of transformers, the model's.
+        bos: what texts start with, one of `tokens.BOS_MODES`.
+        data: folder of MMLU's CSV files; None is the hub.
+
+    Raises:
+        ConfigError, DataError: as `write_mmlu_tasks` and `HarnessEvaluator`.
+    """
+    if data is None:
+        return HarnessEvaluator(request, tokenizer, bos)
+    with TemporaryDirectory(prefix="alphaquant-") as scratch:
+        write_mmlu_tasks(data, [*filter(is_mmlu, request.tasks)], Path(scratch))
+        return HarnessEvaluator(replace(request, folder=Path(scratch)), tokenizer, bos)
 
 
 def write_mmlu_tasks(data: Path, asked: Sequence[str], folder: Path) -> None:

@@ -6,10 +6,8 @@ its evaluator, which stands for that evaluator's first metric (`drift` for `rout
 `open_scores` makes what needs the original model.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +16,9 @@ from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Metric, Score, Subject
 from alphaquant.evaluators.divergence import DivergenceEvaluator
 from alphaquant.evaluators.harness import HarnessEvaluator
-from alphaquant.evaluators.harness_tasks import HarnessRequest, check_task_names
+from alphaquant.evaluators.harness_tasks import HarnessRequest
 from alphaquant.evaluators.latency import LatencyEvaluator, read_latency_table
-from alphaquant.evaluators.local_tasks import is_mmlu, write_mmlu_tasks
+from alphaquant.evaluators.local_tasks import check_tasks, open_harness
 from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, no_progress
@@ -132,8 +130,7 @@ def _check_tasks(spec: ScoreSpec, tasks: Sequence[str]) -> None:
             "--task-data and --shots are for tasks of lm-eval, and none is asked for; add one "
             "such as mmlu_anatomy to --objectives or --also"
         )
-    wanted = [name.partition(".")[0] for name in tasks]
-    check_task_names([n for n in wanted if spec.task_data is None or not is_mmlu(n)])
+    check_tasks([name.partition(".")[0] for name in tasks], spec.task_data)
 
 
 def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan:
@@ -151,7 +148,11 @@ def plan_scores(spec: ScoreSpec, tokenizer: Any, bos: str = "auto") -> ScorePlan
     objectives, reported = split_names(spec.objectives)[2:], split_names(spec.also)
     evaluators = {name: find(name) for name in (*objectives, *reported)}
     tasks = tuple(name.partition(".")[0] for name, found in evaluators.items() if found is None)
-    harness = _harness(spec, tuple(dict.fromkeys(tasks)), tokenizer, bos) if tasks else None
+    harness = None
+    if tasks:
+        names = tuple(dict.fromkeys(tasks))
+        request = HarnessRequest(names, n_shots=spec.shots, limit=spec.task_limit)
+        harness = open_harness(request, tokenizer, bos, spec.task_data)
     latency = None
     if spec.latency_table is not None:
         latency = LatencyEvaluator(read_latency_table(spec.latency_table))
@@ -213,16 +214,3 @@ def _metric(name: str, harness: HarnessEvaluator | None) -> Metric:
             f"{', '.join(m.name for m in known) or 'none that aggregates'}"
         )
     return found
-
-
-def _harness(
-    spec: ScoreSpec, tasks: tuple[str, ...], tokenizer: Any, bos: str
-) -> HarnessEvaluator:
-    with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
-        local = None
-        if spec.task_data is not None:
-            local = Path(scratch) / "tasks"
-            local.mkdir()
-            write_mmlu_tasks(spec.task_data, [*filter(is_mmlu, tasks)], local)
-        request = HarnessRequest(tasks, local, spec.shots, spec.task_limit)
-        return HarnessEvaluator(request, tokenizer, bos)

@@ -44,12 +44,18 @@ def read_missing_rows(
             left.append((name, found, wanted))
             continue
         files = _files_by_tensor(directory) if files is None else files
+        experts = name.rpartition(".")[0]
+        keys = [
+            (f"{experts}.{e}.gate_proj.weight", f"{experts}.{e}.up_proj.weight")
+            for e in range(n_experts)
+        ]
+        if not all(key in files for pair in keys for key in pair):
+            left.append((name, found, wanted))
+            continue
         rows = modules[name].get_parameter("gate_up_proj")
         rows.zero_()
-        for e in range(n_experts):
-            parts = zip(rows[e].chunk(2), ("gate_proj", "up_proj"), strict=True)
-            for half, part in parts:
-                key = f"{name.rpartition('.')[0]}.{e}.{part}.weight"
+        for e, pair in enumerate(keys):
+            for half, key in zip(rows[e].chunk(2), pair, strict=True):
                 with safe_open(files[key], framework="pt") as opened:
                     half.copy_(opened.get_tensor(key))
     return left

@@ -27,7 +27,7 @@ YOUR_NOTES = "*What you write below this line stays when the search is run again
 _ORIGINS: Mapping[str, str] = {
     "uniform:FORMAT": "one format for every matrix, to compare with",
     "allocator:NAME": "the assignment that one allocation rule chooses within the budget",
-    "level": "the solver's optimum at another size than the budget, for the front",
+    "size": "the solver's optimum at another size than the budget, for the front",
     "knobs": "the solver's optimum of costs that Optuna's parameters bend",
     "groups": "formats that Optuna chose for groups of units",
 }

@@ -18,9 +18,9 @@ import numpy as np
 
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.knobs import Knobs, apply_knobs
+from alphaquant.search.levels import make_levels
 from alphaquant.search.problem import Problem
 from alphaquant.search.published import PUBLISHED
-from alphaquant.search.sizes import make_levels
 from alphaquant.search.solver import Solution, solve
 
 

@@ -12,7 +12,7 @@ So it is here, but a raised unit is not lowered again, and nothing is lowered wh
 holds anyway, which takes back the bits that earlier mutations left over.
 
 Where it generalizes: levels are the stored bits of a unit's formats, see
-`alphaquant.search.sizes`; the start is the highest common level that fits (there a uniform
+`alphaquant.search.levels`; the start is the highest common level that fits (there a uniform
 width) and drawn units a level higher, up to the budget; rounds use the first windows instead of
 drawn ones, so that scores of different generations compare and none is measured twice.
 
@@ -28,8 +28,8 @@ import numpy as np
 
 from alphaquant.errors import ConfigError
 from alphaquant.search.arrays import FloatArray, IntArray
+from alphaquant.search.levels import Levels, make_levels
 from alphaquant.search.problem import Problem
-from alphaquant.search.sizes import Levels, make_levels
 
 Evaluate = Callable[[IntArray, int], float]
 """A choice, int64 [U], and n: its mean loss on the first n windows; less is better."""

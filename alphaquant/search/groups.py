@@ -47,11 +47,6 @@ class Groups:
         np.add.at(merged, self.members, cost)
         return merged
 
-    def suggestion(self, choice: IntArray) -> dict[str, int]:
-        """The parameters that stand for a choice of one column per group [G]."""
-        places = zip(self.names, self.options, choice.tolist(), strict=True)
-        return {name: int(np.flatnonzero(o == column)[0]) for name, o, column in places}
-
 
 class IntSuggester(Protocol):
     """What `suggest_groups` needs of an `optuna.Trial`."""

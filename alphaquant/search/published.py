@@ -30,6 +30,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from alphaquant.search.arrays import FloatArray, IntArray
+from alphaquant.search.levels import make_levels
 from alphaquant.search.pools import (
     Pool,
     code_widths,
@@ -42,7 +43,6 @@ from alphaquant.search.pools import (
     with_bound,
 )
 from alphaquant.search.problem import Problem
-from alphaquant.search.sizes import make_levels
 from alphaquant.search.solver import Solution
 from alphaquant.spaces.formats import parse_format
 

@@ -3,7 +3,7 @@
     uniform      the uniform formats that can win: a study never ends below uniform
     default      the theory's knobs at the budget
     allocators   those that were asked for, published and plain ones
-    levels       the default knobs at sizes over the whole menu: a front early
+    sizes        the default knobs at sizes over the whole menu: a front early
     probe        random assignments, measured on part of the text: do the costs rank as the truth?
     knobs        an Optuna sampler moves the allocator's knobs, or
     groups       an Optuna sampler chooses a format per group of units
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 N_UNIFORM = 3
 """Uniform formats at most."""
 
-N_FRONT_LEVELS = 8
+N_FRONT_SIZES = 8
 N_PROBES = 30
 PROBE_WINDOWS = 16
 FREE_EVERY = 4
@@ -120,7 +120,7 @@ def run_program(run: Run) -> Findings:
         return Findings(run.loop.limit_reason or "--allocator has no further trials")
     run_default(run)
     run_allocators(run)
-    run_levels(run)
+    run_sizes(run)
     probe = run_probe(run)
     stopped = run_groups(run) if run.spec.proposals.mode == "groups" else run_knobs(run)
     return Findings(stopped, probe)
@@ -176,10 +176,10 @@ def run_named_allocator(run: Run) -> None:
     run.fixed(proposal)
 
 
-def run_levels(run: Run) -> None:
+def run_sizes(run: Run) -> None:
     """The default knobs at sizes from the smallest to the largest of the menu."""
     for limit_bits in _front_limits(run):
-        run.fixed(_at_or_none(run, run.proposer.base_cost, limit_bits, "level"))
+        run.fixed(_at_or_none(run, run.proposer.base_cost, limit_bits, "size"))
 
 
 def run_probe(run: Run) -> Probe | None:
@@ -222,7 +222,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 def _front_limits(run: Run) -> list[int]:
     """Total bits at sizes over the whole menu, the largest first, both ends left out."""
     low, most = run.proposer.bits_low, run.proposer.bits_most
-    sizes = np.linspace(low, most, N_FRONT_LEVELS + 2)[-2:0:-1]
+    sizes = np.linspace(low, most, N_FRONT_SIZES + 2)[-2:0:-1]
     return [run.problem.limit_bits(float(bits)) for bits in sizes]
 
 

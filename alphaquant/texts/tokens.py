@@ -4,16 +4,17 @@ Reads no files and cuts no windows: that is `sources.py` and `windows.py`.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alphaquant.errors import DataError
+from alphaquant.specs.texts import BosMode
 
 Tokens = NDArray[np.int64]
 
-BOS_MODES = ("auto", "always", "never")
+BOS_MODES = get_args(BosMode)
 """`auto`: windows start as the tokenizer starts a text; `always`: with its beginning of text even
 where it puts none by itself; `never`: with the text."""
 

@@ -68,7 +68,7 @@ def test_another_seed_gives_other_trials(
     assert other.rows[0].kl != found.rows[0].kl
 
 
-ABOVE = ("level",)
+ABOVE = ("size",)
 """Origins of trials that may be above the budget."""
 
 
@@ -92,7 +92,7 @@ def test_trials_but_those_of_the_front_are_within_the_budget_and_all_say_their_b
 def test_all_steps_of_a_search_ran_and_races_ended_early(long: SearchResult) -> None:
     kinds = [kind for kind, _ in groupby(row.origin.split(":")[0] for row in long.rows)]
     assert kinds == [
-        *("uniform", "knobs", "level", "knobs"),
+        *("uniform", "knobs", "size", "knobs"),
     ]
     pruned = [row for row in long.rows if row.is_pruned]
     assert pruned
@@ -320,7 +320,7 @@ def test_front_json_carries_provenance(long: SearchResult) -> None:
     assert front["probe"]["spearman"] == long.probe.spearman
     stages = [stage["stage"] for stage in front["stages"]]
     assert stages[0] == "uniform"
-    assert {"level", "sampled knobs"} <= set(stages)
+    assert {"size", "sampled knobs"} <= set(stages)
     names = {row["name"] for row in front["heldout"]}
     assert {front["best"]["searched"], "int4-g64", "mxfp4"} <= names
 
@@ -395,7 +395,7 @@ def test_side_constraints_hold_in_every_configuration(
 @pytest.mark.parametrize(
     ("changes", "origins"),
     [
-        ({"mode": "groups", "trials": 14}, {"uniform", "knobs", "level", "groups"}),
+        ({"mode": "groups", "trials": 14}, {"uniform", "knobs", "size", "groups"}),
         ({"allocator": "evolution", "trials": 8}, {"uniform", "allocator"}),
         ({"allocator": "gemq"}, {"uniform", "allocator"}),
     ],

@@ -307,12 +307,12 @@ def test_gains_count_what_is_within_the_budget(judged: SearchResult) -> None:
     rows = (
         replace(first, origin="uniform:int4-g32", kl=0.4, bits_per_weight=limit),
         replace(first, origin="knobs", kl=0.1, bits_per_weight=limit),
-        replace(first, origin="level", kl=0.01, bits_per_weight=limit + 0.1),
+        replace(first, origin="size", kl=0.01, bits_per_weight=limit + 0.1),
     )
     table = gains_table(replace(judged, rows=rows))
     assert cells(table, "uniform") == ["uniform", "1", "0.400000", ""]
     assert cells(table, "default knobs") == ["default knobs", "1", "0.100000", "0.250"]
-    assert cells(table, "level") == ["level", "1", "0.100000", "1.000"]
+    assert cells(table, "size") == ["size", "1", "0.100000", "1.000"]
 
 
 @pytest.mark.parametrize(

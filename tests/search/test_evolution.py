@@ -8,8 +8,8 @@ import pytest
 from alphaquant.errors import BudgetError, ConfigError
 from alphaquant.search.arrays import IntArray
 from alphaquant.search.evolution import EvolutionSettings, evolve, switch_levels, top_up
+from alphaquant.search.levels import make_levels
 from alphaquant.search.problem import Problem
-from alphaquant.search.sizes import make_levels
 from alphaquant.testing.allocators import changed, example_problem, example_problems, take
 
 SMALL = EvolutionSettings(8, (3, 1), (2, 8))

@@ -13,7 +13,7 @@ from alphaquant.search.groups import make_groups
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.studies.program import (
-    N_FRONT_LEVELS,
+    N_FRONT_SIZES,
     N_PROBES,
     N_UNIFORM,
     PROBE_WINDOWS,
@@ -22,9 +22,9 @@ from alphaquant.studies.program import (
     run_allocators,
     run_groups,
     run_knobs,
-    run_levels,
     run_probe,
     run_program,
+    run_sizes,
     run_uniform,
 )
 from alphaquant.studies.stopping import MOST_TRIALS
@@ -50,14 +50,14 @@ def formats_of_experts(run: Run, assignment: Assignment, layer: int) -> set[str]
     return {assignment.formats[m.name] for m in inside}
 
 
-START = ["uniform", "knobs", "level"]
+START = ["uniform", "knobs", "size"]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, [*START, "knobs"]),
-        ({"allocators": "all"}, ["uniform", "knobs", "allocator", "level", "knobs"]),
+        ({"allocators": "all"}, ["uniform", "knobs", "allocator", "size", "knobs"]),
         ({"mode": "groups"}, [*START, "groups"]),
     ],
 )
@@ -152,18 +152,18 @@ def test_levels_are_sizes_over_the_whole_menu_and_only_they_may_be_above_the_bud
 ) -> None:
     run = make_run(trials=60, budget="3.6bits")
     run_program(run)
-    levels = [row.bits_per_weight for row in run.loop.rows if row.origin == "level"]
-    assert len(levels) == N_FRONT_LEVELS
+    levels = [row.bits_per_weight for row in run.loop.rows if row.origin == "size"]
+    assert len(levels) == N_FRONT_SIZES
     assert levels == sorted(levels, reverse=True)
     assert run.proposer.bits_low < levels[-1] < 3.6 < levels[0] < run.proposer.bits_most
     above = {row.origin for row in run.loop.rows if row.bits_per_weight > 3.6}
-    assert above == {"level"}
+    assert above == {"size"}
 
 
 def test_best_is_within_the_budget_even_where_a_level_above_is_better(make_run: MakeRun) -> None:
     run = make_run(budget="3bits")
     run_uniform(run)
-    run_levels(run)
+    run_sizes(run)
     assert min(row.kl for row in run.loop.rows) < run.best().kl
     assert run.best().bits_per_weight <= 3.0
 

@@ -41,7 +41,7 @@ def test_stages_follow_each_other_as_they_began_with_the_lowest_kl_so_far() -> N
         row(2, 4.2, 0.4, "knobs"),
         row(3, 4.2, 0.5, "allocator:error"),
         row(4, 4.1, 0.4, "allocator:fisher"),
-        row(5, 4.2, 0.1, "level"),
+        row(5, 4.2, 0.1, "size"),
         row(6, 4.2, 0.01, "knobs", pruned=True),
         row(7, 4.2, 0.05, "knobs"),
         row(8, 4.2, 0.05, "groups"),
@@ -50,7 +50,7 @@ def test_stages_follow_each_other_as_they_began_with_the_lowest_kl_so_far() -> N
         StageGain("uniform", 2, 0.8, None),
         StageGain("default knobs", 1, 0.4, 0.5),
         StageGain("allocators", 2, 0.4, 1.0),
-        StageGain("level", 1, 0.1, 0.25),
+        StageGain("size", 1, 0.1, 0.25),
         StageGain("sampled knobs", 2, 0.05, 0.5),
         StageGain("sampled groups", 1, 0.05, 1.0),
     )
@@ -61,12 +61,12 @@ def test_stage_before_which_nothing_was_or_was_perfect_has_no_ratio(
     kl: float, ratio: float | None
 ) -> None:
     rows = [
-        row(0, 9.0, 0.1, "level"),
+        row(0, 9.0, 0.1, "size"),
         row(1, 4.0, kl, "uniform:int4-g64"),
         row(2, 4.0, 0.5, "allocator:error"),
     ]
     assert stage_gains(rows, 4.25) == (
-        StageGain("level", 1, None, None),
+        StageGain("size", 1, None, None),
         StageGain("uniform", 1, kl, None),
         StageGain("allocators", 1, kl, ratio),
     )

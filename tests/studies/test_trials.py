@@ -115,10 +115,10 @@ def test_choice_is_the_inverse_of_spread(make_proposer: MakeProposer) -> None:
 def test_optimum_within_a_limit_may_be_above_the_budget(make_proposer: MakeProposer) -> None:
     proposer = make_proposer("3bits")
     limit = proposer.problem.limit_bits(6.0)
-    proposal = proposer.at(proposer.base_cost, limit, "level")
+    proposal = proposer.at(proposer.base_cost, limit, "size")
     n_bits = proposal.assignment.storage_bits(proposer.space.inventory)
     assert proposer.limit_bits < n_bits <= limit
-    assert (proposal.origin, proposal.can_prune) == ("level", False)
+    assert (proposal.origin, proposal.can_prune) == ("size", False)
     assert proposal.gap is not None
 
 
@@ -139,7 +139,7 @@ def test_uniform_and_allocators_that_break_a_side_constraint_are_left_out(
 def test_limit_that_side_constraints_cannot_meet_is_an_error(make_proposer: MakeProposer) -> None:
     proposer = make_proposer("4.6bits", layer_minimum_bits=4.0)
     with pytest.raises(BudgetError, match="layer_minimum_bits"):
-        proposer.at(proposer.base_cost, proposer.problem.limit_bits(3.0), "level")
+        proposer.at(proposer.base_cost, proposer.problem.limit_bits(3.0), "size")
 
 
 def test_unknown_allocator_is_refused_by_name() -> None:

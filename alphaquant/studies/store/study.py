@@ -34,7 +34,7 @@ class TrialRow:
     Attributes:
         number: place among the finished trials, from 0. Not Optuna's number, which also counts
             trials that a kill cut short, so that an interrupted study numbers as one that was not.
-        origin: `uniform:int4-g64`, `allocator:error`, `level`, `knobs`, `groups`.
+        origin: `uniform:int4-g64`, `allocator:error`, `size`, `knobs`, `groups`.
         digest: of its assignment.
         bits_per_weight: stored bits per quantizable weight.
         checkpoint_bytes: bytes of all tensors.

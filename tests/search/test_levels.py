@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from alphaquant.search.levels import make_levels
 from alphaquant.search.problem import Problem
-from alphaquant.search.sizes import make_levels
 from alphaquant.testing.allocators import changed, example_problem, take
 
 
