@@ -95,3 +95,25 @@ def test_files_without_rows_for_zero_experts_are_read(tmp_path: Path) -> None:
     save_file(lacking, file, metadata={"format": "pt"})
     with pytest.raises(ModelError):
         load_model(published)
+
+
+def test_rows_of_another_file_layout_are_an_error_and_no_guess(tmp_path: Path) -> None:
+    model = save_any("longcat_flash", tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    experts = sorted({n.partition(".experts.")[0] for n in tensors if ".experts." in n})
+    for layer in experts:
+        pairs = [
+            torch.cat([tensors[f"{layer}.experts.{e}.{p}_proj.weight"] for p in ("gate", "up")])
+            for e in range(N_EXPERTS)
+        ]
+        tensors[f"{layer}.experts.gate_up_proj"] = torch.stack(pairs)
+    parts = (".gate_proj.", ".up_proj.")
+    fused = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if ".experts." not in name or not any(p in name for p in parts)
+    }
+    save_file(fused, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="gate_up_proj"):
+        load_model(model)
