@@ -53,7 +53,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlim(2.1, 5.9)
     axes.set_xlabel("stored bits per weight")
-    axes.set_ylabel("KL to the original, nats per token")
+    axes.set_ylabel("KL to the original, nats per token\n(lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#d0d7de", lw=0.6)
     axes.set_xticks([2.5, 3, 3.5, 4, 4.5])
