@@ -40,7 +40,7 @@ from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
-BANK_VERSION = 1
+BANK_VERSION = 2
 LOCK_FILE = ".lock"
 """In a bank's directory while a process fills it; a bank that lacks nothing is free for all."""
 

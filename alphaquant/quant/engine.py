@@ -1,11 +1,16 @@
 """From one layer's weights and Hessians to packed matrices with a record of how each was made.
 
-The bank asks for every matrix in every format, the pipeline for each matrix in one; both come
-through `quantize_layer`, so the same settings give the same codes.
+The bank asks for every matrix in several formats, the pipeline for each matrix in one; both come
+through `quantize_layer`, so the same settings give the same codes. Matrices that share their
+inputs share a Hessian and its factors. Rows are independent, so what is rounded at the same time,
+one part per thread, is a run of at most `_ROWS` rows in one format; where runs are cut depends
+on the matrices alone, so the result does not depend on the number of threads.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +18,18 @@ from torch import Tensor
 
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.quant.codecs import check_finite
+from alphaquant.quant.codecs import check_finite, nv_global_scale
+from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding, better_rows, join_rows
+from alphaquant.quant.factor import Block, DampedHessian, Factor, factorize
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
-from alphaquant.quant.refine import better_rows, refine
-from alphaquant.quant.rounding import (
-    Factor,
-    dampen,
-    factorize,
-    hessian_error,
-    quantize_gptq,
-    quantize_rtn,
-)
-from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.quant.rules import rule_of
+from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
-from alphaquant.specs.quantizer import Method, QuantSettings
+from alphaquant.specs.quantizer import QuantSettings
 
-# Of Hessians and weights at once, in float32: two experts of 2048 inputs and outputs. All that is
-# in use while they are quantized grows with it; `benchmarks/quantizer.py layer` prints the peak.
-_CHUNK_BYTES = 64 * 2**20
+_ROWS = 512
+"""Rows that are rounded together: enough for products at full speed, few enough for caches."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,48 @@ class QuantizedMatrix:
     record: MatrixRecord
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Matrices that share their inputs, with what is known of these.
+
+    Attributes:
+        matrices: in the order of their rows.
+        weights: float32 [N, K] of each.
+        hessian: float32 [K, K], sums over tokens; None without data.
+        damped: with its factors; None for rounding to nearest.
+        source: how the Hessian was made.
+        n_tokens: how many the matrices saw.
+    """
+
+    matrices: tuple[Matrix, ...]
+    weights: Mapping[str, Tensor]
+    hessian: Tensor | None
+    damped: DampedHessian | None
+    source: str
+    n_tokens: int
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Of the damped Hessian, one per start; none without one."""
+        return () if self.damped is None else self.damped.factors
+
+    def signal(self, name: str) -> float:
+        """tr(W H W') of a matrix, with data."""
+        assert self.hessian is not None
+        weight = self.weights[name]
+        return float(((weight @ self.hessian) * weight).sum())
+
+    def output_errors(self, rounding: Rounding) -> Tensor:
+        """tr(D H D') of every row, [N], with data."""
+        assert self.hessian is not None
+        D = rounding.delta  # [K, N]
+        if self.damped is None:
+            return ((self.hessian @ D) * D).sum(0)
+        # The objective counts what was added to the diagonal as well.
+        added = self.damped.matrix.diagonal() - self.hessian.diagonal()
+        return (rounding.objective - added @ D.square()).clamp(min=0)
+
+
 Wanted = Callable[[Matrix, str], bool]
 
 
@@ -94,148 +134,180 @@ def quantize_layer(
         settings: how.
         wanted: which (matrix, format name) pairs to yield; all by default.
 
+    Yields:
+        Matrices that share their inputs one format after the other.
+
     Raises:
         FormatError: a weight is NaN or infinite.
         ModelError: a Hessian cannot be factorized, or holds NaN.
     """
-    for batch in _without_data(layer) if hessians is None else hessians:
-        _check_hessians(batch)
-        for chunk in _chunks(batch):
-            yield from _quantize_chunk(model_map, chunk, formats, settings, wanted)
+    with _threads() as pool:
+        for batch in _without_data(layer) if hessians is None else hessians:
+            _check_hessians(batch)
+            for b, matrices in enumerate(batch.stacks):
+                asked = {n: [m for m in matrices if wanted(m, n)] for n in formats}
+                asked = {name: chosen for name, chosen in asked.items() if chosen}
+                if asked:
+                    stack = _stack(model_map, batch, b, asked, settings)
+                    yield from _quantize_stack(stack, asked, settings, pool)
 
 
-def _quantize_chunk(
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, each of which computes alone meanwhile."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _stack(
     model_map: ModelMap,
     batch: HessianBatch,
-    formats: Sequence[str],
+    b: int,
+    asked: Mapping[str, Sequence[Matrix]],
     settings: QuantSettings,
-    wanted: Wanted,
+) -> _Stack:
+    """The matrices of a stack that are asked for, with the factors that they need."""
+    used = {m.name for chosen in asked.values() for m in chosen}
+    matrices = tuple(m for m in batch.stacks[b] if m.name in used)
+    weights = {m.name: model_map.view(m.name).to("cpu", torch.float32) for m in matrices}
+    for name, weight in weights.items():
+        check_finite(weight, name)
+    hessian = batch.hessian[b].cpu() if batch.has_data[b] else None
+    damped = None
+    is_rounded = any(parse_format(name).is_quantized for name in asked)
+    if hessian is not None and settings.method == "gptq" and is_rounded:
+        orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
+        damped = factorize(hessian, settings.percdamp, orders)
+    return _Stack(matrices, weights, hessian, damped, batch.source[b], batch.n_tokens[b])
+
+
+def _quantize_stack(
+    stack: _Stack,
+    asked: Mapping[str, Sequence[Matrix]],
+    settings: QuantSettings,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[QuantizedMatrix]:
-    weight = torch.stack(
-        [torch.cat([model_map.view(m.name) for m in stack]) for stack in batch.stacks]
-    ).to(torch.float32)
-    for b, stack in enumerate(batch.stacks):
-        check_finite(weight[b], " + ".join(m.name for m in stack))
-    factors: list[Factor] = []
-    for name in formats:
-        members = [
-            b for b, stack in enumerate(batch.stacks) if any(wanted(m, name) for m in stack)
-        ]
-        if not members:
+    """Quantize the matrices of a stack, each in the formats that are asked for."""
+    parts: list[_Part] = []
+    for name, matrices in asked.items():
+        fmt = parse_format(name)
+        if not fmt.is_quantized:
+            yield from (_keep(stack, matrix) for matrix in matrices)
             continue
-        if not parse_format(name).is_quantized:
-            yield from _keep(weight, batch, members, wanted)
-            continue
-        if not factors and settings.method == "gptq" and any(batch.has_data):
-            orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
-            factors = [
-                factorize(batch.hessian, settings.percdamp, actorder=order) for order in orders
-            ]
-        chosen = [factor.select(members) for factor in factors]
-        part = batch.select(members)
-        for quantized in _round(weight[members], part, chosen, parse_format(name), settings):
-            if wanted(quantized.matrix, name):
-                yield quantized
+        parts += _parts(stack, fmt, matrices, settings)
+    inverses = {
+        blocks: [f.diagonal_inverses(blocks) for f in stack.factors]
+        for blocks in {part.rounder.plan.blocks for part in parts}
+    }
+    rounded = list(pool.map(lambda part: _round(stack, part, inverses, settings), parts))
+    jobs: list[tuple[Matrix, Format, Rounding]] = []
+    for name, matrices in asked.items():
+        own = [x for x, part in zip(rounded, parts, strict=True) if part.fmt.name == name]
+        if own:
+            jobs += _split(parse_format(name), own, matrices)
+    yield from pool.map(lambda job: _pack(stack, settings, *job), jobs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are rounded together.
+
+    Attributes:
+        fmt: to which format.
+        rounder: of the format and the rows.
+        weight: float32 [K, n].
+    """
+
+    fmt: Format
+    rounder: Rounder
+    weight: Tensor
+
+
+def _parts(
+    stack: _Stack, fmt: Format, matrices: Sequence[Matrix], settings: QuantSettings
+) -> Iterator[_Part]:
+    """Cut the rows of matrices, one below the other, into parts."""
+    weights = [stack.weights[m.name] for m in matrices]
+    rows = torch.cat(weights)
+    shared = torch.empty(0)
+    if fmt.shared.global_bits:
+        shared = torch.cat([nv_global_scale(w[None])[0].expand(len(w)) for w in weights])
+    n_cols = rows.shape[1]
+    plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), settings.blocksize)
+    rule = rule_of(fmt, settings.scale_search)
+    for start in range(0, len(rows), _ROWS):
+        own = slice(start, start + _ROWS)
+        yield _Part(fmt, Rounder(rule, plan, shared[own]), rows[own].T.contiguous())
 
 
 def _round(
-    weight: Tensor,
-    batch: HessianBatch,
-    factors: Sequence[Factor],
-    fmt: Format,
+    stack: _Stack,
+    part: _Part,
+    inverses: Mapping[tuple[Block, ...], list[list[Tensor]]],
     settings: QuantSettings,
-) -> Iterator[QuantizedMatrix]:
-    """Round all matrices of a batch to one format: GPTQ where there is data, RTN elsewhere."""
-    row_counts = tuple(m.rows for m in batch.stacks[0])
-    rtn = gptq = None
-    has_data = batch.has_data
-    for factor in factors:
-        start = _start(weight, batch, factor, fmt, settings)
-        if gptq is None:
-            gptq = start
-        else:
-            gptq = better_rows(weight, dampen(batch.hessian, factors[0].damp), gptq, start)
-    if gptq is None or not all(has_data):
-        rtn = quantize_rtn(weight, fmt, settings.scale_search, row_counts)
-    for b in range(len(batch.stacks)):
-        use_gptq = gptq is not None and has_data[b]
-        rounded = gptq if use_gptq else rtn
-        assert rounded is not None
-        damp = max(factor.damp[b] for factor in factors) if use_gptq else None
-        yield from _pack_stack(weight[b], batch, b, rounded, damp, settings.method)
+) -> Rounding:
+    """Round a part: from one or two starts where there is data, to nearest elsewhere."""
+    rounder, found = part.rounder, None
+    if stack.damped is None:
+        return rounder.nearest(part.weight)
+    for factor, own in zip(stack.factors, inverses[rounder.plan.blocks], strict=True):
+        start = rounder.gptq(part.weight, factor, own, static=settings.static_groups)
+        end = rounder.refine(start, stack.damped.matrix, settings.refine_sweeps)
+        found = end if found is None else better_rows(found, end)
+    assert found is not None, "there is at least one start"
+    return found
 
 
-def _start(
-    weight: Tensor, batch: HessianBatch, factor: Factor, fmt: Format, settings: QuantSettings
-) -> RoundedBatch:
-    """GPTQ in the order of a factor, then refinement."""
-    rounded = quantize_gptq(
-        weight,
-        factor,
-        fmt,
-        settings.scale_search,
-        settings.blocksize,
-        tuple(m.rows for m in batch.stacks[0]),
-        static_groups=settings.static_groups,
-    )
-    if not settings.refine_sweeps:
-        return rounded
-    hessian = dampen(batch.hessian, factor.damp)
-    return refine(weight, hessian, rounded, settings.refine_sweeps, settings.blocksize)
-
-
-def _pack_stack(
-    weight: Tensor,
-    batch: HessianBatch,
-    b: int,
-    rounded: RoundedBatch,
-    damp: float | None,
-    asked: Method,
-) -> Iterator[QuantizedMatrix]:
-    """Pack the matrices of one stack and write down their errors."""
-    made = rounded.weights()[b]
-    squared = (weight - made).square().sum(-1)  # [N]
-    has_data = batch.has_data[b]
-    output = hessian_error(weight, made, batch.hessian[b]) if has_data else None
-    signal = (
-        hessian_error(weight, torch.zeros_like(weight), batch.hessian[b]) if has_data else None
-    )
-    start = 0
-    for matrix in batch.stacks[b]:
-        rows = slice(start, start + matrix.rows)
+def _split(
+    fmt: Format, roundings: Sequence[Rounding], matrices: Sequence[Matrix]
+) -> Iterator[tuple[Matrix, Format, Rounding]]:
+    """The roundings of parts, as those of the matrices that were cut into them."""
+    whole, start = join_rows(roundings), 0
+    for matrix in matrices:
+        yield matrix, fmt, whole.rows(slice(start, start + matrix.rows))
         start += matrix.rows
-        relative = None
-        if output is not None and signal is not None:
-            relative = float(output[rows].sum() / signal[rows].sum().clamp(min=1e-30))
-        record = MatrixRecord(
-            matrix.name,
-            rounded.format.name,
-            matrix.storage_bits(rounded.format) / matrix.n_weights,
-            "rtn" if damp is None else "gptq",
-            "no_tokens" if asked == "gptq" and damp is None else None,
-            batch.source[b] if has_data else None,
-            batch.n_tokens[b] if has_data else None,
-            damp,
-            float(squared[rows].sum() / weight[rows].square().sum().clamp(min=1e-30)),
-            relative,
-        )
-        yield QuantizedMatrix(matrix, rounded.pack(b, rows), record)
 
 
-def _keep(
-    weight: Tensor, batch: HessianBatch, members: list[int], wanted: Wanted
-) -> Iterator[QuantizedMatrix]:
-    for b in members:
-        start = 0
-        for matrix in batch.stacks[b]:
-            rows = slice(start, start + matrix.rows)
-            start += matrix.rows
-            if wanted(matrix, "bf16"):
-                yield QuantizedMatrix(
-                    matrix,
-                    pack_bf16(weight[b, rows]),
-                    MatrixRecord(matrix.name, "bf16", 16.0, "none"),
-                )
+def _pack(
+    stack: _Stack, settings: QuantSettings, matrix: Matrix, fmt: Format, rounding: Rounding
+) -> QuantizedMatrix:
+    """Pack a matrix and write down how it was made."""
+    weight, delta = stack.weights[matrix.name], rounding.delta
+    output = None
+    if stack.hessian is not None:
+        signal = max(stack.signal(matrix.name), 1e-30)
+        output = float(stack.output_errors(rounding).sum()) / signal
+    has_data = stack.hessian is not None
+    record = MatrixRecord(
+        matrix.name,
+        fmt.name,
+        matrix.storage_bits(fmt) / matrix.n_weights,
+        "rtn" if stack.damped is None else "gptq",
+        "no_tokens" if settings.method == "gptq" and stack.damped is None else None,
+        stack.source if has_data else None,
+        stack.n_tokens if has_data else None,
+        None if stack.damped is None else stack.damped.damp,
+        float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
+        output,
+    )
+    values, zeros, shared = rounding.centred, None, None
+    if not fmt.symmetric:
+        zeros = rounding.zeros.T[None]
+        values = rounding.values(fmt.columns_per_scale(matrix.cols))
+    if fmt.shared.global_bits:
+        shared = nv_global_scale(weight[None]).expand(1, len(weight))
+    rounded = RoundedBatch(fmt, values.T[None], rounding.scales.T[None], zeros, shared)
+    return QuantizedMatrix(matrix, rounded.pack(0, slice(None)), record)
+
+
+def _keep(stack: _Stack, matrix: Matrix) -> QuantizedMatrix:
+    record = MatrixRecord(matrix.name, BF16.name, 16.0, "none")
+    return QuantizedMatrix(matrix, pack_bf16(stack.weights[matrix.name]), record)
 
 
 def _check_hessians(batch: HessianBatch) -> None:
@@ -248,16 +320,6 @@ def _check_hessians(batch: HessianBatch) -> None:
                 "text; the model is broken, or its dtype too narrow: use --dtype float32 or "
                 "bfloat16"
             )
-
-
-def _chunks(batch: HessianBatch) -> Iterator[HessianBatch]:
-    """Split a batch so that its Hessians and weights stay within `_CHUNK_BYTES`."""
-    n_cols, n_rows = batch.stacks[0][0].cols, sum(m.rows for m in batch.stacks[0])
-    size = max(1, _CHUNK_BYTES // (4 * n_cols * (n_cols + n_rows)))
-    for start in range(0, len(batch.stacks), size):
-        part = slice(start, start + size)
-        hessian = batch.hessian[part]
-        yield HessianBatch(batch.stacks[part], hessian, batch.n_tokens[part], batch.source[part])
 
 
 def _without_data(layer: LayerSite) -> Iterator[HessianBatch]:

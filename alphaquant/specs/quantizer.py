@@ -21,8 +21,8 @@ class RoundingSpec:
     """gptq, or rtn (round to nearest, needs no text)."""
     percdamp: Share = 0.01
     """GPTQ damping, fraction of the mean Hessian diagonal."""
-    blocksize: Positive = 32
-    """GPTQ columns per lazy update, speed only."""
+    blocksize: Positive = 128
+    """Columns that are gone through between two matrix products, speed only."""
     scale_search: ScaleSearch = "hessian"
     """How scales are chosen: minmax (the formats' plain rule), mse (least squared error), hessian
     (least GPTQ error)."""

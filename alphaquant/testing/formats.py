@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.quant.codecs import check_finite, make_grid
+from alphaquant.quant.codecs import check_finite, make_grid, nv_global_scale
+from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding
+from alphaquant.quant.factor import factorize
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
-from alphaquant.quant.rounding import factorize, quantize_gptq, quantize_rtn
+from alphaquant.quant.refine import refine
+from alphaquant.quant.rounding import factorize as plain_factorize
+from alphaquant.quant.rounding import hessian_error, quantize_gptq, quantize_rtn
+from alphaquant.quant.rules import rule_of
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
 from alphaquant.specs.quantizer import ScaleSearch
 
@@ -172,6 +177,68 @@ def check_error(fmt: Format, search: ScaleSearch) -> None:
     assert relative <= min(1.0, 4 * (16.0 * 3 / 2**fmt.bits) ** 2 / 12), (fmt.name, relative)
 
 
+def check_engine(fmt: Format, search: ScaleSearch) -> None:
+    """Rounding by blocks of products gives what rounding column by column gives.
+
+    Sums come in another order, so a tie may fall to the other side and move what comes after it:
+    the objectives of all rows together are compared. A refined one may end in another minimum.
+    """
+    whole = search == "hessian"  # with tail groups; the other ways choose scales elsewhere
+    for n_rows, n_cols, block_size in ((70, 136 if whole else 40, 32), (3, 37, 16))[: 1 + whole]:
+        weight = draw_weights(n_rows, n_cols, seed=3)
+        hessian = _correlated_hessian(n_cols)
+        plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), block_size)
+        shared = nv_global_scale(weight[None])[0].expand(n_rows).contiguous()
+        rounder = Rounder(rule_of(fmt, search), plan, shared)
+        transposed = weight.T.contiguous()
+        damped = factorize(hessian, 0.01, (False, True))
+        for factor, actorder in zip(damped.factors, (False, True), strict=True):
+            inverses = factor.diagonal_inverses(plan.blocks)
+            start = rounder.gptq(transposed, factor, inverses, static=False)
+            reference = quantize_gptq(
+                weight[None],
+                plain_factorize(hessian[None], 0.01, actorder=actorder),
+                fmt,
+                search,
+            )
+            _assert_close(fmt, start, weight, reference, damped.matrix, 2e-3)
+            end = rounder.refine(start, damped.matrix, 2)
+            assert bool((end.objective <= start.objective).all()), fmt.name
+            refined = refine(weight[None], damped.matrix[None], reference, 2)
+            _assert_close(fmt, end, weight, refined, damped.matrix, 0.03)
+        nearest = rounder.nearest(transposed)
+        plain = quantize_rtn(weight[None], fmt, search)
+        _assert_close(fmt, nearest, weight, plain, torch.eye(n_cols), 1e-5)
+
+
+def _correlated_hessian(n_cols: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    mix = torch.randn(n_cols, n_cols, generator=generator) / n_cols**0.5
+    inputs = torch.randn(3 * n_cols, n_cols, generator=generator) @ mix
+    hessian: Tensor = inputs.T @ inputs
+    return hessian
+
+
+def _assert_close(
+    fmt: Format,
+    found: Rounding,
+    weight: Tensor,
+    reference: RoundedBatch,
+    hessian: Tensor,
+    tolerance: float,
+) -> None:
+    """The sum of the objective is that of the reference, and it is told as it is."""
+    expected = hessian_error(weight, reference.weights()[0], hessian).sum()
+    made = weight - found.delta.T
+    measured = hessian_error(weight, made, hessian)
+    scale = max(float(expected), 1e-30)
+    assert abs(float(measured.sum()) - scale) <= tolerance * scale, fmt.name
+    assert torch.allclose(found.objective, measured, rtol=1e-3, atol=1e-5 * scale), fmt.name
+    scales = found.scales.repeat_interleave(fmt.columns_per_scale(weight.shape[1]), 0)
+    rebuilt = found.centred * scales[: weight.shape[1]]
+    assert torch.allclose(rebuilt.T, made, atol=1e-6), fmt.name
+
+
 def check_unquantized() -> None:
     """bf16 stores the weights themselves, rounded to bfloat16."""
     fmt = parse_format("bf16")
@@ -191,12 +258,13 @@ CHECKS: tuple[Callable[[Format, ScaleSearch], None], ...] = (
     check_identity_hessian,
     check_bad_numbers,
     check_error,
+    check_engine,
 )
 """What every quantized format promises, with either way to choose scales."""
 
 
 def _identity_gptq(weight: Tensor, fmt: Format, search: ScaleSearch) -> RoundedBatch:
-    factor = factorize(torch.eye(weight.shape[-1])[None], 0.01)
+    factor = plain_factorize(torch.eye(weight.shape[-1])[None], 0.01)
     return quantize_gptq(weight[None], factor, fmt, search)
 
 

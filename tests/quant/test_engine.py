@@ -71,9 +71,8 @@ def test_every_setting_is_checked() -> None:
             QuantSettings(**{field.name: object()})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("n_bytes", [1, 60_000])
-def test_small_chunks_give_the_same_codes(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices of a layer are quantized a few at a time; how many is memory only."""
+def test_rows_that_are_rounded_apart_have_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows are rounded together, and by how many threads, is speed only."""
     model_map = map_model(tiny_model("olmoe"))
     assignment = uniform_assignment(model_map.inventory, "int3-g32-asym")
 
@@ -82,8 +81,16 @@ def test_small_chunks_give_the_same_codes(n_bytes: int, monkeypatch: pytest.Monk
         return [item.packed.dequantize() for done in layers for item in done.items]
 
     whole = codes()
-    monkeypatch.setattr(engine, "_CHUNK_BYTES", n_bytes)
+    monkeypatch.setattr(engine, "_ROWS", 7)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, codes(), strict=True))
+    n_threads = torch.get_num_threads()
+    monkeypatch.undo()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(whole, codes(), strict=True))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def test_two_starts_are_at_most_the_error_of_either_in_every_matrix() -> None:
