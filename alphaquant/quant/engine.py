@@ -24,6 +24,7 @@ from alphaquant.quant.factor import Block, DampedHessian, Factor, factorize
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
 from alphaquant.quant.rules import rule_of
+from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -48,6 +49,9 @@ class MatrixRecord:
         damp: damping fraction used, retries included; the larger one of two starts.
         weight_error: |W - Q|^2 / |W|^2.
         output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
+        shrinkage: how far the Hessian was drawn toward its diagonal, 0 to 1; None without data.
+        heldout_gain: what that made of the error on held-back tokens, as a factor, measured on
+            matrices of its kind; None where it was not tried.
     """
 
     matrix: str
@@ -60,6 +64,8 @@ class MatrixRecord:
     damp: float | None = None
     weight_error: float = 0.0
     output_error: float | None = None
+    shrinkage: float | None = None
+    heldout_gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class _Stack:
         matrices: in the order of their rows.
         weights: float32 [N, K] of each.
         hessian: float32 [K, K], sums over tokens; None without data.
-        damped: with its factors; None for rounding to nearest.
+        damped: drawn toward its diagonal, damped, with its factors; None for rounding to nearest.
+        shrinkage: how far it was drawn, 0 to 1.
+        heldout_gain: what that made of the error on held-back tokens.
         source: how the Hessian was made.
         n_tokens: how many the matrices saw.
     """
@@ -88,6 +96,8 @@ class _Stack:
     weights: Mapping[str, Tensor]
     hessian: Tensor | None
     damped: DampedHessian | None
+    shrinkage: float
+    heldout_gain: float | None
     source: str
     n_tokens: int
 
@@ -108,9 +118,10 @@ class _Stack:
         D = rounding.delta  # [K, N]
         if self.damped is None:
             return ((self.hessian @ D) * D).sum(0)
-        # The objective counts what was added to the diagonal as well.
-        added = self.damped.matrix.diagonal() - self.hessian.diagonal()
-        return (rounding.objective - added @ D.square()).clamp(min=0)
+        # The objective is of the matrix with a larger diagonal and smaller correlations.
+        kept = 1 - self.shrinkage
+        added = self.damped.matrix.diagonal() - kept * self.hessian.diagonal()
+        return (rounding.objective - added @ D.square()).clamp(min=0) / kept
 
 
 Wanted = Callable[[Matrix, str], bool]
@@ -144,11 +155,12 @@ def quantize_layer(
     with _threads() as pool:
         for batch in _without_data(layer) if hessians is None else hessians:
             _check_hessians(batch)
+            shrinkage = _shrinkage(model_map, batch, settings)
             for b, matrices in enumerate(batch.stacks):
                 asked = {n: [m for m in matrices if wanted(m, n)] for n in formats}
                 asked = {name: chosen for name, chosen in asked.items() if chosen}
                 if asked:
-                    stack = _stack(model_map, batch, b, asked, settings)
+                    stack = _stack(model_map, batch, b, asked, (settings, shrinkage))
                     yield from _quantize_stack(stack, asked, settings, pool)
 
 
@@ -164,26 +176,42 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(n_threads)
 
 
+def _shrinkage(model_map: ModelMap, batch: HessianBatch, settings: QuantSettings) -> Shrinkage:
+    """How far the Hessians of a batch are drawn toward their diagonals."""
+    if settings.method != "gptq" or not settings.shrinkage:
+        return NO_SHRINKAGE
+
+    def weight_of(index: int) -> Tensor:
+        views = [model_map.view(m.name) for m in batch.stacks[index]]
+        return torch.cat(views).to("cpu", torch.float32)
+
+    return choose_shrinkage(batch, weight_of, settings.percdamp)
+
+
 def _stack(
     model_map: ModelMap,
     batch: HessianBatch,
     b: int,
     asked: Mapping[str, Sequence[Matrix]],
-    settings: QuantSettings,
+    how: tuple[QuantSettings, Shrinkage],
 ) -> _Stack:
     """The matrices of a stack that are asked for, with the factors that they need."""
+    settings, shrinkage = how
     used = {m.name for chosen in asked.values() for m in chosen}
     matrices = tuple(m for m in batch.stacks[b] if m.name in used)
     weights = {m.name: model_map.view(m.name).to("cpu", torch.float32) for m in matrices}
     for name, weight in weights.items():
         check_finite(weight, name)
     hessian = batch.hessian[b].cpu() if batch.has_data[b] else None
-    damped = None
+    damped, amount = None, shrinkage.amount(batch.tokens_per_input(b))
     is_rounded = any(parse_format(name).is_quantized for name in asked)
     if hessian is not None and settings.method == "gptq" and is_rounded:
         orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
-        damped = factorize(hessian, settings.percdamp, orders)
-    return _Stack(matrices, weights, hessian, damped, batch.source[b], batch.n_tokens[b])
+        damped = factorize(shrink(hessian, amount), settings.percdamp, orders)
+    gain = shrinkage.heldout_gain
+    return _Stack(
+        matrices, weights, hessian, damped, amount, gain, batch.source[b], batch.n_tokens[b]
+    )
 
 
 def _quantize_stack(
@@ -294,6 +322,8 @@ def _pack(
         None if stack.damped is None else stack.damped.damp,
         float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
         output,
+        stack.shrinkage if has_data else None,
+        stack.heldout_gain,
     )
     values, zeros, shared = rounding.centred, None, None
     if not fmt.symmetric:

@@ -13,10 +13,13 @@ it had seen `pooled_tokens` more of their tokens. The mean is taken over the lay
 gate and up, whose inputs live in the same space; for down, whose inputs are each expert's own
 features, only the mean diagonal is shared.
 
+A part of the tokens, the last quarter of every batch, is summed apart as well (`held`), so that
+`shrinkage.py` can ask how well a Hessian of the others speaks for them.
+
 Letters: E experts, K inputs, n tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +28,9 @@ from torch import Tensor
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite
 from alphaquant.spaces.units import Matrix
+
+_HELD_EXPERTS = 4
+"""Experts of a module, at least, for which held-back tokens are summed apart."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,21 @@ class HessianBatch:
         n_tokens: tokens that each group saw, [B].
         source: how each Hessian was made, [B]: `plain`, `routing_weighted` (shared experts behind
             a gate included), `routing_weighted+pooled`, `pooled`.
+        n_pooled: tokens' worth of the mean that each Hessian was mixed with.
+        held: of some groups, by index, the part of the sum that comes from held-back tokens,
+            float32 [K, K].
     """
 
     stacks: tuple[tuple[Matrix, ...], ...]
     hessian: Tensor
     n_tokens: tuple[int, ...]
     source: tuple[str, ...]
+    n_pooled: int = 0
+    held: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def select(self, members: Sequence[int]) -> "HessianBatch":
-        """The batch of some of its groups."""
-        if len(members) == len(self.stacks):
-            return self
-        stacks = tuple(self.stacks[b] for b in members)
-        n_tokens = tuple(self.n_tokens[b] for b in members)
-        source = tuple(self.source[b] for b in members)
-        return HessianBatch(stacks, self.hessian[list(members)], n_tokens, source)
+    def tokens_per_input(self, index: int) -> float:
+        """Tokens that a group saw, pooled ones included, per input."""
+        return (self.n_tokens[index] + self.n_pooled) / self.hessian.shape[-1]
 
     @property
     def has_data(self) -> list[bool]:
@@ -73,6 +79,11 @@ def accumulate(total: Tensor, inputs: Tensor, weights: Tensor | None = None) -> 
     total.addmm_(weighted.T, flat)
 
 
+def first_held(n_tokens: int) -> int:
+    """The first token of a batch that is held back; those of its last quarter are."""
+    return n_tokens - n_tokens // 4
+
+
 @dataclass
 class LayerHessians:
     """Observer that sums one layer's Hessians; hand it to `observe_layer`, then call `batches`.
@@ -86,6 +97,7 @@ class LayerHessians:
     route_exponent: int = 2
     pooled_tokens: int = 512
     _linear: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
     _shared: dict[str, list[Matrix]] = field(default_factory=dict)
     _leader: dict[str, str] = field(default_factory=dict)
@@ -107,9 +119,13 @@ class LayerHessians:
         if name not in self._linear:
             n_cols = site.matrix.cols
             self._linear[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
+            self._held[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
             self._tokens[name] = 0
-        accumulate(self._linear[name], inputs, self._gate_weights(site, inputs))
-        self._tokens[name] += inputs.numel() // inputs.shape[-1]
+        flat, weights = inputs.flatten(0, -2), self._gate_weights(site, inputs)
+        accumulate(self._linear[name], flat, weights)
+        held = slice(first_held(len(flat)), None)
+        accumulate(self._held[name], flat[held], None if weights is None else weights[held])
+        self._tokens[name] += len(flat)
 
     def on_experts(
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
@@ -137,8 +153,9 @@ class LayerHessians:
             hessian = self._linear[leader].unsqueeze(0)
             gated = self.route_exponent > 0 and leader.rpartition(".")[0] in self._gates
             source = "routing_weighted" if gated else "plain"
+            n_tokens, held = (self._tokens[leader],), {0: self._held[leader]}
             result.append(
-                HessianBatch((tuple(matrices),), hessian, (self._tokens[leader],), (source,))
+                HessianBatch((tuple(matrices),), hessian, n_tokens, (source,), held=held)
             )
         for site in layer.experts:
             result += self._experts[site.name].batches(self.pooled_tokens, self.route_exponent)
@@ -169,6 +186,9 @@ class _ExpertSums:
         self.w2 = torch.zeros(n_experts, width, width, device=device)
         self.n_tokens = torch.zeros(n_experts, dtype=torch.int64)
         self.is_pooled = False
+        sample = range(0, n_experts, max(1, n_experts // _HELD_EXPERTS))
+        self.held13 = {e: torch.zeros(hidden, hidden, device=device) for e in sample}
+        self.held2 = {e: torch.zeros(width, width, device=device) for e in sample}
 
     def add(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor, exponent: int) -> None:
         for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
@@ -178,6 +198,10 @@ class _ExpertSums:
             power = output_weights.to(torch.float32) ** exponent
             accumulate(self.w13[e], x, power)
             accumulate(self.w2[e], features, power)
+            if e in self.held13:
+                held = tokens.rows >= first_held(len(inputs))
+                accumulate(self.held13[e], x[held], power[held])
+                accumulate(self.held2[e], features[held], power[held])
             self.n_tokens[e] += tokens.rows.numel()
 
     def batches(self, pooled_tokens: int, exponent: int) -> list[HessianBatch]:
@@ -196,4 +220,7 @@ class _ExpertSums:
             diagonal += share * diagonal.sum(0).mean()
         inner = tuple(map(self.site.inner, range(self.site.n_experts)))
         down = tuple((m,) for m in self.site.down)
-        return [HessianBatch(inner, w13, counts, source), HessianBatch(down, w2, counts, source)]
+        return [
+            HessianBatch(inner, w13, counts, source, pooled_tokens, self.held13),
+            HessianBatch(down, w2, counts, source, held=self.held2),
+        ]

@@ -30,6 +30,8 @@ class RoundingSpec:
     """Power of the routing weight in experts' Hessians: 0 plain GPTQ, 1 MoEQuant, 2 exact."""
     pooled_tokens: Natural = 512
     """Tokens' worth of the layer's mean in each expert's Hessian; 0 is off."""
+    shrinkage: bool = True
+    """Draw Hessians toward their diagonals where that rounds better for held-back tokens."""
     actorder: bool = False
     """Most used inputs first; implies static groups."""
     static_groups: Annotated[bool, _STATIC_GROUPS] = False

@@ -98,7 +98,7 @@ def test_two_starts_are_at_most_the_error_of_either_in_every_matrix() -> None:
     assignment = uniform_assignment(model_map.inventory, "int3-g32")
 
     def errors(**changes: Any) -> dict[str, float]:
-        settings = QuantSettings(pooled_tokens=0, percdamp=0.001, **changes)
+        settings = QuantSettings(pooled_tokens=0, percdamp=0.001, shrinkage=False, **changes)
         layers = quantize_layers(model_map, assignment, settings, tiny_tokens(8, 16))
         records = [item.record for done in layers for item in done.items]
         return {r.matrix: r.output_error for r in records if r.output_error is not None}
