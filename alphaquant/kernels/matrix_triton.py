@@ -5,6 +5,8 @@ Every kernel that reads packed numbers has an argument `matrix`, a `StoredMatrix
 `DECODING`, a `Decoding`. Triton takes named tuples apart before a launch: each number and pointer
 is specialized as if it were an argument of its own, and None, as 1, is a constant. So a matrix
 without zero points has another binary than one with them, and kernels ask `matrix.zeros is None`.
+`do_not_specialize` does not reach into tuples (Triton 3.7.1): numbers that change from call to
+call stay arguments of their own, or every one of them would be compiled anew.
 
 Small floats may be folded (`alphaquant.kernels.bodies`): then a tile holds value * 2^-p, and the
 scales, and for E4M3 the global factor, come multiplied by what makes up for it. `decoding_of`

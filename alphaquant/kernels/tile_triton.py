@@ -21,19 +21,18 @@ def multiply_tiles(
     is_row,  # [Z], whether there are any
     matrix,
     rows,  # [B] of the matrix
+    tiles_per_split,
     DECODING: tl.constexpr,
     EVEN: tl.constexpr,  # whether K is a multiple of 128
 ):
     """Rows of a matrix times rows of activations, float32 [B, Z], without global scale.
 
     `matrix` and `DECODING` are those of `alphaquant.kernels.matrix_triton`. The columns are shared
-    by the programs of the third axis of the grid, equal parts of whole tiles but for the last.
+    by the programs of the third axis of the grid.
     """
     columns = tl.arange(0, 128)
     n_tiles = (matrix.n_cols + 127) // 128
     acc = tl.full((rows.shape[0], is_row.shape[0]), 0.0, tl.float32)
-    n_splits = tl.num_programs(2)
-    tiles_per_split = (n_tiles + n_splits - 1) // n_splits
     first = tl.program_id(2) * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, n_tiles)):
         is_inside = is_row[None, :]

@@ -67,13 +67,14 @@ CONFIGS: dict[tuple[str, int], LinearConfig] = {
 """By element and Z, where they differ from the default; chosen by compiling, not by timing."""
 
 
-@triton.jit(do_not_specialize=["n_x_rows"])
+@triton.jit(do_not_specialize=["n_x_rows", "tiles_per_split"])
 def packed_linear_kernel(
     x_ptr,  # [M, K], contiguous
     out_ptr,  # [number of splits, M, N]
     matrix,  # [N, K]
     n_x_rows,
     n_rows,
+    tiles_per_split,
     DECODING: tl.constexpr,
     EVEN: tl.constexpr,
     B: tl.constexpr,
@@ -84,7 +85,7 @@ def packed_linear_kernel(
     x_rows = tl.program_id(1) * Z + tl.arange(0, Z)  # [Z]
     x_at = x_ptr + x_rows.to(tl.int64) * matrix.n_cols  # [Z]
     is_row = x_rows < n_x_rows
-    acc = multiply_tiles(x_at, is_row, matrix, rows, DECODING, EVEN)
+    acc = multiply_tiles(x_at, is_row, matrix, rows, tiles_per_split, DECODING, EVEN)
     if matrix.global_scales is not None:
         acc *= load_global(matrix, 0, DECODING)
     out_rows = (tl.program_id(2) * n_x_rows + x_rows).to(tl.int64)
@@ -256,6 +257,7 @@ def _launch(
     grid = (n_row_blocks, triton.cdiv(n_x_rows, block_cols), splits)
     packed_linear_kernel[grid](
         *(x, parts, matrix_of(weight), n_x_rows, weight.rows),
+        triton.cdiv(weight.n_tiles, splits),
         DECODING=decoding_of(weight, x.dtype, use_asm=can_use_asm(x)),
         EVEN=weight.cols % TILE_COLS == 0,
         B=launch.block_rows,

@@ -58,7 +58,7 @@ def _load_block(blocks, block, Z: tl.constexpr):
     return tl.load(blocks.places + block), positions, is_slot
 
 
-@triton.jit(do_not_specialize=["number", "n_slots"])
+@triton.jit(do_not_specialize=["number", "n_slots", "tiles_per_split"])
 def gate_up_kernel(
     x_ptr,  # [n, H], contiguous
     out_ptr,  # [n k, I], or float32 [L, n k, 2 I padded] of parts; rows in sorted order
@@ -68,7 +68,7 @@ def gate_up_kernel(
     n_slots,  # n k
     n_choices,  # k
     out_cols,  # I, or 2 I padded of parts
-    expert_rows,
+    tiles_per_split,
     DECODING: tl.constexpr,
     EVEN: tl.constexpr,
     WRITES: tl.constexpr,  # "gated", or parts: of "both", of "gate" alone or of "up" alone
@@ -88,8 +88,8 @@ def gate_up_kernel(
     slots = tl.load(blocks.slots + positions, mask=is_slot, other=0)
     x_at = x_ptr + (slots // n_choices).to(tl.int64) * stack.n_cols  # [Z]
     rows = tl.program_id(1) * B + tl.arange(0, B)
-    stack_rows = place * expert_rows + rows
-    acc = multiply_tiles(x_at, is_slot, stack, stack_rows, DECODING, EVEN)
+    stack_rows = place * (tl.num_programs(1) * B) + rows  # the grid has the rows of an expert
+    acc = multiply_tiles(x_at, is_slot, stack, stack_rows, tiles_per_split, DECODING, EVEN)
     if stack.global_scales is not None:
         if WRITES == "gated" or WRITES == "both":
             sides = rows // _HALF % 2  # 0 for gate, 1 for up
@@ -114,7 +114,7 @@ def gate_up_kernel(
         tl.store(out_ptr + at, gated, mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["number", "n_slots"])
+@triton.jit(do_not_specialize=["number", "n_slots", "tiles_per_split"])
 def down_kernel(
     x_ptr,  # [n k, I], rows in sorted order
     out_ptr,  # [L, n k, H], rows in the order of slots
@@ -124,7 +124,7 @@ def down_kernel(
     number,  # of the format
     n_slots,  # n k
     hidden,  # H
-    expert_rows,
+    tiles_per_split,
     DECODING: tl.constexpr,
     EVEN: tl.constexpr,
     B: tl.constexpr,
@@ -140,8 +140,8 @@ def down_kernel(
     place, positions, is_slot = _load_block(blocks, block, Z)
     x_at = x_ptr + positions.to(tl.int64) * stack.n_cols  # [Z]
     rows = tl.program_id(1) * B + tl.arange(0, B)
-    stack_rows = place * expert_rows + rows
-    acc = multiply_tiles(x_at, is_slot, stack, stack_rows, DECODING, EVEN)
+    stack_rows = place * (tl.num_programs(1) * B) + rows  # the grid has the rows of an expert
+    acc = multiply_tiles(x_at, is_slot, stack, stack_rows, tiles_per_split, DECODING, EVEN)
     slots = tl.load(blocks.slots + positions, mask=is_slot, other=0)
     factors = tl.load(weights_ptr + slots, mask=is_slot, other=0.0).to(tl.float32)
     if stack.global_scales is not None:
@@ -204,7 +204,8 @@ def _gate_up(
             launch = replace(own[number], n_splits=n_splits)
             gate_up_kernel[_grid(stacks, plan.blocks[side], number, launch)](
                 *(x, out, _blocks_of(order, plan.blocks[side]), matrix_of(stack), number),
-                *(len(order.slots), n_choices, out.shape[-1], stacks.expert_rows),
+                *(len(order.slots), n_choices, out.shape[-1]),
+                triton.cdiv(stack.n_tiles, n_splits),
                 **_constants(stack, x, launch),
                 WRITES=written[side],
             )
@@ -227,7 +228,8 @@ def _down(
     for number, stack in enumerate(stacks.stacks):
         down_kernel[_grid(stacks, table, number, configs[number])](
             *(gated, parts, weights, _blocks_of(plan.order, table), matrix_of(stack), number),
-            *(weights.numel(), experts.hidden, stacks.expert_rows),
+            *(weights.numel(), experts.hidden),
+            triton.cdiv(stack.n_tiles, n_splits),
             **_constants(stack, gated, configs[number]),
         )
     return parts
