@@ -83,12 +83,13 @@ def packed_linear_kernel(
     """Grid: (N padded / B, ceil(M / Z), splits)."""
     rows = tl.program_id(0) * B + tl.arange(0, B)  # [B]
     x_rows = tl.program_id(1) * Z + tl.arange(0, Z)  # [Z]
+    split = tl.program_id(2)
     x_at = x_ptr + x_rows.to(tl.int64) * matrix.n_cols  # [Z]
     is_row = x_rows < n_x_rows
     acc = multiply_tiles(x_at, is_row, matrix, rows, tiles_per_split, DECODING, EVEN)
     if matrix.global_scales is not None:
         acc *= load_global(matrix, 0, DECODING)
-    out_rows = (tl.program_id(2) * n_x_rows + x_rows).to(tl.int64)
+    out_rows = (split * n_x_rows + x_rows).to(tl.int64)
     out_at = out_rows[None, :] * n_rows + rows[:, None]  # [B, Z]
     is_inside = is_row[None, :] & (rows[:, None] < n_rows)
     tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
