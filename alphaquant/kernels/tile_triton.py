@@ -4,7 +4,8 @@
 Where a tile has one scale per row, it multiplies float32 sums; where it has several, weights are
 made whole before the product. Zero points are subtracted from the weights either way. Taking
 zero * sum(x) off the sums instead, with sum(x) as a product with ones, makes `int4-g128-asym` 4.15
-instructions per weight instead of 3.38 (sm_90, bfloat16, 16 columns): the ones need registers too.
+instructions per weight instead of 3.38 (sm_90, bfloat16, 16 columns, steps of a number of tiles
+that the compiler does not know): the ones need registers too.
 
 Letters: K columns of the matrix, B rows of it in a program, Z rows of activations.
 """
