@@ -19,10 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-from alphaquant.kernels.order import KernelWeight
 from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import pack_drawn
-from alphaquant.testing.machine_code import disassemble, main_loop
+from alphaquant.testing.machine_code import (
+    claimed_gpu,
+    main_loop,
+    main_loop_of,
+    registers_of,
+    spilled_bytes_of,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,95 +69,57 @@ class Facts:
     per_weight: float
 
 
-def compile_linear(name: str, dtype: str, block_cols: int) -> tuple[Any, int]:
-    """The compiled kernel of a format, and how many threads a program has."""
+def compile_linear(name: str, dtype: str, block_cols: int) -> Any:
+    """The compiled kernel of a format."""
     linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
     weight = order_matrix(pack_drawn(name, 128, 512))
-    constants = linear.constants_of(weight, DTYPES[dtype], use_asm=True)
-    config = linear.CONFIGS.get((weight.element, block_cols), linear.LinearConfig())
-    constants |= {"EVEN": True, "B": config.block_rows, "Z": block_cols}
-    options = {"num_warps": config.n_warps, "num_stages": config.n_stages}
-    types = pointer_types(weight, dtype)
-    compiled = compile_kernel(linear.packed_linear_kernel, constants, types, options)
-    return compiled, 32 * config.n_warps
-
-
-def compile_kernel(
-    kernel: Any,
-    constants: dict[str, Any],
-    types: dict[str, str],
-    options: dict[str, int],
-    capability: int = 90,
-) -> Any:
-    """A kernel for a GPU that need not be there; arguments without a type are integers."""
-    triton = importlib.import_module("triton")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    types = {n: t for n, t in types.items() if n in kernel.arg_names}
-    signature = {
-        n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names
-    }
-    index = kernel.arg_names.index
-    even = [n for n in ("n_rows", "n_cols", "padded_rows", "plane_bytes") if n in kernel.arg_names]
-    source = triton.compiler.ASTSource(
-        kernel,
-        signature=signature,
-        constexprs={(index(n),): value for n, value in constants.items()},
-        attrs={(index(n),): [["tt.divisibility", 16]] for n in (*types, *even)},
-    )
-    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+    x = torch.zeros(block_cols, 512, dtype=DTYPES[dtype])
+    with claimed_gpu() as launched:
+        linear.packed_linear(x, weight)
+    (launch,) = launched
+    return launch.binary
 
 
 def compile_others() -> dict[str, bool]:
     """Whether each of the other kernels, and the linear one without PTX, compiles as meant."""
     linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
     found = {}
-    sums = {"parts_ptr": "*fp32", "out_ptr": "*bf16"}
-    done = compile_kernel(linear.add_splits_kernel, {"BLOCK": 1024}, sums, {"num_warps": 4})
-    found["sum of the splits"] = "ld.global" in done.asm["ptx"]
     for name in ("int3-g64-asym", "mxfp6", "nvfp4", "bf16"):
-        weight = order_matrix(pack_drawn(name, 128, 512))
-        types = pointer_types(weight, "bf16")
-        for use_asm in (True, False):
-            constants = linear.constants_of(weight, torch.bfloat16, use_asm=use_asm)
-            known = {"B": 64, **constants}
-            done = compile_kernel(linear.dequantize_kernel, known, types, {"num_warps": 4})
-            has_body = use_asm and name != "bf16"
-            found[f"{name} dequantized, {use_asm}"] = ("lop3.b32" in done.asm["ptx"]) == has_body
-        capability = 89 if name == "nvfp4" else 80
-        known = {"EVEN": False, "B": 64, "Z": 16, **constants}
-        kernel, options = linear.packed_linear_kernel, {"num_warps": 4, "num_stages": 2}
-        done = compile_kernel(kernel, known, types, options, capability)
-        found[f"{name} on sm_{capability}"] = "mma.sync" in done.asm["ptx"]
-        found[f"{name} keeps subnormals there"] = ".ftz" not in done.asm["ptx"]
+        weight = order_matrix(pack_drawn(name, 128, 500))
+        older = 89 if name == "nvfp4" else 80
+        for capability in (90, older):
+            with claimed_gpu(capability) as launched:
+                linear.dequantize_packed(weight, torch.bfloat16)
+            has_body = capability == 90 and name != "bf16"
+            found[f"{name} dequantized on sm_{capability}"] = has_body == (
+                "lop3.b32" in launched[0].binary.asm["ptx"]
+            )
+        x, config = torch.zeros(16, 500, dtype=torch.bfloat16), linear.LinearConfig(64, 4, 2)
+        with claimed_gpu(older) as launched:
+            linear.packed_linear(x, weight, config=config, n_splits=2)
+        product, total = (launch.binary.asm["ptx"] for launch in launched)
+        found[f"{name} on sm_{older}"] = "mma.sync" in product
+        found[f"{name} keeps subnormals there"] = ".ftz" not in product
+        found["sum of the splits"] = "ld.global" in total
     return found
 
 
-def pointer_types(weight: KernelWeight, dtype: str) -> dict[str, str]:
-    scales = "*fp16" if weight.scales.dtype == torch.float16 else "*u8"
-    return {"x_ptr": f"*{dtype}", "words_ptr": "*u8", "scales_ptr": scales} | {
-        "zeros_ptr": "*u8",
-        "global_ptr": "*fp32",
-        "out_ptr": f"*{dtype}",
-    }
-
-
 def facts_of(name: str, dtype: str, block_cols: int) -> Facts:
-    compiled, n_threads = compile_linear(name, dtype, block_cols)
-    usage = disassemble(compiled.asm["cubin"], "-res-usage")
-    loop = main_loop(disassemble(compiled.asm["cubin"], "-sass"))
+    binary = compile_linear(name, dtype, block_cols)
+    loop, ptx = main_loop_of(binary), binary.asm["ptx"]
     products = [i for i in loop if "GMMA" in i]
     return Facts(
         name=name,
         dtype=dtype,
         block_cols=block_cols,
-        n_registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
-        has_wgmma="wgmma.mma_async" in compiled.asm["ptx"],
+        n_registers=registers_of(binary),
+        spilled_bytes=spilled_bytes_of(binary),
+        has_wgmma="wgmma.mma_async" in ptx,
         weights_from_registers=bool(products)
         and all(re.search(r"GMMA\S* R\d+, R\d+, gdesc", i) for i in products),
-        keeps_subnormals=".ftz" not in compiled.asm["ptx"],
+        keeps_subnormals=".ftz" not in ptx,
         n_shared_stores=sum(i.split()[0].startswith("STS") for i in loop),
-        per_weight=round(len(loop) * n_threads / (128 * 128), 2),
+        per_weight=round(len(loop) * 32 * binary.metadata.num_warps / (128 * 128), 2),
     )
 
 

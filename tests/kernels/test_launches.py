@@ -24,6 +24,7 @@ from alphaquant.kernels.moe.plan import ExpertWeights, GroupedExperts, stack_exp
 from alphaquant.kernels.order import KernelWeight
 from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import pack_drawn
+from alphaquant.testing.machine_code import Launched, claimed_gpu
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
@@ -112,51 +113,21 @@ def draw_experts(*, is_apart: bool) -> GroupedExperts:
     return stack_experts(experts)
 
 
-class ClaimedDevice:
-    """What Triton asks of a GPU before it compiles."""
-
-    binary_ext = "cubin"
-
-    def get_current_target(self) -> Any:
-        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
-
-
-def stop_after_compiling(launched: list[tuple[str, bool]]) -> None:
-    """Make every launch end after the compiler; its kernel and whether it was new are kept."""
-    jit = importlib.import_module("triton.runtime.jit")
-    run = jit.JITFunction.run
-    known: set[int] = set()
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made = run(self, *args, grid=grid, warmup=True, **options)
-        launched.append((self.fn.__name__, id(made) not in known))
-        known.add(id(made))
-        return made
-
-    jit.JITFunction.run = compile_only
-
-
 def main() -> None:
     """Call the host functions; print what each launched and compiled."""
-    importlib.import_module("triton.runtime").driver.set_active(ClaimedDevice())
-    launched: list[tuple[str, bool]] = []
-    stop_after_compiling(launched)
+    with claimed_gpu() as launched:
+        call_all(launched)
+
+
+def call_all(launched: list[Launched]) -> None:
     linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
-    products = importlib.import_module("alphaquant.kernels.moe.products_triton")
     grouped = importlib.import_module("alphaquant.kernels.moe.launch_triton")
-    linear.can_use_asm = products.can_use_asm = lambda x: True
 
     def report(call: str, run: Callable[[], object]) -> None:
         launched.clear()
         run()
-        names = [name for name, _ in launched]
-        new = [name for name, is_new in launched if is_new]
+        names = [launch.kernel for launch in launched]
+        new = [launch.kernel for launch in launched if launch.is_new]
         print(json.dumps({"call": call, "launched": names, "compiled": new}), flush=True)
 
     for name in LINEAR:

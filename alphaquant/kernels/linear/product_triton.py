@@ -22,7 +22,6 @@ output block.
 """
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -35,12 +34,11 @@ from alphaquant.kernels.linear.dequant_triton import (
     load_scales,
     load_tile,
     load_zeros,
-    scale_kind_of,
     spread,
-    unpacking_of,
 )
-from alphaquant.kernels.order import LAYOUTS, TILE_COLS, KernelWeight, layout_of
-from alphaquant.kernels.tile_triton import add_tile
+from alphaquant.kernels.matrix_triton import COMPUTE_TYPES, decoding_of, matrix_of
+from alphaquant.kernels.order import LAYOUTS, TILE_COLS, KernelWeight
+from alphaquant.kernels.tile_triton import multiply_tiles
 from alphaquant.kernels.tuning import (
     KernelTable,
     Launch,
@@ -60,8 +58,6 @@ DENSE_ROWS = 256
 _PROGRAMS = 264
 """Programs that fill a GPU: two for each of the 132 multiprocessors of an H100 or H200."""
 
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
 CONFIGS: dict[tuple[str, int], LinearConfig] = {
     # With four warps the 128 x 64 sums and the weights of a tile need more than 255 registers.
     (element, 64): LinearConfig(n_warps=8)
@@ -74,27 +70,13 @@ CONFIGS: dict[tuple[str, int], LinearConfig] = {
 @triton.jit(do_not_specialize=["n_x_rows", "tiles_per_split"])
 def packed_linear_kernel(
     x_ptr,  # [M, K], contiguous
-    words_ptr,  # uint8 [P, T, N padded, 16 Q]
-    scales_ptr,  # [S, N padded, C]
-    zeros_ptr,  # uint8 [S, N padded, C], or anything if not HAS_ZEROS
-    global_ptr,  # float32 [1], or anything if not HAS_GLOBAL
     out_ptr,  # [number of splits, M, N]
+    matrix,  # [N, K]
     n_x_rows,
     n_rows,
-    n_cols,
-    padded_rows,
-    n_tiles,
     tiles_per_split,
-    tiles_per_step,
-    plane_bytes,
-    body: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-    C: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_GLOBAL: tl.constexpr,
+    DECODING: tl.constexpr,
     EVEN: tl.constexpr,
-    DTYPE: tl.constexpr,
     B: tl.constexpr,
     Z: tl.constexpr,
 ):
@@ -102,25 +84,14 @@ def packed_linear_kernel(
     rows = tl.program_id(0) * B + tl.arange(0, B)  # [B]
     x_rows = tl.program_id(1) * Z + tl.arange(0, Z)  # [Z]
     split = tl.program_id(2)
-    columns = tl.arange(0, 128)
-    x_at = x_ptr + x_rows[None, :].to(tl.int64) * n_cols + columns[:, None]  # [128, Z]
-    acc = tl.full((B, Z), 0.0, tl.float32)
-    first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, n_tiles)):
-        step = tile // tiles_per_step
-        is_inside = x_rows[None, :] < n_x_rows
-        if not EVEN:
-            is_inside = is_inside & (columns[:, None] < n_cols - tile * 128)
-        x = tl.load(x_at + tile * 128, mask=is_inside, other=0.0)
-        acc = add_tile(
-            *(acc, x, words_ptr, scales_ptr, zeros_ptr, tile, step, rows),
-            *(padded_rows, plane_bytes, body, SCALE_KIND, C, MIDDLE, HAS_ZEROS, DTYPE, B),
-        )
-    if HAS_GLOBAL:
-        acc *= load_global(global_ptr, SCALE_KIND)
+    x_at = x_ptr + x_rows.to(tl.int64) * matrix.n_cols  # [Z]
+    is_row = x_rows < n_x_rows
+    acc = multiply_tiles(x_at, is_row, matrix, rows, tiles_per_split, DECODING, EVEN)
+    if matrix.global_scales is not None:
+        acc *= load_global(matrix, 0, DECODING)
     out_rows = (split * n_x_rows + x_rows).to(tl.int64)
     out_at = out_rows[None, :] * n_rows + rows[:, None]  # [B, Z]
-    is_inside = (x_rows[None, :] < n_x_rows) & (rows[:, None] < n_rows)
+    is_inside = is_row[None, :] & (rows[:, None] < n_rows)
     tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
@@ -145,40 +116,25 @@ def add_splits_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    words_ptr,  # uint8 [P, T, N padded, 16 Q]
-    scales_ptr,  # [S, N padded, C]
-    zeros_ptr,  # uint8 [S, N padded, C], or anything if not HAS_ZEROS
-    global_ptr,  # float32 [1], or anything if not HAS_GLOBAL
     out_ptr,  # [N, K]
+    matrix,  # [N, K]
     n_rows,
-    n_cols,
-    padded_rows,
-    tiles_per_step,
-    plane_bytes,
-    body: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-    C: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_GLOBAL: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DECODING: tl.constexpr,
     B: tl.constexpr,
 ):
     """Weights, rounded once. Grid: (N padded / B, T)."""
     rows = tl.program_id(0) * B + tl.arange(0, B)  # [B]
     tile = tl.program_id(1)
     columns = tile * 128 + tl.arange(0, 128)
-    step = tile // tiles_per_step
-    w = load_tile(words_ptr, tile, rows, padded_rows, plane_bytes, body, DTYPE).to(tl.float32)
-    scales = load_scales(scales_ptr, step, rows, padded_rows, C, SCALE_KIND, tl.float32)
-    if HAS_ZEROS:
-        zeros = load_zeros(zeros_ptr, step, rows, padded_rows, C, MIDDLE)
-        w = w - spread(zeros.to(tl.float32), B, C)
-    if HAS_GLOBAL:
-        scales *= load_global(global_ptr, SCALE_KIND)
-    w *= spread(scales, B, C)
-    at = out_ptr + rows[:, None].to(tl.int64) * n_cols + columns[None, :]  # [B, 128]
-    is_inside = (rows[:, None] < n_rows) & (columns[None, :] < n_cols)
+    w = load_tile(matrix, tile, rows, DECODING).to(tl.float32)  # [B, 128]
+    scales = load_scales(matrix, tile, rows, DECODING, tl.float32)
+    if matrix.zeros is not None:
+        w = w - spread(load_zeros(matrix, tile, rows, DECODING).to(tl.float32))
+    if matrix.global_scales is not None:
+        scales *= load_global(matrix, 0, DECODING)
+    w *= spread(scales)
+    at = out_ptr + rows[:, None].to(tl.int64) * matrix.n_cols + columns[None, :]  # [B, 128]
+    is_inside = (rows[:, None] < n_rows) & (columns[None, :] < matrix.n_cols)
     tl.store(at, w.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
@@ -229,39 +185,13 @@ def dequantize_packed(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     block_rows = 64
     grid = (weight.words.shape[2] // block_rows, weight.n_tiles)
     dequantize_kernel[grid](
-        *pointers_of(weight),
-        out,
-        weight.rows,
-        weight.cols,
-        weight.words.shape[2],
-        weight.tiles_per_step,
-        weight.words[0].numel(),
-        **constants_of(weight, wide, use_asm=can_use_asm(out)),
+        *(out, matrix_of(weight), weight.rows),
+        DECODING=decoding_of(weight, wide, use_asm=can_use_asm(out)),
         B=block_rows,
         num_warps=4,
         enable_fp_fusion=True,
     )
     return out.to(dtype)
-
-
-def constants_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> dict[str, Any]:
-    """Compile-time arguments of the kernels that a weight and the type of x decide.
-
-    Args:
-        weight: the matrix.
-        dtype: what the kernel computes in.
-        use_asm: whether to unpack with PTX; there is none for float32.
-    """
-    has_zeros = weight.zeros is not None
-    return {
-        "body": unpacking_of(weight, dtype, use_asm=use_asm),
-        "SCALE_KIND": scale_kind_of(weight, dtype),
-        "C": weight.scales.shape[2],
-        "MIDDLE": (1 << layout_of(weight.element).bits) // 2 if has_zeros else 0,
-        "HAS_ZEROS": has_zeros,
-        "HAS_GLOBAL": weight.global_scale is not None,
-        "DTYPE": _TYPES[dtype],
-    }
 
 
 def default_splits(weight: KernelWeight, block_rows: int, n_column_blocks: int) -> int:
@@ -327,18 +257,9 @@ def _launch(
     n_row_blocks = weight.words.shape[2] // launch.block_rows
     grid = (n_row_blocks, triton.cdiv(n_x_rows, block_cols), splits)
     packed_linear_kernel[grid](
-        x,
-        *pointers_of(weight),
-        parts,
-        n_x_rows,
-        weight.rows,
-        weight.cols,
-        weight.words.shape[2],
-        weight.n_tiles,
+        *(x, parts, matrix_of(weight), n_x_rows, weight.rows),
         triton.cdiv(weight.n_tiles, splits),
-        weight.tiles_per_step,
-        weight.words[0].numel(),
-        **constants_of(weight, x.dtype, use_asm=can_use_asm(x)),
+        DECODING=decoding_of(weight, x.dtype, use_asm=can_use_asm(x)),
         EVEN=weight.cols % TILE_COLS == 0,
         B=launch.block_rows,
         Z=block_cols,
@@ -356,23 +277,13 @@ def _add_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def pointers_of(weight: KernelWeight) -> tuple[Tensor, ...]:
-    """Words, scales as plain bytes where they are small floats, zeros, global scale."""
-    scales = weight.scales
-    if scales.element_size() == 1:
-        scales = scales.view(torch.uint8)
-    zeros = weight.words if weight.zeros is None else weight.zeros
-    shared = scales if weight.global_scale is None else weight.global_scale
-    return weight.words, scales, zeros, shared
-
-
 def can_use_asm(x: Tensor) -> bool:
     """Whether this device has the bodies' instructions."""
     return x.is_cuda and not IS_INTERPRETED and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _check(x: Tensor, weight: KernelWeight) -> None:
-    if x.dim() != 2 or x.shape[1] != weight.cols or x.dtype not in _TYPES:
+    if x.dim() != 2 or x.shape[1] != weight.cols or x.dtype not in COMPUTE_TYPES:
         raise FormatError(
             f"x is {x.dtype} {list(x.shape)}; this matrix takes [rows, {weight.cols}] in float16, "
             "bfloat16 or float32: reshape or convert x"

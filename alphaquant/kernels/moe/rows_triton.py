@@ -4,7 +4,9 @@
 A row belongs to a slot. The dense path needs the rows of one format beside each other, in the
 order of `alphaquant.kernels.moe.slots.RowTable`; every kernel on them has a program per possible
 row, and those beyond the rows of the format, whose number only the device knows, return at once.
-Arithmetic is float32 and results are rounded to the type of the output.
+The tensors that name the rows of a format stay single arguments: a tuple of them could not hold
+the format's number, which must not be specialized. Arithmetic is float32 and results are rounded
+to the type of the output.
 
 Letters: n tokens, k experts per token, H hidden size, I expert width, L splits of the columns.
 """

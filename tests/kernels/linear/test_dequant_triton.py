@@ -68,10 +68,10 @@ def test_folding_changes_no_bit_of_a_product(
 def test_scales_take_over_what_the_tiles_lack(
     kernels: ModuleType, name: str, dtype: torch.dtype, power: int, global_power: int
 ) -> None:
-    constants = kernels.constants_of(drawn(name, 5, 171), dtype, use_asm=False)
-    kind = constants["SCALE_KIND"]
+    decoding = kernels.decoding_of(drawn(name, 5, 171), dtype, use_asm=False)
+    kind = decoding.scale_kind
     assert (kind.power, kind.global_power) == (power, global_power)
-    assert constants["body"].is_folded == (power > 0)
+    assert decoding.unpacking.is_folded == (power > 0)
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,20 @@ from alphaquant.errors import FormatError
 from alphaquant.kernels import reference
 from alphaquant.kernels.moe.config import GroupedConfig, stages_of, warps_of
 from alphaquant.kernels.moe.plan import ExpertWeights, GroupedExperts, stack_experts
+from alphaquant.kernels.moe.slots import order_rows, sort_slots
 from alphaquant.kernels.order import TILE_COLS, KernelWeight, order_bfloat16
 from alphaquant.kernels.parts import put_together, take_apart
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import draw_weights
-from alphaquant.testing.machine_code import disassemble, main_loop
+from alphaquant.testing.machine_code import (
+    Launched,
+    claimed_gpu,
+    main_loop_of,
+    registers_of,
+    spilled_bytes_of,
+)
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
@@ -452,11 +459,8 @@ class Figures:
     moves_before_gating: int
 
 
+PRODUCTS = ("gate_up_kernel", "down_kernel")
 COMPILED = ("int3-g128-asym", "int4-g128", "mxfp4")
-UNALIGNED = (  # arguments that need not be multiples of 16
-    *("number", "n_slots", "n_rows", "n_choices", "n_splits", "n_tiles", "tiles_per_split"),
-    *("tiles_per_step", "first_expert", "n_experts"),
-)
 
 
 def run_apart(folder: Path, *arguments: str) -> list[Figures]:
@@ -498,55 +502,19 @@ def test_sm_90_takes_the_kernels_between_the_products(tmp_path: Path) -> None:
     assert run_apart(tmp_path, "rows") == []
 
 
-def compile_kernel(
-    kernel: Any,
-    constants: dict[str, Any],
-    types: dict[str, str],
-    n_warps: int = 4,
-    n_stages: int = 3,
-) -> Any:
-    """Compile for sizes that are multiples of 16; what has no type holds 32-bit integers."""
-    triton = importlib.import_module("triton")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        default = "*i32" if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in constants else types.get(name, default)
-        if name not in constants and name not in UNALIGNED:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": n_warps, "num_stages": n_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
-
-
-def figures_of(kernel: Any, weight: KernelWeight, name: str, config: GroupedConfig) -> Figures:
-    linear = importlib.import_module("alphaquant.kernels.linear.product_triton")
-    constants = linear.constants_of(weight, torch.bfloat16, use_asm=True)
-    constants |= {"EVEN": True, "B": config.block_rows, "Z": config.block_slots}
-    is_split = config.n_splits > 1
-    if "IS_SPLIT" in kernel.arg_names:
-        constants |= {"IS_SPLIT": is_split, "SIDE": -1}
-    types = {
-        **dict.fromkeys(("words_ptr", "zeros_ptr"), "*u8"),
-        **dict.fromkeys(("global_ptr", "weights_ptr"), "*fp32"),
-        "x_ptr": "*bf16",
-        "out_ptr": "*fp32" if is_split else "*bf16",
-        "scales_ptr": "*u8" if weight.scales.element_size() == 1 else "*fp16",
-    }
-    compiled = compile_kernel(kernel, constants, types, config.n_warps, config.n_stages)
-    usage = disassemble(compiled.asm["cubin"], "-res-usage")
-    loop = main_loop(disassemble(compiled.asm["cubin"], "-sass"))
+def figures_of(launch: Launched, name: str, config: GroupedConfig) -> Figures:
+    binary, loop = launch.binary, main_loop_of(launch.binary)
     products = [op for op in loop if "GMMA" in op]
-    after_loop = compiled.asm["ttgir"].rpartition("scf.yield")[2]
+    after_loop = binary.asm["ttgir"].rpartition("scf.yield")[2]
     before_gating, parts, _ = after_loop.partition("tt.split")
     n_weights = config.block_rows * TILE_COLS
     return Figures(
-        kernel=kernel.__name__ + (", split" if is_split else ""),
+        kernel=launch.kernel + (", split" if config.n_splits > 1 else ""),
         format=name,
         weights_from_registers=all(re.search(r"GMMA\S* R\d+, R\d+, gd", op) for op in products),
-        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
-        shared_bytes=compiled.metadata.shared,
+        registers=registers_of(binary),
+        spilled_bytes=spilled_bytes_of(binary),
+        shared_bytes=binary.metadata.shared,
         instructions_per_weight=round(len(loop) * 32 * config.n_warps / n_weights, 2),
         stores_in_loop=sum(op.startswith("STS") for op in loop),
         spills_in_loop=sum(op.startswith(("STL", "LDL")) for op in loop),
@@ -557,32 +525,39 @@ def figures_of(kernel: Any, weight: KernelWeight, name: str, config: GroupedConf
 def compile_row_kernels() -> None:
     """The kernels between the products: that they compile is all there is to see."""
     rows = importlib.import_module("alphaquant.kernels.moe.rows_triton")
-    wide = dict.fromkeys(("x_ptr", "rows_ptr", "out_ptr"), "*bf16") | {"weights_ptr": "*fp32"}
-    for parts in ("*bf16", "*fp32"):
-        types = wide | {"parts_ptr": parts, "ids_ptr": "*i64"}
-        is_sorted = parts == "*fp32"
-        compile_kernel(rows.gate_kernel, {"IS_SORTED": is_sorted, "BLOCK": 1024}, types)
-        compile_kernel(rows.add_slots_kernel, {"BLOCK": 1024}, types)
-    compile_kernel(rows.gather_rows_kernel, {"BLOCK": 1024}, wide)
-    compile_kernel(rows.weigh_kernel, {"BLOCK": 1024}, wide)
+    ids = torch.tensor([[0, 1], [1, 0]])
+    experts = stack_experts([ExpertWeights(*(draw("int4-g128", 128, 128, 0),) * 3)] * 2)
+    order = sort_slots(ids, 2)
+    table = order_rows(order, experts.down.formats)
+    both, one = (torch.zeros(1, 4, n, dtype=torch.bfloat16) for n in (256, 128))
+    with claimed_gpu() as launched:
+        rows.gather_rows(one[0], table.positions, table, 0)
+        rows.gate_rows(both, one[0], table, 0)
+        rows.gate_parts(both.float(), one[0], order)
+        rows.weigh_rows(one[0], one[0], torch.zeros(2, 2), order.slots, table, 0)
+        for parts in (one, one.float()):
+            rows.add_slots(parts, ids, experts, torch.bfloat16)
+    assert all(launch.is_new for launch in launched) and len(launched) == 6
 
 
 def main(block_slots: int, block_rows: int, names: Sequence[str]) -> None:
     """Print the figures of the products for each format, a line of JSON each."""
-    kernels = importlib.import_module("alphaquant.kernels.moe.products_triton")
+    grouped = importlib.import_module("alphaquant.kernels.moe.launch_triton")
+    x, ids = torch.zeros(2, 256, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int64)
     for name in names:
         gate, down = draw(name, 128, 256, 0), draw(name, 256, 128, 0)
-        stacked = stack_experts([ExpertWeights(gate, gate, down)])
-        for kernel, stacks, n_splits in (
-            (kernels.gate_up_kernel, stacked.gate_up[0], 1),
-            (kernels.gate_up_kernel, stacked.gate_up[0], 2),
-            (kernels.down_kernel, stacked.down, 1),
-        ):
-            (stack,) = stacks.stacks
-            n_warps = warps_of(stack.scales.shape[2], block_slots, block_rows)
-            n_stages = stages_of(stack.element)
-            config = GroupedConfig(block_slots, block_rows, n_warps, n_stages, n_splits)
-            print(json.dumps(vars(figures_of(kernel, stack, name, config))))
+        stacked, figures = stack_experts([ExpertWeights(gate, gate, down)]), []
+        n_warps = warps_of(gate.scales.shape[2], block_slots, block_rows)
+        for n_splits in (1, 2):
+            sizes = (block_slots, block_rows, n_warps, stages_of(gate.element), n_splits)
+            config = GroupedConfig(*sizes)
+            with claimed_gpu() as launched:
+                grouped.grouped_moe(x, ids, x[:, :2], stacked, config=config)
+            products = [own for own in launched if own.kernel in PRODUCTS]
+            figures += [figures_of(own, name, config) for own in products]
+        gate_up, one_down, split, _ = figures
+        for found in (gate_up, split, one_down):
+            print(json.dumps(vars(found)))
 
 
 if __name__ == "__main__":

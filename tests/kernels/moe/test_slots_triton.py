@@ -10,7 +10,6 @@ it is on. Run as a program, this file prints what the compiler makes for numbers
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from alphaquant.kernels.moe.plan import FormatOrder, order_by_format
 from alphaquant.kernels.moe.slots import BlockTable, cut_blocks, sort_slots
-from alphaquant.testing.machine_code import disassemble
+from alphaquant.testing.machine_code import claimed_gpu, registers_of, spilled_bytes_of
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
@@ -245,30 +244,17 @@ def test_sm_90_needs_few_registers_and_little_shared_memory(
 
 def figures_of(n_experts: int, n_products: int = 2) -> dict[str, int]:
     """What the compiler makes of the kernel for sm_90."""
-    triton = importlib.import_module("triton")
     planner = importlib.import_module("alphaquant.kernels.moe.slots_triton")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    types: dict[str, Any] = {
-        **{"ids_ptr": "*i64", "slots_ptr": "*i32", "starts_ptr": "*i64", "tables_ptr": "*i32"},
-        **{"orders": ("*i64",) * n_products, "places": ("*i32",) * n_products},
-        "block_slots": ("i32",) * n_products,
-        **dict.fromkeys(("n_slots", "first_expert", "n_experts", "width"), "i32"),
-        **dict.fromkeys(("EXPERTS", "COLUMNS"), "constexpr"),
-    }
-    aligned = [(i,) for i in range(4)] + [(i, j) for i in (4, 5, 6) for j in range(n_products)]
-    source = triton.compiler.ASTSource(
-        planner.plan_slots_kernel,
-        types,
-        planner.sizes_of(n_experts),
-        {path: [["tt.divisibility", 16]] for path in aligned},
-    )
-    compiled = triton.compile(source, target=target, options={"num_warps": planner.N_WARPS})
-    usage = disassemble(compiled.asm["cubin"], "-res-usage")
+    orders = [order_by_format([0] * n_experts, torch.device("cpu"))] * n_products
+    ids = torch.zeros(4, 2, dtype=torch.int64)
+    with claimed_gpu() as launched:
+        planner.plan_slots(ids, 0, n_experts, orders, [16] * n_products)
+    (launch,) = launched
     return {
         "experts": n_experts,
-        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
-        "spilled_bytes": int(re.findall(r"STACK:(\d+)", usage)[0]),
-        "shared_bytes": compiled.metadata.shared,
+        "registers": registers_of(launch.binary),
+        "spilled_bytes": spilled_bytes_of(launch.binary),
+        "shared_bytes": launch.binary.metadata.shared,
     }
 
 
