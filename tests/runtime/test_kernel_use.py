@@ -101,6 +101,7 @@ IN_TORCH = {
 """Why kernels do not run the experts of a family."""
 
 
+@pytest.mark.usefixtures("unchecked")  # the whole model is compared here
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_stored_tensors_are_those_of_plain_torch(family: str, tmp_path: Path) -> None:
     path = save(tmp_path / "packed", family)
