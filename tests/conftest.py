@@ -24,11 +24,12 @@ os.environ |= {
 }
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -36,9 +37,12 @@ import pytest
 import torch
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from torch import nn
 
 from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import Divergence
+from alphaquant.models import mapping
+from alphaquant.models.probe import Probe, probe_model
 from alphaquant.progress import StageClock
 from alphaquant.search.problem import Problem, make_problem
 from alphaquant.spaces.assignment import Assignment
@@ -77,6 +81,37 @@ def unsynced() -> Iterator[None]:
     event.listen(Engine, "connect", stop_waiting)
     yield
     event.remove(Engine, "connect", stop_waiting)
+
+
+def _structure(model: nn.Module, layers: str, experts: Sequence[Any]) -> tuple[Any, ...]:
+    """What a probe can depend on: code, configuration, shapes and dtypes; never weights."""
+    parts = tuple(
+        (name, type(m), getattr(m.forward, "__func__", m.forward), m.training)
+        for name, m in model.named_modules()
+    )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shapes = tuple((name, t.shape, t.dtype) for name, t in tensors)
+    config: Any = model.config
+    sites = tuple((type(site), site.name) for site in experts)
+    return parts, shapes, repr(config.to_dict()), config._attn_implementation, layers, sites
+
+
+@pytest.fixture(scope="session", autouse=True)
+def probed_once() -> Iterator[None]:
+    """Models of one structure are probed once: 0.1 s of the 0.16 s that loading a tiny one takes.
+
+    Tests of models take the probe as it is; see their conftest.
+    """
+    known: dict[tuple[Any, ...], Probe] = {}
+
+    def probe(model: nn.Module, layers: str, experts: Sequence[Any]) -> Probe:
+        key = _structure(model, layers, experts)
+        if key not in known:
+            known[key] = probe_model(model, layers, experts)
+        return known[key]
+
+    with mock.patch.object(mapping, "probe_model", probe):
+        yield
 
 
 @pytest.fixture(scope="session")

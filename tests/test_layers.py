@@ -10,6 +10,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -139,15 +140,21 @@ def part_of(dotted: str) -> str:
     return names[1] if len(names) > 1 else "root"
 
 
-def imports_of(module: str, source: str) -> list[Import]:
+@cache
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    """Every node of a source, the module first; each source is parsed once for all rules."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
+@cache
+def imports_of(module: str, source: str) -> tuple[Import, ...]:
     """All absolute imports of a source, also those inside functions."""
-    tree = ast.parse(source)
-    functions = (
-        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
-    inside = {id(n) for function in functions for n in ast.walk(function)}
+    nodes = nodes_of(source)
+    functions = (n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    imports = ast.Import | ast.ImportFrom
+    inside = {id(n) for f in functions for n in ast.walk(f) if isinstance(n, imports)}
     found: list[Import] = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -155,7 +162,7 @@ def imports_of(module: str, source: str) -> list[Import]:
         else:
             continue
         found += [Import(module, name, node.lineno, id(node) in inside) for name in names]
-    return found
+    return tuple(found)
 
 
 def all_imports(sources: Mapping[str, str]) -> Iterator[Import]:
@@ -219,7 +226,7 @@ def form_violations(sources: Mapping[str, str]) -> list[str]:
     """Relative imports, star imports, and TYPE_CHECKING in any spelling."""
     messages = []
     for module, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes_of(source):
             if isinstance(node, ast.ImportFrom) and node.level > 0:
                 messages.append(f"{module}:{node.lineno}: relative import")
             if isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names):
@@ -244,7 +251,7 @@ def missing_names(sources: Mapping[str, str]) -> list[str]:
 
 def names_of(source: str) -> Iterator[str]:
     """Names that a module defines or imports, outside its functions and classes."""
-    todo: list[ast.AST] = [ast.parse(source)]
+    todo: list[ast.AST] = [nodes_of(source)[0]]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -10,6 +10,7 @@ from alphaquant.reports.front import front_rows
 from alphaquant.reports.notes import save_study_note, study_note
 from alphaquant.reports.plots import figures
 from alphaquant.reports.sections import stop_text
+from alphaquant.reports.style import laid_out
 from alphaquant.reports.tables import markdown
 from alphaquant.reports.verdict import headline, winner_text
 from alphaquant.studies.result import SearchResult
@@ -67,15 +68,13 @@ def _front_table(result: SearchResult) -> str:
 
 def _as_card(figure: go.Figure, title: str) -> go.Figure:
     """A copy of a figure as a card of the dashboard: titled, and all of it within the card."""
-    card = go.Figure(figure)
-    card.update_layout(
-        title={"text": title, "x": 0.02, "y": 0.96, "font": {"size": 15}},
-        height=_CARD_HEIGHT,
-        margin={"t": 70},
-        font={"size": 10},
+    layout = {
+        "title": {"text": title, "x": 0.02, "y": 0.96, "font": {"size": 15}},
+        "height": _CARD_HEIGHT,
+        "margin": {"t": 70},
+        "font": {"size": 10},
         # Below the plot it would cover the axis, because distances are in parts of the height.
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
-    )
-    card.update_xaxes(title_font_size=10)
-    card.update_yaxes(title_font_size=10)
-    return card
+        "legend": {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+    }
+    axis = {"title": {"font": {"size": 10}}}
+    return laid_out(go.Figure(figure), layout, axis, axis)

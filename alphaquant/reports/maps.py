@@ -1,12 +1,13 @@
 """Heat maps of where a configuration spends its bits, beside where the calibration text went."""
 
 import math
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from alphaquant.reports.bitmaps import BitMap, bits_by_expert, bits_by_role, tokens_by_expert
-from alphaquant.reports.style import styled
+from alphaquant.reports.style import laid_out, styled
 from alphaquant.studies.result import SearchResult
 
 # Scales of ColorBrewer (Harrower and Brewer, 2003) that are safe with any kind of colour vision.
@@ -24,10 +25,7 @@ def layers_figure(result: SearchResult) -> go.Figure:
     heat = _heat(bits, "bits", _BITS_COLOURS, "%{x}<br>%{z:.3f} bits per weight", ".2f")
     figure = go.Figure(heat)
     figure = styled(figure, _pixels(bits) + 108)
-    figure.update_layout(margin={"t": 12})
-    figure.update_xaxes(tickangle=-40)
-    _label_layers(figure)
-    return figure
+    return _labelled(figure, {"margin": {"t": 12}}, {"tickangle": -40})
 
 
 def experts_figure(result: SearchResult) -> go.Figure | None:
@@ -56,10 +54,8 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
         figure.add_trace(_heat(tokens, "tokens", _TOKEN_COLOURS, hover, ",.0f"), 2, 1)
     figure = styled(figure, len(maps) * pixels + 75 + 95)
     _place_bars(figure)
-    figure.update_xaxes(title={"text": "expert"}, row=len(maps), col=1)
-    figure.update_xaxes(nticks=16)
-    _label_layers(figure)
-    return figure
+    lowest = "xaxis" if tokens is None else "xaxis2"
+    return _labelled(figure, {lowest: {"title": {"text": "expert"}}}, {"nticks": 16})
 
 
 def _heat(found: BitMap, name: str, colours: str, shown: str, number: str) -> go.Heatmap:
@@ -97,12 +93,11 @@ def _place_bars(figure: go.Figure) -> None:
         heat.update(colorbar={"y": (low + high) / 2, "len": high - low})
 
 
-def _label_layers(figure: go.Figure) -> None:
+def _labelled(figure: go.Figure, layout: dict[str, Any], x: dict[str, Any]) -> go.Figure:
     """Layers from the top, by name: not as numbers with halves between them."""
-    figure.update_yaxes(
-        type="category", autorange="reversed", title={"text": "layer"}, showgrid=False
-    )
-    figure.update_xaxes(type="category", showgrid=False)
+    names = {"type": "category", "showgrid": False}
+    y = {**names, "autorange": "reversed", "title": {"text": "layer"}}
+    return laid_out(figure, layout, {**names, **x}, y)
 
 
 def _pixels(found: BitMap) -> int:

@@ -23,6 +23,7 @@ from alphaquant.reports.style import (
     PURPLE,
     RED,
     LogScale,
+    laid_out,
     log_scale,
     styled,
 )
@@ -97,21 +98,25 @@ def _sizes_figure(
 ) -> go.Figure:
     """Divergence over bits per weight, with the budget as a line."""
     figure = styled(go.Figure(list(traces)), _SIZES_PIXELS)
-    figure.update_layout(margin={"t": 12})
-    figure.update_yaxes(**scale.axis(title))
-    figure.update_xaxes(title={"text": "stored bits per weight"})
-    figure.add_vline(x=result.limit, line={"color": INK, "width": 1, "dash": "dash"})
-    figure.add_annotation(
-        x=result.limit,
-        y=1,
-        yref="y domain",
-        text=f"budget {result.limit:.3f}",
-        showarrow=False,
-        xanchor="left",
-        yanchor="top",
-        xshift=3,
-    )
-    return figure
+    place = {"xref": "x", "yref": "y domain"}
+    line = {"color": INK, "width": 1, "dash": "dash"}
+    budget = {"type": "line", "x0": result.limit, "x1": result.limit, "y0": 0, "y1": 1}
+    named = {
+        "x": result.limit,
+        "y": 1,
+        "text": f"budget {result.limit:.3f}",
+        "showarrow": False,
+        "xanchor": "left",
+        "yanchor": "top",
+        "xshift": 3,
+    }
+    layout = {
+        "margin": {"t": 12},
+        "shapes": [{**budget, **place, "line": line}],
+        "annotations": [{**named, "yref": "y domain"}],
+    }
+    x = {"title": {"text": "stored bits per weight"}}
+    return laid_out(figure, layout, x, scale.axis(title))
 
 
 def costs_figure(result: SearchResult) -> go.Figure:
@@ -130,12 +135,11 @@ def costs_figure(result: SearchResult) -> go.Figure:
         span = [min(ends), max(ends)]
         figure.add_trace(go.Scatter(x=span, y=span, mode="lines", line=line, name="equal"))
     figure = styled(figure, 460)
-    figure.update_xaxes(**predicted.axis("predicted KL (sum of costs)"))
-    figure.update_yaxes(**seen.axis("measured KL"))
     said = _correlations(result)
     room = _TITLE_PIXELS * (2 + said.count("<br>"))
-    figure.update_layout(margin={"t": room}, title=_small_title(said))
-    return figure
+    layout = {"margin": {"t": room}, "title": _small_title(said)}
+    title = "predicted KL (sum of costs)"
+    return laid_out(figure, layout, predicted.axis(title), seen.axis("measured KL"))
 
 
 def stages_figure(result: SearchResult) -> go.Figure:
@@ -159,13 +163,14 @@ def stages_figure(result: SearchResult) -> go.Figure:
         )
     )
     figure = styled(figure, 130 + 34 * len(gains))
-    figure.update_layout(showlegend=False, margin={"r": 70, "t": 12})
-    figure.update_xaxes(**scale.axis("lowest KL within the budget"))
-    order = [gain.stage for gain in gains]
-    figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=order, autorange="reversed"
-    )
-    return figure
+    y = {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": [gain.stage for gain in gains],
+        "autorange": "reversed",
+    }
+    layout = {"showlegend": False, "margin": {"r": 70, "t": 12}}
+    return laid_out(figure, layout, scale.axis("lowest KL within the budget"), y)
 
 
 def interval_half(row: HeldoutRow) -> float:

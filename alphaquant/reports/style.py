@@ -1,8 +1,9 @@
 """What all figures share: fonts, colours, room, and how a logarithmic axis shows zero."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -76,24 +77,64 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
         height: pixels.
     """
     below = -_BELOW_AXIS_PIXELS / (height - 2 * _BELOW_AXIS_PIXELS)
-    figure.update_layout(
-        template="none",
-        height=height,
-        autosize=True,
-        margin={"l": 62, "r": 14, "t": 34, "b": 50},
-        font={"family": FONT, "size": 13, "color": INK},
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
-        hovermode="closest",
-        hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left"},
-        legend={"orientation": "h", "yanchor": "top", "y": below, "x": 0, "xanchor": "left"},
-        dragmode=False,
-    )
-    axis = {"gridcolor": GRID, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
-    title = {"standoff": 6, "font": {"size": 13}}
-    figure.update_xaxes(**axis, zeroline=False, automargin=True, title=title)
-    figure.update_yaxes(**axis, zeroline=False, automargin=True, title={"font": {"size": 13}})
+    layout = {
+        "template": "none",
+        "height": height,
+        "autosize": True,
+        "margin": {"l": 62, "r": 14, "t": 34, "b": 50},
+        "font": {"family": FONT, "size": 13, "color": INK},
+        "paper_bgcolor": "#ffffff",
+        "plot_bgcolor": "#ffffff",
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left"},
+        "legend": {"orientation": "h", "yanchor": "top", "y": below, "x": 0, "xanchor": "left"},
+        "dragmode": False,
+    }
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": GREY,
+        "ticks": "outside",
+        "tickcolor": GREY,
+        "zeroline": False,
+        "automargin": True,
+        "title": {"font": {"size": 13}},
+    }
+    return laid_out(figure, layout, {**axis, "title": {"standoff": 6, "font": {"size": 13}}}, axis)
+
+
+def laid_out(
+    figure: go.Figure,
+    layout: Mapping[str, Any] | None = None,
+    x: Mapping[str, Any] | None = None,
+    y: Mapping[str, Any] | None = None,
+) -> go.Figure:
+    """Add to a figure's layout, in one pass.
+
+    plotly's `update_layout` and `update_xaxes` look up every part by its path: a report's six
+    figures took them 0.2 s, half of a report.
+
+    Args:
+        figure: changed and returned.
+        layout: parts of the layout; what is nested is merged.
+        x: parts of every axis across.
+        y: parts of every axis upwards.
+    """
+    made = figure.layout.to_plotly_json()
+    _merge(made, layout or {})
+    for name in {"xaxis", "yaxis", *made}:
+        if name.startswith(("xaxis", "yaxis")):
+            _merge(made.setdefault(name, {}), (x if name.startswith("x") else y) or {})
+    figure.layout = made
     return figure
+
+
+def _merge(made: dict[str, Any], parts: Mapping[str, Any]) -> None:
+    """Put parts into a layout."""
+    for name, part in parts.items():
+        if isinstance(part, Mapping) and isinstance(made.get(name), dict):
+            _merge(made[name], part)
+        else:
+            made[name] = dict(part) if isinstance(part, Mapping) else part
 
 
 def _plain(tick: float) -> str:

@@ -97,10 +97,11 @@ def check_grid(fmt: Format, search: ScaleSearch) -> None:
     assert bool(torch.isin(rounded.values, on_grid).all()), fmt.name
     assert float(rounded.values.max()) <= grid.high and float(rounded.values.min()) >= grid.low
     size = rounded.values.shape[-1] if fmt.group_size < 0 else fmt.group_size
+    weights = rounded.weights()[0]
     for column in range(rounded.values.shape[-1]):
         zero = 0.0 if rounded.zeros is None else rounded.zeros[0, :, column // size]
         made = (rounded.values[0, :, column] - zero) * rounded.scales[0, :, column // size]
-        assert torch.equal(rounded.weights()[0, :, column], made), (fmt.name, column)
+        assert torch.equal(weights[:, column], made), (fmt.name, column)
     _assert_valid_scales(rounded)
 
 

@@ -51,12 +51,10 @@ def comparable(rows: tuple[TrialRow, ...]) -> list[dict[str, Any]]:
     return [{**asdict(row), "seconds": 0.0} for row in rows]
 
 
-def test_same_seed_gives_the_same_trials_from_the_cache_and_from_nothing(
+def test_same_seed_gives_the_same_trials_from_nothing(
     found: SearchResult, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    again = search(make_spec(tmp_path / "again"))
     fresh = search(make_spec(tmp_path / "fresh", cache=tmp_path / "cache"))
-    assert comparable(again.rows) == comparable(found.rows)
     assert comparable(fresh.rows) == comparable(found.rows)
     assert fresh.published.digest == found.published.digest
 
@@ -540,8 +538,10 @@ def test_out_of_something_else_is_never_touched(make_spec: MakeSpec, tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_out_of_another_search_needs_overwrite(make_spec: MakeSpec, tmp_path: Path) -> None:
-    first = search(make_spec(tmp_path / "out", trials=2))
+def test_out_of_another_search_needs_overwrite(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    shutil.copytree(found.folder.path, tmp_path / "out")
     other = make_spec(tmp_path / "out", trials=3, budget="6bits")
     before = (tmp_path / "out" / "front.json").read_bytes()
     with pytest.raises(StoreError, match=r"other settings \(budget\).*--overwrite"):
@@ -550,14 +550,14 @@ def test_out_of_another_search_needs_overwrite(make_spec: MakeSpec, tmp_path: Pa
     (tmp_path / "out" / "notes.txt").write_text("mine")
     again = search(replaced(other, overwrite=True))
     assert len(again.rows) == 3
-    assert again.space.limit_bits != first.space.limit_bits
+    assert again.space.limit_bits != found.space.limit_bits
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_taken_out_is_refused_before_the_model_is_loaded(
-    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search(make_spec(tmp_path / "out", trials=1))
+    shutil.copytree(found.folder.path, tmp_path / "out")
 
     def no_load(*args: Any) -> Any:
         raise AssertionError("loaded")
@@ -568,9 +568,9 @@ def test_taken_out_is_refused_before_the_model_is_loaded(
 
 
 def test_overwrite_with_a_wrong_text_keeps_the_earlier_search(
-    make_spec: MakeSpec, tmp_path: Path
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    search(make_spec(tmp_path / "out", trials=2))
+    shutil.copytree(found.folder.path, tmp_path / "out")
     before = sorted(p.name for p in (tmp_path / "out").rglob("*"))
     spec = make_spec(tmp_path / "out", budget="6bits", overwrite=True)
     with pytest.raises(DataError):
@@ -590,23 +590,23 @@ def test_text_that_changed_since_is_noticed(
         search(spec)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "sidecar"])
-def test_damaged_bank_is_refused_by_file(
-    damage: str, make_spec: MakeSpec, cache: Path, tmp_path: Path
-) -> None:
+def test_damaged_bank_is_refused_by_file(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "out", trials=1, cache=tmp_path / "cache")
     search(spec)
     file = next((tmp_path / "cache").rglob("int4-g32/layer-001.safetensors"))
-    content = bytearray(file.read_bytes())
-    if damage == "flipped":
-        content[-5] ^= 0xFF
-        file.write_bytes(content)
-    elif damage == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    else:
-        file.with_suffix(".json").write_text("{")
-    with pytest.raises(StoreError, match="layer-001.*damaged.*delete"):
-        search(spec)
+    content = file.read_bytes()
+    flipped = content[:-5] + bytes([content[-5] ^ 0xFF]) + content[-4:]
+    for path, damaged in (
+        (file, flipped),
+        (file, content[: len(content) // 2]),
+        (file.with_suffix(".json"), b"{"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match="layer-001.*damaged.*delete"):
+            search(spec)
+        path.write_bytes(whole)
+    file.write_bytes(flipped)
     shutil.rmtree(file.parent)
     assert len(search(spec).rows) == 1
 

@@ -25,6 +25,7 @@ from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
+from tests.families import FAMILIES_AND_HEADS
 
 TOKENS = tiny_tokens(2, 11)
 
@@ -45,8 +46,7 @@ def packed(tmp_path: Path) -> Path:
     return save_packed(tiny_model("olmoe"), tmp_path / "packed")
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied"), FAMILIES_AND_HEADS)
 def test_packed_logits_equal_those_of_swapped_weights_exactly(
     family: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -58,6 +58,12 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(demo.model_path())
 
 
+@pytest.fixture(scope="module")
+def books(demo_tokenizer: PreTrainedTokenizerBase) -> list[TokenSet]:
+    """All windows of each part of the demo's books."""
+    return [load(f"demo:{role}", 800, 256, tokenizer=demo_tokenizer) for role in sources.ROLES]
+
+
 def load(source: object, n_samples: int = 2, seq_len: int = 4, **options: Any) -> TokenSet:
     tokenizer = options.pop("tokenizer", CharTokenizer())
     role, seed = options.pop("role", "calibration"), options.pop("seed", 0)
@@ -647,9 +653,8 @@ def test_demo_windows_decode_to_passages_of_the_text(
         assert str(passage).strip("\ufffd") in text
 
 
-def test_whole_demo_parts_share_no_passage(demo_tokenizer: PreTrainedTokenizerBase) -> None:
-    sets = [load(f"demo:{part}", 800, 256, tokenizer=demo_tokenizer) for part in sources.ROLES]
-    for a, b in itertools.combinations(sets, 2):
+def test_whole_demo_parts_share_no_passage(books: list[TokenSet]) -> None:
+    for a, b in itertools.combinations(books, 2):
         check_disjoint(a, b)
 
 
@@ -662,11 +667,10 @@ def test_demo_code_is_that_of_the_role(demo_tokenizer: PreTrainedTokenizerBase) 
 
 
 def test_demo_code_has_windows_enough_and_shares_no_passage(
-    demo_tokenizer: PreTrainedTokenizerBase,
+    demo_tokenizer: PreTrainedTokenizerBase, books: list[TokenSet]
 ) -> None:
     parts = [f"demo:code-{role}" for role in sources.ROLES]
     code = [load(part, 120, 256, tokenizer=demo_tokenizer) for part in parts]
-    books = [load(f"demo:{role}", 800, 256, tokenizer=demo_tokenizer) for role in sources.ROLES]
     for a, b in itertools.combinations(code, 2):
         check_disjoint(a, b)
     for a, b in itertools.product(code, books):

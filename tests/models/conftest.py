@@ -1,0 +1,16 @@
+"""Tests of models probe every model anew."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from alphaquant.models import mapping
+from alphaquant.models.probe import probe_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def probed_each_time() -> Iterator[None]:
+    """The probe as it is, in place of the one that remembers."""
+    with mock.patch.object(mapping, "probe_model", probe_model):
+        yield
