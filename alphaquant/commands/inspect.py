@@ -28,7 +28,7 @@ from alphaquant.spaces.foreign import Foreign, read_foreign, tool_of
 from alphaquant.spaces.formats import BF16
 from alphaquant.spaces.json_files import JsonError, read_json, read_object
 from alphaquant.spaces.patterns import select_names
-from alphaquant.spaces.profiles import DOWN, GATE, PROFILES, UP, Profile, is_loadable, units_of
+from alphaquant.spaces.profiles import PROFILES, Profile, is_loadable, units_of
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.studies.inputs import model_location
 
@@ -36,7 +36,6 @@ ENGINES = ("transformers", "vllm", "sglang")
 """Profiles that are asked whether they load a configuration."""
 
 _BEST = "best.json"
-_KIND_NAMES = {"attention": "attention", "shared": "shared experts", "dense": "dense MLPs"}
 _TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 """What configurations of transformers call the experts per token."""
 
@@ -202,8 +201,8 @@ class Inspection:
 
     @cached_property
     def roles(self) -> tuple[Part, ...]:
-        """By role, in model order: attention, routed gate, ..."""
-        return self.parts(role_of)
+        """By role, in model order: attention q, ..., routed gate, ..."""
+        return self.parts(lambda matrix: matrix.role)
 
     @cached_property
     def layers(self) -> tuple[Part, ...]:
@@ -254,7 +253,7 @@ class Inspection:
         owners = {name: m.name for m in matrices for name in (m.name, *m.aliases)}
         names = sorted(owners)
         named = {owners[name] for o in config.overrides for name in select_names(o.pattern, names)}
-        return Counter((role_of(m), self.label(m)) for m in matrices if m.name not in named)
+        return Counter((m.role, self.label(m)) for m in matrices if m.name not in named)
 
     @cached_property
     def engines(self) -> tuple[Loadable, ...]:
@@ -384,16 +383,6 @@ def inspect_config(path: Path, model: str | None = None) -> Inspection:
         )
     skeleton = read_skeleton(name)
     return Inspection(statement, skeleton, statement.plan_on(skeleton))
-
-
-def role_of(matrix: Matrix) -> str:
-    """`attention`, `shared experts`, `dense MLPs`, `routed gate`, `routed up` or `routed down`."""
-    if matrix.kind != "expert":
-        return _KIND_NAMES[matrix.kind]
-    for name, projections in (("gate", GATE), ("up", UP), ("down", DOWN)):
-        if matrix.projection in projections:
-            return f"routed {name}"
-    return f"routed {matrix.projection}"
 
 
 def scheme_label(scheme: ResolvedScheme) -> str:

@@ -140,16 +140,16 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
 
 
 def plan_text(found: DryRun) -> str:
-    """What a configuration would do, for people: matrices by kind and format, and the bits."""
+    """What a configuration would do, for people: matrices by role and format, and the bits."""
     formats, activations = found.plan.assignment.formats, _activations(found.plan)
-    shown = ["kind", "format", *(["inputs"] if activations else [])]
+    shown = ["role", "format", *(["inputs"] if activations else [])]
 
     def words(matrix: Matrix) -> tuple[str, ...]:
         inputs = activations.get(matrix.name, BF16).name
-        return (matrix.kind, formats[matrix.name], inputs)[: len(shown)]
+        return (matrix.role, formats[matrix.name], inputs)[: len(shown)]
 
     counts = Counter(words(m) for m in found.inventory.matrices)
-    rows = [[*key, str(n)] for key, n in sorted(counts.items())]
+    rows = [[*key, str(n)] for key, n in counts.items()]
     table = aligned([*shown, "matrices"], rows, left=shown)
     return "\n".join([table, *bit_lines(found.counts)])
 
