@@ -46,7 +46,7 @@ from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.modules import PackedExperts, cache_dequantized
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.specs.quantizer import QuantSettings
@@ -102,7 +102,7 @@ def write_packed(model_map: ModelMap, target: Path) -> Path:
     formats = {m.name: DEFAULT_MENU[i % len(DEFAULT_MENU)] for i, m in enumerate(matrices)}
     settings = QuantSettings(method="rtn")
     return quantize_to_checkpoint(
-        model_map, Assignment(formats), target, settings, None, facts={}
+        PackingJob(model_map, Assignment(formats), settings), target, facts={}
     ).path
 
 

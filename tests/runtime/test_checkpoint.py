@@ -20,7 +20,7 @@ from alphaquant.runtime.checkpoint import (
     read_tensors,
 )
 from alphaquant.runtime.modules import PackedLinear
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
@@ -290,9 +290,8 @@ def save_with_activations(folder: Path, activations: Mapping[str, Format]) -> Pa
     model_map = map_model(tiny_model("olmoe"))
     assignment = mixed_assignment(model_map)
     settings = QuantSettings(method="rtn")
-    return quantize_to_checkpoint(
-        model_map, assignment, folder, settings, None, facts={}, activations=activations
-    ).path
+    job = PackingJob(model_map, assignment, settings, activations=activations)
+    return quantize_to_checkpoint(job, folder, facts={}).path
 
 
 @torch.no_grad()
