@@ -11,7 +11,7 @@ from alphaquant.reports.notes import save_study_note, study_note
 from alphaquant.reports.plots import figures
 from alphaquant.reports.sections import stop_text
 from alphaquant.reports.tables import markdown
-from alphaquant.reports.verdict import headline, winner_text
+from alphaquant.reports.verdict import headline, sentence, winner_text
 from alphaquant.studies.result import SearchResult
 
 FIGURE_ID = "alphaquant-"
@@ -37,7 +37,7 @@ def decorate(study: optuna.Study, result: SearchResult) -> None:
         optuna.exceptions.OptunaError: the storage is unreachable.
     """
     said = (headline(result).text, winner_text(result))
-    sentences = [f"{text[0].upper()}{text[1:]}." for text in said]
+    sentences = [f"{sentence(text)}." for text in said]
     found = "\n\n".join([*sentences, _front_table(result), stop_text(result)])
     save_study_note(study, study_note(result.spec, result.space.menu, found))
     for name, figure in figures(result).items():

@@ -14,6 +14,9 @@ _BITS_COLOURS = "YlGnBu"
 _TOKEN_COLOURS = "Oranges"
 
 _MOST_LABELLED = 10
+_MOST_TICKS = 9
+"""Numbers of experts below a map, so that they stand upright on a phone."""
+
 _ROW_PIXELS = 26
 _LEAST_PIXELS, _MOST_PIXELS = 150, 620
 
@@ -25,7 +28,7 @@ def layers_figure(result: SearchResult) -> go.Figure:
     figure = go.Figure(heat)
     figure = styled(figure, _pixels(bits) + 108)
     figure.update_layout(margin={"t": 12})
-    figure.update_xaxes(tickangle=-40)
+    figure.update_xaxes(autotickangles=[0, -40, -90])
     _label_layers(figure)
     return figure
 
@@ -57,7 +60,7 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
     figure = styled(figure, len(maps) * pixels + 75 + 95)
     _place_bars(figure)
     figure.update_xaxes(title={"text": "expert"}, row=len(maps), col=1)
-    figure.update_xaxes(nticks=16)
+    figure.update_xaxes(nticks=_MOST_TICKS, tickangle=0)
     _label_layers(figure)
     return figure
 
