@@ -18,16 +18,20 @@ FIGURE_ID = "alphaquant-"
 """Start of the ids of our figures; a figure of the same id is replaced, not added."""
 
 _TITLES: Mapping[str, str] = {
-    "front": "Front: size and divergence, held-out text",
-    "trials": "All trials: size and divergence, evaluation text",
-    "layers": "Bits per weight by layer and role, best.json",
-    "experts": "Bits per weight and calibration tokens by expert, best.json",
+    "front": "Front: size and divergence,<br>held-out text",
+    "trials": "All trials: size and divergence,<br>evaluation text",
+    "layers": "Bits per weight<br>by layer and role, best.json",
+    "experts": "Bits per weight and calibration<br>tokens by expert, best.json",
     "costs": "Predicted and measured divergence",
     "stages": "What each stage gained",
 }
 
 _CARD_HEIGHT = 450
 """Pixels that optuna-dashboard gives to a figure; what is below is cut off."""
+
+_ABOVE, _BELOW, _AXIS = 76, 140, 60
+"""Pixels above a card's plot, for a title of two lines; below it, for a legend of four; of the
+latter those of the axis."""
 
 
 def decorate(study: optuna.Study, result: SearchResult) -> None:
@@ -71,11 +75,12 @@ def _as_card(figure: go.Figure, title: str) -> go.Figure:
     card.update_layout(
         title={"text": title, "x": 0.02, "y": 0.96, "font": {"size": 15}},
         height=_CARD_HEIGHT,
-        margin={"t": 70},
+        margin={"t": _ABOVE},
         font={"size": 10},
-        # Below the plot it would cover the axis, because distances are in parts of the height.
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
+    if len(card.data) > 1 and "scatter" in card.data[0].type:
+        plot_height = _CARD_HEIGHT - _ABOVE - _BELOW
+        card.update_layout(margin={"b": _BELOW}, legend={"y": -_AXIS / plot_height})
     card.update_xaxes(title_font_size=10)
     card.update_yaxes(title_font_size=10)
     return card

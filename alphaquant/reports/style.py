@@ -60,7 +60,7 @@ class LogScale:
 
     def _ticks(self) -> list[float]:
         if self.low < self.top < _NARROW_BELOW * self.low:
-            step = _round_step((self.top - self.low) / 5)
+            step = _round_step((self.top - self.low) / 4)
             first, last = math.floor(self.low / step), math.ceil(self.top / step)
             return [i * step for i in range(max(1, first), last + 1)]
         lowest, highest = math.floor(math.log10(self.floor)), math.ceil(math.log10(self.top))
