@@ -1,6 +1,6 @@
 """What differs between two configurations of one model: bits, formats by role, layer and expert.
 
-Either side is whatever `alphaquant.commands.inspect` reads. Scores stand side by side only
+Either side is whatever `alphaquant.commands.statements` reads. Scores stand side by side only
 where both were measured on the same windows of the same model's weights.
 """
 
@@ -11,13 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alphaquant.commands.inspect import (
-    Inspection,
-    Skeleton,
-    Statement,
-    read_skeleton,
-    read_statement,
-)
+from alphaquant.commands.inspect import Inspection
 from alphaquant.commands.inspect_text import (
     label_order,
     part_json,
@@ -25,6 +19,7 @@ from alphaquant.commands.inspect_text import (
     source_text,
     warnings_text,
 )
+from alphaquant.commands.statements import Skeleton, Statement, read_skeleton, read_statement
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.reports.tables import aligned, fitted, is_wider, wrapped
 from alphaquant.spaces.units import Matrix

@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 from transformers import Qwen3MoeConfig
 
-from alphaquant.commands.inspect import (
-    Active,
-    Inspection,
-    inspect_config,
-    read_skeleton,
-    scheme_label,
-)
+from alphaquant.commands.inspect import Active, Inspection, inspect_config, scheme_label
+from alphaquant.commands.statements import read_skeleton
 from alphaquant.errors import ConfigError, ModelError, StoreError
 from alphaquant.models.quantization_config import PackedFormats, make_quantization_config
 from alphaquant.spaces.config import ResolvedScheme
