@@ -43,13 +43,12 @@ from quantizer_peers import (
     read_weights,
     run_peer,
 )
-from release import BOOKS, commit
+from release import BOOKS, run_facts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
@@ -412,9 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {
         "command": shlex.join(["python", "benchmarks/quantizer.py", *_public(words)]),
         "is_quick": args.quick,
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

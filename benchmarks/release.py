@@ -174,6 +174,11 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
+def run_facts(device: str) -> dict[str, Any]:
+    """Versions, commit and machine of a run, for the file of its numbers."""
+    return {"versions": versions(), "commit": commit(), **device_facts(device)}
+
+
 def parse_with_out(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line with `--out`, make its folder, and log progress to stderr."""
     parser.add_argument("--out", type=Path, required=True)
@@ -223,9 +228,7 @@ def main() -> None:
         "model": bench.source.facts(),
         "heldout": bench.heldout.provenance(),
         "calibration": bench.calibration.provenance(),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts(find_device("auto")),
+        **run_facts(find_device("auto")),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -36,13 +36,12 @@ from typing import Any
 
 import torch
 from evaluators import extra_memory
-from release import commit, parse_with_out
+from release import parse_with_out, run_facts
 from torch import Tensor, nn
 
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.modules import PackedExperts, cache_dequantized
@@ -319,9 +318,7 @@ def main() -> None:
         "settings": settings,
         "model": source.facts(),
         "text": text.provenance(),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{speeds_table(speeds)}\n\n{grouping_table(grouping)}")
