@@ -73,7 +73,7 @@ def _as_card(figure: go.Figure, title: str) -> go.Figure:
     """A copy of a figure as a card of the dashboard: titled, and all of it within the card."""
     card = go.Figure(figure)
     card.update_layout(
-        title={"text": title, "x": 0.02, "y": 0.96, "font": {"size": 15}},
+        title={"text": title, "x": 0.02, "xref": "container", "y": 0.96, "font": {"size": 15}},
         height=_CARD_HEIGHT,
         margin={"t": _ABOVE},
         font={"size": 10},
