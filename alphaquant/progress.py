@@ -1,4 +1,4 @@
-"""Seconds per stage and how many are left, found from the progress calls themselves.
+"""The stages of all commands; seconds of each and how many are left, found from progress calls.
 
 What a stage has taken is exact. What is left is an estimate: the mean of the last `N_RECENT` steps
 for every step that is missing.
@@ -7,9 +7,43 @@ for every step that is missing.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """What a command is busy with; equal to its name in files.
+
+    Attributes:
+        text: what people read, at most 20 characters.
+    """
+
+    text: str
+
+    LOAD = "load", "load model and texts"
+    TEACHER = "teacher", "original's outputs"
+    SPECTRA = "spectra", "spectra of weights"
+    HESSIANS = "hessians", "Hessians"
+    BANK = "bank", "bank: every format"
+    COSTS = "costs", "costs of formats"
+    STUDY = "study", "study"
+    PROBE = "probe", "random assignments"
+    SCORES = "scores", "original's scores"
+    EVOLUTION = "evolution", "evolution: passes"
+    GATE = "gate", "held-out comparison"
+    REPORT = "report", "report"
+    QUANTIZE = "quantize", "quantize"
+    FIRST_RUN = "first_run", "run the checkpoint"
+    EVALUATE = "evaluate", "evaluate"
+
+    def __new__(cls, value: str, text: str = "") -> "Stage":
+        """A member that is its name and has a text."""
+        made = str.__new__(cls, value)
+        made._value_, made.text = value, text
+        return made
+
 
 Progress = Callable[[str, int, int], None]
-"""Told how far a stage is: its name, steps done, steps."""
+"""Told how far a `Stage` is: the stage, steps done, steps."""
 
 N_RECENT = 16
 """Steps that an estimate looks back on. In three studies of 28 to 48 trials, whose steps are as
@@ -20,7 +54,7 @@ MIN_STEP_SECONDS = 0.001
 """Faster steps were found, in a cache or a study, and say nothing about those to come."""
 
 
-ALTERNATING = (("hessians", "bank"),)
+ALTERNATING = ((Stage.HESSIANS, Stage.BANK),)
 """Stages whose steps take turns: what is left of one is left of both."""
 
 

@@ -37,7 +37,7 @@ from allocation_peers import (
     choose,
     modelopt_options,
 )
-from release import BOOKS, commit, parse_with_out
+from release import BOOKS, parse_with_out, run_facts
 from safetensors.torch import load_file, save_file
 
 from alphaquant import demo
@@ -47,7 +47,6 @@ from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.models.walk import batches_of
 from alphaquant.progress import StageClock, no_progress
-from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.search.allocators import ALLOCATORS, available
@@ -198,9 +197,7 @@ class Bench:
             "settings": self.spec.facts(),
             **inputs.source.facts(),
             "data": inputs.text_facts(),
-            "versions": versions(),
-            "commit": commit(),
-            **device_facts(find_device("auto")),
+            **run_facts(find_device("auto")),
         }
         self._out.write_text(json.dumps(result, indent=1) + "\n")
 

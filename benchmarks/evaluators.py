@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from release import commit, parse_with_out
+from release import parse_with_out, run_facts
 from torch import Tensor, nn
 
 from alphaquant.evaluators.base import Evaluator, Score, Subject
@@ -38,7 +38,6 @@ from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.models.walk import batches_of
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown, with_error
 from alphaquant.studies.inputs import load_source, read_text
 from alphaquant.testing.evaluators import round_model
@@ -218,9 +217,7 @@ def main() -> None:
         "batch_size": BATCH_SIZE,
         "model": source.facts(),
         "text": text.provenance(),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{costs_table(costs)}\n\n{drift_table(drifts)}")

@@ -46,7 +46,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load, quantized_bytes
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Inventory, Matrix
@@ -306,7 +306,7 @@ def prepare(args: argparse.Namespace, target: Path) -> tuple[Any, dict[str, Any]
     model_map = map_model(model)
     assignment = mixed_formats(model_map.inventory, args.bits, args.formats)
     settings = QuantSettings(method="rtn")
-    quantize_to_checkpoint(model_map, assignment, target, settings, None, facts={})
+    quantize_to_checkpoint(PackingJob(model_map, assignment, settings), target, facts={})
     return model, provenance(args) | {
         "bits_per_weight": assignment.count_bits(model_map.inventory).bits_per_weight,
         "quantized_weights": model_map.inventory.n_weights,

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 from allocation import BUDGETS, Bench, table
-from release import BOOKS, commit, parse_with_out
+from release import BOOKS, parse_with_out, run_facts
 
 from alphaquant.errors import BudgetError
-from alphaquant.provenance import device_facts, versions
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
 from alphaquant.spaces.formats import DEFAULT_MENU
@@ -120,9 +119,7 @@ def main() -> None:
             "settings": spec.facts(),
             **bench.prepared.inputs.source.facts(),
             "data": bench.prepared.inputs.text_facts(),
-            "versions": versions(),
-            "commit": commit(),
-            **device_facts(find_device("auto")),
+            **run_facts(find_device("auto")),
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         for step in order:

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from release import BOOKS, commit
+from release import BOOKS, run_facts
 from torch import Tensor
 
 from alphaquant import demo
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
-from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import fill_bank, open_bank
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.swap import Swapper
@@ -241,9 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = ["FILE" if word == str(args.out) else word for word in arguments or sys.argv[1:]]
     facts = {
         "command": shlex.join(["python", "benchmarks/options.py", *words]),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     result: Mapping[str, Any] = run(args) | facts  # the commit is that of the code that ran
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,16 +43,15 @@ from quantizer_peers import (
     read_weights,
     run_peer,
 )
-from release import BOOKS, commit
+from release import BOOKS, run_facts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings, ScaleSearch
@@ -181,7 +180,9 @@ def measure(model: str, folder: Path, format_name: str, variant: str) -> Row:
         target = Path(scratch) / "checkpoint"
         tokens = None if settings.method == "rtn" else _tokens(folder, "calibration")
         clock = Clock()
-        done = quantize_to_checkpoint(source.map, assignment, target, settings, tokens, facts={})
+        done = quantize_to_checkpoint(
+            PackingJob(source.map, assignment, settings, tokens), target, facts={}
+        )
         clock.stop()
         peak = peak_memory()
         scores = _score(load(target), folder)
@@ -295,15 +296,8 @@ def measure_families(
                 assignment = uniform_assignment(model_map.inventory, format_name)
                 for name in names:
                     target = folder / "checkpoint"
-                    quantize_to_checkpoint(
-                        model_map,
-                        assignment,
-                        target,
-                        settings[name],
-                        tiny_tokens(8, 32),
-                        facts={},
-                        overwrite=True,
-                    )
+                    job = PackingJob(model_map, assignment, settings[name], tiny_tokens(8, 32))
+                    quantize_to_checkpoint(job, target, facts={}, overwrite=True)
                     scores = _score(load(target), folder)
                     rows.append(
                         {"family": family, "format": format_name, "method": name, **scores}
@@ -417,9 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {
         "command": shlex.join(["python", "benchmarks/quantizer.py", *_public(words)]),
         "is_quick": args.quick,
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -27,7 +27,7 @@ from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
 from alphaquant.provenance import device_facts, versions
 from alphaquant.runtime.checkpoint import load, quantized_bytes
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
@@ -88,17 +88,13 @@ class Bench:
 
     def uniform(self, format_name: str, method: str) -> Row:
         """Quantize everything to one format."""
-        inventory = self.source.map.inventory
+        assignment = uniform_assignment(self.source.map.inventory, format_name)
         target = self.scratch / f"{format_name}-{method.replace(' ', '')}"
         result = quantize_to_checkpoint(
-            self.source.map,
-            uniform_assignment(inventory, format_name),
+            PackingJob(self.source.map, assignment, METHODS[method], self.calibration.tokens),
             target,
-            METHODS[method],
-            self.calibration.tokens,
             facts={},
         )
-        assignment = uniform_assignment(inventory, format_name)
         return self._measure(f"uniform {format_name}", method, target, assignment, result.seconds)
 
     def best(self, budget: str, trials: int) -> tuple[Row, dict[str, Any]]:
@@ -178,6 +174,11 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
+def run_facts(device: str) -> dict[str, Any]:
+    """Versions, commit and machine of a run, for the file of its numbers."""
+    return {"versions": versions(), "commit": commit(), **device_facts(device)}
+
+
 def parse_with_out(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line with `--out`, make its folder, and log progress to stderr."""
     parser.add_argument("--out", type=Path, required=True)
@@ -227,9 +228,7 @@ def main() -> None:
         "model": bench.source.facts(),
         "heldout": bench.heldout.provenance(),
         "calibration": bench.calibration.provenance(),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts(find_device("auto")),
+        **run_facts(find_device("auto")),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -36,17 +36,16 @@ from typing import Any
 
 import torch
 from evaluators import extra_memory
-from release import commit, parse_with_out
+from release import parse_with_out, run_facts
 from torch import Tensor, nn
 
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.modules import PackedExperts, cache_dequantized
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.specs.quantizer import QuantSettings
@@ -102,7 +101,7 @@ def write_packed(model_map: ModelMap, target: Path) -> Path:
     formats = {m.name: DEFAULT_MENU[i % len(DEFAULT_MENU)] for i, m in enumerate(matrices)}
     settings = QuantSettings(method="rtn")
     return quantize_to_checkpoint(
-        model_map, Assignment(formats), target, settings, None, facts={}
+        PackingJob(model_map, Assignment(formats), settings), target, facts={}
     ).path
 
 
@@ -319,9 +318,7 @@ def main() -> None:
         "settings": settings,
         "model": source.facts(),
         "text": text.provenance(),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{speeds_table(speeds)}\n\n{grouping_table(grouping)}")

@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from release import BOOKS, commit, parse_with_out
+from release import BOOKS, parse_with_out, run_facts
 
 from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import store_teacher
 from alphaquant.progress import StageClock, no_progress
-from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.flat import replaced
@@ -128,9 +127,7 @@ def main() -> None:
                 "summary": summary(rows),
                 "settings": {"budget": args.budget, "trials": args.trials, "model": args.model},
                 "heldout": heldout.tokens.provenance(),
-                "versions": versions(),
-                "commit": commit(),
-                **device_facts(find_device("auto")),
+                **run_facts(find_device("auto")),
             }
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -23,10 +23,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from release import commit
+from release import run_facts
 
 from alphaquant.errors import BudgetError
-from alphaquant.provenance import device_facts, versions
 from alphaquant.reports.tables import markdown
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.problem import Problem, make_problem
@@ -212,9 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "timings": [asdict(row) for row in rows],
         "exactness": asdict(exact),
         "command": shlex.join(["python", "benchmarks/solver.py", *words]),
-        "versions": versions(),
-        "commit": commit(),
-        **device_facts("cpu"),
+        **run_facts("cpu"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

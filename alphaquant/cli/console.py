@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 
 from cyclopts import CycloptsError
 from rich.console import Console
@@ -24,29 +24,9 @@ from rich.text import Text
 
 from alphaquant.cli.screen import say
 from alphaquant.errors import AlphaQuantError
+from alphaquant.progress import Stage, StageTimes
 
-STAGES: Mapping[str, str] = MappingProxyType(
-    {
-        "load": "load model and texts",
-        "teacher": "original's outputs",
-        "spectra": "spectra of weights",
-        "hessians": "Hessians",
-        "bank": "bank: every format",
-        "costs": "costs of formats",
-        "study": "study",
-        "probe": "random assignments",
-        "scores": "original's scores",
-        "evolution": "evolution: passes",
-        "gate": "held-out comparison",
-        "report": "report",
-        "quantize": "quantize",
-        "first_run": "run the checkpoint",
-        "evaluate": "evaluate",
-    }
-)
-"""What people read for each stage that reports progress, at most 20 characters."""
-
-_UNEVEN = ("load",)
+_UNEVEN = (Stage.LOAD,)
 """Stages whose steps differ so much that the last ones say nothing about the next."""
 
 INTERRUPTED = 130
@@ -69,8 +49,6 @@ class Bars:
 
     def __init__(self) -> None:
         """Make the display; nothing is shown before the first call."""
-        from alphaquant.progress import StageTimes
-
         self._times = StageTimes()
         self._console = Console(stderr=True)
         self._progress = Progress(*self._columns(), console=self._console)
@@ -99,7 +77,7 @@ class Bars:
         """Show how far a stage is; see `alphaquant.progress.Progress`."""
         now = time.monotonic()
         self._times.record(stage, done, total, now)
-        label = STAGES.get(stage, stage)
+        label = Stage(stage).text
         if self._last_line is None:
             self._last_line = now
         if not self._console.is_terminal:
@@ -108,7 +86,7 @@ class Bars:
         if stage not in self._tasks:
             added = self._progress.add_task(label, total=total, note="", stage=stage)
             self._tasks[stage] = added
-        note = self._note if stage == "study" else ""
+        note = self._note if stage == Stage.STUDY else ""
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
 
     def note(self, line: str, short: str) -> None:
@@ -137,7 +115,7 @@ class Bars:
 
     def _print_line(self, stage: str, done: int, total: int, now: float) -> None:
         """A line at the end of a stage, and at a step after a silence."""
-        counts = f"{STAGES.get(stage, stage)}: {done} of {total}"
+        counts = f"{Stage(stage).text}: {done} of {total}"
         if done >= total:
             if stage in self._ended:
                 return

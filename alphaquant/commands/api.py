@@ -100,7 +100,7 @@ class Study:
 
 
 def search(
-    budget: str | None = None,
+    budget: str | float | None = None,
     *,
     spec: str | Path | None = None,
     progress: Progress = no_progress,
@@ -112,7 +112,7 @@ def search(
     The same call resumes a search that was stopped, from its `out`.
 
     Args:
-        budget: `4.25bits`, `13GiB`, ...
+        budget: `4.25bits`, `13GiB`, or bits per weight as a number.
         spec: TOML file of options, as `aq-search --spec` takes it; what is given beside it wins.
         progress: called with a stage's name, steps done, steps.
         on_trial: called after each trial.

@@ -1,6 +1,6 @@
 """What differs between two configurations of one model: bits, formats by role, layer and expert.
 
-Either side is whatever `alphaquant.commands.inspect` reads. Scores stand side by side only
+Either side is whatever `alphaquant.commands.statements` reads. Scores stand side by side only
 where both were measured on the same windows of the same model's weights.
 """
 
@@ -11,14 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alphaquant.commands.inspect import (
-    Inspection,
-    Skeleton,
-    Statement,
-    read_skeleton,
-    read_statement,
-    role_of,
-)
+from alphaquant.commands.inspect import Inspection
 from alphaquant.commands.inspect_text import (
     label_order,
     part_json,
@@ -26,6 +19,7 @@ from alphaquant.commands.inspect_text import (
     source_text,
     warnings_text,
 )
+from alphaquant.commands.statements import Skeleton, Statement, read_skeleton, read_statement
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.reports.tables import aligned, fitted, is_wider, wrapped
 from alphaquant.spaces.units import Matrix
@@ -263,7 +257,7 @@ def _error_text(score: Mapping[str, Any]) -> str:
 def _parts_table(found: Comparison, title: str, width: int | None) -> str:
     """Bits of the roles or layers where something changed."""
     is_role = title == "role"
-    n_changed = found.n_changed(role_of if is_role else lambda m: str(m.layer))
+    n_changed = found.n_changed(lambda m: m.role if is_role else str(m.layer))
     pairs = zip(
         *((side.roles if is_role else side.layers) for side in (found.a, found.b)), strict=True
     )
@@ -282,7 +276,7 @@ def _parts_table(found: Comparison, title: str, width: int | None) -> str:
 
 def _changes_table(found: Comparison, width: int | None) -> str:
     """How many matrices of each role went from which format to which, the most first."""
-    counts = Counter((role_of(m), *found.change(m)) for m in found.changed)
+    counts = Counter((m.role, *found.change(m)) for m in found.changed)
     order = sorted(counts, key=lambda c: (-counts[c], c[0], label_order(c[1]), label_order(c[2])))
     rows = [[*change, str(counts[change])] for change in order[:MAX_CHANGES]]
     left = ("role", "A", "B")

@@ -16,7 +16,7 @@ from alphaquant.evaluators.local_tasks import check_tasks, is_mmlu, open_harness
 from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.quantization_config import is_packed
-from alphaquant.progress import Progress, no_progress
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.provenance import versions
 from alphaquant.reports.tables import fitted, wrapped
 from alphaquant.runtime.checkpoint import load
@@ -93,19 +93,19 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         harness = _harness(spec)
         if spec.reference is not None and not is_packed(spec.model):
             load_skeleton(model_location(spec.model))  # a wrong name is told before the long work
-        progress("load", 0, 1)
+        progress(Stage.LOAD, 0, 1)
         model = open_model(spec.reference or spec.model, device, spec.dtype)
         chosen = _choose(spec, model, harness, folder, progress)
-        progress("load", 1, 1)
+        progress(Stage.LOAD, 1, 1)
         n_steps = len(chosen.evaluators) * (1 if spec.reference is None else 2)
-        found = _measure(chosen, model, lambda done: progress("evaluate", done, n_steps))
+        found = _measure(chosen, model, lambda done: progress(Stage.EVALUATE, done, n_steps))
         own = _Measured()
         if spec.reference is not None:
             del model
             own, first = found, len(chosen.evaluators)
             model = open_model(spec.model, device, spec.dtype)
             found = _measure(
-                chosen, model, lambda done: progress("evaluate", first + done, n_steps)
+                chosen, model, lambda done: progress(Stage.EVALUATE, first + done, n_steps)
             )
     return Evaluation(spec, found.scores, own.scores, chosen.tokens, found.details, own.details)
 

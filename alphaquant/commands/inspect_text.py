@@ -168,20 +168,15 @@ def _parts_table(title: str, parts: Sequence[Part], width: int | None) -> str:
 
 def _formats_table(roles: Sequence[Part], width: int | None) -> str:
     """Shares of each role's weights in every format, the smallest format first."""
-    labels = {label for role in roles for label in role.weights_by_format}
-    rows = [
-        [
-            label,
-            *(
-                f"{100 * role.weights_by_format[label] / role.n_weights:.1f} %"
-                if label in role.weights_by_format
-                else ""
-                for role in roles
-            ),
-        ]
-        for label in sorted(labels, key=label_order)
-    ]
-    return fitted(["format", *(role.name for role in roles)], rows, width, left=("format",))
+    labels = sorted({label for role in roles for label in role.weights_by_format}, key=label_order)
+    rows = [[role.name, *(_share_text(role, label) for label in labels)] for role in roles]
+    return fitted(("role", *labels), rows, width, left=("role",))
+
+
+def _share_text(part: Part, label: str) -> str:
+    """The share of a part's weights in a format; nothing where it has none."""
+    n_weights = part.weights_by_format.get(label)
+    return "" if n_weights is None else f"{100 * n_weights / part.n_weights:.1f} %"
 
 
 def label_order(label: str) -> tuple[float, str]:

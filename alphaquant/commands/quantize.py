@@ -13,11 +13,11 @@ from alphaquant.models.loading import load_skeleton, named_dtype
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.models.source_files import with_source
-from alphaquant.progress import Progress, no_progress
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
-from alphaquant.runtime.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
@@ -92,7 +92,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     if spec.out is None:
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
-        progress("load", 0, 1)
+        progress(Stage.LOAD, 0, 1)
         source = load_source(spec.model, device, spec.dtype)
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
@@ -101,16 +101,13 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         for warning in warnings:
             logger.warning("%s", warning)
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
-        progress("load", 1, 1)
+        progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
+        windows = None if tokens is None else tokens.tokens
         return quantize_to_checkpoint(
-            source.map,
-            plan.assignment,
+            PackingJob(source.map, plan.assignment, settings, windows, _activations(plan)),
             part,
-            settings,
-            None if tokens is None else tokens.tokens,
             facts=facts | {"architecture": architecture.name},
-            activations=_activations(plan),
             tokenizer=source.tokenizer,
             progress=progress,
         )
@@ -140,16 +137,16 @@ def dry_run(spec: QuantizeSpec) -> DryRun:
 
 
 def plan_text(found: DryRun) -> str:
-    """What a configuration would do, for people: matrices by kind and format, and the bits."""
+    """What a configuration would do, for people: matrices by role and format, and the bits."""
     formats, activations = found.plan.assignment.formats, _activations(found.plan)
-    shown = ["kind", "format", *(["inputs"] if activations else [])]
+    shown = ["role", "format", *(["inputs"] if activations else [])]
 
     def words(matrix: Matrix) -> tuple[str, ...]:
         inputs = activations.get(matrix.name, BF16).name
-        return (matrix.kind, formats[matrix.name], inputs)[: len(shown)]
+        return (matrix.role, formats[matrix.name], inputs)[: len(shown)]
 
     counts = Counter(words(m) for m in found.inventory.matrices)
-    rows = [[*key, str(n)] for key, n in sorted(counts.items())]
+    rows = [[*key, str(n)] for key, n in counts.items()]
     table = aligned([*shown, "matrices"], rows, left=shown)
     return "\n".join([table, *bit_lines(found.counts)])
 

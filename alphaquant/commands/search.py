@@ -20,7 +20,7 @@ import optuna
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.models.loading import named_dtype
-from alphaquant.progress import Progress, StageClock, no_progress
+from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.cautions import RARE_TOKENS
@@ -106,8 +106,8 @@ def _search(
     spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial
 ) -> SearchResult:
     """The stages, in an output directory that no other process works on."""
-    clock("load", 0, LOAD_STEPS)
-    steps = clock.counted("load", LOAD_STEPS)
+    clock(Stage.LOAD, 0, LOAD_STEPS)
+    steps = clock.counted(Stage.LOAD, LOAD_STEPS)
     source = load_source(spec.checkpoint.model, request.device, spec.checkpoint.dtype, steps)
     for note in model_notes(source.map):
         logger.warning("%s", note)
@@ -118,7 +118,7 @@ def _search(
         if space.idle_budget is not None:
             logger.warning("%s", space.idle_budget)
         begin_study_note(study, study_note(spec, space.menu))
-        clock("load", LOAD_STEPS, LOAD_STEPS)
+        clock(Stage.LOAD, LOAD_STEPS, LOAD_STEPS)
         prepared = prepare(spec, inputs, space, clock)
         run = _make_run(prepared, folder, study, clock, on_trial)
         findings = run_program(run)
@@ -270,9 +270,9 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
 
 def _write(result: SearchResult, clock: StageClock) -> SearchResult:
     """Write all files; the seconds in them include writing the configurations."""
-    clock("report", 0, 1)
+    clock(Stage.REPORT, 0, 1)
     write_configs(result)
-    clock("report", 1, 1)
+    clock(Stage.REPORT, 1, 1)
     clock.stop()
     result = replace(result, seconds=dict(clock.seconds))
     write_report(result)

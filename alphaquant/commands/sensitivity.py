@@ -22,7 +22,7 @@ from alphaquant.costs.fisher import CostSettings, measure_costs
 from alphaquant.errors import StoreError
 from alphaquant.files import whole_file
 from alphaquant.models.loading import named_dtype
-from alphaquant.progress import Progress, no_progress
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import Bank
 from alphaquant.reports.tables import fitted, wrapped
@@ -83,12 +83,12 @@ def measure_expert_sensitivity(
     if asked.dtype != "auto":
         named_dtype(asked.dtype)
     check_place(cache_dir(spec.cache), "--cache")
-    progress("load", 0, n_steps)
+    progress(Stage.LOAD, 0, n_steps)
     source = load_source(
         asked.model,
         find_device(asked.device),
         asked.dtype,
-        lambda n_done: progress("load", n_done, n_steps),
+        lambda n_done: progress(Stage.LOAD, n_done, n_steps),
     )
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
@@ -101,7 +101,7 @@ def measure_expert_sensitivity(
         spec.seed,
         text.bos,
     )
-    progress("load", n_steps, n_steps)
+    progress(Stage.LOAD, n_steps, n_steps)
     quantizer = settings_of(spec.quantizer)
     bank = fill_source_bank(source, calibration, names, quantizer, spec.cache, progress)
     settings = CostSettings(spec.seed)

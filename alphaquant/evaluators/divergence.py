@@ -40,7 +40,7 @@ from alphaquant.evaluators.perplexity import (
 )
 from alphaquant.files import whole_file
 from alphaquant.models.walk import batches_of
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.spaces.json_files import JsonError, parse_json
 from alphaquant.texts.windows import token_digest
 
@@ -172,7 +172,7 @@ def store_teacher(
     parts: dict[str, list[Tensor]] = {}
     losses, vocabulary = [], 0
     for start in range(0, len(tokens), batch_size):
-        progress("teacher", start, len(tokens))
+        progress(Stage.TEACHER, start, len(tokens))
         log_probs = predict(model, tokens[start : start + batch_size])  # [B, T, V]
         vocabulary = log_probs.shape[-1]
         if tokens.shape[1] > 1:
@@ -185,7 +185,7 @@ def store_teacher(
     text = json.dumps(facts)
     with whole_file(path) as part:
         save_file(stored, part, metadata={"facts": text, SUM: _sum(stored, len(tokens), text)})
-    progress("teacher", len(tokens), len(tokens))
+    progress(Stage.TEACHER, len(tokens), len(tokens))
     return Teacher(path, facts)
 
 

@@ -27,7 +27,7 @@ from alphaquant.models.layouts.standard import ListedExperts
 from alphaquant.models.mapping import device_of, find_layers, known_layouts
 from alphaquant.models.sites import ExpertsSite, make_site
 from alphaquant.models.walk import batches_of
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.runtime.modules import PackedExperts, PackedLinear
 from alphaquant.spaces.units import Matrix
 from alphaquant.texts.windows import token_digest
@@ -176,7 +176,7 @@ def keep_routes(
     batches = []
     for batch in route_batches(model, tokens, batch_size):
         batches.append(tuple(map(_kept, batch)))
-        progress("scores", min(batch_size * len(batches), len(tokens)), len(tokens))
+        progress(Stage.SCORES, min(batch_size * len(batches), len(tokens)), len(tokens))
     return Routes(sizes, tuple(batches), batch_size, token_digest(tokens))
 
 

@@ -16,8 +16,6 @@ from alphaquant.search.arrays import FloatArray
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import KINDS, Inventory, Matrix
 
-_DOWN = ("down_proj", "w2")
-_NAMES = {"expert": "experts", "shared": "shared", "dense": "dense"}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -36,30 +34,19 @@ class BitMap:
     values: FloatArray
 
 
-def role_of(matrix: Matrix) -> str:
-    """The role of a matrix: `attention q`, `experts in`, `experts out`, `shared in`, `dense out`.
-
-    Attention is told apart by projection, because each has a cost of its own; of an MLP, gate and
-    up read the same input and are one role, down is the other.
-    """
-    if matrix.kind == "attention":
-        return f"attention {matrix.projection.removesuffix('_proj')}"
-    return f"{_NAMES[matrix.kind]} {'out' if matrix.projection in _DOWN else 'in'}"
-
-
 def bits_by_role(assignment: Assignment, inventory: Inventory) -> BitMap:
     """Mean stored bits per weight of each layer's matrices, by role.
 
     Worked example: the down matrices of two experts of one size in int4-g64 (4.25 bits) and
-    int8-g64 (8.25) are 6.25 in the column `experts out`.
+    int8-g64 (8.25) are 6.25 in the column `routed down`.
 
     Args:
         assignment: a format of every matrix.
         inventory: the matrices.
     """
     ordered = sorted(inventory.matrices, key=lambda m: KINDS.index(m.kind))
-    columns = tuple(dict.fromkeys(map(role_of, ordered)))
-    return _mean_bits(assignment, inventory.matrices, columns, role_of)
+    columns = tuple(dict.fromkeys(m.role for m in ordered))
+    return _mean_bits(assignment, inventory.matrices, columns, lambda m: m.role)
 
 
 def bits_by_expert(assignment: Assignment, inventory: Inventory) -> BitMap | None:

@@ -12,23 +12,27 @@ from alphaquant.reports.plots import figures
 from alphaquant.reports.sections import stop_text
 from alphaquant.reports.style import laid_out
 from alphaquant.reports.tables import markdown
-from alphaquant.reports.verdict import headline, winner_text
+from alphaquant.reports.verdict import headline, sentence, winner_text
 from alphaquant.studies.result import SearchResult
 
 FIGURE_ID = "alphaquant-"
 """Start of the ids of our figures; a figure of the same id is replaced, not added."""
 
 _TITLES: Mapping[str, str] = {
-    "front": "Front: size and divergence, held-out text",
-    "trials": "All trials: size and divergence, evaluation text",
-    "layers": "Bits per weight by layer and role, best.json",
-    "experts": "Bits per weight and calibration tokens by expert, best.json",
+    "front": "Front: size and divergence,<br>held-out text",
+    "trials": "All trials: size and divergence,<br>evaluation text",
+    "layers": "Bits per weight<br>by layer and role, best.json",
+    "experts": "Bits per weight and calibration<br>tokens by expert, best.json",
     "costs": "Predicted and measured divergence",
     "stages": "What each stage gained",
 }
 
 _CARD_HEIGHT = 450
 """Pixels that optuna-dashboard gives to a figure; what is below is cut off."""
+
+_ABOVE, _BELOW, _AXIS = 76, 140, 60
+"""Pixels above a card's plot, for a title of two lines; below it, for a legend of four; of the
+latter those of the axis."""
 
 
 def decorate(study: optuna.Study, result: SearchResult) -> None:
@@ -38,7 +42,7 @@ def decorate(study: optuna.Study, result: SearchResult) -> None:
         optuna.exceptions.OptunaError: the storage is unreachable.
     """
     said = (headline(result).text, winner_text(result))
-    sentences = [f"{text[0].upper()}{text[1:]}." for text in said]
+    sentences = [f"{sentence(text)}." for text in said]
     found = "\n\n".join([*sentences, _front_table(result), stop_text(result)])
     save_study_note(study, study_note(result.spec, result.space.menu, found))
     for name, figure in figures(result).items():
@@ -68,13 +72,15 @@ def _front_table(result: SearchResult) -> str:
 
 def _as_card(figure: go.Figure, title: str) -> go.Figure:
     """A copy of a figure as a card of the dashboard: titled, and all of it within the card."""
+    card = go.Figure(figure)
     layout = {
-        "title": {"text": title, "x": 0.02, "y": 0.96, "font": {"size": 15}},
+        "title": {"text": title, "x": 0.02, "xref": "container", "y": 0.96, "font": {"size": 15}},
         "height": _CARD_HEIGHT,
-        "margin": {"t": 70},
+        "margin": {"t": _ABOVE},
         "font": {"size": 10},
-        # Below the plot it would cover the axis, because distances are in parts of the height.
-        "legend": {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     }
+    if len(card.data) > 1 and "scatter" in card.data[0].type:
+        layout["margin"] = {"t": _ABOVE, "b": _BELOW}
+        layout["legend"] = {"y": -_AXIS / (_CARD_HEIGHT - _ABOVE - _BELOW)}
     axis = {"title": {"font": {"size": 10}}}
-    return laid_out(go.Figure(figure), layout, axis, axis)
+    return laid_out(card, layout, axis, axis)

@@ -14,28 +14,14 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from alphaquant.reports import sections
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.cautions import cautions
 from alphaquant.reports.front import config_name
 from alphaquant.reports.markup import to_html
 from alphaquant.reports.plots import figures, interval_half
-from alphaquant.reports.sections import (
-    FRONT_NOTE,
-    costs_text,
-    coverage_text,
-    domain_text,
-    files_table,
-    gains_table,
-    model_name,
-    published_table,
-    scores_text,
-    search_text,
-    uniform_table,
-    withheld_text,
-)
 from alphaquant.reports.shell import evaluate_command, quantize_command
-from alphaquant.reports.tables import markdown
-from alphaquant.reports.verdict import headline, why_text, winner_text
+from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.profiles import Profile
 from alphaquant.studies.gate.judge import HeldoutRow
@@ -62,7 +48,7 @@ _CAPTIONS = {
 
 def report_html(result: SearchResult) -> str:
     """The whole report as one HTML file."""
-    title = f"{model_name(result.provenance.model)} at {result.spec.limits.budget}"
+    title = f"{sections.model_name(result.provenance.model)} at {result.spec.limits.budget}"
     shown = figures(result)
     body = [
         _header(result, title),
@@ -93,17 +79,13 @@ def _header(result: SearchResult, title: str) -> str:
     """What one reads who reads no more: the headline, and its numbers with their errors."""
     said = headline(result)
     facts = [said.perplexity.replace("->", "\N{RIGHTWARDS ARROW}"), said.size]
-    items = "".join(f"<span>{escape(_sentence(text))}</span>" for text in facts if text)
+    items = "".join(f"<span>{escape(sentence(text))}</span>" for text in facts if text)
     return (
         f"<header><h1>{escape(title)}</h1>"
-        f'<p class="claim">{escape(_sentence(said.claim))}</p>'
+        f'<p class="claim">{_unbroken(sentence(said.claim))}</p>'
         f'<p class="lead">{items}</p>'
         f"{_cards(result)}</header>"
     )
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
 
 
 def commands(result: SearchResult) -> dict[str, str]:
@@ -122,32 +104,34 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
     return [
         "<h2>The front: size and closeness</h2>" + text["front"],
         _use(result),
-        to_html(f"## Published points (held-out text)\n\n{published_table(result)}")
-        + to_html(f"{FRONT_NOTE}\n\n{files_table(result)}")
+        to_html(f"## Published points (held-out text)\n\n{sections.published_table(result)}")
+        + to_html(f"{sections.FRONT_NOTE}\n\n{sections.files_table(result)}")
         + _command_list(result),
         to_html(
             f"## Why this one\n\nThe result: {winner_text(result)}.\n\n"
             f"Why this one: {why_text(result)}."
         )
         + _sizes(result),
-        to_html(f"## The best trial by domain\n\n{domain_text(result)}"),
+        to_html(f"## The best trial by domain\n\n{sections.domain_text(result)}"),
         *_scores(result),
-        to_html(f"## Withheld points\n\n{withheld_text(result)}"),
+        to_html(f"## Withheld points\n\n{sections.withheld_text(result)}"),
         "<h2>Where the bits went</h2>" + text["layers"] + text["experts"],
         "<h2>All trials</h2>" + text["trials"],
-        "<h2>What each stage gained</h2>" + text["stages"] + to_html(gains_table(result)),
+        "<h2>What each stage gained</h2>" + text["stages"] + to_html(sections.gains_table(result)),
         "<h2>Costs and truth</h2>"
         + text["costs"]
-        + to_html(f"### Random assignments\n\n{costs_text(result)}"),
-        _details("Other uniform formats", uniform_table(result)),
-        _details("Calibration coverage", coverage_text(result)),
-        _details("The search", f"{search_text(result)}\n\n{_seconds(result)}"),
+        + to_html(f"### Random assignments\n\n{sections.costs_text(result)}"),
+        _details("Other uniform formats", sections.uniform_table(result)),
+        _details("Calibration coverage", sections.coverage_text(result)),
+        _details(
+            "The search", f"{sections.search_text(result)}\n\n{sections.seconds_table(result)}"
+        ),
         _provenance(result),
     ]
 
 
 def _scores(result: SearchResult) -> list[str]:
-    text = scores_text(result)
+    text = sections.scores_text(result)
     head = "## Other scores of published trials"
     return [to_html(f"{head}\n\n{text}")] if text else []
 
@@ -210,11 +194,15 @@ def _command_list(result: SearchResult) -> str:
 
 def _command(text: str) -> str:
     """A command with a button that copies it."""
-    shown = escape(text)
     return (
-        f'<div class="command"><code>{shown}</code>'
-        f'<button type="button" class="copy" data-command="{shown}">copy</button></div>'
+        f'<div class="command"><code>{_unbroken(text)}</code>'
+        f'<button type="button" class="copy" data-command="{escape(text)}">copy</button></div>'
     )
+
+
+def _unbroken(text: str) -> str:
+    """Text whose words are not broken at hyphens: names of formats, options, files."""
+    return " ".join(f'<span class="word">{escape(word)}</span>' for word in text.split(" "))
 
 
 def _use(result: SearchResult) -> str:
@@ -246,11 +234,6 @@ def _engine_text(profile: Profile) -> str:
 def _details(title: str, text: str) -> str:
     """A part that is folded up until asked for."""
     return f"<details><summary>{escape(title)}</summary>{to_html(text)}</details>"
-
-
-def _seconds(result: SearchResult) -> str:
-    rows = [[name, f"{seconds:.1f}"] for name, seconds in result.seconds.items()]
-    return markdown(["stage", "seconds"], rows)
 
 
 def _provenance(result: SearchResult) -> str:

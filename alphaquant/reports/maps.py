@@ -15,6 +15,9 @@ _BITS_COLOURS = "YlGnBu"
 _TOKEN_COLOURS = "Oranges"
 
 _MOST_LABELLED = 10
+_MOST_TICKS = 9
+"""Numbers of experts below a map, so that they stand upright on a phone."""
+
 _ROW_PIXELS = 26
 _LEAST_PIXELS, _MOST_PIXELS = 150, 620
 
@@ -25,7 +28,7 @@ def layers_figure(result: SearchResult) -> go.Figure:
     heat = _heat(bits, "bits", _BITS_COLOURS, "%{x}<br>%{z:.3f} bits per weight", ".2f")
     figure = go.Figure(heat)
     figure = styled(figure, _pixels(bits) + 108)
-    return _labelled(figure, {"margin": {"t": 12}}, {"tickangle": -40})
+    return _labelled(figure, {"margin": {"t": 12}}, {"autotickangles": [0, -40, -90]})
 
 
 def experts_figure(result: SearchResult) -> go.Figure | None:
@@ -55,7 +58,8 @@ def experts_figure(result: SearchResult) -> go.Figure | None:
     figure = styled(figure, len(maps) * pixels + 75 + 95)
     _place_bars(figure)
     lowest = "xaxis" if tokens is None else "xaxis2"
-    return _labelled(figure, {lowest: {"title": {"text": "expert"}}}, {"nticks": 16})
+    across = {"nticks": _MOST_TICKS, "tickangle": 0}
+    return _labelled(figure, {lowest: {"title": {"text": "expert"}}}, across)
 
 
 def _heat(found: BitMap, name: str, colours: str, shown: str, number: str) -> go.Heatmap:

@@ -33,7 +33,12 @@ def _block(text: str) -> str:
     if heading is not None:
         level = len(heading[1])
         return f"<h{level}>{escape(heading[2])}</h{level}>"
-    return f"<p>{escape(' '.join(lines))}</p>"
+    return f"<p>{_typeset(' '.join(lines))}</p>"
+
+
+def _typeset(text: str) -> str:
+    """Escaped, with the signs that a terminal may lack."""
+    return escape(text).replace(" +- ", " \N{PLUS-MINUS SIGN} ")
 
 
 def _table(lines: list[str]) -> str:
@@ -41,7 +46,7 @@ def _table(lines: list[str]) -> str:
     head, *body = [_cells(line) for i, line in enumerate(lines) if i != 1]
     kinds = [_kind([row[i] for row in body]) for i in range(len(head))]
     rows = [
-        "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(row, kinds, strict=True))
+        "".join(f"<td{k}>{_typeset(c)}</td>" for c, k in zip(row, kinds, strict=True))
         for row in body
     ]
     titles = "".join(

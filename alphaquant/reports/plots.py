@@ -213,7 +213,7 @@ def _names(result: SearchResult, scale: LogScale) -> go.Scatter:
     named = [(best, "<b>best.json</b>" + _GAP, "middle left")]
     if best.rival is not None:
         rival = result.gate.row(best.rival.name)
-        named.append((rival, f"{_GAP}uniform {rival.name}", "top right"))
+        named.append((rival, f"{_GAP}uniform<br>{_GAP}{rival.name}", "top right"))
     return go.Scatter(
         x=[row.bits_per_weight for row, _, _ in named],
         y=[scale.place(row.kl) for row, _, _ in named],
@@ -350,12 +350,12 @@ def _correlations(result: SearchResult) -> str:
 
 
 def _rho(value: float, n: int) -> str:
-    """A correlation with its interval, or why it says little, in two short lines."""
+    """A correlation with its interval, and why it says little, in short lines."""
     if math.isnan(value):
         return rho_text(value)
     caution = correlation_caution(value, n)
     found = f"{rho_text(value)},<br>95 % interval {rho_interval_text(value, n)}"
-    return found if caution is None else f"{found}: {caution}"
+    return found if caution is None else f"{found}:<br>{caution}"
 
 
 def _small_title(text: str) -> dict[str, object]:

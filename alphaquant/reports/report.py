@@ -13,26 +13,13 @@ from typing import Any
 import pandas as pd
 
 from alphaquant.evaluators.base import Metric
+from alphaquant.reports import sections
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.reports.html import report_html
-from alphaquant.reports.sections import (
-    FRONT_NOTE,
-    costs_text,
-    coverage_text,
-    domain_text,
-    files_table,
-    gains_table,
-    model_name,
-    published_table,
-    scores_text,
-    search_text,
-    uniform_table,
-    withheld_text,
-)
 from alphaquant.reports.shell import evaluate_command, quantize_command
-from alphaquant.reports.tables import aligned, columns, markdown, narrowed, with_error, wrapped
-from alphaquant.reports.verdict import headline, why_text, winner_text
+from alphaquant.reports.tables import aligned, columns, narrowed, with_error, wrapped
+from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
@@ -195,34 +182,34 @@ def report_text(result: SearchResult) -> str:
     said = headline(result).text
     best = result.folder.path / "best.json"
     parts = [
-        f"# {model_name(result.provenance.model)} at {result.spec.limits.budget}",
-        f"{said[0].upper()}{said[1:]}.",
+        f"# {sections.model_name(result.provenance.model)} at {result.spec.limits.budget}",
+        f"{sentence(said)}.",
         f"The result: {winner_text(result)}.",
         f"Why this one: {why_text(result)}.",
         "## Size of best.json",
         "\n".join(f"    {line}" for line in bit_lines(result.counts)),
         counting_rule(),
         "## Published points (held-out text)",
-        published_table(result),
-        files_table(result),
-        FRONT_NOTE,
+        sections.published_table(result),
+        sections.files_table(result),
+        sections.FRONT_NOTE,
         "## Withheld points",
-        withheld_text(result),
+        sections.withheld_text(result),
         "## The best trial by domain",
-        domain_text(result),
+        sections.domain_text(result),
         *_scores_section(result),
         "## Other uniform formats",
-        uniform_table(result),
+        sections.uniform_table(result),
         "## What each stage gained (evaluation text, within the budget)",
-        gains_table(result),
+        sections.gains_table(result),
         "## Costs and truth",
-        costs_text(result),
+        sections.costs_text(result),
         "## The search",
-        search_text(result),
+        sections.search_text(result),
         "## Seconds per stage (this run; what the cache or the study held is not repeated)",
-        markdown(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in result.seconds.items()]),
+        sections.seconds_table(result),
         "## Calibration coverage",
-        coverage_text(result),
+        sections.coverage_text(result),
         "## Next",
         f"    {quantize_command(result.spec.checkpoint.model, best)}\n"
         f"    {evaluate_command(result.spec.checkpoint.model)}",
@@ -231,7 +218,7 @@ def report_text(result: SearchResult) -> str:
 
 
 def _scores_section(result: SearchResult) -> list[str]:
-    text = scores_text(result)
+    text = sections.scores_text(result)
     return ["## Other scores of published trials", text] if text else []
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 
+from alphaquant.progress import Stage
 from alphaquant.reports.cautions import (
     RARE_TOKENS,
     costs_caution,
@@ -195,6 +196,12 @@ def search_text(result: SearchResult) -> str:
         f"({', '.join(space.menu)}), profile {space.profile_name}. Largest certified gap of a "
         f"solver to the optimum of its own costs: {gap}."
     )
+
+
+def seconds_table(result: SearchResult) -> str:
+    """Wall time of each stage of this run."""
+    rows = [[Stage(name).text, f"{seconds:.1f}"] for name, seconds in result.seconds.items()]
+    return markdown(["stage", "seconds"], rows)
 
 
 def costs_text(result: SearchResult) -> str:

@@ -18,6 +18,8 @@ PURPLE, GREY = "#cc79a7", "#7b8794"
 _BELOW = 3.0
 _NO_POSITIVE = 1e-3
 _DENSE_BELOW = 200.0
+_NARROW_BELOW = 6.25
+"""Ratio of highest to lowest from which on two of 1, 2, 5, 10, ... are between them for sure."""
 _BELOW_AXIS_PIXELS = 62
 
 
@@ -27,10 +29,12 @@ class LogScale:
 
     Attributes:
         floor: where 0 is drawn: below the lowest positive number by a factor of 3.
+        low: the lowest number that is drawn, the floor if there is a 0.
         top: the highest number.
     """
 
     floor: float
+    low: float
     top: float
 
     def place(self, value: float) -> float | None:
@@ -44,12 +48,10 @@ class LogScale:
     def axis(self, title: str) -> dict[str, object]:
         """A logarithmic axis with plain numbers, few enough for a phone.
 
-        Worked example: from 0.001 to 0.02 at 0.001, 0.002, 0.005, 0.01, ...; from 0.001 to 1 at
-        the powers of ten alone.
+        Worked example: from 0.0039 to 0.0046 at 0.0038, 0.004, 0.0042, ...; from 0.001 to 0.02 at
+        0.001, 0.002, 0.005, 0.01, ...; from 0.001 to 1 at the powers of ten alone.
         """
-        first, last = math.floor(math.log10(self.floor)), math.ceil(math.log10(self.top))
-        steps = (1, 2, 5) if self.top / self.floor < _DENSE_BELOW else (1,)
-        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        ticks = self._ticks()
         return {
             "type": "log",
             "title": {"text": title},
@@ -57,16 +59,27 @@ class LogScale:
             "ticktext": [_plain(tick) for tick in ticks],
         }
 
+    def _ticks(self) -> list[float]:
+        if self.low < self.top < _NARROW_BELOW * self.low:
+            step = _round_step((self.top - self.low) / 4)
+            first, last = math.floor(self.low / step), math.ceil(self.top / step)
+            return [i * step for i in range(max(1, first), last + 1)]
+        lowest, highest = math.floor(math.log10(self.floor)), math.ceil(math.log10(self.top))
+        steps = (1, 2, 5) if self.top / self.floor < _DENSE_BELOW else (1,)
+        return [step * 10.0**power for power in range(lowest, highest + 1) for step in steps]
+
 
 def log_scale(values: Sequence[float]) -> LogScale:
     """The scale of these numbers.
 
     Worked example: of (0, 0.3, 0.6) the floor is 0.1, where the 0 is drawn.
     """
-    positive = [v for v in values if v > 0 and math.isfinite(v)]
+    drawn = [v for v in values if math.isfinite(v)]
+    positive = [v for v in drawn if v > 0]
     if not positive:
-        return LogScale(_NO_POSITIVE, 1.0)
-    return LogScale(min(positive) / _BELOW, max(positive))
+        return LogScale(_NO_POSITIVE, _NO_POSITIVE, 1.0)
+    floor = min(positive) / _BELOW
+    return LogScale(floor, max(min(drawn), floor), max(positive))
 
 
 def styled(figure: go.Figure, height: int) -> go.Figure:
@@ -137,10 +150,14 @@ def _merge(made: dict[str, Any], parts: Mapping[str, Any]) -> None:
             made[name] = dict(part) if isinstance(part, Mapping) else part
 
 
+def _round_step(at_least: float) -> float:
+    """The lowest of 1, 2, 5 times a power of ten that is not below a number."""
+    power = 10.0 ** math.floor(math.log10(at_least))
+    return next(s * power for s in (1, 2, 5, 10) if s * power >= at_least)
+
+
 def _plain(tick: float) -> str:
     """A tick's number: `0.002`, below 0.0001 `2e-5`."""
-    return (
-        f"{tick:.4f}".rstrip("0").rstrip(".")
-        if tick > 9e-5
-        else f"{tick:.0e}".replace("e-0", "e-")
-    )
+    if tick > 9e-5:
+        return f"{tick:.6f}".rstrip("0").rstrip(".")
+    return f"{tick:.4g}".replace("e-0", "e-")

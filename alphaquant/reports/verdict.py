@@ -49,6 +49,11 @@ def headline(result: SearchResult) -> Headline:
     )
 
 
+def sentence(text: str) -> str:
+    """The text with a capital at its start, unless that is the name of a file."""
+    return text if text.startswith("best.json") else f"{text[0].upper()}{text[1:]}"
+
+
 def _claim(result: SearchResult) -> str:
     """How close the published assignment is to the original."""
     row, gate = result.gate.published_row, result.gate

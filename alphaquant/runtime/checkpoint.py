@@ -22,13 +22,13 @@ SHA256SUMS. It reads both through `alphaquant.runtime.transformers_plugin`.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,11 +54,17 @@ from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.dequant_cache import parse_cache_size
 from alphaquant.runtime.kernel_use import IMPLEMENTATION
 from alphaquant.runtime.modules import PackedLinear, cache_dequantized, install_packed_modules
+from alphaquant.runtime.tensor_files import (
+    INDEX,
+    damaged,
+    is_inside,
+    read_headers,
+    read_tensors,
+    tensor_files,
+)
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.json_files import read_object
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
 _KEPT_FILE = "model-kept.safetensors"
 _CARRIED_FILE = "model-carried.safetensors"
 
@@ -78,18 +84,6 @@ _IMPLEMENTATIONS: dict[bool | None, dict[str, str]] = {
     False: {"experts_implementation": "eager"},
 }
 """How transformers is told whether kernels run the model."""
-
-
-class StoredTensor(NamedTuple):
-    """A tensor as the header of a file describes it.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype, as safetensors calls it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class CheckpointWriter:
         for layer in layers:
             files |= dict.fromkeys(layer.tensors, layer.file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        self.write_json(_INDEX, index)
+        self.write_json(INDEX, index)
         formats = {name: parse_format(f) for layer in layers for name, f in layer.formats.items()}
         config = json.loads(model.config.to_json_string(use_diff=False))
         if model_map.source is not None:  # every field of the source, whatever transformers keeps
@@ -240,16 +234,7 @@ def load(
     """
     from transformers import AutoConfig
 
-    if not isinstance(path, str | os.PathLike):
-        raise ModelError(f"load is given {path!r}; give the directory of a packed checkpoint")
-    directory, cache_bytes = Path(path), parse_cache_size(dequant_cache)
-    if not is_packed(directory):
-        raise ModelError(
-            f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
-        )
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {device} was asked for, and torch finds no CUDA here; use cpu")
-    check_device(device)
+    directory, cache_bytes = _checked(path, device), parse_cache_size(dequant_cache)
     wanted: str | torch.dtype = dtype if dtype == "auto" else named_dtype(dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32
@@ -276,38 +261,22 @@ def load(
     return loaded.eval()
 
 
-def tensor_files(directory: Path) -> list[Path]:
-    """The files with the tensors of a packed checkpoint, sorted.
+def _checked(path: str | Path, device: str) -> Path:
+    """The directory of a packed checkpoint, on a device that is there.
 
     Raises:
-        StoreError: one is missing or outside the directory, or their index is missing or damaged.
+        ModelError: it is none, or the device is not there.
     """
-    single = directory / _SINGLE_FILE
-    if single.exists():
-        return [single]
-    try:
-        index = json.loads((directory / _INDEX).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(directory, error) from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise _damaged(
-            directory, f"{_INDEX} must be an object whose weight_map is tensor -> name of a file"
+    if not isinstance(path, str | os.PathLike):
+        raise ModelError(f"load is given {path!r}; give the directory of a packed checkpoint")
+    if not is_packed(Path(path)):
+        raise ModelError(
+            f"{path} is no packed checkpoint of aq-quantize; give the directory named by its --out"
         )
-    names = sorted(set(places.values()))
-    for name in names:
-        if not is_inside(name):
-            raise _damaged(directory, f"{_INDEX} names {name!r}, outside the checkpoint")
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        raise _damaged(directory, f"{', '.join(missing[:3])} missing")
-    return [directory / name for name in names]
-
-
-def is_inside(name: str) -> bool:
-    """Whether the name of a file stays inside the directory that it is read from."""
-    path = PurePath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {device} was asked for, and torch finds no CUDA here; use cpu")
+    check_device(device)
+    return Path(path)
 
 
 def read_layer(directory: Path, file: LayerFile, layer: LayerSite) -> dict[str, PackedMatrix]:
@@ -325,50 +294,7 @@ def read_layer(directory: Path, file: LayerFile, layer: LayerSite) -> dict[str, 
             own = {part: tensors[f"{matrix.name}.{part}"] for part in parts}
             found[matrix.name] = PackedMatrix(fmt, matrix.rows, matrix.cols, own)
     except (OSError, SafetensorError, KeyError) as error:
-        raise _damaged(directory / file.file, error) from error
-    return found
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a packed checkpoint.
-
-    Raises:
-        StoreError: a file is missing or damaged.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in tensor_files(directory):
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(directory, error) from error
-    return tensors
-
-
-def file_of(tensor: str, files: Sequence[str]) -> str:
-    """The file that holds a tensor; all of them where none does under this name."""
-    holding = (file for file in files if tensor in read_headers([file], file))
-    return next(holding, ", ".join(files))
-
-
-def read_headers(files: Iterable[str | Path], source: str) -> dict[str, StoredTensor]:
-    """Shape and dtype of every tensor in some files; no tensor is read.
-
-    Args:
-        files: safetensors.
-        source: the checkpoint, for messages.
-
-    Raises:
-        StoreError: a file is missing or damaged.
-    """
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                    part = opened.get_slice(name)
-                    found[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise _damaged(source, error) from error
+        raise damaged(directory / file.file, error) from error
     return found
 
 
@@ -444,7 +370,7 @@ def check_files(
     for file in files:
         # transformers follows an index out of the directory.
         if Path(source).is_dir() and not is_inside(os.path.relpath(file, source)):
-            raise _damaged(source, f"{file}, which {_INDEX} names, is outside the checkpoint")
+            raise damaged(source, f"{file}, which {INDEX} names, is outside the checkpoint")
     found = {n: t for n, t in read_headers(files, source).items() if n not in carried}
     tied: Any = model.all_tied_weights_keys
     places = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -459,7 +385,7 @@ def check_files(
         shape, dtype = found[name]
         expected = _DTYPE_NAMES[tensor.dtype] if name in packed_names else dtype
         if (shape, dtype) != (tuple(tensor.shape), expected):
-            raise _damaged(
+            raise damaged(
                 source,
                 f"{name} is {dtype} {list(shape)}, expected {expected} {list(tensor.shape)}",
             )
@@ -471,8 +397,3 @@ def _copy_processors(source: Path, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)
-
-
-def _damaged(source: str | Path, reason: object) -> StoreError:
-    text = " ".join(str(reason).split())
-    return StoreError(f"{source} is incomplete or damaged ({text}); quantize again")

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from alphaquant.errors import StoreError
 from alphaquant.models.loads import utilization_facts
 from alphaquant.models.mapping import weights_digest
 from alphaquant.models.sites import ModelMap
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
@@ -34,8 +34,6 @@ from alphaquant.spaces.formats import Format
 from alphaquant.specs.quantizer import QuantSettings
 
 logger = logging.getLogger(__name__)
-
-NO_ACTIVATIONS: Mapping[str, Format] = {}
 
 _DECIDING_VERSIONS = ("aq-search", "torch", "transformers")
 """Packages with another version of which a layer may come out otherwise."""
@@ -60,19 +58,64 @@ class PipelineResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PackingJob:
+    """What the numbers of a packed checkpoint depend on.
+
+    Attributes:
+        model_map: the original model.
+        assignment: format of every matrix.
+        settings: method and options; `rtn` needs no tokens.
+        tokens: calibration windows, int64 [N, T], None without.
+        activations: what the inputs of matrices are rounded to at inference, by matrix name;
+            calibration sees them as they are.
+        batch_size: windows per forward pass.
+    """
+
+    model_map: ModelMap
+    assignment: Assignment
+    settings: QuantSettings
+    tokens: Tensor | None = None
+    activations: Mapping[str, Format] = field(default_factory=dict)
+    batch_size: int = 16
+
+    @property
+    def counts(self) -> BitCount:
+        """Bits and bytes of the checkpoint."""
+        return self.assignment.count_bits(self.model_map.inventory)
+
+    @property
+    def activation_names(self) -> dict[str, str]:
+        """What inputs are rounded to, by matrix name."""
+        return {name: fmt.name for name, fmt in self.activations.items()}
+
+    def identity(self, model_digest: str | None) -> dict[str, Any]:
+        """Everything that must be the same for its layers to be those of an earlier run.
+
+        Args:
+            model_digest: of the model's weights; None to compute it.
+        """
+        parameter, found = next(self.model_map.model.parameters()), versions()
+        return {
+            "model_digest": model_digest or weights_digest(self.model_map),
+            "formats": self.assignment.digest,
+            "activations": self.activation_names,
+            "settings": asdict(self.settings),
+            "windows": None if self.tokens is None else _digest(self.tokens),
+            "batch_size": self.batch_size,
+            "computed_as": f"{parameter.dtype} on {parameter.device.type}",
+            "versions": {name: found[name] for name in _DECIDING_VERSIONS},
+        }
+
+
 @torch.no_grad()
 def quantize_to_checkpoint(
-    model_map: ModelMap,
-    assignment: Assignment,
+    job: PackingJob,
     target: Path | Part,
-    settings: QuantSettings,
-    tokens: Tensor | None,
     *,
     facts: Mapping[str, Any],
-    activations: Mapping[str, Format] = NO_ACTIVATIONS,
     tokenizer: Any = None,
     overwrite: bool = False,
-    batch_size: int = 16,
     progress: Progress = lambda stage, done, total: None,
 ) -> PipelineResult:
     """Quantize every matrix to its format, write a packed checkpoint, and run it once.
@@ -80,17 +123,11 @@ def quantize_to_checkpoint(
     Layers that an earlier run of the same job finished are not made again.
 
     Args:
-        model_map: the original model.
-        assignment: format of every matrix.
+        job: model, formats, and how to round to them.
         target: directory to write, or what `open_part` gave for it.
-        settings: method and options; `rtn` needs no tokens.
-        tokens: calibration windows, int64 [N, T].
         facts: provenance for the report (model, data, configuration).
-        activations: what the inputs of matrices are rounded to at inference, by matrix name;
-            calibration sees them as they are.
         tokenizer: saved beside the weights.
         overwrite: replace an existing target.
-        batch_size: windows per forward pass.
         progress: called with ("quantize", layers done, layers), then ("first_run", 0 or 1, 1).
 
     Raises:
@@ -100,9 +137,8 @@ def quantize_to_checkpoint(
     """
     opened = nullcontext(target) if isinstance(target, Part) else open_part(target, overwrite)
     with opened as part:
-        writer = CheckpointWriter(part.checkpoint, activations)
-        run = _Run(part, writer, model_map, assignment, settings, tokens, batch_size, progress)
-        part.claim(run.job(facts))
+        run = _Run(job, part, CheckpointWriter(part.checkpoint, job.activations), progress)
+        part.claim(job.identity(facts.get("model_digest")))
         started = time.perf_counter()
         report = run.start_report(facts)
         for made in run.layers():
@@ -112,7 +148,7 @@ def quantize_to_checkpoint(
     fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
     seconds = time.perf_counter() - started
     return PipelineResult(
-        path, writer.quantized_bytes, run.counts.checkpoint_bytes, fallbacks, seconds
+        path, run.writer.quantized_bytes, job.counts.checkpoint_bytes, fallbacks, seconds
     )
 
 
@@ -120,50 +156,22 @@ def quantize_to_checkpoint(
 class _Run:
     """What a quantization works with; see `quantize_to_checkpoint`."""
 
+    job: PackingJob
     part: Part
     writer: CheckpointWriter
-    model_map: ModelMap
-    assignment: Assignment
-    settings: QuantSettings
-    tokens: Tensor | None
-    batch_size: int
     progress: Progress
-
-    @property
-    def counts(self) -> BitCount:
-        """Bits and bytes of the checkpoint."""
-        return self.assignment.count_bits(self.model_map.inventory)
-
-    @property
-    def activations(self) -> dict[str, str]:
-        """What inputs are rounded to, by matrix name."""
-        return {name: fmt.name for name, fmt in self.writer.activations.items()}
-
-    def job(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that the bytes of the checkpoint depend on."""
-        parameter, found = next(self.model_map.model.parameters()), versions()
-        return {
-            "model_digest": facts.get("model_digest") or weights_digest(self.model_map),
-            "formats": self.assignment.digest,
-            "activations": self.activations,
-            "settings": asdict(self.settings),
-            "windows": None if self.tokens is None else _digest(self.tokens),
-            "batch_size": self.batch_size,
-            "computed_as": f"{parameter.dtype} on {parameter.device.type}",
-            "versions": {name: found[name] for name in _DECIDING_VERSIONS},
-        }
 
     def start_report(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What is known before the first layer; utilization and matrices come layer by layer."""
         return {
-            "settings": asdict(self.settings),
+            "settings": asdict(self.job.settings),
             "versions": versions(),
-            **device_facts(str(next(self.model_map.model.parameters()).device)),
+            **device_facts(str(next(self.job.model_map.model.parameters()).device)),
             **facts,
-            "bits": asdict(self.counts),
+            "bits": asdict(self.job.counts),
             "utilization": {},
             "matrices": [],
-            "activations": self.activations,
+            "activations": self.job.activation_names,
         }
 
     def layers(self) -> list[dict[str, Any]]:
@@ -172,38 +180,40 @@ class _Run:
         for index, record in made.items():
             self.writer.layers[index] = LayerFile(**record["layer"])
         self._check_space()
-        n_layers = len(self.model_map.layers)
+        n_layers = len(self.job.model_map.layers)
         if made:
             logger.warning(
                 "%d of %d layers were finished by an earlier run and are not made again",
                 *(len(made), n_layers),
             )
-        self.progress("quantize", len(made), n_layers)
+        self.progress(Stage.QUANTIZE, len(made), n_layers)
         for done in quantize_layers(
-            self.model_map,
-            self.assignment,
-            self.settings,
-            self.tokens,
-            self.batch_size,
+            self.job.model_map,
+            self.job.assignment,
+            self.job.settings,
+            self.job.tokens,
+            self.job.batch_size,
             {index: partial(self._read, index) for index in made},
         ):
             made[done.layer.index] = self._add(done)
-            self.progress("quantize", len(made), n_layers)
+            self.progress(Stage.QUANTIZE, len(made), n_layers)
         return [made[index] for index in sorted(made)]
 
     def finish(self, report: Mapping[str, Any], tokenizer: Any) -> Path:
         """Write the rest, run the checkpoint once and move it to its target."""
-        self.progress("first_run", 0, 1)
-        self.writer.finish(self.model_map, tokenizer)
-        found = first_run(self.part.checkpoint, self.model_map, self.writer.layers, self.tokens)
+        self.progress(Stage.FIRST_RUN, 0, 1)
+        self.writer.finish(self.job.model_map, tokenizer)
+        found = first_run(
+            self.part.checkpoint, self.job.model_map, self.writer.layers, self.job.tokens
+        )
         self.writer.write_json("quantize_report.json", {**report, "first_run": asdict(found)})
         write_checksums(self.part.checkpoint)
         path = self.part.place()
-        self.progress("first_run", 1, 1)
+        self.progress(Stage.FIRST_RUN, 1, 1)
         return path
 
     def _read(self, index: int) -> Mapping[str, PackedMatrix]:
-        layer = self.model_map.layers[index]
+        layer = self.job.model_map.layers[index]
         return read_layer(self.part.checkpoint, self.writer.layers[index], layer)
 
     def _add(self, done: QuantizedLayer) -> dict[str, Any]:
@@ -227,7 +237,7 @@ class _Run:
         Raises:
             StoreError: naming the folder and the bytes.
         """
-        needed = self.counts.checkpoint_bytes - self.writer.quantized_bytes
+        needed = self.job.counts.checkpoint_bytes - self.writer.quantized_bytes
         free = shutil.disk_usage(self.part.folder).free
         if free < needed:
             raise StoreError(

@@ -25,11 +25,7 @@ from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, FORMAT_KINDS, PER_ROW, Format, parse_format
-from alphaquant.spaces.units import Inventory, Matrix, Unit
-
-GATE = ("gate_proj", "w1")
-UP = ("up_proj", "w3")
-DOWN = ("down_proj", "w2")
+from alphaquant.spaces.units import DOWN, GATE, UP, Inventory, Matrix, Unit
 
 
 @dataclass(frozen=True)

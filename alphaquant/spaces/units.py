@@ -17,6 +17,11 @@ from alphaquant.spaces.formats import Format
 KINDS = ("attention", "expert", "shared", "dense")
 """Attention projections, routed experts, shared experts (always on), MLPs of dense layers."""
 
+GATE = ("gate_proj", "w1")
+UP = ("up_proj", "w3")
+DOWN = ("down_proj", "w2")
+"""Projections of an MLP under all their names."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -44,6 +49,14 @@ class Matrix:
     def projection(self) -> str:
         """The last part of the name: `q_proj`, `gate_proj`, `down_proj`."""
         return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def role(self) -> str:
+        """What it is for: `attention q`, `routed gate`, `shared up`, `dense down`."""
+        where = "routed" if self.kind == "expert" else self.kind
+        words = {"gate": GATE, "up": UP, "down": DOWN}
+        what = [word for word, names in words.items() if self.projection in names]
+        return " ".join((where, *(what or [self.projection.removesuffix("_proj")])))
 
     @property
     def n_weights(self) -> int:
@@ -77,7 +90,7 @@ class Unit:
         """What allocators group by: `attention`, `expert.w13`, `expert.w2`, `shared.w13`, ..."""
         if self.kind == "attention":
             return "attention"
-        parts = {"w2" if m.projection in ("down_proj", "w2") else "w13" for m in self.matrices}
+        parts = {"w2" if m.projection in DOWN else "w13" for m in self.matrices}
         return f"{self.kind}.{'all' if len(parts) > 1 else parts.pop()}"
 
     @property

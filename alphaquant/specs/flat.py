@@ -68,7 +68,8 @@ def make(kind: type[T], settings: Mapping[str, Any], what: str) -> T:
     Args:
         kind: its class.
         settings: fields of it and of its parts by name, or whole parts. A list where a text is
-            wanted is joined by commas, a text where a path is wanted is one.
+            wanted is joined by commas, a number there is written out, as on a command line, and a
+            text where a path is wanted is one.
         what: is asked for, in messages: `search`.
 
     Raises:
@@ -201,8 +202,10 @@ def _refuse_both(part: type[Any], name: str, settings: Mapping[str, Any]) -> Non
 
 
 def _fitted(hint: Any, name: str, value: Any) -> Any:
-    """A value as its field has it: a list as a text, a text as a path."""
+    """A value as its field has it: a list or a number as a text, a text as a path."""
     kinds = {kind for kind, _ in kinds_of(hint)} - {NoneType}
+    if kinds == {str} and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, list | tuple) and str in kinds:
         if isinstance(_joined(value), str):
             return _joined(value)

@@ -16,7 +16,7 @@ import optuna
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.evaluators.base import Subject
 from alphaquant.evaluators.scores import Scorer
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.search import SearchSpec
@@ -178,12 +178,12 @@ class TrialLoop:
             row = self._measure(propose, fixed)
             self.on_trial(row)
         self.rows.append(row)
-        self.progress("study", len(self.rows), self._n_expected)
+        self.progress(Stage.STUDY, len(self.rows), self._n_expected)
         return row
 
     def end(self) -> None:
         """Say that there are no further trials."""
-        self.progress("study", len(self.rows), len(self.rows))
+        self.progress(Stage.STUDY, len(self.rows), len(self.rows))
 
     def assignment(self, row: TrialRow) -> Assignment:
         """The assignment of a trial."""

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaquant.errors import BudgetError, ConfigError
-from alphaquant.progress import StageClock
+from alphaquant.progress import Stage, StageClock
 from alphaquant.search.allocators import ALLOCATORS, available
 from alphaquant.search.arrays import FloatArray, IntArray
 from alphaquant.search.evolution import EvolutionSettings, evolve
@@ -190,7 +190,7 @@ def run_probe(run: Run) -> Probe | None:
     """
     if run.loop.is_over:
         return None
-    run.clock("probe", 0, N_PROBES)
+    run.clock(Stage.PROBE, 0, N_PROBES)
     choices, limit = [], run.proposer.limit_bits
     for i in range(N_PROBES):
         seed = int(np.random.SeedSequence((run.spec.proposals.seed, i)).generate_state(1)[0])
@@ -199,7 +199,7 @@ def run_probe(run: Run) -> Probe | None:
     n_windows = min(PROBE_WINDOWS, run.truth.n_windows)
     for done, choice in enumerate(choices):
         measured.append(float(run.truth.measure(choice, n_windows).mean()))
-        run.clock("probe", done + 1, N_PROBES)
+        run.clock(Stage.PROBE, done + 1, N_PROBES)
     tables = {**run.problem.costs, "default": run.proposer.base_cost}
     rows = np.arange(len(run.problem.units))
     return Probe(
@@ -302,7 +302,7 @@ def _evolve(run: Run) -> Proposal:
 
     def measure(choice: IntArray, n: int) -> float:
         nonlocal n_measured
-        run.clock("evolution", min(n_measured // n_windows, n_passes), n_passes)
+        run.clock(Stage.EVOLUTION, min(n_measured // n_windows, n_passes), n_passes)
         n_measured += n
         return float(run.truth.measure(choice, n).mean())
 
@@ -315,5 +315,5 @@ def _evolve(run: Run) -> Proposal:
         n_passes,
         EvolutionSettings(windows=rounds),
     )
-    run.clock("evolution", n_passes, n_passes)
+    run.clock(Stage.EVOLUTION, n_passes, n_passes)
     return Proposal(run.proposer.spread(found.choice), "allocator:" + EVOLUTION)

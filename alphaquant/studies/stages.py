@@ -21,7 +21,7 @@ from alphaquant.costs.fisher import (
 from alphaquant.costs.spectra import UnitSpectra, measure_spectra, unit_spectra
 from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
-from alphaquant.progress import Progress, StageClock, no_progress
+from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
 from alphaquant.search.arrays import FloatArray
@@ -117,7 +117,7 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
         texts.append(
             read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
         )
-        progress("load", SOURCE_STEPS + len(texts), LOAD_STEPS)
+        progress(Stage.LOAD, SOURCE_STEPS + len(texts), LOAD_STEPS)
     for i, a in enumerate(texts):
         for b in texts[i + 1 :]:
             check_disjoint(a, b)
@@ -146,13 +146,13 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
     for tokens in texts:
         facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(TOP_K))
         path = cache_dir(spec.run.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
-        clock("teacher", done, total)
+        clock(Stage.TEACHER, done, total)
         progress = clock.shifted(done, total)
         model = inputs.source.map.model
         teacher = store_teacher(path, model, tokens.tokens, top_k=TOP_K, progress=progress)
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
-    clock("teacher", total, total)
+    clock(Stage.TEACHER, total, total)
     return Teachers(*sets)
 
 
@@ -171,7 +171,7 @@ def open_filled_bank(
         StoreError: a file of it is damaged.
     """
     n_layers = len(inputs.source.map.layers)
-    clock("bank", 0, n_layers)
+    clock(Stage.BANK, 0, n_layers)
     bank = fill_source_bank(
         inputs.source,
         inputs.calibration,
@@ -180,7 +180,7 @@ def open_filled_bank(
         spec.run.cache,
         clock,
     )
-    clock("bank", n_layers, n_layers)
+    clock(Stage.BANK, n_layers, n_layers)
     return bank
 
 
@@ -223,7 +223,7 @@ def measure_unit_costs(
 ) -> Costs:
     """Costs of every unit in every format of the bank."""
     source, n_layers = inputs.source, len(inputs.source.map.layers)
-    clock("costs", 0, n_layers)
+    clock(Stage.COSTS, 0, n_layers)
     table = measure_costs(
         source.map,
         bank,
@@ -232,7 +232,7 @@ def measure_unit_costs(
         CostSettings(spec.proposals.seed),
         progress=clock,
     )
-    clock("costs", n_layers, n_layers)
+    clock(Stage.COSTS, n_layers, n_layers)
     return Costs(table, unit_costs(table, space.units))
 
 
@@ -318,7 +318,7 @@ class Prepared:
 def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
     """Teachers, spectra, bank, costs and problem of a search, in this order."""
     teachers = store_teachers(spec, inputs, clock)
-    clock("spectra", 0, len(inputs.source.map.layers))
+    clock(Stage.SPECTRA, 0, len(inputs.source.map.layers))
     measured = measure_spectra(inputs.source.map, seed=spec.proposals.seed, progress=clock)
     spectra = unit_spectra(measured, space.units)
     bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
@@ -333,8 +333,8 @@ def open_scorer(prepared: Prepared, clock: StageClock) -> Scorer:
     if not plan.measured:
         return Scorer(plan)
     tokens = prepared.teachers.evaluation.tokens.tokens
-    clock("scores", 0, len(tokens))
+    clock(Stage.SCORES, 0, len(tokens))
     shares = dict(zip(table.matrices, table.active_share.tolist(), strict=True))
     scorer = open_scores(plan, source.map, tokens, shares, clock)
-    clock("scores", len(tokens), len(tokens))
+    clock(Stage.SCORES, len(tokens), len(tokens))
     return scorer

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 
 from alphaquant.cli import console
 from alphaquant.cli.application import version_text
-from alphaquant.cli.console import STAGES, Bars, duration_text, reported, set_up
+from alphaquant.cli.console import Bars, duration_text, reported, set_up
 from alphaquant.cli.screen import printable
 from alphaquant.errors import BudgetError
+from alphaquant.progress import Stage
 
 
 @pytest.fixture
@@ -134,11 +135,11 @@ def test_debug_keeps_every_traceback(error: Exception) -> None:
 def test_stage_is_one_line_when_it_ends(bars: Bars, capsys: pytest.CaptureFixture[str]) -> None:
     for done in (0, 1, 2, 2):
         bars("bank", done, 2)
-    bars("unnamed", 1, 1)
+    bars("load", 1, 1)
     out, err = capsys.readouterr()
     assert out == ""
     assert re.sub(r"[0-9.]+ s", "T s", err) == (
-        "bank: every format: 2 of 2, T s\nunnamed: 1 of 1, T s\n"
+        "bank: every format: 2 of 2, T s\nload model and texts: 1 of 1, T s\n"
     )
 
 
@@ -192,31 +193,37 @@ def test_duration_is_at_most_seven_characters(seconds: float, text: str) -> None
     assert len(text) <= 7
 
 
-def calls_of_progress(source: str) -> set[str]:
-    """Stages that a source reports: the first of three arguments of `progress` or `clock`."""
+def stages_reported(source: str) -> set[str]:
+    """Stages that a source reports: first of three arguments of `progress`, `clock`, or named."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and len(node.args) == 3:
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             stage = getattr(node.args[0], "value", None)
             if name in ("progress", "clock") and isinstance(stage, str):
-                found.add(stage)
+                found.add(str(Stage(stage)))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "Stage":
+            found.add(str(getattr(Stage, node.attr)))
     return found
 
 
-def test_every_stage_has_a_label_and_every_label_a_stage() -> None:
+def test_every_stage_is_reported_by_a_command_and_no_other_is() -> None:
     package = Path(console.__file__).parents[1]
-    stages = set().union(*(calls_of_progress(p.read_text()) for p in package.rglob("*.py")))
-    assert stages == set(STAGES)
+    rooms = [p for p in package.rglob("*.py") if p.parent not in (package, package / "cli")]
+    assert set().union(*(stages_reported(p.read_text()) for p in rooms)) == set(Stage)
 
 
-def test_calls_of_progress_are_found() -> None:
-    source = "run.clock('a', 0, 1)\nself.progress('b', x, n)\nprogress(done, 2, 3)\nf('c', 0, 1)"
-    assert calls_of_progress(source) == {"a", "b"}
+def test_stages_reported_are_found() -> None:
+    source = "self.progress('gate', x, n)\nclock(Stage.LOAD, 0, 1)\nprogress(done, 2, 3)"
+    assert stages_reported(source) == {"load", "gate"}
+    with pytest.raises(ValueError, match="nap"):
+        stages_reported("clock('nap', 0, 1)")
 
 
-def test_labels_fit_their_column() -> None:
-    assert max(map(len, STAGES.values())) <= 20
+def test_every_stage_has_a_text_of_its_own_that_fits_its_column() -> None:
+    texts = [stage.text for stage in Stage]
+    assert len(set(texts)) == len(texts)
+    assert all(0 < len(text) <= 20 for text in texts)
 
 
 def test_warning_goes_where_stderr_points_when_it_is_logged(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alphaquant.cli.application import spec_text
-from alphaquant.specs.flat import flat, options_of
+from alphaquant.specs.flat import flat, options_of, read_file
 from alphaquant.specs.search import SearchSpec
 from tests.programs import parse
 
@@ -34,6 +34,20 @@ def test_a_printed_file_is_the_same_specification(command: str, run: Any, tmp_pa
     spec = parse(command).arguments["spec"]
     given = {k: str(v) if isinstance(v, Path) else v for k, v in flat(spec).items()}
     assert tomllib.loads(first.out) == {k: v for k, v in given.items() if v is not None}
+
+
+def test_a_number_for_a_text_is_the_same_on_a_command_line_in_a_file_and_in_python(
+    run: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text("budget = 4.25\n")
+    from_file = run("aq-search", "--spec", str(file), "--print-spec")
+    on_line = run("aq-search", "--budget", "4.25", "--print-spec")
+    assert (from_file.code, from_file.out) == (on_line.code, on_line.out) == (0, on_line.out)
+    python = SearchSpec.of(**read_file(file))
+    assert (
+        python == SearchSpec.of(budget=4.25) == parse("aq-search --budget 4.25").arguments["spec"]
+    )
 
 
 def test_every_option_stands_in_the_file_with_its_meaning() -> None:

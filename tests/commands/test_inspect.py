@@ -7,14 +7,8 @@ from typing import Any
 import pytest
 from transformers import Qwen3MoeConfig
 
-from alphaquant.commands.inspect import (
-    Active,
-    Inspection,
-    inspect_config,
-    read_skeleton,
-    role_of,
-    scheme_label,
-)
+from alphaquant.commands.inspect import Active, Inspection, inspect_config, scheme_label
+from alphaquant.commands.statements import read_skeleton
 from alphaquant.errors import ConfigError, ModelError, StoreError
 from alphaquant.models.quantization_config import PackedFormats, make_quantization_config
 from alphaquant.spaces.config import ResolvedScheme
@@ -25,6 +19,7 @@ from alphaquant.testing.models import tiny_model
 # projections of 40 x 40, two of them with half the rows.
 ATTENTION_WEIGHTS = 2 * (2 * 40 * 40 + 2 * 20 * 40)
 EXPERT_WEIGHTS = 2 * 8 * 3 * 24 * 40
+ATTENTION = ("attention q", "attention k", "attention v", "attention o")
 
 
 def save_config(folder: Path, family: str = "olmoe", **changes: Any) -> Path:
@@ -64,9 +59,9 @@ def found(mixed: Path, olmoe: str) -> Inspection:
 
 def test_roles_and_layers_add_up_to_the_model(found: Inspection) -> None:
     roles = {part.name: part for part in found.roles}
-    assert list(roles) == ["attention", "routed gate", "routed up", "routed down"]
-    assert roles["attention"].n_weights == ATTENTION_WEIGHTS
-    assert roles["attention"].bits_per_weight == 16.0
+    assert list(roles) == [*ATTENTION, "routed gate", "routed up", "routed down"]
+    assert sum(roles[name].n_weights for name in ATTENTION) == ATTENTION_WEIGHTS
+    assert {roles[name].bits_per_weight for name in ATTENTION} == {16.0}
     assert sum(part.n_weights for part in found.roles) == ATTENTION_WEIGHTS + EXPERT_WEIGHTS
     assert [part.name for part in found.layers] == ["0", "1"]
     for parts in (found.roles, found.layers):
@@ -75,7 +70,7 @@ def test_roles_and_layers_add_up_to_the_model(found: Inspection) -> None:
 
 
 def test_formats_of_a_role_are_counted_in_weights(found: Inspection) -> None:
-    gate = found.roles[1]
+    gate = found.roles[len(ATTENTION)]
     assert gate.weights_by_format == {"int8-row": 2 * 4 * 24 * 40, "bf16": 2 * 4 * 24 * 40}
     one = parse_format("int8-row").storage_bits(24, 40)
     assert gate.n_bits == 2 * 4 * (one + 16 * 24 * 40)
@@ -83,7 +78,7 @@ def test_formats_of_a_role_are_counted_in_weights(found: Inspection) -> None:
 
 
 def test_token_reads_the_share_of_experts_that_it_uses_and_all_else(found: Inspection) -> None:
-    expert_bits = sum(part.n_bits for part in found.roles[1:])
+    expert_bits = sum(part.n_bits for part in found.roles[len(ATTENTION) :])
     n_bytes = -(-(ATTENTION_WEIGHTS * 16 + expert_bits * 3 // 8) // 8)
     n_weights = ATTENTION_WEIGHTS + EXPERT_WEIGHTS * 3 // 8
     assert found.active == Active(3, n_weights, n_bytes)
@@ -112,8 +107,10 @@ def test_experts_per_token_come_from_the_model(family: str, k: int | None, tmp_p
 
 def test_roles_of_shared_and_dense_matrices_are_named(tmp_path: Path) -> None:
     skeleton = read_skeleton(str(save_config(tmp_path, "deepseek_v3")))
-    assert {role_of(m) for m in skeleton.inventory.matrices} == {
-        *("attention", "shared experts", "dense MLPs"),
+    roles = {m.role for m in skeleton.inventory.matrices if m.kind != "attention"}
+    assert roles == {
+        *("shared gate", "shared up", "shared down"),
+        *("dense gate", "dense up", "dense down"),
         *("routed gate", "routed up", "routed down"),
     }
 

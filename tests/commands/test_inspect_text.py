@@ -53,15 +53,16 @@ def test_text_has_every_role_layer_format_and_warning(found: Inspection) -> None
     for part in (*found.roles, *found.layers):
         row = [str(part.n_matrices), str(part.n_weights), f"{part.bits_per_weight:.4f}"]
         assert [*part.name.split(), *row, str(part.n_bytes)] in [line[:-1] for line in lines]
-    assert ["int3-g32", "87.5", "%"] in lines
-    assert ["int4-g32", "100.0", "%", "87.5", "%", "87.5", "%"] in lines
-    assert ["int8-row", "12.5", "%", "12.5", "%", "12.5", "%"] in lines
+    assert ["role", "int3-g32", "int4-g32", "int8-row"] in lines
+    assert ["attention", "q", "100.0", "%"] in lines
+    assert ["routed", "up", "87.5", "%", "12.5", "%"] in lines
+    assert ["routed", "down", "87.5", "%", "12.5", "%"] in lines
     assert f"{found.counts.checkpoint_bytes} bytes" in text
     assert found.active is not None
     assert f"{found.active.n_bytes} bytes of {found.active.n_weights} weights (3 experts," in text
     joined = " ".join(text.split())
     assert all(warning in joined for warning in found.warnings)
-    assert ["attention", "int4-g32", "8"] in lines
+    assert ["attention", "q", "int4-g32", "2"] in lines
     assert sum(line[0] in ("transformers", "vllm", "sglang") for line in lines if line) == 3
 
 
@@ -86,7 +87,7 @@ def test_json_has_what_the_text_has(found: Inspection) -> None:
     assert content["layers"][1]["n_bytes"] == found.layers[1].n_bytes
     assert content["bits"]["bits_per_weight"] == found.counts.bits_per_weight
     assert content["active"]["experts_per_token"] == 3
-    assert content["unnamed"][0] == {"role": "attention", "format": "int4-g32", "n_matrices": 8}
+    assert content["unnamed"][0] == {"role": "attention q", "format": "int4-g32", "n_matrices": 2}
     assert content["unmatched_patterns"] == ["*.nothing"]
     assert [engine["is_loadable"] for engine in content["engines"]] == [
         not engine.reasons for engine in found.engines

@@ -166,8 +166,8 @@ def test_dry_run_counts_without_weights(make: MakeQuantize, tmp_path: Path) -> N
     found = dry_run(make(config))
     assert found.counts == found.plan.assignment.count_bits(found.inventory)
     text = plan_text(found)
-    assert "attention  int4-g32         8" in text
-    assert "expert     int8-g32         8" in text
+    assert "attention q  int4-g32         2" in text
+    assert "routed down  int8-g32         8" in text
     assert f"{found.counts.quantized_bytes} bytes" in text
     assert not (tmp_path / "out").exists()
 

@@ -57,7 +57,8 @@ FOUR: dict[str, Any] = {"budget": "4bits"}
 
 SEARCHES = (
     _search("no budget", "search needs budget; Size limit", None),
-    _search("budget that is a number", "budget is 4.25 (float); give str", 4.25),
+    _search("budget that is true", "budget is True (bool); give str", True),
+    _search("budget of no number", "cannot read the budget 'nan'", float("nan")),
     _search("budget that is bytes", "budget is b'4bits' (bytes)", b"4bits"),
     _search("trials in a text", "trials is '5' (str); give int", trials="5"),
     _search("trials that are true", "trials is True (bool); give int", trials=True),
@@ -94,7 +95,7 @@ FILES = (
     _file("file of options that is not there in Python", "spec s.toml: No such file"),
     _file("file of options that is no TOML", "spec s.toml", "budget: 4bits"),
     _file("unknown option in a file in Python", "perhaps budget", 'budgt = "4bits"'),
-    _file("number for a text in a file", "budget is 4.25 (float); give str", "budget = 4.25"),
+    _file("true for a text in a file", "budget is True (bool); give str", "budget = true"),
     _file("text for a number in a file", "trials is '3' (str)", 'budget = "4bits"\ntrials = "3"'),
     _file("wrong setting beside a file", "trials is 0", 'budget = "4bits"\ntrials = 3', trials=0),
 )
@@ -116,7 +117,7 @@ SPECS = (
         "sensitivity without a format in Python", SensitivitySpec.of, "sensitivity needs format"
     ),
     _spec("no configuration", QuantizeSpec.of, "quantize needs config", model="m"),
-    _spec("model in a number", SensitivitySpec.of, "model is 5", format="int4", model=5),
+    _spec("model that is true", SensitivitySpec.of, "model is True", format="int4", model=True),
     _spec("search of a Path", CheckpointSpec, "model is", model=Path("m")),
     _spec("limits in a text", SearchSpec, "limits is 'x'", limits="x"),
     _spec("parts in a dict", SearchSpec.of, "run is {}", **FOUR, run={}),

@@ -15,7 +15,7 @@ from alphaquant.models.mapping import known_layouts, map_model
 from alphaquant.models.sites import ExpertSizes, ExpertsSite, ExpertViews
 from alphaquant.models.walk import observe_layer, walk
 from alphaquant.runtime.checkpoint import load
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.listed import ListedBlock, ListedConfig, ListedExpert
@@ -226,9 +226,8 @@ def quantized(model: nn.Module, folder: Path, layouts: tuple[type[ExpertsSite], 
     model_map = map_model(model, layouts)
     assignment = uniform_assignment(model_map.inventory, "int4-g32")
     settings = QuantSettings(refine_sweeps=1)
-    return quantize_to_checkpoint(
-        model_map, assignment, folder, settings, TOKENS, facts={}, batch_size=2
-    ).path
+    job = PackingJob(model_map, assignment, settings, TOKENS, batch_size=2)
+    return quantize_to_checkpoint(job, folder, facts={}).path
 
 
 def test_a_layout_that_a_user_adds_is_quantized_like_the_projects_own(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from alphaquant.reports.bitmaps import bits_by_expert, bits_by_role, role_of, tokens_by_expert
+from alphaquant.reports.bitmaps import bits_by_expert, bits_by_role, tokens_by_expert
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Inventory, Matrix
 
@@ -27,20 +27,12 @@ def mixed() -> tuple[Inventory, Assignment]:
     return inventory, Assignment({m.name: name for m, name in formats.items()})
 
 
-def test_roles_tell_attention_by_projection_and_an_mlp_by_what_it_reads() -> None:
-    inventory, _ = mixed()
-    roles = [role_of(m) for m in inventory.matrices]
-    assert roles == [
-        *("dense out", "attention q", "experts in", "experts out", "experts out", "shared in"),
-    ]
-
-
 def test_bits_by_role_are_the_worked_example_and_nan_where_a_layer_has_no_such_matrix() -> None:
     inventory, assignment = mixed()
     found = bits_by_role(assignment, inventory)
     assert found.layers == (0, 1)
     assert found.columns == (
-        *("attention q", "experts in", "experts out", "shared in", "dense out"),
+        *("attention q", "routed gate", "routed down", "shared up", "dense down"),
     )
     nan = math.nan
     expected = [[nan, nan, nan, nan, 4.25], [8.25, 2.25, 6.25, 4.25, nan]]
@@ -52,7 +44,9 @@ def test_means_weigh_by_the_number_of_weights() -> None:
     large = matrix("mlp.experts.0.gate_proj", "expert", 0, 0, rows=192)
     inventory = Inventory("two", (small, large))
     assignment = Assignment({small.name: "int8-g64", large.name: "int4-g64"})
-    assert bits_by_role(assignment, inventory).values.tolist() == [[5.25]]
+    found = bits_by_expert(assignment, inventory)
+    assert found is not None
+    assert found.values.tolist() == [[5.25]]
 
 
 def test_the_roles_of_a_layer_add_up_to_the_assignments_bits() -> None:

@@ -47,6 +47,10 @@ def test_finished_search_has_its_note_its_figures_and_notes_of_all_trials(
     titles = [figure["layout"]["title"]["text"] for figure in shown.values()]
     assert len(set(titles)) == len(shown)
     assert {figure["layout"]["height"] for figure in shown.values()} == {450}
+    assert {figure["layout"]["title"]["xref"] for figure in shown.values()} == {"container"}
+    front = shown[f"{FIGURE_ID}front"]["layout"]
+    plot_height = 450 - front["margin"]["t"] - front["margin"]["b"]
+    assert front["margin"]["b"] + front["legend"]["y"] * plot_height >= 4 * 19  # four lines
     trial_notes = [k for k in attrs if k.endswith(":note_ver") and k != "dashboard:note_ver"]
     assert len(trial_notes) == len(found.rows)
 

@@ -10,7 +10,7 @@ def test_tables_align_columns_of_numbers_to_the_right_and_scroll_in_their_own_bo
     text = to_html(markdown(["", "KL"], [["a", "0.1 +- 0.2"], ["b", ""]]))
     assert text.startswith('<div class="scroll" tabindex="0"')
     assert '<th scope="col"></th><th scope="col" class="number">KL</th>' in text
-    assert '<tr><td>a</td><td class="number">0.1 +- 0.2</td></tr>' in text
+    assert '<tr><td>a</td><td class="number">0.1 \N{PLUS-MINUS SIGN} 0.2</td></tr>' in text
     assert '<tr><td>b</td><td class="number"></td></tr>' in text
 
 

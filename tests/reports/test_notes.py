@@ -48,7 +48,7 @@ SPEC = SearchSpec.of(
 
 def test_bits_are_a_row_per_layer_and_a_column_per_role() -> None:
     assert bits_table(ASSIGNMENT, INVENTORY).splitlines() == [
-        "| layer | attention q | experts out |",
+        "| layer | attention q | routed down |",
         "|---|---|---|",
         "| 0 | 16.00 |  |",
         "| 1 |  | 6.25 |",

@@ -89,8 +89,8 @@ def test_the_two_texts_have_figures_of_their_own(long: SearchResult) -> None:
 def test_the_best_and_its_rival_are_named_beside_their_points(found: SearchResult) -> None:
     named, best = trace(figures(found)["front"], "names"), found.gate.published_row
     assert best.rival is not None
-    assert [text.strip("\N{NO-BREAK SPACE}") for text in named.text] == [
-        *("<b>best.json</b>", f"uniform {best.rival.name}")
+    assert [text.replace("\N{NO-BREAK SPACE}", "") for text in named.text] == [
+        *("<b>best.json</b>", f"uniform<br>{best.rival.name}")
     ]
     assert list(named.y) == [best.kl, best.rival.kl]
 
@@ -171,7 +171,7 @@ def test_costs_are_predicted_against_measured_with_both_correlations(found: Sear
     assert "of 16 random assignments (default costs): 0.812,<br>95 % interval 0." in title
     assert "too few" not in title.partition("<br>of 16")[2]
     few = figures(replace(found, probe=Probe(6, 6, {"default": 0.8})))["costs"].layout.title.text
-    assert few.endswith(": 6 are too few to judge costs by")
+    assert few.endswith(":<br>6 are too few to judge costs by")
 
 
 def test_correlations_that_are_not_defined_are_said_to_be(lone: SearchResult) -> None:
@@ -216,7 +216,8 @@ def test_a_model_that_broke_down_is_nowhere_on_the_axis(found: SearchResult) -> 
 
 def test_error_bars_never_reach_below_the_axis() -> None:
     scale = log_scale([0.0, 0.3, 0.6, math.inf, math.nan])
-    assert scale.floor == pytest.approx(0.1)
+    assert scale.floor == scale.low == pytest.approx(0.1)
+    assert log_scale([0.3, 0.6]).low == 0.3
     assert scale.place(0.0) == scale.floor and scale.place(0.3) == 0.3
     assert scale.place(math.inf) is None and scale.place(math.nan) is None
     assert scale.below(0.3, 0.1) == 0.1
@@ -227,6 +228,8 @@ def test_error_bars_never_reach_below_the_axis() -> None:
 @pytest.mark.parametrize(
     ("values", "few"),
     [
+        pytest.param([0.0039, 0.0046], ["0.0038", "0.004", "0.0042", "0.0044"], id="close"),
+        pytest.param([2.01e-5, 2.04e-5], ["2.01e-5", "2.02e-5", "2.03e-5"], id="close and small"),
         pytest.param([0.003, 0.02], ["0.001", "0.002", "0.005", "0.01", "0.02"], id="narrow"),
         pytest.param([3e-5, 1.0], ["1e-5", "0.0001", "0.001", "0.01", "0.1", "1"], id="wide"),
     ],

@@ -14,13 +14,10 @@ from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.runtime.activations import fake_quantize
-from alphaquant.runtime.checkpoint import (
-    load,
-    quantized_bytes,
-    read_tensors,
-)
+from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.modules import PackedLinear
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
+from alphaquant.runtime.tensor_files import read_tensors
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
@@ -290,9 +287,8 @@ def save_with_activations(folder: Path, activations: Mapping[str, Format]) -> Pa
     model_map = map_model(tiny_model("olmoe"))
     assignment = mixed_assignment(model_map)
     settings = QuantSettings(method="rtn")
-    return quantize_to_checkpoint(
-        model_map, assignment, folder, settings, None, facts={}, activations=activations
-    ).path
+    job = PackingJob(model_map, assignment, settings, activations=activations)
+    return quantize_to_checkpoint(job, folder, facts={}).path
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from alphaquant.runtime import first_run as module
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.first_run import relative_error
 from alphaquant.runtime.modules import PackedLinear
-from alphaquant.runtime.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
@@ -25,9 +25,8 @@ def run(folder: Path, model: Any, **changes: Any) -> PipelineResult:
     model_map = map_model(model)
     assignment = uniform_assignment(model_map.inventory, "int3-g32")
     settings = QuantSettings(method="rtn")
-    return quantize_to_checkpoint(
-        model_map, assignment, folder, settings, None, facts={}, **changes
-    )
+    job = PackingJob(model_map, assignment, settings, **changes)
+    return quantize_to_checkpoint(job, folder, facts={})
 
 
 def first_run_of(result: PipelineResult) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from alphaquant.models.loading import load_model, load_tokenizer
 from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.modules import PackedLinear, cache_dequantized
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("generate") / "packed"
     settings = QuantSettings(method="rtn")
     return quantize_to_checkpoint(
-        model_map, Assignment(mixed), target, settings, None, facts={}
+        PackingJob(model_map, Assignment(mixed), settings), target, facts={}
     ).path
 
 

@@ -25,7 +25,7 @@ from alphaquant.runtime.expert_parallel import keep_rank
 from alphaquant.runtime.kernel_modules import KernelExperts, KernelLinear
 from alphaquant.runtime.kernel_use import kernel_uses, use_kernels
 from alphaquant.runtime.modules import PackedExperts, PackedLinear
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
@@ -55,7 +55,7 @@ def save(folder: Path, family: str = "olmoe") -> Path:
     formats = {m.name: FORMATS[i % len(FORMATS)] for i, m in enumerate(matrices)}
     settings = QuantSettings(method="rtn")
     return quantize_to_checkpoint(
-        model_map, Assignment(formats), folder, settings, None, facts={}
+        PackingJob(model_map, Assignment(formats), settings), folder, facts={}
     ).path
 
 

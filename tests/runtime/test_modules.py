@@ -14,7 +14,7 @@ from alphaquant.models.sites import RoutedTokens
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.modules import PackedExpert, PackedExperts, PackedLinear
-from alphaquant.runtime.pipeline import quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import ROUTED_EXPERTS, tiny_model
@@ -36,7 +36,9 @@ def save_pairs(folder: Path, layers: Mapping[int, list[tuple[str, str]]]) -> Pat
             w13, w2 = layers[matrix.layer][matrix.expert]
             formats[matrix.name] = w2 if matrix.name.endswith("down_proj") else w13
     settings = QuantSettings(method="rtn")
-    done = quantize_to_checkpoint(model_map, Assignment(formats), folder, settings, None, facts={})
+    done = quantize_to_checkpoint(
+        PackingJob(model_map, Assignment(formats), settings), folder, facts={}
+    )
     return done.path
 
 

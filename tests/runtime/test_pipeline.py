@@ -1,6 +1,7 @@
 """From a model to a packed checkpoint: the report, agreement with the bank, failures."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.swap import Swapper
 from alphaquant.runtime import checkpoint, pipeline
 from alphaquant.runtime.checkpoint import load, quantized_bytes
-from alphaquant.runtime.pipeline import PipelineResult, quantize_to_checkpoint
+from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.formats import MENUS, parse_format
 from alphaquant.specs.quantizer import QuantSettings
@@ -34,15 +35,10 @@ def mixed_assignment(model_map: ModelMap) -> Assignment:
 
 
 def run(model_map: ModelMap, target: Path, **changes: Any) -> PipelineResult:
-    arguments: dict[str, Any] = {
-        "assignment": mixed_assignment(model_map),
-        "settings": SETTINGS,
-        "tokens": TOKENS,
-        "facts": {"model": {"name": "tiny"}},
-        "batch_size": 2,
-        **changes,
-    }
-    return quantize_to_checkpoint(model_map, target=target, **arguments)
+    parts = {f.name: changes.pop(f.name) for f in fields(PackingJob) if f.name in changes}
+    usual = {"assignment": mixed_assignment(model_map), "settings": SETTINGS, "tokens": TOKENS}
+    job = PackingJob(**{"model_map": model_map, "batch_size": 2, **usual, **parts})
+    return quantize_to_checkpoint(job, target, **{"facts": {"model": {"name": "tiny"}}, **changes})
 
 
 def report_of(result: PipelineResult) -> dict[str, Any]:

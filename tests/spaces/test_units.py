@@ -20,6 +20,24 @@ def test_a_matrix_knows_its_projection_and_size() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "projection", "role"),
+    [
+        ("attention", "q_proj", "attention q"),
+        ("attention", "qkv", "attention qkv"),
+        ("expert", "gate_proj", "routed gate"),
+        ("expert", "w1", "routed gate"),
+        ("expert", "w3", "routed up"),
+        ("expert", "w2", "routed down"),
+        ("shared", "up_proj", "shared up"),
+        ("dense", "down_proj", "dense down"),
+        ("dense", "fc1", "dense fc1"),
+    ],
+)
+def test_a_matrix_has_one_role_by_its_name(kind: str, projection: str, role: str) -> None:
+    assert matrix(projection, kind).role == role
+
+
+@pytest.mark.parametrize(
     ("kind", "projections", "family"),
     [
         ("attention", ("q_proj",), "attention"),

@@ -31,7 +31,7 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
     ("settings", "message"),
     [
         ({}, "search needs budget; Size limit"),
-        ({"budget": 3}, r"budget is 3 \(int\); give str"),
+        ({"budget": True}, r"budget is True \(bool\); give str"),
         ({"budget": "4", "trials": 0}, "trials is 0; must be >= 1"),
         ({"budget": "4", "trials": "5"}, r"trials is '5' \(str\); give int or None"),
         ({"budget": "4", "trials": True}, r"trials is True \(bool\); give int"),
@@ -128,6 +128,13 @@ def test_a_budget_in_other_words_is_the_same_search() -> None:
     assert facts == SearchSpec.of(budget="4.25bits").facts()
     assert facts["budget"] == "4.25bits"
     assert facts != SearchSpec.of(budget="4.24bits").facts()
+
+
+@pytest.mark.parametrize("number", [4.25, 4, 13])
+def test_a_budget_that_is_a_number_is_its_text(number: float) -> None:
+    asked = SearchSpec.of(budget=number, active_budget=number)
+    assert asked == SearchSpec.of(budget=str(number), active_budget=str(number))
+    assert asked.facts()["budget"] == f"{number}bits"
 
 
 def test_a_change_of_settings_leaves_what_nobody_gave() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from alphaquant.evaluators.base import Metric, mean_and_stderr
 from alphaquant.evaluators.divergence import Divergence
-from alphaquant.progress import Progress, no_progress
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.studies.gate.intervals import Difference, compare_kl
@@ -183,7 +183,7 @@ def judge(
     assignments = {assignment.digest: assignment for _, assignment in front}
     assignments |= {digest: assignment for digest, (_, assignment) in uniforms.items()}
     candidates = []
-    progress("gate", 0, len(assignments))
+    progress(Stage.GATE, 0, len(assignments))
     for digest, assignment in assignments.items():
         row = points.get(digest)
         candidate = Candidate(
@@ -195,7 +195,7 @@ def judge(
             _others(row, objectives),
         )
         candidates.append(candidate)
-        progress("gate", len(candidates), len(assignments))
+        progress(Stage.GATE, len(candidates), len(assignments))
     return _Decisions(space, heldout.tokens, candidates).result()
 
 
