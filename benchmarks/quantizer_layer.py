@@ -32,9 +32,10 @@ from alphaquant.specs.quantizer import QuantSettings
 TARGET_BYTES = 6 * 2**30
 _STAGES = {
     "factorize": "factorization",
-    "quantize_gptq": "GPTQ",
+    "choose_shrinkage": "choosing shrinkage",
+    "gptq": "GPTQ",
     "refine": "refinement",
-    "_pack_stack": "packing and errors",
+    "_pack": "packing and errors",
 }
 """The engine's functions -> stages."""
 _VOCABULARY = 64

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from alphaquant.quant import columns_numba as loops
 from alphaquant.quant.codecs import round_scale
-from alphaquant.quant.factor import Block, Factor
+from alphaquant.quant.factor import Block, DampedHessian, Factor
 from alphaquant.quant.rules import Rule
 
 BLOCK = 128
@@ -168,6 +168,7 @@ class Rounder:
         if order is not None:
             weight, groups = weight[order], groups[order.numpy()]
         V, D = factor.upper, rounding.delta
+        half = None if factor.half is None else torch.empty_like(D, dtype=torch.bfloat16)
         for (start, stop), U in zip(self.plan.blocks, inverses, strict=True):
             importance = None
             if not is_static and self.plan.groups_fit:
@@ -178,16 +179,23 @@ class Rounder:
                 self._fit_one(rounding, int(groups[start]), ahead, self._importance(V, group))
             ahead = weight[start:stop]
             if start:
-                ahead = torch.addmm(ahead, U.T, V[:start, start:stop].T @ D[:start])
+                left, done = (V, D) if half is None or factor.half is None else (factor.half, half)
+                pending = left[:start, start:stop].T @ done[:start]
+                ahead = torch.addmm(ahead, U.T, pending.float())
             self._block(rounding, ahead, weight, (start, stop), U, groups, importance)
+            if half is not None:
+                half[start:stop] = D[start:stop]
         return rounding if order is None else _natural(rounding, order)
 
-    def refine(self, start: Rounding, hessian: Tensor, n_sweeps: int) -> Rounding:
+    def refine(self, start: Rounding, hessian: DampedHessian, n_sweeps: int) -> Rounding:
         """Lower the objective by sweeps of scales and codes.
+
+        Products of all sweeps but the last are in bfloat16 where the Hessian has them; the last is
+        in float32, and so is the objective by which rows are chosen.
 
         Args:
             start: where to start, in the natural order.
-            hessian: float32 [K, K], damped.
+            hessian: damped.
             n_sweeps: how often; 0 returns the start.
 
         Returns:
@@ -203,12 +211,19 @@ class Rounder:
             scales=start.scales.clone(),
             objective=torch.zeros_like(start.objective),
         )
+        half = None
+        if hessian.half is not None and n_sweeps > 1:
+            half = _Half(hessian.half, found.delta.to(torch.bfloat16))
         for sweep in range(n_sweeps):
+            is_last = sweep == n_sweeps - 1
             for block in self.plan.blocks:
-                self._sweep_block(found, hessian, block, is_last=sweep == n_sweeps - 1)
+                own = None if is_last else half
+                self._sweep_block(found, hessian.matrix, block, own, is_last=is_last)
         return better_rows(start, found)
 
-    def _sweep_block(self, rounding: Rounding, H: Tensor, block: Block, *, is_last: bool) -> None:
+    def _sweep_block(
+        self, rounding: Rounding, H: Tensor, block: Block, half: "_Half | None", *, is_last: bool
+    ) -> None:
         """Scales and codes of one block; the last sweep also adds up the objective."""
         start, stop = block
         D, C = rounding.delta, rounding.centred
@@ -219,6 +234,8 @@ class Rounder:
         if is_last:
             before = H[start:stop, :start] @ D[:start]
             residual = torch.addmm(before, H[start:stop, start:], D[start:])
+        elif half is not None:
+            residual = (half.hessian[start:stop] @ half.delta).float()
         else:
             residual = H[start:stop] @ D
         fits_here = self.rule.fits and self.plan.groups_fit
@@ -235,6 +252,8 @@ class Rounder:
             _flat(C[start:stop]),
             _flat(D[start:stop]),
         )
+        if half is not None:
+            half.delta[start:stop] = D[start:stop]
         if is_last:
             after = D[start:stop]
             rounding.objective.add_((after * (2 * before + own @ after)).sum(0))
@@ -351,6 +370,14 @@ class Rounder:
             torch.zeros(n_groups, weight.shape[1]),
             torch.zeros(weight.shape[1]),
         )
+
+
+@dataclass(frozen=True)
+class _Half:
+    """H and D in bfloat16, [K, K] and [K, N]."""
+
+    hessian: Tensor
+    delta: Tensor
 
 
 def better_rows(first: Rounding, second: Rounding) -> Rounding:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def quantize_layer(
         FormatError: a weight is NaN or infinite.
         ModelError: a Hessian cannot be factorized, or holds NaN.
     """
-    with _threads() as pool:
+    with _threads() as over:
         for batch in _without_data(layer) if hessians is None else hessians:
             _check_hessians(batch)
             shrinkage = _shrinkage(model_map, batch, settings)
@@ -161,17 +162,24 @@ def quantize_layer(
                 asked = {name: chosen for name, chosen in asked.items() if chosen}
                 if asked:
                     stack = _stack(model_map, batch, b, asked, (settings, shrinkage))
-                    yield from _quantize_stack(stack, asked, settings, pool)
+                    yield from _quantize_stack(stack, asked, settings, over)
+
+
+Map = Callable[..., Iterator[Any]]
+"""`map`, or that of a pool of threads."""
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, each of which computes alone meanwhile."""
+def _threads() -> Iterator[Map]:
+    """A `map` over as many threads as torch would use, each of which computes alone meanwhile."""
     n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        yield map
+        return
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_threads) as pool:
-            yield pool
+            yield pool.map
     finally:
         torch.set_num_threads(n_threads)
 
@@ -218,7 +226,7 @@ def _quantize_stack(
     stack: _Stack,
     asked: Mapping[str, Sequence[Matrix]],
     settings: QuantSettings,
-    pool: ThreadPoolExecutor,
+    over: Map,
 ) -> Iterator[QuantizedMatrix]:
     """Quantize the matrices of a stack, each in the formats that are asked for."""
     parts: list[_Part] = []
@@ -232,13 +240,13 @@ def _quantize_stack(
         blocks: [f.diagonal_inverses(blocks) for f in stack.factors]
         for blocks in {part.rounder.plan.blocks for part in parts}
     }
-    rounded = list(pool.map(lambda part: _round(stack, part, inverses, settings), parts))
+    rounded = list(over(lambda part: _round(stack, part, inverses, settings), parts))
     jobs: list[tuple[Matrix, Format, Rounding]] = []
     for name, matrices in asked.items():
         own = [x for x, part in zip(rounded, parts, strict=True) if part.fmt.name == name]
         if own:
             jobs += _split(parse_format(name), own, matrices)
-    yield from pool.map(lambda job: _pack(stack, settings, *job), jobs)
+    yield from over(lambda job: _pack(stack, settings, *job), jobs)
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,7 @@ def _round(
         return rounder.nearest(part.weight)
     for factor, own in zip(stack.factors, inverses[rounder.plan.blocks], strict=True):
         start = rounder.gptq(part.weight, factor, own, static=settings.static_groups)
-        end = rounder.refine(start, stack.damped.matrix, settings.refine_sweeps)
+        end = rounder.refine(start, stack.damped, settings.refine_sweeps)
         found = end if found is None else better_rows(found, end)
     assert found is not None, "there is at least one start"
     return found

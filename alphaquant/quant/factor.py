@@ -22,6 +22,8 @@ _CHOLESKY_BLOCK = 128
 _LAPACK_COLUMNS = 512
 """Below this, one call of LAPACK is faster than products of blocks (on the CPUs measured)."""
 
+_HALF_COLUMNS = 2048
+
 Block = tuple[int, int]
 """First column and the one after the last."""
 
@@ -33,10 +35,12 @@ class Factor:
     Attributes:
         upper: float32 [K, K], V, upper triangular, in the order of processing.
         order: int64 [K], the column at each place; None for the natural order.
+        half: V in bfloat16, where products in it are worth while.
     """
 
     upper: Tensor
     order: Tensor | None = None
+    half: Tensor | None = None
 
     def diagonal_inverses(self, blocks: Sequence[Block]) -> list[Tensor]:
         """U_bb of every block, upper triangular, contiguous."""
@@ -51,11 +55,13 @@ class DampedHessian:
         matrix: float32 [K, K], H + damp * mean(diag H) * I, in the natural order.
         damp: fraction of the mean diagonal that was added, retries included.
         factors: one for each order that was asked for.
+        half: `matrix` in bfloat16, where products in it are worth while.
     """
 
     matrix: Tensor
     damp: float
     factors: tuple[Factor, ...]
+    half: Tensor | None = None
 
 
 def dampen(hessian: Tensor, damp: float) -> Tensor:
@@ -96,7 +102,7 @@ def factorize(hessian: Tensor, percdamp: float, orders: Sequence[bool]) -> Dampe
         factors = [_factor(hessian, damped, most_used_first) for most_used_first in orders]
         found = tuple(factor for factor in factors if factor is not None)
         if len(found) == len(orders):
-            return DampedHessian(damped, damp, found)
+            return DampedHessian(damped, damp, found, _half(damped))
         damp *= 10
     raise ModelError(
         f"a Hessian of size {len(hessian)} is not positive definite even with damping "
@@ -114,7 +120,23 @@ def _factor(hessian: Tensor, damped: Tensor, most_used_first: bool) -> Factor | 
     lower = _cholesky(damped.flip(0, 1))
     if lower is None:
         return None
-    return Factor(lower.flip(0, 1).contiguous(), order)
+    upper = lower.flip(0, 1).contiguous()
+    return Factor(upper, order, _half(upper))
+
+
+def _half(matrix: Tensor) -> Tensor | None:
+    """The matrix in bfloat16 where the processor multiplies that faster and it is large enough.
+
+    Measured with AMX: four fifths of the time at 2048 columns, no gain at 1024; the objective was
+    1.0001 to 1.004 times that of float32, the more the worse the Hessian is conditioned.
+    """
+    if len(matrix) < _HALF_COLUMNS or not _multiplies_bfloat16():
+        return None
+    return matrix.to(torch.bfloat16)
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:

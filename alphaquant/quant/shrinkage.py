@@ -116,6 +116,6 @@ def _errors(batch: HessianBatch, index: int, weight: Tensor, percdamp: float) ->
         damped = factorize(shrink(fitted, amount), percdamp, (False,))
         factor = damped.factors[0]
         start = rounder.gptq(rows, factor, factor.diagonal_inverses(plan.blocks), static=False)
-        D = rounder.refine(start, damped.matrix, _PROBE_SWEEPS).delta
+        D = rounder.refine(start, damped, _PROBE_SWEEPS).delta
         found.append(((held @ D) * D).sum())
     return torch.stack(found)

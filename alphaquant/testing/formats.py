@@ -203,7 +203,7 @@ def check_engine(fmt: Format, search: ScaleSearch) -> None:
                 search,
             )
             _assert_close(fmt, start, weight, reference, damped.matrix, 2e-3)
-            end = rounder.refine(start, damped.matrix, 2)
+            end = rounder.refine(start, damped, 2)
             assert bool((end.objective <= start.objective).all()), fmt.name
             refined = refine(weight[None], damped.matrix[None], reference, 2)
             _assert_close(fmt, end, weight, refined, damped.matrix, 0.03)
