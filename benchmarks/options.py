@@ -30,7 +30,8 @@ from torch import Tensor
 
 from alphaquant import demo
 from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
-from alphaquant.quant.bank import fill_bank, open_bank
+from alphaquant.quant.bank import open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.tables import markdown

@@ -23,7 +23,8 @@ from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import versions
-from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, bank_key, open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.search.side.constraints import SideConstraints, check_reachable

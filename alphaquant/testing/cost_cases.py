@@ -14,7 +14,8 @@ from torch import Tensor
 from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite, ModelMap
-from alphaquant.quant.bank import Bank, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 

@@ -12,9 +12,11 @@ from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.files import locked
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
-from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, fill_bank, open_bank
+from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
@@ -127,7 +129,7 @@ def test_what_a_killed_run_left_behind_is_ignored(bank: Bank, model_map: ModelMa
 def test_a_run_that_dies_while_writing_leaves_complete_files_only(
     tmp_path: Path, model_map: ModelMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alphaquant.quant import bank as module
+    from alphaquant.quant import filling as module
 
     honest, calls = module.save_file, []
 
@@ -295,3 +297,27 @@ def test_a_bank_that_another_process_fills_is_refused_and_a_full_one_is_not(
         assert fill_bank(bank, model_map, TOKENS, have, SETTINGS) == 0
         with pytest.raises(StoreError, match="the bank .* is in use: process .*another --cache"):
             fill_bank(bank, model_map, TOKENS, [*have, "int5-g32"], SETTINGS)
+
+
+def test_matrices_that_are_wanted_later_join_those_that_are_there(
+    tmp_path: Path, model_map: ModelMap, bank: Bank
+) -> None:
+    later = open_bank(tmp_path / "later", "key", model_map.inventory, {})
+    down = frozenset(m.name for m in model_map.inventory.matrices if "down" in m.name)
+
+    def fill(wanted: Callable[[Matrix, str], bool]) -> int:
+        return fill_bank(
+            later, model_map, TOKENS, ["mxfp4"], SETTINGS, wanted=wanted, batch_size=2
+        )
+
+    assert fill(lambda matrix, name: matrix.name in down) == 2
+    assert not later.has("mxfp4", 0) and later.formats() == []
+    assert later.matrices("mxfp4", 0) | later.matrices("mxfp4", 1) == down
+    assert fill(lambda matrix, name: matrix.name in down) == 0
+    assert fill(lambda matrix, name: True) == 2
+    assert later.has("mxfp4", 1) and later.formats() == ["mxfp4"]
+    later.verify(["mxfp4"])
+    for matrix in model_map.inventory.matrices:
+        found, whole = (b.read(matrix, "mxfp4").tensors for b in (later, bank))
+        assert all(torch.equal(found[k], whole[k]) for k in whole)
+    assert later.utilization(0) == bank.utilization(0)

@@ -13,7 +13,8 @@ from alphaquant.errors import FormatError, ModelError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant import layerwise
-from alphaquant.quant.bank import fill_bank, open_bank
+from alphaquant.quant.bank import open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.swap import Swapper
 from alphaquant.runtime import checkpoint, pipeline

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from alphaquant.evaluators.divergence import store_teacher
-from alphaquant.quant.bank import Bank, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
