@@ -8,14 +8,16 @@ inputs do where the model weighs those (Llama 4).
 Sums over a sequence are the inner product of D with G_s = sum_{t in s} g_t x_t', which serves all
 formats: (m + F s) N K multiplications for m tokens of s sequences instead of F m N K, and D x_t of
 every token where that is less. Squares need every token's own product. Beyond `_SQUARED_TOKENS`
-they are measured on a sample, drawn in proportion to |g_t|^2 |x_t|^2, which p_t^2 follows, and
-weighted by what was drawn. On the demo model (16 formats rounded to nearest, 128 windows, matrices
-of 1024 tokens or more) the relative error against all tokens is, as root mean square and in rank
-correlation over matrices within a format::
+they are measured on a sample, drawn in proportion to |x_t|^2 |g_t|^2, which p_t^2 follows
+(`alphaquant.costs.sampling`). Against all tokens, on the demo model (128 windows, the 175 matrices
+of 1024 tokens or more, int2-g128 to int8-g128 rounded to nearest), root mean square of the
+relative error and rank correlation over the matrices::
 
-    tokens drawn          128     256     512    1024
-    in proportion       TABLE
-    evenly              TABLE
+    tokens drawn           128            256            512            1024
+    in proportion     0.110  0.9943  0.076  0.9970  0.048  0.9986  0.029  0.9994
+    evenly spaced     0.509  0.9321  0.295  0.9667  0.249  0.9796  0.162  0.9900
+
+512 are about as good as the labels, of which one draw is 3.9 % off, and cost 2 s of the demo's 45.
 
 Letters: F formats, D totals with gradients, S sequences, T tokens per sequence, N rows and K
 columns of a matrix; in an experts module H hidden size, I expert width, m tokens of one expert.
@@ -41,7 +43,7 @@ from alphaquant.models.sites import ExpertsSite, LinearSite
 from alphaquant.quant.bank import BankLayer
 from alphaquant.spaces.units import Matrix
 
-_SQUARED_TOKENS = 256
+_SQUARED_TOKENS = 512
 _CHUNK_NUMBERS = 2**24
 """Numbers of an intermediate result in memory at once, 64 MiB."""
 

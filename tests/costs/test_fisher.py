@@ -450,6 +450,17 @@ def test_measuring_checks_that_every_reached_matrix_has_a_cost(own_case: CostCas
         own_case.costs()
 
 
+def test_a_model_in_bfloat16_has_the_costs_of_one_in_float32(tmp_path: Path) -> None:
+    exact = make_cost_case(tmp_path / "exact", "mixtral", num_experts_per_tok=4)
+    half = make_cost_case(tmp_path / "half", "mixtral", num_experts_per_tok=4)
+    half.map.model.bfloat16()
+    # Where all experts are chosen no rounding sends a token elsewhere; labels may still differ.
+    tables = [c.costs(n_draws=16, formats=COST_FORMATS[:1], with_gemq=True) for c in (exact, half)]
+    for name in ("token_fisher", "error", "gemq", "weight_error"):
+        found, expected = getattr(tables[1], name), getattr(tables[0], name)
+        assert np.median(np.abs(found / expected - 1)) < 0.1, name
+
+
 # Units
 
 
