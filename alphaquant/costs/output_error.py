@@ -4,11 +4,11 @@ For an expert the change of its weighted output, for every other matrix that of 
 layer's output. Both are measured on some of the tokens: at most `_EXPERT_TOKENS` of an expert,
 drawn in proportion to the squares of what goes into the matrix times the routing weight
 (`alphaquant.costs.sampling`), and the first window or two of a linear, `_LINEAR_TOKENS` in all
-where that is a window or more. On the demo's last layer (int3-g128, experts of 1024 tokens or more)
-the root mean square of the error against all tokens is 5.7 % for gate and up, 2.2 % for down; the
-first 128 tokens of an expert, which are of the first windows and their domain, are up to a factor
-of ten off. No weight is written: the layer runs once on as many copies of the
-windows as there are formats, and the linear gives each copy what its format would.
+where that is a window or more. On the demo's last layer (int3-g128, experts of 1024 tokens or
+more) the root mean square of the error against all tokens is 5.7 % for gate and up and 2.2 % for
+down; the first 128 tokens of an expert, all of the first windows' domain, are up to a factor of
+ten off. No weight is written: the layer runs once on as many copies of the windows as there are
+formats, and the linear gives each copy what its format would.
 
 Where gradients at the layer's output were traced, every channel of every token is multiplied by
 its gradient before squaring (GEMQ, arXiv 2605.23078).
