@@ -125,7 +125,8 @@ class Bench:
         profile, budget = find_profile(limits.profile), parse_budget(limits.budget)
         menu = menu_of(limits.formats, profile)
         space = make_space(source.map.inventory, profile, menu, budget)
-        self.prepared: Prepared = prepare(spec, load_inputs(spec, source), space, self.clock)
+        inputs, everything = load_inputs(spec, source), replaced(spec, allocators="all")
+        self.prepared: Prepared = prepare(everything, inputs, space, self.clock)
         self.clock.stop()
         self.prepare_cpu_seconds = time.process_time() - started
         # Formats of the peers, before anything is swapped in.

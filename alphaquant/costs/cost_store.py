@@ -111,13 +111,14 @@ class CostStore:
         missing = self.missing(n_layers, shape.formats)
         if not missing:
             return
-        for done, trace in enumerate(traces()):
-            progress(done, n_layers)
+        for trace in traces():
             index = trace.layer.index
+            progress(n_layers - 1 - index, n_layers)
             if index in missing:
                 self._write(index, measure(trace, missing[index]))
             if index == min(missing):
                 break
+            del trace  # its memory is free before the next layer is traced
         progress(n_layers, n_layers)
 
     def read(self, shape: TableShape) -> Arrays:

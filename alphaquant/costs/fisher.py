@@ -11,22 +11,24 @@ is zero. The a_s are kept, so that coupled matrices add before they are squared.
 sequence's tokens, and 1/2 mean_s sum_t a_st^2 / T does not see that errors of many tokens act
 together, through attention, on one prediction. It has less noise where many tokens reach a matrix:
 on the demo model one draw is within 3.9 % of eight for the median matrix of 1024 tokens or more,
-`fisher` within 10.2 %; below 64 tokens both are a factor of two off.
+`fisher` within 10.2 %; below 64 tokens both are a factor of two off. Where many tokens reach a
+matrix it is measured on some of them, see `matrix_costs`.
 
 `error`, the squared error of the block's output that the matrix alone causes, per token of the
 layer: for an expert c^2 |E(x; Q) - E(x; W)|^2 over its tokens (all tokens count in the mean, so
 rare experts weigh as rarely as they are used), for every other matrix the error of the decoder
-layer's output. Measured on some of the tokens and scaled up, see `matrix_costs`.
+layer's output. Measured on some of the tokens and scaled up, see `output_error`.
 
 `gemq`, that error with each channel of each token multiplied by the gradient of the text's
-cross-entropy at the layer's output before squaring (GEMQ, arXiv 2605.23078).
+cross-entropy at the layer's output before squaring (GEMQ, arXiv 2605.23078). It takes passes of
+its own and is measured where it is asked for.
 
 No token is sent to an expert that the router did not choose. Derivations: docs/algorithms.md.
 
 Letters: M matrices, U units, F formats, D draws of labels, S sequences, T tokens per sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -43,25 +45,20 @@ from alphaquant.costs.cost_store import (
     costs_key,
 )
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
-from alphaquant.costs.matrix_costs import (
-    MatrixTrace,
-    token_sums,
-    trace_matrices,
-    weight_errors,
-)
+from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
 from alphaquant.progress import Progress
-from alphaquant.quant.bank import Bank, BankLayer
+from alphaquant.quant.bank import Bank
 from alphaquant.spaces.units import Unit
 
-COSTS_VERSION = 4
+COSTS_VERSION = 5
 """Part of the key of stored costs; another number measures them anew."""
 
 _SHARED = ("n_tokens", "routing_weight", "active_share")
 _PER_FORMAT: dict[str, tuple[int, ...]] = dict.fromkeys(
-    ("token_fisher", "error", "gemq", "weight_error"), ()
+    ("token_fisher", "error", "weight_error"), ()
 )
 """Stored arrays: what formats share [m], and shapes without [m] of one number per format."""
 
@@ -73,7 +70,7 @@ class CostSettings:
     """How costs are measured.
 
     Attributes:
-        seed: of the drawn labels.
+        seed: of the drawn labels, and of the tokens that are drawn where not all are used.
         n_draws: labels drawn per position.
         batch_size: sequences per forward and backward pass.
     """
@@ -94,7 +91,8 @@ class CostTable:
             sequences of the first draw first.
         token_fisher: float64 [M, F], nats per token.
         error: float64 [M, F], squared block-output error per token.
-        gemq: float64 [M, F], the same weighted by squared gradients, nats^2 per token.
+        gemq: float64 [M, F], the same weighted by squared gradients, nats^2 per token; None where
+            it was not measured.
         weight_error: float64 [M, F], squared error of the weights; 0 where a format is exact.
         n_tokens: float64 [M], calibration tokens that reached the matrix.
         routing_weight: float64 [M], sum of their routing weights per token of the layer; 1 outside
@@ -109,13 +107,13 @@ class CostTable:
     products: npt.NDArray[np.float32]
     token_fisher: Floats
     error: Floats
-    gemq: Floats
     weight_error: Floats
     n_tokens: Floats
     routing_weight: Floats
     active_share: Floats
     seq_len: int
     settings: CostSettings
+    gemq: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ class UnitCosts:
         fisher: float64 [U, F], nats per token.
         token_fisher: float64 [U, F], nats per token.
         error: float64 [U, F], squared block-output error per token.
-        gemq: float64 [U, F], the same weighted by squared gradients, nats^2 per token.
+        gemq: float64 [U, F], the same weighted by squared gradients, nats^2 per token; None where
+            it was not measured.
         n_tokens: float64 [U], calibration tokens that reached the unit's least used matrix.
         routing_weight: float64 [U], mean over the unit's matrices.
         active_share: float64 [U], mean over the unit's matrices.
@@ -135,10 +134,10 @@ class UnitCosts:
     fisher: Floats
     token_fisher: Floats
     error: Floats
-    gemq: Floats
     n_tokens: Floats
     routing_weight: Floats
     active_share: Floats
+    gemq: Floats | None = None
 
 
 def unit_costs(table: CostTable, units: Sequence[Unit]) -> UnitCosts:
@@ -157,10 +156,10 @@ def unit_costs(table: CostTable, units: Sequence[Unit]) -> UnitCosts:
         fisher=coupled_fisher(table.products, rows, table.seq_len),
         token_fisher=np.array([table.token_fisher[r].sum(0) for r in rows]),
         error=np.array([table.error[r].sum(0) for r in rows]),
-        gemq=np.array([table.gemq[r].sum(0) for r in rows]),
         n_tokens=np.array([table.n_tokens[r].min() for r in rows]),
         routing_weight=np.array([table.routing_weight[r].mean() for r in rows]),
         active_share=np.array([table.active_share[r].mean() for r in rows]),
+        gemq=None if table.gemq is None else np.array([table.gemq[r].sum(0) for r in rows]),
     )
 
 
@@ -203,13 +202,14 @@ def measure_costs(
     formats: Sequence[str],
     settings: CostSettings,
     *,
+    with_gemq: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> CostTable:
     """Measure, or read back, the costs of every matrix in every format.
 
     Each layer in each format is written to the bank's `costs` folder when it is measured; a run
     that was killed, or asks for more formats, measures only what is missing. The model's weights
-    are the same afterwards as before.
+    are not touched.
 
     Args:
         model_map: the original model.
@@ -217,41 +217,81 @@ def measure_costs(
         tokens: calibration windows, int64 [S, T].
         formats: canonical names.
         settings: how.
+        with_gemq: measure `gemq` too.
         progress: called with ("costs", layers done, layers).
 
     Raises:
-        StoreError: a file of the bank or of stored costs is damaged.
+        StoreError: a file of the bank or of stored costs is damaged, or the disk is full.
         ModelError: calibration did not reach a matrix, or no format changes what it computes.
     """
+    folder = bank.path / "costs"
     facts = {"settings": asdict(settings), "version": COSTS_VERSION}
-    store = CostStore(bank.path / "costs" / costs_key(tokens, facts))
-    shape = TableShape(
-        sizes=[len(list(layer.matrices())) for layer in model_map.layers],
-        formats=tuple(formats),
-        shared=_SHARED,
-        trailing={**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)},
-    )
+    store = CostStore(folder / costs_key(tokens, facts))
+    trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
+    shape = TableShape(_sizes(model_map), tuple(formats), _SHARED, trailing)
+    labels = SampledLabels(settings.n_draws, settings.seed)
+    batches = batches_of(tokens, settings.batch_size)
 
-    def traces() -> Iterator[LayerTrace]:
-        labels = SampledLabels(settings.n_draws, settings.seed)
-        batches = batches_of(tokens, settings.batch_size)
-        return trace_layers(model_map, batches, [labels], [TextLabels()])
+    def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
+        return _layer_costs(trace, bank, names, settings.seed)
 
     store.fill(
         shape,
-        traces,
-        lambda trace, names: _layer_costs(trace, bank, names),
+        lambda: trace_layers(model_map, batches, [labels], folder=folder),
+        measure,
         lambda done, total: progress("costs", done, total),
     )
+    gemq = _measure_gemq(model_map, bank, batches, formats, progress) if with_gemq else None
     table = CostTable(
         matrices=tuple(m.name for m in bank.inventory.matrices),
         formats=tuple(formats),
         seq_len=tokens.shape[1],
         settings=settings,
+        gemq=gemq,
         **store.read(shape),
     )
     check_coverage(table)
     return table
+
+
+def _sizes(model_map: ModelMap) -> list[int]:
+    """Matrices of each layer."""
+    return [len(list(layer.matrices())) for layer in model_map.layers]
+
+
+def _measure_gemq(
+    model_map: ModelMap,
+    bank: Bank,
+    batches: list[Tensor],
+    formats: Sequence[str],
+    progress: Progress,
+) -> Floats:
+    """The column `gemq`, stored beside the others in files of its own."""
+    folder = bank.path / "costs"
+    facts = {"cost": "gemq", "batch_size": len(batches[0]), "version": COSTS_VERSION}
+    store = CostStore(folder / costs_key(torch.cat(batches), facts))
+    shape = TableShape(_sizes(model_map), tuple(formats), ("n_tokens",), {"gemq": ()})
+
+    @torch.no_grad()
+    def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
+        readers = [bank.layer(name, trace.layer.index) for name in names]
+        n_tokens, found = [], []
+        for matrix in trace_matrices(trace):
+            n_tokens.append(matrix.n_tokens)
+            if readers:
+                errors = weight_errors(readers, matrix.matrix, matrix.weight)
+                found.append({"gemq": matrix.output_error(errors).cpu().numpy()})
+        shared = {"n_tokens": np.array(n_tokens, dtype=np.float64)}
+        return LayerCosts(shared, by_format(found, names))
+
+    store.fill(
+        shape,
+        lambda: trace_layers(model_map, batches, [], [TextLabels()], folder),
+        measure,
+        lambda done, total: progress("costs", done, total),
+    )
+    found: Floats = store.read(shape)["gemq"]
+    return found
 
 
 def check_coverage(table: CostTable) -> None:
@@ -275,7 +315,7 @@ def check_coverage(table: CostTable) -> None:
 
 
 @torch.no_grad()
-def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str]) -> LayerCosts:
+def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str], seed: int) -> LayerCosts:
     """Costs of one layer."""
     readers = [bank.layer(name, trace.layer.index) for name in formats]
     n_sequences = sum(len(h) for h in trace.hidden)
@@ -284,23 +324,19 @@ def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str]) -> Layer
     for matrix in trace_matrices(trace):
         shared.append([matrix.n_tokens, matrix.routing_weight, matrix.active_share])
         if readers:
-            costs.append(_matrix_costs(matrix, readers, n_sequences, n_total))
+            errors = weight_errors(readers, matrix.matrix, matrix.weight)
+            sums = token_sums(errors, matrix, n_sequences, seed)
+            costs.append(_arrays(errors, sums, matrix.output_error(errors), n_total))
     columns = np.array(shared, dtype=np.float64).T.copy()  # [3, m]
     return LayerCosts(dict(zip(_SHARED, columns, strict=True)), by_format(costs, formats))
 
 
-def _matrix_costs(
-    matrix: MatrixTrace, readers: Sequence[BankLayer], n_sequences: int, n_total: int
-) -> Arrays:
-    """Arrays [F, ...] of one matrix."""
-    errors = weight_errors(readers, matrix.matrix, matrix.weight)
-    sums = token_sums(errors, matrix, n_sequences)
-    error, gemq = matrix.output_error(errors)
+def _arrays(errors: Tensor, sums: TokenSums, output_error: Tensor, n_total: int) -> Arrays:
+    """Arrays [F, ...] of one matrix; `n_total` tokens of the layer."""
     found = {
         "products": sums.products.flatten(1).float(),  # [F, D * S]
         "token_fisher": 0.5 * sums.squares.mean(-1) / n_total,
-        "error": error,
-        "gemq": gemq,
-        "weight_error": errors.double().square().sum((-1, -2)),
+        "error": output_error,
+        "weight_error": torch.linalg.vector_norm(errors, dim=(-1, -2)).double().square(),
     }
     return {name: tensor.cpu().numpy() for name, tensor in found.items()}

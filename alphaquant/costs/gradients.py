@@ -1,9 +1,9 @@
 """Gradients at the quantizable modules, from the last layer to the first.
 
-Memory holds the hidden states at every layer and one layer's graph, never the graph of the model.
-What layers give are leaves; what the model makes of them before it calls the next layer, usually
-nothing, has a graph of its own. So gradients also reach state that layers hand on beside the
-hidden states, and modules whose outputs nothing depends on get zeros.
+Three passes: forward, every layer once more with a graph, and back. Memory holds the graph of one
+layer for one batch; hidden states at every layer, their gradients and a layer's traces wait in
+files (`alphaquant.costs.shelf`), so it does not grow with layers or windows. The predictions of a
+batch are gone before those of the next one are made.
 `trace_layers` yields, for each layer, what went into its modules and the gradients at their
 outputs; products with weight errors are the caller's business. What is differentiated is a
 `Quantity`: the log-likelihood of labels that the model itself draws, that of the text, or
@@ -14,37 +14,32 @@ a linear, H hidden size, D totals that are differentiated.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from alphaquant.errors import ModelError
-from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
-from alphaquant.models.walk import (
-    LayerCall,
-    check_walk,
-    hidden_of,
-    observe_layer,
-    shared_state,
-    walk,
-)
+from alphaquant.costs.shelf import Shelf, Shelved
+from alphaquant.costs.tape import Tape, TracedBatch
+from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.models.walk import LayerCall, check_walk, walk
 
 
 class Quantity(Protocol):
-    """What is differentiated: scalars that are sums over the sequences of a batch."""
+    """What is differentiated: scalars that are sums over sequences."""
 
     def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
-        """The scalars of one batch; each gives gradients of its own.
+        """The scalars of some sequences; each gives gradients of its own.
 
         Args:
             log_probs: predictions, float32 [B, T, V].
             batch: token ids, int64 [B, T], on the same device.
-            first: index of the batch's first sequence among all S.
+            first: index of the first of them among all S.
         """
 
 
@@ -81,7 +76,10 @@ class TextLabels:
 
 @dataclass(frozen=True)
 class LinearTrace:
-    """What an nn.Linear saw: inputs [S, T, K] and output gradients [D, S, T, N]."""
+    """What an nn.Linear saw: inputs [S, T, K] and output gradients [D, S, T, N].
+
+    Both are memory-mapped, on the CPU, in the dtype in which the model computes.
+    """
 
     inputs: Tensor
     gradients: Tensor
@@ -89,7 +87,7 @@ class LinearTrace:
 
 @dataclass(frozen=True)
 class ExpertsTrace:
-    """What routed experts saw.
+    """What routed experts saw; inputs and gradients are memory-mapped as in `LinearTrace`.
 
     Attributes:
         inputs: [S * T, H].
@@ -129,34 +127,12 @@ class LayerTrace:
         return [call.hidden for call in self.calls]
 
 
-@dataclass
-class _Tap:
-    """Observer that keeps what goes into a layer's modules and comes out, call by call."""
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    routing: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
-        self.inputs.setdefault(site.matrix.name, []).append(inputs.detach())
-
-    def on_experts(
-        self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> None:
-        if site.name in self.inputs:
-            raise ModelError(
-                f"{site.name} is called more than once per layer, so its routing cannot be "
-                "traced; use --method rtn or report the architecture"
-            )
-        self.inputs[site.name] = [inputs.detach()]
-        self.routing[site.name] = (expert_ids, weights.detach())
-
-
 def trace_layers(
     model_map: ModelMap,
     batches: list[Tensor],
     quantities: Sequence[Quantity],
     at_output: Sequence[Quantity] = (),
+    folder: Path | None = None,
 ) -> Iterator[LayerTrace]:
     """Walk the model backwards.
 
@@ -165,30 +141,81 @@ def trace_layers(
         batches: token ids, int64 [B, T] each.
         quantities: D totals in all, whose gradients are traced at every module, in this order.
         at_output: D' totals in all, whose gradients are wanted at the layers' outputs only.
+        folder: for files without names, of the hidden states at all layers and the traces of one;
+            None for the system's folder of temporary files.
 
     Yields:
-        Traces from the last layer to the first.
+        Traces from the last layer to the first. Dropping one frees its file.
+
+    Raises:
+        ModelError: the model cannot be walked.
+        StoreError: the disk is full.
     """
     check_walk(model_map, batches)
-    tapes = [_Tape(len(model_map.layers)) for _ in batches]
-    results: list[Any] = []
-    with torch.enable_grad():
-        for step in walk(model_map, batches, results):
+    tapes = _run_forward(model_map, batches, (quantities, at_output), folder)
+    for layer in reversed(model_map.layers):
+        yield _trace_layer(layer, tapes, [len(batch) for batch in batches], folder)
+
+
+def _run_forward(
+    model_map: ModelMap,
+    batches: list[Tensor],
+    quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
+    folder: Path | None,
+) -> list[Tape]:
+    """Run all layers; tapes of the batches, with gradients at what the last layer gave."""
+    tapes, ends = [Tape() for _ in batches], Shelf(folder)
+    first = [0, *accumulate(len(batch) for batch in batches)]
+    n_ended = 0
+
+    def end(logits: Tensor) -> None:
+        """The model ends its batches one after the other, in their order."""
+        nonlocal n_ended
+        batch = batches[n_ended].to(logits.device)
+        parts = [_at_logits(logits, batch, wanted, first[n_ended]) for wanted in quantities]
+        tapes[n_ended].start(logits, parts, ends)
+        n_ended += 1
+
+    with _caught_logits(model_map.model, end), torch.enable_grad():
+        for step in walk(model_map, batches, []):
+            shelf = Shelf(folder)
             with torch.no_grad():
                 step.outputs = [
-                    tape.record(step.layer, call)
+                    tape.record(step.layer, call, shelf)
                     for tape, call in zip(tapes, step.calls, strict=True)
                 ]
-    n_before = 0
-    for batch, tape, result in zip(batches, tapes, results, strict=True):
-        tape.start(result.logits, batch, (quantities, at_output), n_before)
-        n_before += len(batch)
-    results.clear()
-    for layer in reversed(model_map.layers):
-        at = [tape.output_gradients(layer.index)[1] for tape in tapes]
-        traced = [tape.trace(layer) for tape in tapes]
-        calls = [tape.pop() for tape in tapes]
-        yield _join(layer, traced, calls, at)
+    return tapes
+
+
+@contextmanager
+def _caught_logits(model: nn.Module, end: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand over what a model predicts, and let it give nothing."""
+
+    def hook(_: nn.Module, args: object, output: Any) -> Any:
+        end(output.logits)
+        return ()
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _at_logits(
+    logits: Tensor, batch: Tensor, quantities: Sequence[Quantity], first: int
+) -> Tensor:
+    """Gradients of the totals at predictions [B, T, V], [D, B, T, V]; float32 of one sequence."""
+    rows = []
+    for i in range(len(batch)):
+        with torch.enable_grad():
+            own = logits[i : i + 1].detach().float().requires_grad_(True)
+            log_probs = torch.log_softmax(own, -1)
+            tokens = batch[i : i + 1]
+            totals = [t for q in quantities for t in q.totals(log_probs, tokens, first + i)]
+        found = [torch.autograd.grad(t, own, retain_graph=True)[0] for t in totals]
+        rows.append(torch.cat(found).to(logits.dtype) if found else logits.new_empty(0))
+    return torch.stack(rows, 1) if len(rows[0]) else logits.new_empty(0, *logits.shape)
 
 
 def _label_seeds(seed: int, sequences: range, n_draws: int) -> list[list[int]]:
@@ -206,263 +233,73 @@ def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
     labels = []
     for predicted, seed in zip(log_probs.detach(), seeds, strict=True):
         generator = torch.Generator(device=predicted.device).manual_seed(seed)
-        labels.append(torch.multinomial(predicted.exp(), 1, generator=generator))
+        # [256, 4096] takes 3 to 6 ms, torch.multinomial 50 (one core, Intel Xeon).
+        ends = predicted.exp().cumsum(-1)
+        points = torch.rand(len(ends), 1, generator=generator, device=ends.device) * ends[:, -1:]
+        labels.append(torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[-1] - 1))
     return torch.stack(labels)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """One layer's call of one batch, flat.
-
-    Attributes:
-        inputs: arguments; tensors that depend on earlier layers have the graph of what the model
-            does between layers.
-        spec: their structure.
-        outputs: what the layer gave, and the state that it left; new tensors are leaves.
-        hidden: its hidden states, one of the inputs.
-    """
-
-    inputs: list[Any]
-    spec: TreeSpec
-    outputs: list[Any]
-    hidden: Tensor
-
-
-class _Tape:
-    """One batch's way through the layers, and the gradients on the way back.
-
-    Gradients of both kinds of quantities are kept per leaf, [D + D', ...].
-    """
-
-    def __init__(self, n_layers: int) -> None:
-        self._layers: list[_Recorded] = []
-        self._gradients: dict[int, Tensor] = {}
-        self._n_traced = 0
-
-    def record(self, layer: LayerSite, call: LayerCall) -> Any:
-        """Run a layer without a graph; what it gives, as leaves, goes back to the model."""
-        # State that the model keeps between layers is compared by its contents.
-        inputs, spec = tree_flatten((call.args, {**call.kwargs, **shared_state(call.kwargs)}))
-        detached = [_detached(x) for x in inputs]
-        known = {id(new): old for new, old in zip(detached, inputs, strict=True)}
-        args, kwargs = tree_unflatten(detached, spec)
-        output = layer.module(*args, **kwargs)
-
-        def leaf(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                return x
-            return known[id(x)] if id(x) in known else x.detach().requires_grad_(True)
-
-        output, state = tree_map(leaf, (output, shared_state(kwargs)))
-        for name, content in state.items():
-            call.kwargs[name].update(content)
-        self._layers.append(_Recorded(inputs, spec, tree_leaves((output, state)), call.hidden))
-        return output
-
-    def start(
-        self,
-        logits: Tensor,
-        batch: Tensor,
-        quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
-        first: int,
-    ) -> None:
-        """Gradients at the leaves that the predictions [B, T, V] are made of."""
-        with torch.enable_grad():
-            log_probs = torch.log_softmax(logits.float(), -1)
-            traced, others = (
-                [t for q in wanted for t in q.totals(log_probs, batch.to(logits.device), first)]
-                for wanted in quantities
-            )
-        self._n_traced = len(traced)
-        leaves = self._leaves()
-        found = [
-            torch.autograd.grad(t, leaves, retain_graph=True, allow_unused=True)
-            for t in (*traced, *others)
-        ]
-        for leaf, gradients in zip(leaves, zip(*found, strict=True), strict=True):
-            self._add(leaf, gradients)
-
-    def output_gradients(self, index: int) -> tuple[Tensor, Tensor]:
-        """Gradients at a layer's hidden states, [D, B, T, H] and [D', B, T, H]."""
-        hidden = self._layers[index].outputs[0]
-        found = self._gradients[id(hidden)]
-        return found[: self._n_traced], found[self._n_traced :]
-
-    def trace(self, layer: LayerSite) -> "_TracedBatch":
-        """Run the last layer on the tape again, with a graph; its inputs get their gradients."""
-        recorded = self._layers[-1]
-        leaves = [_as_leaf(x, recorded.hidden) for x in recorded.inputs]
-        args, kwargs = tree_unflatten(leaves, recorded.spec)
-        tap = _Tap()
-        with torch.enable_grad(), observe_layer(layer, tap), _keep_outputs(layer, tap):
-            output = layer.module(*args, **kwargs)
-        outputs = tree_leaves((output, shared_state(kwargs)))
-        pairs = [
-            (new, self._gradients[id(old)])
-            for new, old in zip(outputs, recorded.outputs, strict=True)
-            if id(old) in self._gradients and new.requires_grad
-        ]
-        inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        calls = [(n, y) for n, outputs in tap.outputs.items() for y in outputs]
-        reached = [y for _, y in calls if y.requires_grad]
-        at: list[list[Tensor]] = [[] for _ in calls]
-        at_inputs = []
-        for d in range(len(pairs[0][1])):
-            found = torch.autograd.grad(
-                [new for new, _ in pairs],
-                [*inputs, *reached] if d < self._n_traced else inputs,
-                [gradient[d] for _, gradient in pairs],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            at_inputs.append(found[: len(inputs)])
-            of_modules = iter(found[len(inputs) :])
-            if d < self._n_traced:
-                for kept, (_, y) in zip(at, calls, strict=True):
-                    kept.append(_or_zeros(next(of_modules) if y.requires_grad else None, y))
-        self._hand_back(recorded, leaves, at_inputs)
-        named = [(n, torch.stack(kept)) for (n, _), kept in zip(calls, at, strict=True)]
-        return _by_window(tap, named, len(hidden_of(output)))
-
-    def pop(self) -> LayerCall:
-        """Take the last layer off the tape; its call, without graph."""
-        recorded = self._layers.pop()
-        for old in recorded.outputs:
-            self._gradients.pop(id(old), None)
-        args, kwargs = tree_unflatten([_detached(x) for x in recorded.inputs], recorded.spec)
-        return LayerCall(args, kwargs)
-
-    def _hand_back(
-        self, recorded: _Recorded, leaves: list[Any], at_inputs: Sequence[Sequence[Tensor | None]]
-    ) -> None:
-        """Gradients at a layer's inputs become gradients at the leaves that these are made of."""
-        pairs = zip(recorded.inputs, leaves, strict=True)
-        originals = [old for old, x in pairs if isinstance(x, Tensor) and x.requires_grad]
-        if not self._layers[:-1]:
-            return
-        earlier = self._leaves(-1)
-        for original, gradients in zip(originals, zip(*at_inputs, strict=True), strict=True):
-            if not original.requires_grad:
-                continue
-            if original.is_leaf:
-                self._add(original, gradients)
-                continue
-            found = [
-                torch.autograd.grad(
-                    original, earlier, _or_zeros(g, original), retain_graph=True, allow_unused=True
-                )
-                for g in gradients
-            ]
-            for leaf, parts in zip(earlier, zip(*found, strict=True), strict=True):
-                self._add(leaf, parts)
-
-    def _leaves(self, end: int | None = None) -> list[Tensor]:
-        """Leaves of the layers on the tape, without repeats."""
-        found = {
-            id(x): x
-            for recorded in self._layers[:end]
-            for x in recorded.outputs
-            if isinstance(x, Tensor) and x.requires_grad and x.is_leaf
-        }
-        return list(found.values())
-
-    def _add(self, leaf: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Add to a leaf's gradients; all None is nothing."""
-        if any(g is not None for g in gradients):
-            total = torch.stack([_or_zeros(g, leaf) for g in gradients]).detach()
-            known = self._gradients.get(id(leaf))
-            self._gradients[id(leaf)] = total if known is None else known + total
-
-
-@contextmanager
-def _keep_outputs(layer: LayerSite, tap: _Tap) -> Iterator[None]:
-    """Let the tap see what the layer's modules give.
-
-    What is made of token ids alone (n-gram embeddings) depends on no hidden state and would have
-    no graph; it starts one.
-    """
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: object, output: Any) -> Any:
-            kept = tap.outputs.setdefault(name, [])
-            if len(kept) >= len(tap.inputs.get(name, ())):  # while routing is measured
-                return None
-            starts = isinstance(output, Tensor) and not output.requires_grad
-            kept.append(output.detach().requires_grad_() if starts else hidden_of(output))
-            return kept[-1].clone() if starts else None  # leaves cannot be written in place
-
-        return hook
-
-    sites = [(s.matrix.name, s.module) for s in layer.linears]
-    sites += [(s.name, s.hooked) for s in layer.experts]  # type: ignore[misc]
-    handles = [module.register_forward_hook(keep(name)) for name, module in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
-
-
-def _as_leaf(x: Any, hidden: Tensor) -> Any:
-    """A leaf of a new graph for what depends on earlier layers or is `hidden`, else the thing."""
-    needs = isinstance(x, Tensor) and (x.requires_grad or x is hidden)
-    return x.detach().requires_grad_(True) if needs else x
-
-
-@dataclass(frozen=True)
-class _TracedBatch:
-    """Inputs [B, T, K], routing and output gradients [D, B, T, N] of modules, by name.
-
-    Where a module is called more than once, its calls follow each other in T.
-    """
-
-    inputs: dict[str, Tensor]
-    routing: dict[str, tuple[Tensor, Tensor]]
-    gradients: dict[str, Tensor]
-
-
-def _by_window(tap: _Tap, gradients: list[tuple[str, Tensor]], n_windows: int) -> _TracedBatch:
-    """Give what was seen its windows B, and join the calls of a module along T."""
-    joined: dict[str, list[Tensor]] = {}
-    for name, found in gradients:  # [D, ..., N]
-        by_window = found.detach().reshape(len(found), n_windows, -1, found.shape[-1])
-        joined.setdefault(name, []).append(by_window)
-    inputs = {
-        name: torch.cat([x.reshape(n_windows, -1, x.shape[-1]) for x in parts], 1)
-        for name, parts in tap.inputs.items()
-    }
-    return _TracedBatch(inputs, tap.routing, {n: torch.cat(g, 2) for n, g in joined.items()})
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
-
-
-def _join(
-    layer: LayerSite,
-    parts: list[_TracedBatch],
-    calls: list[LayerCall],
-    at_output: list[Tensor],
+def _trace_layer(
+    layer: LayerSite, tapes: Sequence[Tape], sizes: Sequence[int], folder: Path | None
 ) -> LayerTrace:
-    """Concatenate batches along the sequences."""
-    linears = {
-        name: LinearTrace(
-            torch.cat([p.inputs[name] for p in parts]),
-            torch.cat([p.gradients[name] for p in parts], 1),
-        )
-        for name in (site.matrix.name for site in layer.linears)
-    }
-    experts = {
-        name: ExpertsTrace(
-            torch.cat([p.inputs[name].flatten(0, 1) for p in parts]),
-            torch.cat([p.routing[name][0] for p in parts]),
-            torch.cat([p.routing[name][1] for p in parts]),
-            torch.cat([p.gradients[name].flatten(1, 2) for p in parts], 1),
-        )
-        for name in (site.name for site in layer.experts)
-    }
-    return LayerTrace(layer, linears, experts, calls, at_output)
+    """Trace one layer batch by batch."""
+    traces, gradients = _Traces(layer, sum(sizes), Shelf(folder)), Shelf(folder)
+    at_output, calls = [], []
+    for tape in tapes:
+        at_output.append(tape.output_gradients())
+        traces.add(tape.trace(layer, gradients))
+        calls.append(tape.pop())
+    return traces.joined(calls, at_output)
+
+
+class _Traces:
+    """A layer's traces on a shelf, filled batch by batch.
+
+    Args:
+        layer: the layer.
+        n_sequences: S.
+        shelf: where they are.
+    """
+
+    def __init__(self, layer: LayerSite, n_sequences: int, shelf: Shelf) -> None:
+        self._layer, self._n_sequences, self._shelf = layer, n_sequences, shelf
+        self._inputs: dict[str, Shelved] = {}
+        self._gradients: dict[str, Shelved] = {}
+        self._routing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._n_filled = 0
+
+    def add(self, part: TracedBatch) -> None:
+        """Write what a batch traced behind the ones before it."""
+        for name, x in part.inputs.items():  # [B, T, K]
+            if name not in self._inputs:
+                self._inputs[name] = self._shelf.reserve((self._n_sequences, *x.shape[1:]), x)
+            self._inputs[name].open()[self._rows(len(x))] = x
+        for name, g in part.gradients.items():  # [D, B, T, N]
+            if name not in self._gradients:
+                shape = (len(g), self._n_sequences, *g.shape[2:])
+                self._gradients[name] = self._shelf.reserve(shape, g)
+            self._gradients[name].open()[:, self._rows(g.shape[1])] = g
+        for name, routing in part.routing.items():
+            self._routing.setdefault(name, []).append(routing)
+        self._n_filled += len(next(iter(part.inputs.values())))
+
+    def joined(self, calls: list[LayerCall], at_output: list[Tensor]) -> LayerTrace:
+        """All of them."""
+        linears = {
+            name: LinearTrace(self._inputs[name].open(), self._gradients[name].open())
+            for name in (site.matrix.name for site in self._layer.linears)
+        }
+        experts = {
+            name: ExpertsTrace(
+                self._inputs[name].open().flatten(0, 1),
+                torch.cat([ids for ids, _ in self._routing[name]]),
+                torch.cat([weights for _, weights in self._routing[name]]),
+                self._gradients[name].open().flatten(1, 2),
+            )
+            for name in (site.name for site in self._layer.experts)
+        }
+        return LayerTrace(self._layer, linears, experts, calls, at_output)
+
+    def _rows(self, n: int) -> slice:
+        return slice(self._n_filled, self._n_filled + n)

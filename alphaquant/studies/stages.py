@@ -18,13 +18,14 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
-from alphaquant.costs.spectra import UnitSpectra, measure_spectra, unit_spectra
+from alphaquant.costs.spectra import UnitSpectra, stored_spectra, unit_spectra
 from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.filling import fill_bank
+from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import FloatArray
 from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
 from alphaquant.search.side.constraints import SideConstraints, check_reachable
@@ -37,6 +38,7 @@ from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.studies.store.scores import EvaluationLog
+from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet, check_disjoint, shuffled
 
 LOAD_STEPS = SOURCE_STEPS + 4
@@ -219,10 +221,18 @@ def fill_source_bank(
     return bank
 
 
+def needed(spec: SearchSpec) -> frozenset[str]:
+    """Optional costs and features that the allocators which are asked for use."""
+    given = spec.proposals
+    names = given.allocator_names if given.allocator is None else (given.allocator,)
+    asked = ALLOCATORS if names == (ALL_ALLOCATORS,) else ALLOCATORS.keys() & set(names)
+    return frozenset(need for name in asked for need in ALLOCATORS[name].needs)
+
+
 def measure_unit_costs(
     spec: SearchSpec, inputs: Inputs, space: SearchSpace, bank: Bank, clock: StageClock
 ) -> Costs:
-    """Costs of every unit in every format of the bank."""
+    """Costs of every unit in every format of the bank; `gemq` where an allocator asks for it."""
     source, n_layers = inputs.source, len(inputs.source.map.layers)
     clock(Stage.COSTS, 0, n_layers)
     table = measure_costs(
@@ -231,10 +241,25 @@ def measure_unit_costs(
         inputs.calibration.tokens,
         bank_formats(space),
         CostSettings(spec.proposals.seed),
+        with_gemq="gemq" in needed(spec),
         progress=clock,
     )
     clock(Stage.COSTS, n_layers, n_layers)
     return Costs(table, unit_costs(table, space.units))
+
+
+def measure_unit_spectra(
+    spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock
+) -> UnitSpectra | None:
+    """Spectra of every unit's weights; None where no allocator that is asked for uses them."""
+    if not needed(spec) & {"alpha", "alpha_plain", "variance"}:
+        return None
+    source, n_layers = inputs.source, len(inputs.source.map.layers)
+    folder, seed = cache_dir(spec.run.cache) / "spectra", spec.proposals.seed
+    clock(Stage.SPECTRA, 0, n_layers)
+    found = stored_spectra(folder, source.digest, source.map, seed=seed, progress=clock)
+    clock(Stage.SPECTRA, n_layers, n_layers)
+    return unit_spectra(found, space.units)
 
 
 def problem_of(space: SearchSpace, costs: Costs, spectra: UnitSpectra | None = None) -> Problem:
@@ -251,7 +276,8 @@ def problem_of(space: SearchSpace, costs: Costs, spectra: UnitSpectra | None = N
     if spectra is not None:
         features |= {"alpha": spectra.alpha_farms, "alpha_plain": spectra.alpha}
         features |= {"variance": spectra.variance}
-    measured = {name: getattr(found, name)[:, columns] for name in (*COSTS, *OPTIONAL_COSTS)}
+    tables = {name: getattr(found, name) for name in (*COSTS, *OPTIONAL_COSTS)}
+    measured = {name: table[:, columns] for name, table in tables.items() if table is not None}
     return _problem(space, measured, found.n_tokens, features)
 
 
@@ -317,11 +343,9 @@ class Prepared:
 
 
 def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
-    """Teachers, spectra, bank, costs and problem of a search, in this order."""
+    """Teachers, spectra where they are needed, bank, costs and problem, in this order."""
     teachers = store_teachers(spec, inputs, clock)
-    clock(Stage.SPECTRA, 0, len(inputs.source.map.layers))
-    measured = measure_spectra(inputs.source.map, seed=spec.proposals.seed, progress=clock)
-    spectra = unit_spectra(measured, space.units)
+    spectra = measure_unit_spectra(spec, inputs, space, clock)
     bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
     costs = measure_unit_costs(spec, inputs, space, bank, clock)
     problem = problem_of(space, costs, spectra)

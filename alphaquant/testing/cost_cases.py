@@ -35,10 +35,16 @@ class CostCase:
     bank: Bank
 
     def costs(
-        self, tokens: Tensor = COST_TOKENS, formats: Sequence[str] = COST_FORMATS, **settings: Any
+        self,
+        tokens: Tensor = COST_TOKENS,
+        formats: Sequence[str] = COST_FORMATS,
+        *,
+        with_gemq: bool = False,
+        **settings: Any,
     ) -> CostTable:
         """The table; settings as in `CostSettings`."""
-        return measure_costs(self.map, self.bank, tokens, formats, CostSettings(**settings))
+        asked = CostSettings(**settings)
+        return measure_costs(self.map, self.bank, tokens, formats, asked, with_gemq=with_gemq)
 
     def weight_error(self, name: str, format_name: str) -> Tensor:
         """Q - W of a matrix, with the W that the model has now."""

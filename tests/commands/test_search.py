@@ -156,7 +156,7 @@ def test_search_stopped_in_one_stage_after_the_other_resumes(
     found: SearchResult, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
-    for stage in ("teacher", "spectra", "bank", "costs", "study", "gate", "report"):
+    for stage in ("teacher", "bank", "costs", "study", "gate", "report"):
         with pytest.raises(Killed):
             search(spec, progress=stop_in(stage))
         assert not (spec.run.out / "front.json").exists()
@@ -309,8 +309,7 @@ def test_front_json_carries_provenance(long: SearchResult) -> None:
     assert {"model_digest", "data", "versions", "device", "seed"} <= facts.keys()
     assert {t["digest"] for t in facts["data"].values()}.__len__() == 3
     assert front["seconds"].keys() == {
-        *("load", "teacher", "spectra", "bank", "hessians", "costs", "study", "probe", "gate"),
-        "report",
+        *("load", "teacher", "bank", "hessians", "costs", "study", "probe", "gate", "report"),
     }
     assert front["n_measured"] == long.n_measured
     assert front["stopped"] == "--trials asked for 30"

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from alphaquant.costs import fisher, matrix_costs
+from alphaquant.costs import fisher, output_error
 from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
 from alphaquant.errors import StoreError
 from alphaquant.testing.cost_cases import (
@@ -21,7 +21,7 @@ from alphaquant.testing.cost_cases import (
     make_cost_case,
 )
 
-ARRAYS = ("products", "token_fisher", "error", "gemq", "n_tokens", "routing_weight")
+ARRAYS = ("products", "token_fisher", "error", "n_tokens", "routing_weight")
 ALL_FILES = [
     f"layer-00{layer}.{middle}safetensors"
     for layer in (0, 1)
@@ -49,9 +49,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]
     calls = []
     layer_costs = fisher._layer_costs
 
-    def record(trace: Any, bank: Any, formats: tuple[str, ...]) -> Any:
+    def record(trace: Any, bank: Any, formats: tuple[str, ...], seed: int) -> Any:
         calls.append((trace.layer.index, tuple(formats)))
-        return layer_costs(trace, bank, formats)
+        return layer_costs(trace, bank, formats, seed)
 
     monkeypatch.setattr(fisher, "_layer_costs", record)
     return calls
@@ -113,7 +113,7 @@ def test_a_new_format_is_measured_alone_and_costs_the_same(
     swapped = case.costs(formats=COST_FORMATS[::-1])
     assert swapped.formats == COST_FORMATS[::-1]
     assert np.array_equal(swapped.products, both.products[:, ::-1])
-    assert np.array_equal(swapped.gemq, both.gemq[:, ::-1])
+    assert np.array_equal(swapped.error, both.error[:, ::-1])
 
 
 def test_a_complete_table_is_read_without_running_the_model(
@@ -122,6 +122,22 @@ def test_a_complete_table_is_read_without_running_the_model(
     first = case.costs()
     monkeypatch.delattr(fisher, "trace_layers")
     assert equal(first, case.costs())
+
+
+def test_gemq_is_measured_beside_the_others_and_only_once(
+    case: CostCase, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = case.costs()
+    assert first.gemq is None
+    measured.clear()
+    both = case.costs(with_gemq=True)
+    assert measured == [] and equal(first, both)
+    assert both.gemq is not None and both.gemq.shape == first.error.shape
+    assert len(case.stored()) == 2 * len(ALL_FILES)
+    monkeypatch.delattr(fisher, "trace_layers")
+    again = case.costs(with_gemq=True)
+    assert again.gemq is not None and np.array_equal(both.gemq, again.gemq)
+    assert case.costs().gemq is None
 
 
 def test_other_tokens_and_settings_have_a_folder_of_their_own(case: CostCase) -> None:
@@ -197,26 +213,24 @@ def test_measuring_leaves_the_weights_as_they_were(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("n_runs", [2, 3], ids=["first format", "second format"])
-def test_an_interrupted_measurement_leaves_the_weights_as_they_were(
-    case: CostCase, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], n_runs: int
+def test_an_interrupted_measurement_leaves_the_model_as_it_was(
+    case: CostCase, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     before = weights_of(case)
-    hidden_of, calls, states = matrix_costs.hidden_of, [], []
+    states = []
 
-    def interrupted(output: Any) -> Tensor:
-        calls.append(output)
-        if len(calls) == n_runs:
-            states.append(weights_of(case))
-            raise error
-        return hidden_of(output)
+    def interrupted(*args: Any) -> Tensor:
+        states.append(weights_of(case))
+        raise error
 
-    monkeypatch.setattr(matrix_costs, "hidden_of", interrupted)
+    monkeypatch.setattr(output_error, "linear", interrupted)
     with pytest.raises(error):
         case.costs()
-    changed = [name for name in before if not torch.equal(before[name], states[0][name])]
-    assert len(changed) == 1  # it was interrupted while a weight was another one
+    # It was interrupted while a linear gave what it would in another format.
+    assert all(torch.equal(before[name], states[0][name]) for name in before)
     assert_weights(case, before)
+    for module in case.map.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
     assert case.stored() == []
     monkeypatch.undo()
     case.costs()

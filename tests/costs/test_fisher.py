@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alphaquant.costs import gradients as gradients_module
 from alphaquant.costs.fisher import (
     CostSettings,
     CostTable,
@@ -21,7 +22,7 @@ from alphaquant.costs.fisher import (
     rare_matrices,
     unit_costs,
 )
-from alphaquant.costs.matrix_costs import _outward
+from alphaquant.costs.output_error import outward
 from alphaquant.errors import ModelError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite
@@ -60,15 +61,15 @@ def own_case(tmp_path: Path) -> CostCase:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The labels that are drawn, in the order of the draws."""
+    """The labels that are drawn, sequence by sequence, draw by draw."""
     labels: list[Tensor] = []
-    multinomial = torch.multinomial
+    draw_labels = gradients_module._draw_labels
 
-    def record(*args: Any, **options: Any) -> Tensor:
-        labels.append(multinomial(*args, **options))
+    def record(log_probs: Tensor, seeds: list[int]) -> Tensor:
+        labels.append(draw_labels(log_probs, seeds))
         return labels[-1]
 
-    monkeypatch.setattr(torch, "multinomial", record)
+    monkeypatch.setattr(gradients_module, "_draw_labels", record)
     return labels
 
 
@@ -104,7 +105,7 @@ def test_products_equal_those_with_gradients_of_the_whole_model(
 ) -> None:
     case, (n_sequences, seq_len) = family_case, COST_TOKENS.shape
     table = case.costs(seed=3, n_draws=2, batch_size=n_sequences)
-    labels = torch.cat([x.flatten() for x in drawn]).view(2, n_sequences, seq_len)
+    labels = torch.cat([x.flatten() for x in drawn]).view(n_sequences, 2, seq_len).transpose(0, 1)
     expected = np.zeros_like(table.products)
     for i, of_sequence in enumerate(labels.flatten(0, 1)):
         gradients = whole_gradients(case, COST_TOKENS[i % n_sequences], of_sequence)
@@ -171,7 +172,7 @@ def test_token_fisher_is_that_of_derivatives_of_single_tokens(
     case: CostCase, drawn: list[Tensor]
 ) -> None:
     table = case.costs(seed=5, n_draws=2, batch_size=len(COST_TOKENS))
-    labels = torch.cat([x.flatten() for x in drawn]).view(2, *COST_TOKENS.shape)
+    labels = torch.cat([x.flatten() for x in drawn]).view(len(COST_TOKENS), 2, -1).transpose(0, 1)
     for row, name in enumerate(table.matrices):
         for column, fmt in enumerate(COST_FORMATS):
             p = torch.stack([token_products(case, name, fmt, own) for own in labels])  # [D, S, T]
@@ -293,7 +294,8 @@ def text_gradients(case: CostCase, layer: int) -> Tensor:
 
 
 def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCase) -> None:
-    table = family_case.costs(batch_size=4)
+    table = family_case.costs(batch_size=4, with_gemq=True)
+    assert table.gemq is not None
     for layer, site in family_case.experts():
         gradients = text_gradients(family_case, layer).flatten(0, 1)
         for matrix in (site.inner(0)[0], site.up[1], site.down[2]):
@@ -311,13 +313,15 @@ def test_error_and_gemq_of_an_expert_are_of_the_block_output(family_case: CostCa
 
 def test_experts_in_a_space_that_nothing_leads_out_of_are_refused() -> None:
     site = map_model(tiny_model("nemotron_h")).layers[1].experts[0]
-    assert _outward(site, 40) is None
+    assert outward(site, 40) is None
     with pytest.raises(ModelError, match="gives 40 features in a layer of 64, and its block"):
-        _outward(site, 64)
+        outward(site, 64)
 
 
 def test_error_and_gemq_of_a_linear_are_of_the_layer_output(family_case: CostCase) -> None:
-    table = family_case.costs(batch_size=1)  # the two sequences are of two batches
+    # The two sequences are of two batches.
+    table = family_case.costs(batch_size=1, with_gemq=True)
+    assert table.gemq is not None
     for layer in family_case.map.layers:
         gradients = text_gradients(family_case, layer.index)[:2]
         for linear in layer.linears:
@@ -341,8 +345,9 @@ def test_the_weight_error_is_a_sum_of_squares(case: CostCase) -> None:
 def test_errors_are_scaled_up_from_the_capped_tokens(own_case: CostCase) -> None:
     # 200 equal windows of two tokens: the first 128 tokens of an expert stand for all of them.
     tokens = torch.tensor([[7, 7]]).expand(200, 2)
-    table, few = own_case.costs(tokens, batch_size=64), own_case.costs(tokens[:25])
+    table, few = (own_case.costs(t, batch_size=64, with_gemq=True) for t in (tokens, tokens[:25]))
     assert np.allclose(table.error, few.error, rtol=1e-4, atol=1e-12)
+    assert table.gemq is not None and few.gemq is not None
     assert np.allclose(table.gemq, few.gemq, rtol=1e-4, atol=1e-12)
     expert_rows = [i for i, m in enumerate(own_case.map.inventory.matrices) if m.kind == "expert"]
     assert sorted(set(table.n_tokens[expert_rows])) == [0.0, 400.0]
@@ -364,7 +369,8 @@ def test_an_expert_without_tokens_costs_nothing(
 ) -> None:
     case = make_cost_case(tmp_path, "mixtral", **changes)
     tokens = torch.full(shape, 5) if shape[1] == 1 else tiny_tokens(*shape)
-    table = case.costs(tokens, n_draws=2)
+    table = case.costs(tokens, n_draws=2, with_gemq=True)
+    assert table.gemq is not None
     costs = (table.products, table.token_fisher, table.error, table.gemq)
     for array in (*costs, table.n_tokens, table.routing_weight):
         assert np.isfinite(array).all()
@@ -444,6 +450,17 @@ def test_measuring_checks_that_every_reached_matrix_has_a_cost(own_case: CostCas
         own_case.costs()
 
 
+def test_a_model_in_bfloat16_has_the_costs_of_one_in_float32(tmp_path: Path) -> None:
+    exact = make_cost_case(tmp_path / "exact", "mixtral", num_experts_per_tok=4)
+    half = make_cost_case(tmp_path / "half", "mixtral", num_experts_per_tok=4)
+    half.map.model.bfloat16()
+    # Where all experts are chosen no rounding sends a token elsewhere; labels may still differ.
+    tables = [c.costs(n_draws=16, formats=COST_FORMATS[:1], with_gemq=True) for c in (exact, half)]
+    for name in ("token_fisher", "error", "gemq", "weight_error"):
+        found, expected = getattr(tables[1], name), getattr(tables[0], name)
+        assert np.median(np.abs(found / expected - 1)) < 0.1, name
+
+
 # Units
 
 
@@ -471,10 +488,17 @@ def test_products_of_coupled_matrices_are_added_before_they_are_squared(case: Co
     assert costs.fisher.tolist() == [[0.5], [5.0], [4.5]]
     assert costs.error.tolist() == [[0.25], [0.5], [0.75]]
     assert costs.token_fisher.tolist() == [[0.5], [5.0], [5.5]]
+    assert costs.gemq is not None
     assert costs.gemq.tolist() == [[0.125], [2.0], [2.125]]
     assert costs.n_tokens.tolist() == [7.0, 5.0, 5.0]
     assert costs.routing_weight.tolist() == [0.25, 0.75, 0.5]
     assert costs.active_share.tolist() == [1.0, 0.5, 0.75]
+
+
+def test_gemq_is_left_out_where_it_was_not_measured(case: CostCase) -> None:
+    assert case.costs().gemq is None
+    table, matrix = replace(hand_table(case), gemq=None), case.map.inventory.matrices[0]
+    assert unit_costs(table, [Unit("a", (matrix,))]).gemq is None
 
 
 def test_the_fisher_cost_is_per_token(case: CostCase) -> None:
@@ -501,18 +525,22 @@ ARRAYS = ("products", "token_fisher", "error", "gemq", "n_tokens", "routing_weig
 def test_a_seed_gives_the_same_table_and_another_one_other_products(
     case: CostCase, own_case: CostCase
 ) -> None:
-    first, again, other = case.costs(seed=1), own_case.costs(seed=1), case.costs(seed=2)
+    first, again, other = (
+        a_case.costs(seed=seed, with_gemq=True)
+        for a_case, seed in ((case, 1), (own_case, 1), (case, 2))
+    )
     for name in ARRAYS:
         assert np.array_equal(getattr(first, name), getattr(again, name)), name
     assert first.settings.seed == 1
     assert not np.allclose(first.products, other.products, rtol=0.1)
     assert np.array_equal(first.error, other.error)
+    assert first.gemq is not None and other.gemq is not None
     assert np.array_equal(first.gemq, other.gemq)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4], ids=["single", "last batch short"])
 def test_errors_and_counts_do_not_depend_on_batches(case: CostCase, batch_size: int) -> None:
-    table, whole = case.costs(batch_size=batch_size), case.costs(batch_size=6)
+    table, whole = (case.costs(batch_size=n, with_gemq=True) for n in (batch_size, 6))
     assert np.array_equal(table.n_tokens, whole.n_tokens)
     # Float32 sums in another order.
     for name in ("error", "gemq", "token_fisher", "routing_weight"):
@@ -529,7 +557,7 @@ def test_labels_and_products_do_not_depend_on_batches(case: CostCase, batch_size
 
 
 def test_rows_are_in_inventory_order(family_case: CostCase) -> None:
-    table = family_case.costs()
+    table = family_case.costs(with_gemq=True)
     assert table.matrices == tuple(m.name for m in family_case.map.inventory.matrices)
     assert table.formats == COST_FORMATS
     assert table.products.dtype == np.float32

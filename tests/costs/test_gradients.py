@@ -1,5 +1,6 @@
 """Gradients layer by layer against autograd through the whole model."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from alphaquant.costs.gradients import (
     _label_seeds,
     trace_layers,
 )
+from alphaquant.costs.shelf import Shelf
+from alphaquant.costs.tape import Tape
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
@@ -206,6 +209,37 @@ def test_gradients_of_the_text_are_those_at_the_layers_outputs(family: str) -> N
             assert close(found[layer][i], expected[None])
 
 
+def test_hidden_states_wait_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of earlier layers memory holds none, so it does not grow with layers."""
+    leaves: list[weakref.ref[Tensor]] = []
+    n_alive: list[int] = []
+    new_leaf = Tape._new_leaf
+
+    def recorded(tape: Tape, x: Tensor, shelf: Shelf) -> Tensor:
+        leaf = new_leaf(tape, x, shelf)
+        leaves.append(weakref.ref(leaf))
+        n_alive.append(sum(known() is not None for known in leaves))
+        return leaf
+
+    monkeypatch.setattr(Tape, "_new_leaf", recorded)
+    model_map = map_model(tiny_model("olmoe", num_hidden_layers=6))
+    traces = trace_layers(model_map, BATCHES, LABELS)
+    trace = next(traces)
+    assert len(leaves) == 6 * len(BATCHES)
+    assert max(n_alive) <= 2 * len(BATCHES)
+    assert sum(known() is not None for known in leaves) == 0
+    assert trace.layer.index == 5
+
+
+def test_what_waits_has_the_dtype_of_the_model() -> None:
+    model_map = map_model(tiny_model("olmoe").bfloat16())
+    for trace in trace_layers(model_map, BATCHES, LABELS, [TextLabels()]):
+        seen = [*trace.hidden, *trace.at_output]
+        for one in (*trace.linears.values(), *trace.experts.values()):
+            seen += [one.inputs, one.gradients]
+        assert {x.dtype for x in seen} == {torch.bfloat16}
+
+
 def test_a_window_of_one_token_has_no_text_to_predict() -> None:
     model_map = map_model(tiny_model("olmoe"))
     for trace in trace_layers(model_map, [tiny_tokens(2, 1)], LABELS, [TextLabels()]):
@@ -233,7 +267,7 @@ def test_a_quantity_learns_which_sequences_it_sees() -> None:
             return [log_probs.sum()]
 
     list(trace_layers(map_model(tiny_model("olmoe")), BATCHES, [Positions()]))
-    assert seen == [(0, (2, 9), 96), (2, (1, 9), 96)]
+    assert seen == [(i, (1, 9), 96) for i in range(3)]
 
 
 def test_every_draw_of_every_sequence_has_its_own_labels() -> None:

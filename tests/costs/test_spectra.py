@@ -1,6 +1,7 @@
 """Spectra: the worked example, Gaussian noise of known alpha, blocks, and whole models."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from alphaquant.costs.spectra import (
     farms_alpha,
     measure_spectra,
     plain_alpha,
+    stored_spectra,
     unit_spectra,
 )
-from alphaquant.errors import ModelError
+from alphaquant.errors import ModelError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.spaces.units import Matrix, Unit
 from alphaquant.testing.models import tiny_model
@@ -149,6 +151,37 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
         model_map.view(name)[0, 0] = math.nan
     with pytest.raises(ModelError, match=f"^{name} has weights that are not finite"):
         measure_spectra(model_map)
+
+
+def test_stored_spectra_are_measured_once_per_weights_and_seed(tmp_path: Path) -> None:
+    model_map, done = map_model(tiny_model("mixtral")), []
+
+    def stored(weights: str = "one", seed: int = 0) -> Spectra:
+        return stored_spectra(
+            tmp_path, weights, model_map, seed=seed, progress=lambda *step: done.append(step)
+        )
+
+    first, again = stored(), stored()
+    assert len(done) == 2
+    assert first.matrices == again.matrices
+    for part in ("alpha", "alpha_farms", "variance"):
+        assert np.array_equal(getattr(first, part), getattr(again, part)), part
+    stored("two")
+    stored(seed=1)
+    assert len(done) == 6
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", [b"garbage", None], ids=["garbage", "a bit flipped"])
+def test_a_damaged_file_of_spectra_is_a_store_error(tmp_path: Path, content: bytes | None) -> None:
+    model_map = map_model(tiny_model("llama"))
+    stored_spectra(tmp_path, "one", model_map)
+    (path,) = tmp_path.iterdir()
+    flipped = bytearray(path.read_bytes())
+    flipped[-3] ^= 1
+    path.write_bytes(bytes(flipped) if content is None else content)
+    with pytest.raises(StoreError, match=r"is damaged .*; delete it and run the same command"):
+        stored_spectra(tmp_path, "one", model_map)
 
 
 def test_units_have_the_means_of_their_matrices() -> None:

@@ -128,5 +128,17 @@ def test_logs_lie_beside_the_bank_one_per_text(prepared: Prepared) -> None:
     assert f"{text}-float32-cpu.jsonl" in found
 
 
-def test_problem_has_the_inputs_of_every_published_allocator(prepared: Prepared) -> None:
-    assert set(available(prepared.problem)) == set(ALLOCATORS)
+def test_problem_has_the_inputs_of_the_allocators_that_are_asked_for(
+    inputs: Inputs, spec: SearchSpec, space: SearchSpace, prepared: Prepared
+) -> None:
+    optional = {"alpha-hill", "alphaq", "gemq"}
+    assert set(available(prepared.problem)) == set(ALLOCATORS) - optional
+    for asked, missing in (
+        ({"allocators": "all"}, set()),
+        ({"allocators": "gemq,alphaq"}, set()),
+        ({"allocator": "gemq"}, {"alpha-hill", "alphaq"}),
+        ({"allocator": "alpha-hill"}, {"gemq"}),
+        ({"allocators": "pmq,evolution"}, optional),
+    ):
+        found = prepare(replaced(spec, **asked), inputs, space, StageClock(no_progress))
+        assert set(available(found.problem)) == set(ALLOCATORS) - missing, asked
