@@ -59,10 +59,12 @@ from alphaquant.spaces.space import make_space
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import open_filled_bank
 from alphaquant.studies.inputs import find_device, load_source
 from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.prepared import Prepared, prepare
 from alphaquant.studies.result import SearchResult, stage_gains
-from alphaquant.studies.stages import Prepared, load_inputs, open_filled_bank, prepare
+from alphaquant.studies.stages import load_inputs
 from alphaquant.studies.trials import Proposer
 from alphaquant.studies.truth import ChoiceTruth
 

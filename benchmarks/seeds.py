@@ -26,9 +26,10 @@ from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import bank_formats, open_filled_bank
 from alphaquant.studies.inputs import find_device, load_source, read_text
 from alphaquant.studies.objective import EvaluationSet, Objective
-from alphaquant.studies.stages import bank_formats, load_inputs, open_filled_bank
+from alphaquant.studies.stages import load_inputs
 
 logger = logging.getLogger("seeds")
 

@@ -36,22 +36,15 @@ from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import bank_formats
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import cache_dir, find_device, load_source, model_notes
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.prepared import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
-from alphaquant.studies.stages import (
-    LOAD_STEPS,
-    Inputs,
-    Prepared,
-    bank_formats,
-    check_constraints,
-    load_inputs,
-    open_scorer,
-    prepare,
-)
+from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
 from alphaquant.studies.store.folder import (
     RunFolder,
     check_folder,
@@ -182,7 +175,10 @@ def _make_run(
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.read)
     objective = SearchObjective(source.map, swapper, texts.evaluation, log)
-    proposer = Proposer(space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits))
+    lacking = frozenset(bank_formats(space)) - frozenset(prepared.bank.formats())
+    proposer = Proposer(
+        space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits), lacking
+    )
 
     def predict(assignment: Assignment) -> float:
         return prepared.costs.predict_kl(space, assignment)

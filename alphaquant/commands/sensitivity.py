@@ -29,6 +29,7 @@ from alphaquant.reports.tables import fitted, wrapped
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.studies.costing import fill_source_bank
 from alphaquant.studies.inputs import (
     SOURCE_STEPS,
     Source,
@@ -37,7 +38,6 @@ from alphaquant.studies.inputs import (
     load_source,
     read_text,
 )
-from alphaquant.studies.stages import fill_source_bank
 from alphaquant.studies.store.folder import check_place
 from alphaquant.texts.windows import TokenSet, check_sources
 

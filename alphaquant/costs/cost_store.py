@@ -5,6 +5,7 @@ formats and the layers::
 
     layer-003.safetensors                 what all formats share, arrays [m]: n_tokens, ...
     layer-003.int3-g64-asym.safetensors   costs in one format, arrays [m] or [m, ...]
+    layer-003.int8-g128.0123456789ab.safetensors   of some matrices only, NaN for all others
 
 A file appears whole or not at all and carries the sha256 of its arrays; a run that was killed
 measures what is missing. Nothing here knows what is measured.
@@ -15,7 +16,7 @@ Letters: m matrices of a layer, in inventory order; M of the model; F formats.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,14 @@ class TableShape:
         formats: F names.
         shared: names of the arrays [m] that all formats share.
         trailing: by name of the arrays of a format, their shape without [m].
+        parts: names of what costs of a layer and format are of, where not of all its matrices.
     """
 
     sizes: Sequence[int]
     formats: Sequence[str]
     shared: Sequence[str]
     trailing: Mapping[str, tuple[int, ...]]
+    parts: Mapping[tuple[int, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,17 @@ class CostStore:
 
     folder: Path
 
-    def file(self, layer: int, format_name: str | None = None) -> Path:
-        """The file of one layer in one format, or of what its formats share."""
+    def file(self, layer: int, format_name: str | None = None, part: str | None = None) -> Path:
+        """The file of one layer in one format, or a part of it, or of what its formats share."""
         middle = "" if format_name is None else f".{format_name}"
+        middle += "" if part is None else f".{part}"
         return self.folder / f"layer-{layer:03d}{middle}.safetensors"
 
-    def missing(self, n_layers: int, formats: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    def missing(self, shape: TableShape) -> dict[int, tuple[str, ...]]:
         """Layers that lack a file, each with the formats it lacks."""
         lacking = {}
-        for layer in range(n_layers):
-            names = tuple(n for n in formats if not self.file(layer, n).exists())
+        for layer in range(len(shape.sizes)):
+            names = tuple(n for n in shape.formats if not self._file(shape, layer, n).exists())
             if names or not self.file(layer).exists():
                 lacking[layer] = names
         return lacking
@@ -108,14 +112,14 @@ class CostStore:
             progress: called with (layers done, layers).
         """
         n_layers = len(shape.sizes)
-        missing = self.missing(n_layers, shape.formats)
+        missing = self.missing(shape)
         if not missing:
             return
         for trace in traces():
             index = trace.layer.index
             progress(n_layers - 1 - index, n_layers)
             if index in missing:
-                self._write(index, measure(trace, missing[index]))
+                self._write(shape, index, measure(trace, missing[index]))
             if index == min(missing):
                 break
             del trace  # its memory is free before the next layer is traced
@@ -131,16 +135,20 @@ class CostStore:
         for layer, size in enumerate(shape.sizes):
             found = self._read(self.file(layer), {name: (size,) for name in shape.shared})
             expected = {name: (size, *rest) for name, rest in shape.trailing.items()}
-            by_format = [self._read(self.file(layer, n), expected) for n in shape.formats]
+            by_format = [self._read(self._file(shape, layer, n), expected) for n in shape.formats]
             found |= {n: np.stack([f[n] for f in by_format], 1) for n in expected}
             for name, array in found.items():
                 parts.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
-    def _write(self, layer: int, costs: LayerCosts) -> None:
+    def _file(self, shape: TableShape, layer: int, format_name: str) -> Path:
+        return self.file(layer, format_name, shape.parts.get((layer, format_name)))
+
+    def _write(self, shape: TableShape, layer: int, costs: LayerCosts) -> None:
         shards: list[tuple[str | None, Arrays]] = [(None, costs.shared), *costs.formats.items()]
-        for format_name, arrays in shards:
-            with whole_file(self.file(layer, format_name)) as part:
+        for name, arrays in shards:
+            path = self.file(layer) if name is None else self._file(shape, layer, name)
+            with whole_file(path) as part:
                 save_file(arrays, part, metadata={SUM: content_sum(sorted(arrays.items()))})
 
     def _read(self, file: Path, expected: Mapping[str, tuple[int, ...]]) -> Arrays:

@@ -46,6 +46,7 @@ from alphaquant.costs.cost_store import (
 )
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
 from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
+from alphaquant.costs.partial import held_in, parts_held
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
@@ -88,7 +89,8 @@ class CostTable:
         matrices: M names, in inventory order.
         formats: F canonical names.
         products: float32 [M, F, D * S], inner products of weight error and sequence gradients, all
-            sequences of the first draw first.
+            sequences of the first draw first; NaN, as in what follows, where the bank lacks a
+            matrix in a format.
         token_fisher: float64 [M, F], nats per token.
         error: float64 [M, F], squared block-output error per token.
         gemq: float64 [M, F], the same weighted by squared gradients, nats^2 per token; None where
@@ -228,7 +230,9 @@ def measure_costs(
     facts = {"settings": asdict(settings), "version": COSTS_VERSION}
     store = CostStore(folder / costs_key(tokens, facts))
     trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
-    shape = TableShape(_sizes(model_map), tuple(formats), _SHARED, trailing)
+    shape = TableShape(
+        _sizes(model_map), tuple(formats), _SHARED, trailing, parts_held(bank, formats)
+    )
     labels = SampledLabels(settings.n_draws, settings.seed)
     batches = batches_of(tokens, settings.batch_size)
 
@@ -270,17 +274,18 @@ def _measure_gemq(
     folder = bank.path / "costs"
     facts = {"cost": "gemq", "batch_size": len(batches[0]), "version": COSTS_VERSION}
     store = CostStore(folder / costs_key(torch.cat(batches), facts))
-    shape = TableShape(_sizes(model_map), tuple(formats), ("n_tokens",), {"gemq": ()})
+    parts = parts_held(bank, formats)
+    shape = TableShape(_sizes(model_map), tuple(formats), ("n_tokens",), {"gemq": ()}, parts)
 
     @torch.no_grad()
     def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
-        readers = [bank.layer(name, trace.layer.index) for name in names]
-        n_tokens, found = [], []
+        held, n_tokens, found = held_in(bank, trace.layer.index, names), [], []
         for matrix in trace_matrices(trace):
             n_tokens.append(matrix.n_tokens)
-            if readers:
-                errors = weight_errors(readers, matrix.matrix, matrix.weight)
-                found.append({"gemq": matrix.output_error(errors).cpu().numpy()})
+            if names:
+                errors = weight_errors(held.of(matrix.matrix), matrix.matrix, matrix.weight)
+                gemq = {"gemq": matrix.output_error(errors).cpu().numpy()}
+                found.append(held.spread(gemq, matrix.matrix))
         shared = {"n_tokens": np.array(n_tokens, dtype=np.float64)}
         return LayerCosts(shared, by_format(found, names))
 
@@ -302,7 +307,7 @@ def check_coverage(table: CostTable) -> None:
     Raises:
         ModelError: naming the first matrix whose errors changed nothing, in any format.
     """
-    changed = (table.error > 0) | (table.products != 0).any(-1)  # [M, F]
+    changed = (table.error > 0) | (np.nan_to_num(table.products) != 0).any(-1)  # [M, F]
     inexact = table.weight_error > 0
     blind = (table.n_tokens > 0) & inexact.any(-1) & ~(changed & inexact).any(-1)
     if blind.any() and table.seq_len > 1:
@@ -317,16 +322,17 @@ def check_coverage(table: CostTable) -> None:
 @torch.no_grad()
 def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str], seed: int) -> LayerCosts:
     """Costs of one layer."""
-    readers = [bank.layer(name, trace.layer.index) for name in formats]
+    held = held_in(bank, trace.layer.index, formats)
     n_sequences = sum(len(h) for h in trace.hidden)
     n_total = n_sequences * trace.hidden[0].shape[1]
     shared, costs = [], []
     for matrix in trace_matrices(trace):
         shared.append([matrix.n_tokens, matrix.routing_weight, matrix.active_share])
-        if readers:
-            errors = weight_errors(readers, matrix.matrix, matrix.weight)
+        if formats:
+            errors = weight_errors(held.of(matrix.matrix), matrix.matrix, matrix.weight)
             sums = token_sums(errors, matrix, n_sequences, seed)
-            costs.append(_arrays(errors, sums, matrix.output_error(errors), n_total))
+            arrays = _arrays(errors, sums, matrix.output_error(errors), n_total)
+            costs.append(held.spread(arrays, matrix.matrix))
     columns = np.array(shared, dtype=np.float64).T.copy()  # [3, m]
     return LayerCosts(dict(zip(_SHARED, columns, strict=True)), by_format(costs, formats))
 

@@ -7,6 +7,7 @@ from alphaquant.specs.check import Natural, check
 
 Mode = Literal["knobs", "groups"]
 Grouping = Literal["layer", "utilization"]
+BankName = Literal["auto", "full", "short"]
 SamplerName = Literal["tpe", "gp", "nsga2", "random"]
 
 
@@ -24,6 +25,9 @@ class ProposalSpec:
     allocators: str = ""
     """Allocators among the first trials, of the same names, comma-separated; all: every published
     and plain one but random and evolution; none by default."""
+    bank: BankName = "auto"
+    """What is quantized: full: every matrix in every format; short: in a few formats, then in
+    those that can win; auto: short from 10^8 quantizable weights on."""
     sampler: SamplerName = "tpe"
     """Optuna sampler: tpe, gp, nsga2, random."""
     seed: Natural = 0

@@ -1,44 +1,19 @@
-"""The stages of a search before its study: load, teacher, bank, costs.
+"""The first stages of a search: its model and texts, and what the original predicts.
 
 Each returns plain data for the next. What is expensive is kept in the cache and found again by
 digest, so a stage that ran before costs a read.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from alphaquant.costs.fisher import (
-    CostSettings,
-    CostTable,
-    UnitCosts,
-    measure_costs,
-    unit_costs,
-)
-from alphaquant.costs.spectra import UnitSpectra, stored_spectra, unit_spectra
 from alphaquant.evaluators.divergence import TOP_K, store_teacher
-from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
+from alphaquant.evaluators.scores import ScorePlan, plan_scores
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
-from alphaquant.provenance import versions
-from alphaquant.quant.bank import Bank, bank_key, open_bank
-from alphaquant.quant.filling import fill_bank
-from alphaquant.search.allocators import ALLOCATORS
-from alphaquant.search.arrays import FloatArray
-from alphaquant.search.problem import COSTS, OPTIONAL_COSTS, Problem, make_problem
-from alphaquant.search.side.constraints import SideConstraints, check_reachable
-from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import parse_format
-from alphaquant.spaces.menus import REFERENCE_FORMATS
-from alphaquant.spaces.space import SearchSpace
-from alphaquant.specs.quantizer import QuantSettings, settings_of
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet
-from alphaquant.studies.store.scores import EvaluationLog
-from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet, check_disjoint, shuffled
 
 LOAD_STEPS = SOURCE_STEPS + 4
@@ -77,25 +52,6 @@ class Inputs:
             "heldout_text": self.heldout.digest,
             **self.scores.facts(),
         }
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs of units in the formats of the bank.
-
-    Attributes:
-        table: per matrix, as measured.
-        units: per unit of the space.
-    """
-
-    table: CostTable
-    units: UnitCosts
-
-    def predict_kl(self, space: SearchSpace, assignment: Assignment) -> float:
-        """Sum of the Fisher costs of an assignment, nats per token."""
-        column = {name: i for i, name in enumerate(self.table.formats)}
-        chosen = [column[assignment.formats[u.matrices[0].name]] for u in space.units]
-        return float(self.units.fisher[np.arange(len(chosen)), chosen].sum())
 
 
 def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progress) -> Inputs:
@@ -157,209 +113,3 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
         done += len(tokens.tokens)
     clock(Stage.TEACHER, total, total)
     return Teachers(*sets)
-
-
-def bank_formats(space: SearchSpace) -> tuple[str, ...]:
-    """What the bank holds: the menu and the formats to compare with, by nominal bits."""
-    names = {*space.menu, *REFERENCE_FORMATS}
-    return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))
-
-
-def open_filled_bank(
-    spec: SearchSpec, inputs: Inputs, names: tuple[str, ...], clock: StageClock
-) -> Bank:
-    """The bank of a search with every format in it.
-
-    Raises:
-        StoreError: a file of it is damaged.
-    """
-    n_layers = len(inputs.source.map.layers)
-    clock(Stage.BANK, 0, n_layers)
-    bank = fill_source_bank(
-        inputs.source,
-        inputs.calibration,
-        names,
-        settings_of(spec.quantizer),
-        spec.run.cache,
-        clock,
-    )
-    clock(Stage.BANK, n_layers, n_layers)
-    return bank
-
-
-def fill_source_bank(
-    source: Source,
-    calibration: TokenSet,
-    names: Sequence[str],
-    settings: QuantSettings,
-    cache: Path | None,
-    progress: Progress,
-) -> Bank:
-    """The bank of a model, a calibration text and settings, with these formats in it.
-
-    Args:
-        source: the model.
-        calibration: the text.
-        names: formats.
-        settings: of the quantizer.
-        cache: where banks are kept; None for the default place.
-        progress: called with a stage's name, steps done, steps.
-
-    Raises:
-        StoreError: a file of it is damaged.
-    """
-    facts = {
-        **source.facts(),
-        "calibration": calibration.provenance(),
-        "settings": asdict(settings),
-        "versions": versions(),
-    }
-    key = bank_key(source.digest, calibration.digest, settings)
-    bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
-    fill_bank(bank, source.map, calibration.tokens, names, settings, progress=progress)
-    bank.verify(names)
-    return bank
-
-
-def needed(spec: SearchSpec) -> frozenset[str]:
-    """Optional costs and features that the allocators which are asked for use."""
-    given = spec.proposals
-    names = given.allocator_names if given.allocator is None else (given.allocator,)
-    asked = ALLOCATORS if names == (ALL_ALLOCATORS,) else ALLOCATORS.keys() & set(names)
-    return frozenset(need for name in asked for need in ALLOCATORS[name].needs)
-
-
-def measure_unit_costs(
-    spec: SearchSpec, inputs: Inputs, space: SearchSpace, bank: Bank, clock: StageClock
-) -> Costs:
-    """Costs of every unit in every format of the bank; `gemq` where an allocator asks for it."""
-    source, n_layers = inputs.source, len(inputs.source.map.layers)
-    clock(Stage.COSTS, 0, n_layers)
-    table = measure_costs(
-        source.map,
-        bank,
-        inputs.calibration.tokens,
-        bank_formats(space),
-        CostSettings(spec.proposals.seed),
-        with_gemq="gemq" in needed(spec),
-        progress=clock,
-    )
-    clock(Stage.COSTS, n_layers, n_layers)
-    return Costs(table, unit_costs(table, space.units))
-
-
-def measure_unit_spectra(
-    spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock
-) -> UnitSpectra | None:
-    """Spectra of every unit's weights; None where no allocator that is asked for uses them."""
-    if not needed(spec) & {"alpha", "alpha_plain", "variance"}:
-        return None
-    source, n_layers = inputs.source, len(inputs.source.map.layers)
-    folder, seed = cache_dir(spec.run.cache) / "spectra", spec.proposals.seed
-    clock(Stage.SPECTRA, 0, n_layers)
-    found = stored_spectra(folder, source.digest, source.map, seed=seed, progress=clock)
-    clock(Stage.SPECTRA, n_layers, n_layers)
-    return unit_spectra(found, space.units)
-
-
-def problem_of(space: SearchSpace, costs: Costs, spectra: UnitSpectra | None = None) -> Problem:
-    """The allocation problem over the menu.
-
-    Args:
-        space: units and menu.
-        costs: measured costs of every unit.
-        spectra: of the weights, for the allocators that use them.
-    """
-    columns = [costs.table.formats.index(name) for name in space.menu]
-    found = costs.units
-    features = {"routing_weight": found.routing_weight, "active_share": found.active_share}
-    if spectra is not None:
-        features |= {"alpha": spectra.alpha_farms, "alpha_plain": spectra.alpha}
-        features |= {"variance": spectra.variance}
-    tables = {name: getattr(found, name) for name in (*COSTS, *OPTIONAL_COSTS)}
-    measured = {name: table[:, columns] for name, table in tables.items() if table is not None}
-    return _problem(space, measured, found.n_tokens, features)
-
-
-def _problem(
-    space: SearchSpace,
-    costs: Mapping[str, FloatArray],
-    n_tokens: FloatArray,
-    features: Mapping[str, FloatArray],
-) -> Problem:
-    """The allocation problem of a space with any costs, float64 [U, F]."""
-    formats = [parse_format(name) for name in space.menu]
-    return make_problem(
-        space.units,
-        space.menu,
-        np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64),
-        np.array([[name in space.allowed(u) for name in space.menu] for u in space.units]),
-        costs,
-        n_tokens,
-        space.inventory.n_layers,
-        features,
-    )
-
-
-def check_constraints(space: SearchSpace, constraints: SideConstraints) -> None:
-    """Refuse side constraints that are out of reach, before anything is measured.
-
-    Raises:
-        AlphaQuantError: see `alphaquant.search.side.constraints.check_reachable`.
-    """
-    n_units, n_formats = len(space.units), len(space.menu)
-    no_costs = {name: np.zeros((n_units, n_formats)) for name in COSTS}
-    problem = _problem(space, no_costs, np.ones(n_units), {})
-    check_reachable(problem, space.limit_bits, constraints)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a search's trials need.
-
-    Attributes:
-        spec: what was asked.
-        inputs: the model and its texts.
-        space: units, menu, budget.
-        teachers: predictions of the original.
-        bank: every matrix in every format.
-        costs: of every unit in every format.
-        problem: the allocation problem.
-    """
-
-    spec: SearchSpec
-    inputs: Inputs
-    space: SearchSpace
-    teachers: Teachers
-    bank: Bank
-    costs: Costs
-    problem: Problem
-
-    def log_of(self, on: EvaluationSet) -> EvaluationLog:
-        """What was measured of this bank's assignments on a text, by this and other searches."""
-        text, runs_as = on.tokens.digest[:16], self.inputs.source.runs_as
-        path = self.bank.path / "evaluations" / f"{text}-{runs_as}.jsonl"
-        return EvaluationLog(path, on.tokens.tokens.shape[1])
-
-
-def prepare(spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock) -> Prepared:
-    """Teachers, spectra where they are needed, bank, costs and problem, in this order."""
-    teachers = store_teachers(spec, inputs, clock)
-    spectra = measure_unit_spectra(spec, inputs, space, clock)
-    bank = open_filled_bank(spec, inputs, bank_formats(space), clock)
-    costs = measure_unit_costs(spec, inputs, space, bank, clock)
-    problem = problem_of(space, costs, spectra)
-    return Prepared(spec, inputs, space, teachers, bank, costs, problem)
-
-
-def open_scorer(prepared: Prepared, clock: StageClock) -> Scorer:
-    """What measures the scores that are asked for; the original's weights must be in place."""
-    source, table, plan = prepared.inputs.source, prepared.costs.table, prepared.inputs.scores
-    if not plan.measured:
-        return Scorer(plan)
-    tokens = prepared.teachers.evaluation.tokens.tokens
-    clock(Stage.SCORES, 0, len(tokens))
-    shares = dict(zip(table.matrices, table.active_share.tolist(), strict=True))
-    scorer = open_scores(plan, source.map, tokens, shares, clock)
-    clock(Stage.SCORES, len(tokens), len(tokens))
-    return scorer

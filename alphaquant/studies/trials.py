@@ -46,12 +46,14 @@ class Proposer:
         problem: their costs.
         seed: of random allocators.
         constraints: what every assignment keeps besides the budget.
+        lacking: formats in which the bank does not hold every matrix.
     """
 
     space: SearchSpace
     problem: Problem
     seed: int
     constraints: SideConstraints = field(default_factory=SideConstraints)
+    lacking: frozenset[str] = frozenset()
 
     @property
     def limit_bits(self) -> int:
@@ -91,7 +93,12 @@ class Proposer:
         return Proposal(assignment, UNIFORM + format_name)
 
     def keeps_uniform(self, format_name: str) -> bool:
-        """Whether one format for everything keeps the side constraints, whatever the budget."""
+        """Whether one format for everything can be tried, whatever the budget.
+
+        The bank has it, and it keeps the side constraints.
+        """
+        if format_name in self.lacking:
+            return False
         if not self.is_constrained:
             return True
         fmt, n_units = parse_format(format_name), len(self.problem.units)

@@ -18,8 +18,9 @@ from alphaquant.errors import AlphaQuantError, ConfigError, DataError, FormatErr
 from alphaquant.progress import StageClock, no_progress
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.sensitivity import SensitivitySpec
+from alphaquant.studies.costing import measure_unit_costs, open_filled_bank
 from alphaquant.studies.inputs import load_source
-from alphaquant.studies.stages import load_inputs, measure_unit_costs, open_filled_bank
+from alphaquant.studies.stages import load_inputs
 from alphaquant.testing.checkpoints import save_tiny
 
 

@@ -242,8 +242,8 @@ def test_a_measurement_that_was_killed_between_files_resumes(
 ) -> None:
     file = fisher.CostStore.file
 
-    def killed(store: Any, layer: int, format_name: str | None = None) -> Path:
-        path = file(store, layer, format_name)
+    def killed(store: Any, layer: int, format_name: str | None = None, *part: Any) -> Path:
+        path = file(store, layer, format_name, *part)
         if format_name == COST_FORMATS[1] and path.with_name("layer-001.safetensors").exists():
             raise KeyboardInterrupt
         return path

@@ -22,9 +22,10 @@ from alphaquant.reports.sections import scores_text
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.scores import ScoreSpec
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import bank_formats, open_filled_bank
 from alphaquant.studies.inputs import load_source
 from alphaquant.studies.result import SearchResult, front_of
-from alphaquant.studies.stages import bank_formats, load_inputs, open_filled_bank
+from alphaquant.studies.stages import load_inputs
 from alphaquant.studies.store.urls import sqlite_url
 
 MakeSpec = Callable[..., SearchSpec]

@@ -18,19 +18,10 @@ from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import bank_formats, measure_unit_costs, open_filled_bank
 from alphaquant.studies.inputs import load_source
-from alphaquant.studies.stages import (
-    LOAD_STEPS,
-    Inputs,
-    Prepared,
-    bank_formats,
-    load_inputs,
-    measure_unit_costs,
-    open_filled_bank,
-    prepare,
-    problem_of,
-    store_teachers,
-)
+from alphaquant.studies.prepared import Prepared, prepare, problem_of
+from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs, store_teachers
 
 MakeSpec = Callable[..., SearchSpec]
 

@@ -1,0 +1,68 @@
+"""Banks that hold some matrices in a format and not others: what is measured, and what is unknown.
+
+What a bank lacks has no cost: NaN. Stored costs of a layer and format carry a digest of the
+matrices that they are of, so that they are measured again when the bank has got more of them.
+
+Letters: F formats.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphaquant.costs.cost_store import Arrays
+from alphaquant.quant.bank import Bank, BankLayer
+from alphaquant.spaces.units import Matrix
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """One layer of a bank in some formats.
+
+    Attributes:
+        files: an open layer per format, None where it holds nothing.
+        names: of the matrices that it holds, per format.
+    """
+
+    files: tuple[BankLayer | None, ...]
+    names: tuple[frozenset[str], ...]
+
+    def of(self, matrix: Matrix) -> list[BankLayer]:
+        """The formats that a matrix is in."""
+        pairs = zip(self.files, self.names, strict=True)
+        return [file for file, names in pairs if file is not None and matrix.name in names]
+
+    def spread(self, arrays: Arrays, matrix: Matrix) -> Arrays:
+        """Arrays over all F formats of arrays over those that a matrix is in; NaN elsewhere."""
+        is_held = np.array([matrix.name in names for names in self.names])
+        if is_held.all():
+            return arrays
+        found: Arrays = {}
+        for name, array in arrays.items():
+            found[name] = np.full((len(is_held), *array.shape[1:]), np.nan, dtype=array.dtype)
+            found[name][is_held] = array
+        return found
+
+
+def held_in(bank: Bank, layer: int, formats: Sequence[str]) -> HeldLayer:
+    """Open one layer of a bank.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    names = tuple(bank.matrices(name, layer) for name in formats)
+    pairs = zip(formats, names, strict=True)
+    return HeldLayer(tuple(bank.layer(f, layer) if held else None for f, held in pairs), names)
+
+
+def parts_held(bank: Bank, formats: Sequence[str]) -> Mapping[tuple[int, str], str]:
+    """Digests of what a bank holds of layers in formats, where it is not everything."""
+    found: dict[tuple[int, str], str] = {}
+    for layer in range(bank.inventory.n_layers):
+        for name in formats:
+            if not bank.has(name, layer):
+                text = "\n".join(sorted(bank.matrices(name, layer)))
+                found[layer, name] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return found

@@ -1,0 +1,243 @@
+"""The bank of a search and what its contents cost.
+
+Either every matrix in every format of the menu, or, for models where that takes most of the time,
+every matrix in a few anchor formats and then in those that can win (`search/shortlist.py`), which
+takes the costs two rounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alphaquant.costs.fisher import (
+    CostSettings,
+    CostTable,
+    UnitCosts,
+    measure_costs,
+    unit_costs,
+)
+from alphaquant.progress import Progress, Stage, StageClock
+from alphaquant.provenance import versions
+from alphaquant.quant.bank import Bank, bank_key, open_bank
+from alphaquant.quant.engine import Wanted
+from alphaquant.quant.filling import fill_bank
+from alphaquant.search.allocators import ALLOCATORS
+from alphaquant.search.arrays import BoolArray
+from alphaquant.search.shortlist import complete_costs, shortlist
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import REFERENCE_FORMATS
+from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.quantizer import QuantSettings, settings_of
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.inputs import Source, cache_dir
+from alphaquant.studies.stages import Inputs
+from alphaquant.studies.trials import ALL_ALLOCATORS
+from alphaquant.texts.windows import TokenSet
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of units in the formats of the bank.
+
+    Attributes:
+        table: per matrix, as measured.
+        units: per unit of the space.
+    """
+
+    table: CostTable
+    units: UnitCosts
+
+    def predict_kl(self, space: SearchSpace, assignment: Assignment) -> float:
+        """Sum of the Fisher costs of an assignment, nats per token."""
+        column = {name: i for i, name in enumerate(self.table.formats)}
+        chosen = [column[assignment.formats[u.matrices[0].name]] for u in space.units]
+        return float(self.units.fisher[np.arange(len(chosen)), chosen].sum())
+
+
+_SHORT_WEIGHTS = 10**8
+"""Quantizable weights from which on a bank holds what can win only: on two cores every format of
+the default menu takes about an hour there."""
+_ANCHOR_BITS = (2.25, 6.25)
+"""Beside the budget and the format to compare with."""
+_SAMPLED_UNITS = 64
+"""Units that are measured in every format, at least."""
+_AROUND = (-0.4, -0.2, 0.0, 0.2, 0.4)
+"""Sizes beside the budget's, bits per weight, whose choices are taken."""
+
+
+def fill_and_measure(
+    spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock
+) -> tuple[Bank, Costs]:
+    """The bank of a search with its costs; `is_short` says what it holds.
+
+    Raises:
+        StoreError: a file of the bank or of the costs is damaged.
+    """
+    names = bank_formats(space)
+    if not is_short(spec, space):
+        bank = open_filled_bank(spec, inputs, names, clock)
+        return bank, measure_unit_costs(spec, inputs, space, bank, clock)
+    first = _anchored(space, names)
+    bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, first))
+    costs = measure_unit_costs(spec, inputs, space, bank, clock)
+    listed = first | _winners(space, names, costs)
+    bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, listed))
+    return bank, measure_unit_costs(spec, inputs, space, bank, clock)
+
+
+def is_short(spec: SearchSpec, space: SearchSpace) -> bool:
+    """Whether the bank of a search holds only what can win."""
+    if spec.proposals.bank == "auto":
+        return space.inventory.n_weights >= _SHORT_WEIGHTS
+    return spec.proposals.bank == "short"
+
+
+def anchors_of(space: SearchSpace, names: Sequence[str]) -> list[int]:
+    """Columns of the formats in which every unit is measured.
+
+    Those of about 2 and 6 bits and of the budget, and a format of 4.25 bits that every search is
+    compared with; fewer where the menu has no others.
+    """
+    bits = [parse_format(name).nominal_bits for name in names]
+    budget = space.limit_bits / space.inventory.n_weights
+    common = [i for i, n in enumerate(names) if all(n in space.allowed(u) for u in space.units)]
+    wanted = [min(common, key=lambda i: abs(bits[i] - at)) for at in (*_ANCHOR_BITS, budget)]
+    return sorted({*wanted, names.index(REFERENCE_FORMATS[0])})
+
+
+def _anchored(space: SearchSpace, names: Sequence[str]) -> BoolArray:
+    """What is measured first, bool [U, F]: anchors of all units, every format of some."""
+    found = np.zeros((len(space.units), len(names)), dtype=np.bool_)
+    found[:, anchors_of(space, names)] = True
+    found[:: max(1, len(space.units) // _SAMPLED_UNITS)] = True
+    return found
+
+
+def _winners(space: SearchSpace, names: Sequence[str], costs: Costs) -> BoolArray:
+    """Which formats of units can win at the budget and around it, bool [U, F]."""
+    formats = [parse_format(name) for name in names]
+    nominal = np.array([fmt.nominal_bits for fmt in formats])
+    bits = np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64)
+    allowed = np.array([[name in space.allowed(u) for name in names] for u in space.units])
+    anchors = anchors_of(space, names)
+    least = int(np.where(allowed, bits, bits.max()).min(axis=1).sum())
+    limits = [
+        max(least, space.limit_bits + round(around * space.inventory.n_weights))
+        for around in _AROUND
+    ]
+    found = np.zeros_like(allowed)
+    for measured in (costs.units.fisher, costs.units.token_fisher):
+        complete = complete_costs(measured, nominal, anchors)
+        found |= shortlist(complete, bits, allowed, limits)
+    return found
+
+
+def _pairs(space: SearchSpace, names: Sequence[str], listed: BoolArray) -> Wanted:
+    """Which pairs of matrix and format are in a table of units and formats."""
+    pairs = {
+        (matrix.name, names[column])
+        for unit, row in zip(space.units, listed, strict=True)
+        for matrix in unit.matrices
+        for column in np.flatnonzero(row).tolist()
+    }
+    return lambda matrix, name: (matrix.name, name) in pairs
+
+
+def bank_formats(space: SearchSpace) -> tuple[str, ...]:
+    """What the bank holds: the menu and the formats to compare with, by nominal bits."""
+    names = {*space.menu, *REFERENCE_FORMATS}
+    return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))
+
+
+def open_filled_bank(
+    spec: SearchSpec,
+    inputs: Inputs,
+    names: tuple[str, ...],
+    clock: StageClock,
+    wanted: Wanted = lambda matrix, name: True,
+) -> Bank:
+    """The bank of a search with what is wanted in it.
+
+    Raises:
+        StoreError: a file of it is damaged.
+    """
+    n_layers = len(inputs.source.map.layers)
+    clock(Stage.BANK, 0, n_layers)
+    bank = fill_source_bank(
+        inputs.source,
+        inputs.calibration,
+        names,
+        settings_of(spec.quantizer),
+        spec.run.cache,
+        clock,
+        wanted,
+    )
+    clock(Stage.BANK, n_layers, n_layers)
+    return bank
+
+
+def fill_source_bank(
+    source: Source,
+    calibration: TokenSet,
+    names: Sequence[str],
+    settings: QuantSettings,
+    cache: Path | None,
+    progress: Progress,
+    wanted: Wanted = lambda matrix, name: True,
+) -> Bank:
+    """The bank of a model, a calibration text and settings, with these formats in it.
+
+    Args:
+        source: the model.
+        calibration: the text.
+        names: formats.
+        settings: of the quantizer.
+        cache: where banks are kept; None for the default place.
+        progress: called with a stage's name, steps done, steps.
+        wanted: which (matrix, format name) pairs; all by default.
+
+    Raises:
+        StoreError: a file of it is damaged.
+    """
+    facts = {
+        **source.facts(),
+        "calibration": calibration.provenance(),
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
+    key = bank_key(source.digest, calibration.digest, settings)
+    bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
+    tokens = calibration.tokens
+    fill_bank(bank, source.map, tokens, names, settings, wanted=wanted, progress=progress)
+    bank.verify(names)
+    return bank
+
+
+def needed(spec: SearchSpec) -> frozenset[str]:
+    """Optional costs and features that the allocators which are asked for use."""
+    given = spec.proposals
+    names = given.allocator_names if given.allocator is None else (given.allocator,)
+    asked = ALLOCATORS if names == (ALL_ALLOCATORS,) else ALLOCATORS.keys() & set(names)
+    return frozenset(need for name in asked for need in ALLOCATORS[name].needs)
+
+
+def measure_unit_costs(
+    spec: SearchSpec, inputs: Inputs, space: SearchSpace, bank: Bank, clock: StageClock
+) -> Costs:
+    """Costs of every unit in every format of the bank; `gemq` where an allocator asks for it."""
+    source, n_layers = inputs.source, len(inputs.source.map.layers)
+    clock(Stage.COSTS, 0, n_layers)
+    table = measure_costs(
+        source.map,
+        bank,
+        inputs.calibration.tokens,
+        bank_formats(space),
+        CostSettings(spec.proposals.seed),
+        with_gemq="gemq" in needed(spec),
+        progress=clock,
+    )
+    clock(Stage.COSTS, n_layers, n_layers)
+    return Costs(table, unit_costs(table, space.units))
