@@ -24,7 +24,7 @@ from math import copysign
 import numpy as np
 from numba import njit, uint64
 
-from alphaquant.quant.rules import FLOAT, INTEGER, MX, SIGN, ZERO_POINT
+from alphaquant.quant.format_rules import FLOAT, INTEGER, MX, SIGN, ZERO_POINT
 
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 _TILE = 64

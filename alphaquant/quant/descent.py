@@ -30,7 +30,7 @@ from torch import Tensor
 from alphaquant.quant import columns_numba as loops
 from alphaquant.quant.codecs import round_scale
 from alphaquant.quant.factor import Block, DampedHessian, Factor
-from alphaquant.quant.rules import Rule
+from alphaquant.quant.format_rules import Rule
 
 BLOCK = 128
 """Columns of a block, at most: a tile of 64 rows of it fills two thirds of a first-level cache."""

@@ -22,9 +22,9 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding, better_rows, join_rows
 from alphaquant.quant.factor import Block, DampedHessian, Factor, factorize
+from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
-from alphaquant.quant.rules import rule_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
+from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch
-from alphaquant.quant.rules import rule_of
 from alphaquant.spaces.formats import parse_format
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -16,11 +16,11 @@ from alphaquant.errors import FormatError
 from alphaquant.quant.codecs import check_finite, make_grid, nv_global_scale
 from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding
 from alphaquant.quant.factor import factorize
+from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
 from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import factorize as plain_factorize
 from alphaquant.quant.rounding import hessian_error, quantize_gptq, quantize_rtn
-from alphaquant.quant.rules import rule_of
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
 from alphaquant.specs.quantizer import ScaleSearch
 

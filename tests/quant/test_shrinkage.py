@@ -5,8 +5,8 @@ from torch import Tensor
 
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
+from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch, accumulate
-from alphaquant.quant.rules import rule_of
 from alphaquant.quant.shrinkage import STRENGTHS, Shrinkage, choose_shrinkage, shrink
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix
