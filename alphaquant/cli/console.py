@@ -27,6 +27,7 @@ from alphaquant.errors import AlphaQuantError
 
 STAGES: Mapping[str, str] = MappingProxyType(
     {
+        "convert": "decode the GGUF file",
         "load": "load model and texts",
         "teacher": "original's outputs",
         "spectra": "spectra of weights",
