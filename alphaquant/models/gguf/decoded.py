@@ -118,8 +118,8 @@ def _tensors(header: GgufHeader, model: nn.Module, progress: Progress) -> dict[s
     )
 
     typed: Any = model
-    kind = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
-    processor: Any = kind(config=typed.config.to_dict())
+    kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    processor = kind(config=typed.config.to_dict())
     name_places: Any = get_gguf_hf_weights_map  # has no types
     places: dict[str, str] = name_places(model, processor)
     made: dict[str, dict[str, Tensor]] = {"tensors": {}}
