@@ -37,7 +37,13 @@ from alphaquant.spaces.space import make_space
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.gate.judge import GateResult, judge
-from alphaquant.studies.inputs import cache_dir, find_device, load_source, model_notes
+from alphaquant.studies.inputs import (
+    cache_dir,
+    find_device,
+    gguf_facts,
+    load_source,
+    model_notes,
+)
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.program import Run, run_program
@@ -242,7 +248,7 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
 
 def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
     """Everything that decides the trials."""
-    return {**spec.facts(), **inputs.digests()}
+    return {**spec.facts(), **inputs.digests(), **gguf_facts(inputs.source.map.source)}
 
 
 def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:

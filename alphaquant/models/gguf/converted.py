@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from alphaquant.errors import ModelError
 from alphaquant.files import locked, sha256_of, writing
-from alphaquant.models.gguf.decoded import decode, read_config, unread_keys
+from alphaquant.models.gguf.decoded import decode, read_config, unread_settings
 from alphaquant.models.gguf.header import MAGIC, GgufHeader, read_header
 from alphaquant.progress import Progress, no_progress
 from alphaquant.spaces.json_files import JsonError, read_object
@@ -43,7 +44,7 @@ class GgufOrigin:
         sha256: of its content.
         types: types that are no plain floats -> share of all weights; empty for a file of floats.
         bits_per_weight: of all its tensors.
-        unread: keys of its metadata that nobody read.
+        unread: settings of model and tokenizer in its metadata that nobody read.
     """
 
     file: str
@@ -65,8 +66,8 @@ class GgufOrigin:
             )
         if self.unread:
             found.append(
-                f"{len(self.unread)} keys of the metadata of {self.file} are read by nobody: "
-                f"{', '.join(self.unread)}"
+                f"transformers does not read {len(self.unread)} settings of {self.file}, and "
+                f"goes on without: {', '.join(self.unread)}"
             )
         return found
 
@@ -89,7 +90,7 @@ def find_gguf(name: str | Path) -> Path | None:
     path = Path(name)
     if path.is_dir():
         files = sorted(path.glob(f"*{SUFFIX}"))
-        if not files or any(path.glob(pattern) for pattern in _WEIGHTS):
+        if not files or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
             return None
         if len(files) > 1:
             raise ModelError(
@@ -120,10 +121,16 @@ def converted(file: Path, cache: Path, progress: Progress = no_progress) -> Path
     target = above / f"transformers-{version('transformers')}-gguf-{version('gguf')}-{_CONVERSION}"
     if origin_of(target) is None:
         config = read_config(header)
-        with locked(above / ".lock", f"the conversion of {file}", "cache ($ALPHAQUANT_CACHE)"):
-            if origin_of(target) is None:  # nobody was quicker
-                shutil.rmtree(target, ignore_errors=True)
-                _convert(header, config, digest, target, progress)
+        made = [folder for folder in (above, above.parent, cache) if not folder.exists()]
+        try:
+            with locked(above / ".lock", f"the conversion of {file}", "cache ($ALPHAQUANT_CACHE)"):
+                if origin_of(target) is None:  # nobody was quicker
+                    shutil.rmtree(target, ignore_errors=True)
+                    _convert(header, config, digest, target, progress)
+        finally:
+            with suppress(OSError):  # what holds something stays
+                for folder in made:
+                    folder.rmdir()
     return target
 
 
@@ -152,7 +159,7 @@ def _convert(
         digest,
         header.quantized_shares,
         header.bits_per_weight,
-        unread_keys(header),
+        unread_settings(header),
     )
     try:
         part.mkdir(parents=True)

@@ -41,6 +41,8 @@ _SAID_ELSEWHERE = ("attention.value_length", "rope.dimension_count", "vocab_size
 _CHANGES_NUMBERS = ("rope.scaling.type", "rope.scale_linear", "expert_weights_scale")
 """Keys that change the model's numbers and that transformers does not read."""
 
+_SPLIT, _GPT2_SPLITS = "tokenizer.ggml.pre", ("gpt-2", "default", "")
+
 _N_NAMED = 3
 
 
@@ -73,16 +75,23 @@ def read_config(header: GgufHeader) -> Any:
     return config
 
 
-def unread_keys(header: GgufHeader) -> tuple[str, ...]:
-    """Keys about the model that neither transformers nor `read_config` reads."""
+def unread_settings(header: GgufHeader) -> tuple[str, ...]:
+    """What the metadata says of model and tokenizer and nobody reads: `llama.expert_count 8`."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     prefix = f"{header.architecture}."
     spelled = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
     known: Any = GGUF_CONFIG_MAPPING[spelled.get(header.architecture, header.architecture)]
     read = {*known, *_FIELDS, *_SAID_ELSEWHERE}
     keys = [key for key in header.metadata if key.startswith(prefix)]
-    return tuple(sorted(key for key in keys if key.removeprefix(prefix) not in read))
+    unread = sorted(key for key in keys if key.removeprefix(prefix) not in read)
+    # Texts of any other byte-level vocabulary are split as GPT-2 splits them.
+    is_bytes = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    split = header.metadata.get(_SPLIT, "gpt-2")
+    if is_bytes and split not in GGUF_PRE_TOKENIZER_SPLITS and split not in _GPT2_SPLITS:
+        unread.append(_SPLIT)
+    return tuple(f"{key} {header.metadata[key]}" for key in unread)
 
 
 def decode(header: GgufHeader, config: Any, progress: Progress = no_progress) -> nn.Module:
