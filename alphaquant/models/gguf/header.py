@@ -11,7 +11,7 @@ Version 3 of the layout, little endian (version 2 has the same bytes)::
 Worked example: a Q8_0 block is 32 weights in 34 bytes, so a tensor with dims 64, 3 has shape
 [3, 64], 6 blocks and 204 bytes.
 
-Source: the GGUF specification, docs/gguf.md of github.com/ggml-org/ggml.
+Source: the GGUF specification in github.com/ggml-org/ggml.
 """
 
 import mmap
