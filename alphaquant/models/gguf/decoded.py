@@ -205,7 +205,10 @@ def _fill(header: GgufHeader, model: nn.Module, tensors: Mapping[str, Tensor]) -
 
 
 def _check_numbers(header: GgufHeader) -> None:
-    """Refuse what would be left out of the model in silence."""
+    """Refuse what would be left out of the model in silence, and numbers that no model has."""
+    counts = (("block_count", "num_hidden_layers"), ("expert_count", "num_experts"))
+    stated = {f: header.metadata.get(f"{header.architecture}.{key}") for key, f in counts}
+    check_config(header.path, stated)  # transformers makes lists as long as these numbers
     for key in _CHANGES_NUMBERS:
         value = header.metadata.get(f"{header.architecture}.{key}")
         if value not in (None, "none", 1.0, 0.0):
