@@ -2,9 +2,10 @@
 
 Each model comes as a GGUF file (`real_models.py`), is decoded to bfloat16 by the product, and the
 product's own programs do the rest, each in a process of its own whose processor time and peak
-memory are in the result: `aq-search` at every budget, `aq-quantize` of its best.json and of the
-best uniform format of at most the budget, with the same quantizer, and `aq-eval` of both on
-held-out text. With `--peer-python` AutoRound quantizes to that uniform format on the same windows.
+memory are in the result: `aq-search` at every budget, `aq-quantize` of its best.json, of the
+uniform format of its menu that is best within the budget, and of the uniform one of the same
+bytes, all with the same quantizer, and `aq-eval` of each on held-out text. With `--peer-python`
+AutoRound quantizes to the same uniform formats on the same windows.
 
 No package that we know ships WikiText-2, so its file is an option: any plain text of WikiText's
 form is cut at articles into calibration, evaluation and held-out text.
@@ -43,6 +44,9 @@ logger = logging.getLogger("real")
 
 SHARES = {"calibration": 0.5, "evaluation": 0.2, "heldout": 0.3}
 """Parts of the text, in its order."""
+
+UNIFORM = ("int2-g64-asym", "int2-g32", "int2-g16", "int3-g64", "int3-g32", "int4-g64")
+"""Formats of which each budget gets the one of its size, whatever the search's menu was."""
 
 _ARTICLE = re.compile(r"(?m)^ = [^=].* = *$")
 _PEER = "AutoRound, 200 iterations"
@@ -141,12 +145,14 @@ class Bench:
         front = json.loads((out / "front.json").read_text())
         ours = self._row(f"searched {bits} bits", bits, out / "best.json", front["best"], search)
         rival = uniform_rival(front["heldout"], float(bits))
-        if rival is None:
-            return [ours]
-        name = rival["name"].removeprefix("uniform ")
-        uniform = self._row(f"uniform {name}", bits, self._uniform(name), rival, None)
-        peer = [] if self.args.peer_python is None else [self._peer(name, bits, rival)]
-        return [ours, uniform, *peer]
+        names = [] if rival is None else [rival["name"]]
+        rows = [ours]
+        for name in dict.fromkeys([*names, *same_bytes(float(bits))]):
+            counts = {"bits_per_weight": float(parse_format(name).nominal_bits)}
+            rows.append(self._row(f"uniform {name}", bits, self._uniform(name), counts, None))
+            if self.args.peer_python is not None:
+                rows.append(self._peer(name, bits, counts))
+        return rows
 
     def _search_words(self, bits: str, out: Path) -> list[str]:
         words = ["--budget", f"{bits}bits", "--model", self.file, "--out", str(out)]
@@ -233,10 +239,22 @@ def uniform_rival(rows: Sequence[Mapping[str, Any]], budget_bits: float) -> Any:
         rows: `heldout` of a search's front.json.
         budget_bits: per weight.
     """
-    fitting = [
-        row for row in rows if row["trial"] is None and row["bits_per_weight"] <= budget_bits
+    fitting = [  # a uniform format can be a trial too
+        row
+        for row in rows
+        if not row["name"].startswith("trial-") and row["bits_per_weight"] <= budget_bits
     ]
     return min(fitting, key=lambda row: row["kl"], default=None)
+
+
+def same_bytes(budget_bits: float) -> list[str]:
+    """The one of `UNIFORM` with the most bits of at most a budget; none below the least.
+
+    Worked example: 2.5 gives int2-g32, 3 int2-g16, 3.5 int3-g32, 4.25 int4-g64.
+    """
+    bits = {name: float(parse_format(name).nominal_bits) for name in UNIFORM}
+    fitting = [name for name in UNIFORM if bits[name] <= budget_bits]
+    return [max(fitting, key=lambda name: bits[name])] if fitting else []
 
 
 def table(rows: Sequence[Row]) -> str:

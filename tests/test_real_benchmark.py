@@ -71,8 +71,9 @@ def test_a_dry_run_on_a_tiny_file_gives_rows_intervals_and_provenance(
     for _ in range(2):
         rows = real.run(real.parse(words), lambda folder: stages.Stages(folder, run_here))
     # The second run repeats nothing.
-    assert ran == ["aq-quantize", "aq-search", *["aq-quantize", "aq-eval"] * 2]
-    assert [row.name[:12] for row in rows] == ["searched 4.6", "uniform int4"]
+    assert ran == ["aq-quantize", "aq-search", *["aq-quantize", "aq-eval"] * len(rows)]
+    assert rows[0].name == "searched 4.6 bits"
+    assert "uniform int4-g64" in {row.name for row in rows[1:]}
     for row in rows:
         assert row.bits_per_weight <= 4.6
         assert row.kl_interval[0] < row.kl < row.kl_interval[1]
@@ -105,14 +106,19 @@ def test_the_interval_is_that_of_the_worked_example(real: ModuleType) -> None:
 
 def test_the_rival_is_the_best_uniform_format_within_the_budget(real: ModuleType) -> None:
     rows = [
-        {"name": "uniform int2-g32", "trial": None, "bits_per_weight": 2.5, "kl": 0.9},
-        {"name": "uniform int3-g64", "trial": None, "bits_per_weight": 3.25, "kl": 0.2},
-        {"name": "uniform int3-g32", "trial": None, "bits_per_weight": 3.5, "kl": 0.3},
-        {"name": "uniform int4-g64", "trial": None, "bits_per_weight": 4.25, "kl": 0.1},
-        {"name": "trial 3", "trial": 3, "bits_per_weight": 3.4, "kl": 0.05},
+        {"name": "int2-g32", "trial": None, "bits_per_weight": 2.5, "kl": 0.9},
+        {"name": "int3-g64", "trial": 0, "bits_per_weight": 3.25, "kl": 0.2},
+        {"name": "int3-g32", "trial": None, "bits_per_weight": 3.5, "kl": 0.3},
+        {"name": "int4-g64", "trial": None, "bits_per_weight": 4.25, "kl": 0.1},
+        {"name": "trial-003", "trial": 3, "bits_per_weight": 3.4, "kl": 0.05},
     ]
-    assert real.uniform_rival(rows, 3.5)["name"] == "uniform int3-g64"
+    assert real.uniform_rival(rows, 3.5)["name"] == "int3-g64"
     assert real.uniform_rival(rows, 2.0) is None
+
+
+def test_every_budget_has_a_uniform_format_of_its_bytes(real: ModuleType) -> None:
+    found = {bits: real.same_bytes(bits) for bits in (2.0, 2.5, 3.0, 3.5, 4.25)}
+    assert list(found.values()) == [[], ["int2-g32"], ["int2-g16"], ["int3-g32"], ["int4-g64"]]
 
 
 def test_a_program_that_fails_is_told_and_not_kept(stages: ModuleType, tmp_path: Path) -> None:
