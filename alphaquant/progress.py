@@ -19,6 +19,7 @@ class Stage(StrEnum):
 
     text: str
 
+    CONVERT = "convert", "decode the GGUF file"
     LOAD = "load", "load model and texts"
     TEACHER = "teacher", "original's outputs"
     SPECTRA = "spectra", "spectra of weights"

@@ -27,6 +27,7 @@ class Provenance:
         bank_bytes: of all its files.
         calibration_tokens_per_expert: experts module -> tokens of each expert, [E].
         rare_matrices: matrices that too few calibration tokens reached.
+        gguf: the GGUF file that it was made from, see `GgufOrigin`; None for other checkpoints.
         dashboard_problem: why the study lacks its note and figures; None where it has them.
     """
 
@@ -41,6 +42,7 @@ class Provenance:
     bank_bytes: int
     calibration_tokens_per_expert: Mapping[str, Sequence[int]]
     rare_matrices: tuple[str, ...]
+    gguf: Mapping[str, Any] | None = None
     dashboard_problem: str | None = None
 
     def as_json(self) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import argparse
 import json
 import logging
 import resource
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from checkout import commit
 
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
@@ -161,17 +162,6 @@ def neighbours(bench: Bench, budgets: list[str]) -> list[str]:
         chosen |= set([n for n in ordered if bits[n] <= limit][-1:])
         chosen |= set([n for n in ordered if bits[n] > limit][:1])
     return sorted(chosen, key=lambda n: (bits[n], n))
-
-
-def commit() -> str:
-    """The commit that this file is of, with `+` if the tree differs; empty outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-        return found.stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def run_facts(device: str) -> dict[str, Any]:

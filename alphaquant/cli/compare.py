@@ -27,7 +27,8 @@ def command(
     Args:
         a: Configuration, packed checkpoint, or --out of aq-search.
         b: The other one, of the same model.
-        model: demo, a local directory, or a hub id; default the model that A or B names.
+        model: demo, a local directory, a GGUF file, or a hub id; default the one that A or B
+            names.
         show_all: List every matrix that differs.
         as_json: Print JSON instead of tables.
     """

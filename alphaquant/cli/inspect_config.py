@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import CycloptsError, Parameter
 
 from alphaquant.cli.application import AsJson, Command, main_of
-from alphaquant.cli.console import quiet_libraries
+from alphaquant.cli.console import Bars, quiet_libraries
 from alphaquant.cli.screen import say, screen_width
 
 
@@ -21,12 +21,13 @@ def command(
 ) -> None:
     """Show bits, bytes, formats by role and layer, and which engines load them.
 
-    No weights are loaded: a model's config.json is enough, whatever its size. --verify reads the
-    files of a packed checkpoint instead.
+    No weights are loaded: a model's config.json is enough, whatever its size; only a GGUF file is
+    decoded first, once. --verify reads the files of a packed checkpoint instead.
 
     Args:
         config: Configuration, packed checkpoint, or --out of aq-search, whose best.json is read.
-        model: demo, a local directory, or a hub id; default the model that CONFIG names.
+        model: demo, a local directory, a GGUF file, or a hub id; default the one that CONFIG
+            names.
         as_json: Print JSON instead of tables.
         verify: Check every file of a packed checkpoint against its sha256, and every scale;
             prints one line.
@@ -44,7 +45,8 @@ def command(
     from alphaquant.commands.inspect_text import inspection_json, inspection_text
 
     quiet_libraries()
-    found = inspect_config(config, model)
+    with Bars() as bars:
+        found = inspect_config(config, model, bars)
     if as_json:
         say(json.dumps(inspection_json(found), indent=1))
     else:

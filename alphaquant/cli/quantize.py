@@ -30,7 +30,9 @@ def command(
 
     quiet_libraries()
     if dry_run:
-        say(commands.plan_text(commands.dry_run(spec)))
+        with Bars() as bars:
+            plan = commands.dry_run(spec, progress=bars)
+        say(commands.plan_text(plan))
         return
     with Bars() as bars:
         result = commands.quantize(spec, progress=bars)

@@ -1,8 +1,9 @@
 """`evaluate`: scores of a model or packed checkpoint, beside its reference where one is given."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from alphaquant.evaluators.harness import HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest
 from alphaquant.evaluators.local_tasks import check_tasks, is_mmlu, open_harness
 from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
+from alphaquant.models.gguf.converted import find_gguf, origin_of
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.progress import Progress, Stage, no_progress
@@ -33,6 +35,8 @@ from alphaquant.studies.inputs import (
 )
 from alphaquant.texts.windows import TextRequest, TokenSet, check_sources
 
+logger = logging.getLogger(__name__)
+
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
 
@@ -46,6 +50,7 @@ class Evaluation:
         scores: of the model.
         reference_scores: of the reference on the same data; empty without one.
         tokens: the windows; None where only tasks of lm-eval were asked.
+        gguf: `model` and `reference`, those of them that were GGUF files: see `GgufOrigin`.
         details: tables behind the scores, by evaluator.
         reference_details: those of the reference.
     """
@@ -54,6 +59,7 @@ class Evaluation:
     scores: tuple[Score, ...]
     reference_scores: tuple[Score, ...]
     tokens: TokenSet | None
+    gguf: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -87,7 +93,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     check_kind(spec, EvaluateSpec, "evaluate")
-    device = _check(spec)
+    device, asked = _check(spec), spec
+    spec, origins = _located(spec, progress)
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         folder = Path(scratch)
         harness = _harness(spec)
@@ -107,7 +114,9 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
             found = _measure(
                 chosen, model, lambda done: progress(Stage.EVALUATE, first + done, n_steps)
             )
-    return Evaluation(spec, found.scores, own.scores, chosen.tokens, found.details, own.details)
+    return Evaluation(
+        asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details
+    )
 
 
 def open_model(name: str, device: str, dtype: str) -> nn.Module:
@@ -176,8 +185,27 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "task_data": None if spec.task_data is None else str(spec.task_data),
         "dtype": spec.dtype,
         "batch_size": spec.batch_size,
+        **({"gguf": found.gguf} if found.gguf else {}),
         "versions": versions(),
     }
+
+
+def _located(
+    spec: EvaluateSpec, progress: Progress
+) -> tuple[EvaluateSpec, dict[str, Mapping[str, Any]]]:
+    """The same with GGUF files as the directories that they are decoded to, and what they were."""
+    origins: dict[str, Mapping[str, Any]] = {}
+    for role, name in (("model", spec.model), ("reference", spec.reference)):
+        if name is None or find_gguf(name) is None:
+            continue
+        location = model_location(name, progress=progress)
+        origin = origin_of(Path(location))
+        assert origin is not None  # it was just converted
+        changed: dict[str, Any] = {role: location}
+        spec, origins[role] = replace(spec, **changed), asdict(origin)
+        for note in origin.notes:
+            logger.warning("%s", note)
+    return spec, origins
 
 
 def _check(spec: EvaluateSpec) -> str:

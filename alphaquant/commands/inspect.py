@@ -16,6 +16,7 @@ from pathlib import Path
 
 from alphaquant.commands.statements import Skeleton, Statement, read_skeleton, read_statement
 from alphaquant.errors import ModelError
+from alphaquant.progress import Progress, no_progress
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme
 from alphaquant.spaces.patterns import select_names
@@ -170,7 +171,8 @@ class Inspection:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know, one line per cause."""
-        found, stated = list(self.plan.warnings), self.statement.summary.get("model")
+        found = [*self.model.notes, *self.plan.warnings]
+        stated = self.statement.summary.get("model")
         if stated not in (None, self.model.name) and self.model.name != str(self.statement.path):
             found.append(
                 f"{self.statement.path} was made for the model {stated}, and this is "
@@ -221,12 +223,16 @@ class Inspection:
         return tuple(found)
 
 
-def inspect_config(path: Path, model: str | None = None) -> Inspection:
+def inspect_config(
+    path: Path, model: str | None = None, progress: Progress = no_progress
+) -> Inspection:
     """Apply a configuration to a model without weights.
 
     Args:
         path: a configuration, a packed checkpoint or a search's directory.
-        model: `demo`, a directory or a hub id; None for what the configuration names.
+        model: `demo`, a directory, a GGUF file or a hub id; None for what the configuration
+            names.
+        progress: of decoding a GGUF file.
 
     Raises:
         AlphaQuantError: one of the two cannot be read, or they do not belong together.
@@ -238,7 +244,7 @@ def inspect_config(path: Path, model: str | None = None) -> Inspection:
             f"{statement.path} does not say which model it is for; give --model: demo, a "
             "directory with config.json, or a hub id"
         )
-    skeleton = read_skeleton(name)
+    skeleton = read_skeleton(name, progress)
     return Inspection(statement, skeleton, statement.plan_on(skeleton))
 
 

@@ -93,7 +93,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
         progress(Stage.LOAD, 0, 1)
-        source = load_source(spec.model, device, spec.dtype)
+        source = load_source(spec.model, device, spec.dtype, progress=progress)
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
         warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
@@ -113,22 +113,27 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         )
 
 
-def dry_run(spec: QuantizeSpec) -> DryRun:
+def dry_run(spec: QuantizeSpec, *, progress: Progress = no_progress) -> DryRun:
     """Resolve a configuration on a model without loading weights.
+
+    Args:
+        spec: what would be done.
+        progress: called with a stage's name, steps done, steps; a GGUF file is converted first.
 
     Raises:
         AlphaQuantError: a bad configuration or model.
     """
     config = load_config(spec.config)
     _settings(spec, _read_summary(config.summary or {}, spec.config))
-    if is_packed(model_location(spec.model)):  # whose skeleton could be had all the same
+    location = model_location(spec.model, progress=progress)
+    if is_packed(location):  # whose skeleton could be had all the same
         raise ModelError(
             f"{spec.model} is quantized already, by aq-quantize; quantizing starts from the "
             "original weights: give those"
         )
-    skeleton = load_skeleton(model_location(spec.model))
+    skeleton = load_skeleton(location)
     architecture = choose_architecture(skeleton, spec.model_type)
-    model_map = with_source(map_model(skeleton), model_location(spec.model))
+    model_map = with_source(map_model(skeleton), location)
     inventory = model_map.inventory
     plan = resolve(config, inventory, strict=spec.strict)
     for warning in (*plan.warnings, *architecture.warnings, *model_notes(model_map)):

@@ -38,7 +38,13 @@ from alphaquant.specs.check import check_kind
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.costing import bank_formats
 from alphaquant.studies.gate.judge import GateResult, judge
-from alphaquant.studies.inputs import cache_dir, find_device, load_source, model_notes
+from alphaquant.studies.inputs import (
+    cache_dir,
+    find_device,
+    gguf_facts,
+    load_source,
+    model_notes,
+)
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.prepared import Prepared, check_constraints, open_scorer, prepare
@@ -101,7 +107,8 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     clock(Stage.LOAD, 0, LOAD_STEPS)
     steps = clock.counted(Stage.LOAD, LOAD_STEPS)
-    source = load_source(spec.checkpoint.model, request.device, spec.checkpoint.dtype, steps)
+    asked = spec.checkpoint
+    source = load_source(asked.model, request.device, asked.dtype, steps, spec.run.cache, clock)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
@@ -237,7 +244,7 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
 
 def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
     """Everything that decides the trials."""
-    return {**spec.facts(), **inputs.digests()}
+    return {**spec.facts(), **inputs.digests(), **gguf_facts(inputs.source.map.source)}
 
 
 def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:

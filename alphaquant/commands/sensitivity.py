@@ -6,6 +6,7 @@ specification on the same device gives the same bytes.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ from alphaquant.studies.inputs import (
     cache_dir,
     find_device,
     load_source,
+    model_notes,
     read_text,
 )
 from alphaquant.studies.store.folder import check_place
 from alphaquant.texts.windows import TokenSet, check_sources
+
+logger = logging.getLogger(__name__)
 
 N_SHOWN = 5
 """Experts at either end of the printed table."""
@@ -89,7 +93,11 @@ def measure_expert_sensitivity(
         find_device(asked.device),
         asked.dtype,
         lambda n_done: progress(Stage.LOAD, n_done, n_steps),
+        spec.cache,
+        progress,
     )
+    for note in model_notes(source.map):
+        logger.warning("%s", note)
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
     calibration = read_text(

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError
+from alphaquant.models.gguf.converted import origin_of
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.models.promises import zero_experts
 from alphaquant.models.quantization_config import PackedFormats, is_packed, read_formats
 from alphaquant.models.source_files import with_source
+from alphaquant.progress import Progress, no_progress
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
 from alphaquant.spaces.foreign import Foreign, read_foreign, tool_of
 from alphaquant.spaces.formats import BF16
@@ -37,12 +39,14 @@ class Skeleton:
         inventory: its matrices and kept tensors.
         experts_per_token: k; None where there are no routed experts or nothing states it.
         n_zero_experts: experts without weights, among which a token chooses too.
+        notes: what a user should know of where it comes from.
     """
 
     name: str
     inventory: Inventory
     experts_per_token: int | None
     n_zero_experts: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,20 +145,27 @@ def _foreign(file: Path) -> Foreign | None:
     return None if tool_of(data) is None else read_foreign(data, file)
 
 
-def read_skeleton(name: str) -> Skeleton:
+def read_skeleton(name: str, progress: Progress = no_progress) -> Skeleton:
     """A model's matrices, without its weights.
+
+    Args:
+        name: `demo`, a directory, a GGUF file or a hub id.
+        progress: of decoding a GGUF file.
 
     Raises:
         ModelError: it cannot be found, or has nothing to quantize.
     """
-    model: Any = load_skeleton(model_location(name))
+    location = model_location(name, progress=progress)
+    model: Any = load_skeleton(location)
     text_config = model.config.get_text_config()
     found = [getattr(text_config, field, None) for field in _TOP_K_FIELDS]
     numbers = [value for value in found if isinstance(value, int)]
-    inventory = with_source(map_model(model), model_location(name)).inventory
+    found_map = with_source(map_model(model), location)
+    inventory, origin = found_map.inventory, origin_of(found_map.source)
     has_experts = any(m.expert is not None for m in inventory.matrices)
     top_k = numbers[0] if numbers and has_experts else None
-    return Skeleton(name, inventory, top_k, zero_experts(text_config))
+    notes = () if origin is None else tuple(origin.notes)
+    return Skeleton(name, inventory, top_k, zero_experts(text_config), notes)
 
 
 def _packed_summary(path: Path) -> Mapping[str, Any]:

@@ -60,8 +60,7 @@ def check_source(directory: Path) -> dict[str, Any]:
             f"{directory / 'config.json'}: quantization_config is {quantization!r}; it is an "
             "object, or absent: correct or remove it"
         )
-    _check_counts(directory / "config.json", config)
-    _check_chosen(directory / "config.json", config)
+    check_config(directory / "config.json", config)
     for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt"):
@@ -71,6 +70,20 @@ def check_source(directory: Path) -> dict[str, Any]:
                 f"{file} is damaged or incomplete ({error}); fetch or copy it again"
             ) from error
     return config
+
+
+def check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse numbers that no model has, before one is made of them.
+
+    Args:
+        file: that says so, for messages.
+        config: its content.
+
+    Raises:
+        ModelError: naming the number.
+    """
+    _check_counts(file, config)
+    _check_chosen(file, config)
 
 
 def weight_files(directory: Path) -> list[Path]:

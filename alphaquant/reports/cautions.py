@@ -7,6 +7,8 @@ the sentence from here.
 import math
 from collections.abc import Sequence
 
+from alphaquant.models.gguf.converted import GgufOrigin
+from alphaquant.provenance import Provenance
 from alphaquant.reports.verdict import winner_text
 from alphaquant.studies.gate.intervals import spearman_interval
 from alphaquant.studies.gate.judge import SEARCH
@@ -35,9 +37,17 @@ def cautions(result: SearchResult) -> tuple[str, ...]:
         withheld_caution(len(result.gate.withheld)),
         costs_caution(result.probe),
         rare_caution(result.provenance.rare_matrices),
+        *source_cautions(result.provenance),
         *_window_cautions(result),
     )
     return tuple(text for text in found if text is not None)
+
+
+def source_cautions(provenance: Provenance) -> tuple[str, ...]:
+    """That the original is quantized itself, and what of its file nobody read."""
+    if provenance.gguf is None:
+        return ()
+    return tuple(f"{note}." for note in GgufOrigin(**provenance.gguf).notes)
 
 
 def withheld_caution(n_withheld: int) -> str | None:

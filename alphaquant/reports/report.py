@@ -15,6 +15,7 @@ import pandas as pd
 from alphaquant.evaluators.base import Metric
 from alphaquant.reports import sections
 from alphaquant.reports.bits import bit_lines
+from alphaquant.reports.cautions import source_cautions
 from alphaquant.reports.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.reports.html import report_html
 from alphaquant.reports.shell import evaluate_command, quantize_command
@@ -186,6 +187,7 @@ def report_text(result: SearchResult) -> str:
         f"{sentence(said)}.",
         f"The result: {winner_text(result)}.",
         f"Why this one: {why_text(result)}.",
+        *source_cautions(result.provenance),
         "## Size of best.json",
         "\n".join(f"    {line}" for line in bit_lines(result.counts)),
         counting_rule(),

@@ -10,7 +10,7 @@ class CheckpointSpec:
     """The model."""
 
     model: str = "demo"
-    """demo, a local directory, or a hub id."""
+    """demo, a local directory, a GGUF file, or a hub id."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     dtype: str = "auto"

@@ -12,7 +12,7 @@ class EvaluateSpec:
     """What is measured, and on what."""
 
     model: str
-    """Packed checkpoint, local directory, hub id, or demo."""
+    """Packed checkpoint, local directory, GGUF file, hub id, or demo."""
     reference: str | None = None
     """The original model, measured too; needed for kl and drift."""
     tasks: str | None = None

@@ -45,7 +45,7 @@ class QuantizeSpec:
     """A quantization."""
 
     model: str
-    """demo, a local directory, or a hub id."""
+    """demo, a local directory, a GGUF file, or a hub id."""
     config: Path
     """Configuration, such as best.json of aq-search."""
     out: Annotated[Path | None, Parameter(alias="--save")] = None

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import nn
 
 from alphaquant import demo
 from alphaquant.errors import ConfigError, DataError, ModelError
+from alphaquant.models.gguf.converted import converted, find_gguf, origin_of
 from alphaquant.models.loading import check_device, load_model, load_tokenizer, tokenizer_missing
 from alphaquant.models.mapping import check_finite, map_model, weights_digest
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
+from alphaquant.progress import Progress, no_progress
 from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
 
 SOURCE_STEPS = 3
@@ -50,30 +52,38 @@ class Source:
         parameter = next(self.map.model.parameters())
         return f"{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
 
-    def facts(self) -> dict[str, str]:
-        """Provenance: name, architecture, digest."""
+    def facts(self) -> dict[str, Any]:
+        """Provenance: name, architecture, digest, and the GGUF file that it was made from."""
         return {
             "model": self.name,
             "model_type": self.map.inventory.model_type,
             "model_digest": self.digest,
+            **gguf_facts(self.map.source),
         }
 
 
 def load_source(
-    name: str, device: str, dtype: str, on_step: Callable[[int], None] = lambda n_done: None
+    name: str,
+    device: str,
+    dtype: str,
+    on_step: Callable[[int], None] = lambda n_done: None,
+    cache: Path | None = None,
+    progress: Progress = no_progress,
 ) -> Source:
     """Load a model and its tokenizer.
 
     Args:
-        name: `demo`, a directory or a hub id.
+        name: `demo`, a directory, a GGUF file or a hub id.
         device: `cpu`, `cuda`, ...
         dtype: of the computation.
         on_step: called with the steps done of `SOURCE_STEPS`.
+        cache: where a GGUF file is converted to, see `cache_dir`.
+        progress: of that conversion.
 
     Raises:
         ModelError: it cannot be found, read or quantized.
     """
-    path = model_location(name)
+    path = model_location(name, cache, progress)
     model = load_model(path, device, dtype)
     on_step(1)
     model_map = with_source(map_model(model), path)
@@ -86,11 +96,12 @@ def load_source(
 
 
 def model_notes(model_map: ModelMap) -> list[str]:
-    """What a user should know of a model: large parameters that stay, and what is carried."""
+    """What a user should know of a model: what it was made from, what stays, what is carried."""
     layers = [p for layer in model_map.layers for p in layer.module.parameters()]
     n_all = sum(p.numel() for p in layers)
     large = [s for s in model_map.staying if s.n_weights * _LARGE > n_all]
-    notes = []
+    origin = origin_of(model_map.source)
+    notes = [] if origin is None else origin.notes
     if large:
         share = 100 * sum(s.n_weights for s in large) / n_all
         first = max(large, key=lambda s: s.n_weights)
@@ -114,17 +125,39 @@ def check_model_name(name: str, what: str = "model") -> None:
         ConfigError: it names nothing.
     """
     if not name.strip():
-        raise ConfigError(f"{what} is {name!r}; give 'demo', a directory or a hub id")
+        raise ConfigError(f"{what} is {name!r}; give 'demo', a directory, a GGUF file or a hub id")
 
 
-def model_location(name: str) -> str:
+def model_location(name: str, cache: Path | None = None, progress: Progress = no_progress) -> str:
     """The directory or hub id of a model; `demo` is the embedded one.
+
+    A GGUF file, or a folder with one and no other weights, is converted into the cache once.
+
+    Args:
+        name: `demo`, a directory, a GGUF file or a hub id.
+        cache: see `cache_dir`.
+        progress: called with ("convert", tensors done, tensors) while a GGUF file is converted.
 
     Raises:
         ConfigError: it names nothing.
+        ModelError: a GGUF file cannot be read.
+        StoreError: it cannot be converted here and now.
     """
     check_model_name(name)
-    return str(demo.model_path()) if name == DEMO else name
+    if name == DEMO:
+        return str(demo.model_path())
+    file = find_gguf(name)
+    return name if file is None else str(converted(file, cache_dir(cache), progress))
+
+
+def gguf_facts(directory: str | Path | None) -> dict[str, Any]:
+    """`{"gguf": {...}}` of a model that was converted from a GGUF file, else nothing.
+
+    Args:
+        directory: from `model_location`.
+    """
+    origin = None if directory is None else origin_of(Path(directory))
+    return {} if origin is None else {"gguf": asdict(origin)}
 
 
 def find_device(name: str) -> str:

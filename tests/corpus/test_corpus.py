@@ -7,6 +7,7 @@ import pytest
 from tests.corpus import (
     configurations,
     dashboard,
+    gguf_files,
     models,
     options,
     packed,
@@ -17,7 +18,10 @@ from tests.corpus import (
 )
 from tests.corpus.engine import Call, Case, Place, check_done, check_line, contents, prepare
 
-SUBJECTS = (options, spec_files, configurations, models, texts, packed, searches, dashboard)
+SUBJECTS = (
+    *(options, spec_files, configurations, models, gguf_files, texts),
+    *(packed, searches, dashboard),
+)
 CASES = [case for subject in SUBJECTS for case in subject.CASES]
 CALLS = python_api.CALLS
 SECONDS = 60
