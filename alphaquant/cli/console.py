@@ -33,6 +33,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "hessians": "Hessians",
         "bank": "bank: every format",
         "costs": "costs of formats",
+        "planned": "planned trials",
         "study": "study",
         "probe": "random assignments",
         "scores": "original's scores",

@@ -19,8 +19,8 @@ from alphaquant.costs.fisher import (
     unit_costs,
 )
 from alphaquant.costs.spectra import UnitSpectra, measure_spectra, unit_spectra
-from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.scores import ScorePlan, Scorer, open_scores, plan_scores
+from alphaquant.evaluators.teacher import TOP_K, store_teacher
 from alphaquant.progress import Progress, StageClock, no_progress
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, fill_bank, open_bank

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.quant.bank import Bank, fill_bank, open_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
@@ -51,8 +51,8 @@ def make_objective(
 
     def make(name: str = "a") -> SearchObjective:
         log = EvaluationLog(tmp_path / f"{name}.jsonl", 32)
-        swapper = Swapper(source.map, bank.read)
-        return SearchObjective(source.map, swapper, evaluation, log, batch_size=2)
+        swapper = Swapper(source.map, bank.layer)
+        return SearchObjective(swapper, evaluation, log, batch_size=2)
 
     return make
 
@@ -70,7 +70,7 @@ def coarse_from(source: Source, first: int, kind: str = "") -> Assignment:
 def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
     source: Source, evaluation: EvaluationSet, bank: Bank
 ) -> None:
-    objective = Objective(Swapper(source.map, bank.read))
+    objective = Objective(Swapper(source.map, bank.layer))
     coarse, exact = (uniform_assignment(source.map.inventory, name) for name in NAMES)
     first = objective.measure(coarse, evaluation)
     original = objective.measure(exact, evaluation)
@@ -103,7 +103,7 @@ def test_numbers_do_not_depend_on_measuring_in_parts(
 def test_numbers_are_those_of_the_plain_evaluation(
     source: Source, evaluation: EvaluationSet, bank: Bank, make_objective: MakeObjective
 ) -> None:
-    objective, plain = make_objective(), Objective(Swapper(source.map, bank.read), batch_size=2)
+    objective, plain = make_objective(), Objective(Swapper(source.map, bank.layer), batch_size=2)
     for assignment in (coarse_from(source, 0), coarse_from(source, 1, "attention")):
         mine, theirs = objective.measure(assignment), plain.measure(assignment, evaluation)
         assert mine.kl.tolist() == theirs.kl.tolist()
