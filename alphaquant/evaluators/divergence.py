@@ -16,7 +16,7 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored token
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,8 +30,9 @@ from alphaquant.evaluators.perplexity import (
     losses_of,
     perplexity_score,
 )
-from alphaquant.evaluators.predictions import Piece, predict_pieces, row_chunks
+from alphaquant.evaluators.predictions import Piece, most_likely, predict_pieces, row_chunks
 from alphaquant.evaluators.teacher import (
+    Expected,
     Stored,
     Teacher,
     check_vocabulary,
@@ -161,7 +162,7 @@ def compare_batch(
         check_vocabulary(teacher, piece.log_probs.shape[-1])
         expected, cut = stored.read(first, piece), (piece.windows, piece.positions)
         kl[cut] = kl_per_position(piece.log_probs, expected).cpu()
-        same[cut] = (piece.log_probs.argmax(-1) == _first_token(expected)).float().cpu()
+        same[cut] = (most_likely(piece.log_probs) == expected.first).float().cpu()
         losses[cut] = losses_of(piece, batch).cpu()
     return Divergence(kl.mean(-1), same.mean(-1), losses.mean(-1), seq_len, 0.0)
 
@@ -177,30 +178,18 @@ def join(parts: Sequence[Divergence]) -> Divergence:
     )
 
 
-def kl_per_position(log_probs: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+def kl_per_position(log_probs: Tensor, expected: Expected) -> Tensor:
     """KL per position, [b, t, V] and what is stored of it -> [b, t]."""
-    rows = log_probs.flatten(0, -2)
-    p, log_p = (stored[name].flatten(0, 1) for name in ("log_probs", "rest"))
-    if "tokens" not in stored:
-        parts = [_kl_of(p[chunk], rows[chunk]) for chunk in row_chunks(rows.shape)]
-        return torch.cat(parts).reshape(log_probs.shape[:-1])
-    tokens, log_q = stored["tokens"].flatten(0, 1), log_rest(log_probs, stored["tokens"]).flatten()
-    bucket = torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * (log_p - log_q))
+    shape, rows = log_probs.shape[:-1], log_probs.flatten(0, -2)
+    log_p, p = expected.log_probs.flatten(0, 1), expected.probs.flatten(0, 1)
+    if expected.tokens is None:
+        parts = [(p[c] * (log_p[c] - rows[c])).sum(-1) for c in row_chunks(rows.shape)]
+        return torch.cat(parts).reshape(shape)
+    tokens = expected.tokens.flatten(0, 1)
     parts = [
-        _kl_of(p[chunk], rows[chunk].gather(-1, tokens[chunk].to(torch.int64)))
-        for chunk in row_chunks(rows.shape)
+        (p[c] * (log_p[c] - rows[c].gather(-1, tokens[c].to(torch.int64)))).sum(-1)
+        for c in row_chunks(rows.shape)
     ]
-    return (torch.cat(parts) + bucket).reshape(log_probs.shape[:-1])
-
-
-def _kl_of(p: Tensor, q: Tensor) -> Tensor:
-    """Sum over tokens of p (log p - log q), both given as log p and log q [n, k]."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def _first_token(stored: Mapping[str, Tensor]) -> Tensor:
-    """The token that the original ranks first, int64 [B, T]."""
-    first = stored["log_probs"].argmax(-1)
-    if "tokens" not in stored:
-        return first
-    return stored["tokens"].gather(-1, first.unsqueeze(-1)).squeeze(-1).to(torch.int64)
+    rest_p, rest_q = expected.rest, log_rest(log_probs, expected.tokens)
+    bucket = torch.where(torch.isneginf(rest_p), 0.0, rest_p.exp() * (rest_p - rest_q))
+    return torch.cat(parts).reshape(shape) + bucket

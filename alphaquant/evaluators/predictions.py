@@ -9,9 +9,11 @@ Letters: B windows in a batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,11 +44,6 @@ class Piece:
     positions: slice
     log_probs: Tensor
 
-    @property
-    def cut(self) -> Cut:
-        """Where in the batch it lies."""
-        return self.windows, self.positions
-
 
 @torch.no_grad()
 def predict(model: nn.Module, batch: Tensor) -> Tensor:
@@ -73,19 +70,30 @@ def predict_pieces(model: nn.Module, batch: Tensor) -> Iterator[Piece]:
         batch: int64 [B, T], on any device.
     """
     body = getattr(model, "base_model", model)
-    everything = (slice(0, batch.shape[0]), slice(0, batch.shape[1]))
-    cuts = [everything] if body is model else _cuts(_vocabulary(model), *batch.shape)
-    if len(cuts) == 1:
-        yield Piece(*cuts[0], predict(model, batch))
-        return
+    n_windows, seq_len = batch.shape
+    everything = (slice(0, n_windows), slice(0, seq_len))
+    cuts = [everything] if body is model else _cuts(_vocabulary(model), n_windows, seq_len)
     outputs: list[Any] = []
-    for cut in cuts:
-        with replaced_forwards([body], lambda _, forward, cut=cut: _once(forward, outputs, cut)):
+    for windows, positions in cuts:
+        if len(cuts) == 1:
             log_probs = predict(model, batch)
-        if log_probs.shape[:2] == batch.shape:  # its body gave something that was not understood
-            yield Piece(*everything, log_probs)
+        else:
+            with _body_once(body, outputs, (windows, positions)):
+                log_probs = predict(model, batch)
+        if log_probs.shape[:2] == batch.shape:  # also where the body's outputs have no known form
+            yield Piece(everything[0], everything[1], log_probs)
             return
-        yield Piece(*cut, log_probs)
+        yield Piece(windows, positions, log_probs)
+
+
+def most_likely(log_probs: Tensor) -> Tensor:
+    """The first of the largest numbers of each row, [..., V] -> int64 [...].
+
+    On the CPU by numpy: 3.8 ms for [2048, 4096], and 21 ms by torch, with the same result.
+    """
+    if log_probs.device.type != "cpu" or log_probs.dtype != torch.float32:
+        return log_probs.argmax(-1)
+    return torch.from_numpy(np.asarray(log_probs.numpy().argmax(-1)))
 
 
 def row_chunks(shape: torch.Size | tuple[int, ...]) -> list[slice]:
@@ -132,16 +140,21 @@ def _vocabulary(model: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _once(forward: Callable[..., Any], outputs: list[Any], cut: Cut) -> Callable[..., Any]:
-    """A body that runs at its first call only, and gives a part of its hidden states."""
+@contextmanager
+def _body_once(body: nn.Module, outputs: list[Any], cut: Cut) -> Iterator[None]:
+    """Let a model's body give a part of its hidden states; it runs where `outputs` is empty."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not outputs:
-            outputs.append(forward(*args, **kwargs))
-        hidden = getattr(outputs[0], "last_hidden_state", None)
-        if hidden is None or not is_dataclass(outputs[0]):
-            return outputs[0]
-        part: Any = replace(outputs[0], last_hidden_state=hidden[cut])  # type: ignore[type-var]
-        return part
+    def once(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not outputs:
+                outputs.append(forward(*args, **kwargs))
+            whole: Any = outputs[0]
+            hidden = getattr(whole, "last_hidden_state", None)
+            if hidden is None or not is_dataclass(type(whole)):
+                return whole
+            return replace(whole, last_hidden_state=hidden[cut])
 
-    return run
+        return run
+
+    with replaced_forwards([body], once):
+        yield

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from alphaquant.checksums import SUM, content_sum
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.perplexity import losses_of, perplexity_of
-from alphaquant.evaluators.predictions import Piece, predict_pieces, row_chunks
+from alphaquant.evaluators.predictions import Piece, most_likely, predict_pieces, row_chunks
 from alphaquant.files import whole_file, writing
 from alphaquant.progress import Progress
 from alphaquant.spaces.json_files import JsonError, parse_json
@@ -68,17 +68,38 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A teacher's open file.
+class Expected:
+    """What is stored where a piece of predictions lies, and what follows from it.
 
     Attributes:
-        slices: its tensors, not read yet, by name.
+        log_probs: float32 [b, t, k].
+        probs: their exponentials.
+        rest: log-probability of all other tokens, float32 [b, t].
+        tokens: int32 [b, t, k]; None where all are stored, k = V.
+        first: the most likely token, int64 [b, t].
     """
 
-    slices: Mapping[str, Any]
+    log_probs: Tensor
+    probs: Tensor
+    rest: Tensor
+    tokens: Tensor | None
+    first: Tensor
 
-    def read(self, first: int, piece: Piece) -> dict[str, Tensor]:
-        """What is stored where a piece of predictions lies, [windows, positions, ...].
+
+class Stored:
+    """A teacher's open file; what was read last is kept for the next model on the same windows."""
+
+    def __init__(self, slices: Mapping[str, Any]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            slices: the file's tensors by name.
+        """
+        self._slices = slices
+        self._last: tuple[Any, Expected] | None = None
+
+    def read(self, first: int, piece: Piece) -> Expected:
+        """What is stored where a piece of predictions lies.
 
         Args:
             first: window that the piece's batch begins with.
@@ -86,7 +107,19 @@ class Stored:
         """
         windows = slice(first + piece.windows.start, first + piece.windows.stop)
         device = piece.log_probs.device
-        return {n: part[windows, piece.positions].to(device) for n, part in self.slices.items()}
+        bounds = (windows.start, windows.stop, piece.positions.start, piece.positions.stop, device)
+        if self._last is None or self._last[0] != bounds:
+            self._last = None  # before the next is made
+            parts = {n: p[windows, piece.positions].to(device) for n, p in self._slices.items()}
+            self._last = (bounds, _expected(**parts))
+        return self._last[1]
+
+
+def _expected(log_probs: Tensor, rest: Tensor, tokens: Tensor | None = None) -> Expected:
+    first = most_likely(log_probs)
+    if tokens is not None:
+        first = tokens.gather(-1, first.unsqueeze(-1)).squeeze(-1).to(torch.int64)
+    return Expected(log_probs, log_probs.exp(), rest, tokens, first)
 
 
 def store_teacher(
@@ -324,8 +357,8 @@ def _top(log_probs: Tensor, k: int) -> dict[str, Tensor]:
         return {"log_probs": log_probs, "rest": rest}
     shape, rows = log_probs.shape[:-1], log_probs.flatten(0, -2)
     found = [rows[chunk].topk(k, -1) for chunk in row_chunks(rows.shape)]
-    values = torch.cat([part.values for part in found]).unflatten(0, shape)
-    tokens = torch.cat([part.indices.to(torch.int32) for part in found]).unflatten(0, shape)
+    values = torch.cat([part.values for part in found]).reshape(*shape, k)
+    tokens = torch.cat([part.indices.to(torch.int32) for part in found]).reshape(*shape, k)
     return {"log_probs": values, "tokens": tokens, "rest": log_rest(log_probs, tokens)}
 
 

@@ -14,12 +14,12 @@ Letters: R assignments, B windows in a batch, T tokens, H hidden size.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,8 @@ class Rounds:
         """Run all layers; `outputs` gets what the last gives, by assignment and batch."""
         passes = [batch for _ in assignments for batch in batches]
         groups = [0] * len(assignments)  # equal numbers: equal formats so far
-        with closing(walk(self.model_map, passes)) as steps:
+        steps = cast("Generator[LayerStep]", walk(self.model_map, passes))
+        with closing(steps):
             for step in steps:
                 formats = [_formats_in(step.layer, a) for a in assignments]
                 known: dict[tuple[int, tuple[str, ...]], int] = {}

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.evaluators import predictions
-from alphaquant.evaluators.predictions import Piece, predict, predict_pieces, row_chunks
+from alphaquant.evaluators.predictions import (
+    Piece,
+    most_likely,
+    predict,
+    predict_pieces,
+    row_chunks,
+)
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(5, 6)
@@ -71,6 +77,15 @@ def test_numbers_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch) -> No
     logits = model(TOKENS, use_cache=False).logits
     monkeypatch.setattr(predictions, "ROW_BYTES", 4 * VOCABULARY * 7)  # 30 rows in five chunks
     assert torch.equal(predict(model, TOKENS), torch.log_softmax(logits, -1))
+
+
+def test_the_most_likely_token_is_the_first_of_equals() -> None:
+    rows = torch.randn(64, 500, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    rows[:, 400] = rows[:, 7] = rows.max()
+    rows[0, 300] = torch.nan
+    found = most_likely(rows.float().reshape(8, 8, 500))
+    assert torch.equal(found.flatten(), rows.float().argmax(-1))
+    assert set(found.flatten().tolist()[1:]) == {7}
 
 
 def test_rows_come_in_chunks_of_a_bounded_size() -> None:
