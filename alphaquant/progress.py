@@ -26,6 +26,7 @@ class Stage(StrEnum):
     HESSIANS = "hessians", "Hessians"
     BANK = "bank", "bank: every format"
     COSTS = "costs", "costs of formats"
+    PLANNED = "planned", "planned trials"
     STUDY = "study", "study"
     PROBE = "probe", "random assignments"
     SCORES = "scores", "original's scores"

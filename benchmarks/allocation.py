@@ -133,7 +133,7 @@ class Bench:
         self.prepare_cpu_seconds = time.process_time() - started
         # Formats of the peers, before anything is swapped in.
         open_filled_bank(spec, self.prepared.inputs, PEER_FORMATS, self.clock)
-        self.objective = Objective(Swapper(source.map, self.prepared.bank.read))
+        self.objective = Objective(Swapper(source.map, self.prepared.bank.layer))
         self.rows: list[Row] = []
         self.facts: dict[str, Any] = {}
         self._known: dict[str, Divergence] = {}
@@ -233,7 +233,6 @@ def run_evolution(bench: Bench, budget: float, n_evaluations: int) -> None:
     """The search of EvoPress with its own evaluations on the evaluation text."""
     prepared = bench.prepared
     objective = SearchObjective(
-        prepared.inputs.source.map,
         bench.objective.swapper,
         prepared.teachers.evaluation,
         prepared.log_of(prepared.teachers.evaluation),
@@ -329,7 +328,7 @@ def run_peer_weights(bench: Bench, name: str, budget: float, made: PeerChoice) -
         for matrix in source.map.inventory.matrices:
             source.map.view(matrix.name).copy_(weights[matrix.name])
     # The weights are no longer those of the last assignment.
-    bench.objective = Objective(Swapper(source.map, bench.prepared.bank.read))
+    bench.objective = Objective(Swapper(source.map, bench.prepared.bank.layer))
     found = measure_divergence(source.map.model, heldout.tokens.tokens, heldout.teacher)
     counts = made.assignment.count_bits(source.map.inventory)
     sizes = (made.bits_per_weight, counts.checkpoint_bytes)

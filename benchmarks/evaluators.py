@@ -32,10 +32,11 @@ from release import parse_with_out, run_facts
 from torch import Tensor, nn
 
 from alphaquant.evaluators.base import Evaluator, Score, Subject
-from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
+from alphaquant.evaluators.divergence import DivergenceEvaluator
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.models.walk import batches_of
 from alphaquant.reports.tables import markdown, with_error

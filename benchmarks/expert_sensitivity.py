@@ -35,7 +35,8 @@ from alphaquant.commands.sensitivity import (
 )
 from alphaquant.costs.experts import VIEWS, SensitiveExpert, expert_units
 from alphaquant.evaluators.base import Score
-from alphaquant.evaluators.divergence import measure_divergence, store_teacher
+from alphaquant.evaluators.divergence import measure_divergence
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.models.sites import ModelMap
 from alphaquant.provenance import device_facts
 from alphaquant.quant.bank import Bank

@@ -29,7 +29,8 @@ from release import BOOKS, run_facts
 from torch import Tensor
 
 from alphaquant import demo
-from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
+from alphaquant.evaluators.divergence import measure_divergence
+from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.quant.bank import open_bank
 from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.layerwise import quantize_layers
@@ -138,7 +139,7 @@ class Bench:
             bank = open_bank(Path(scratch), "bank", model_map.inventory, {})
             fill_bank(bank, model_map, tokens, formats, settings)
             for name in formats:
-                Swapper(model_map, bank.read).apply(uniform_assignment(model_map.inventory, name))
+                Swapper(model_map, bank.layer).apply(uniform_assignment(model_map.inventory, name))
                 yield name
 
     def _restore(self) -> None:

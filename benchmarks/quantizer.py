@@ -47,7 +47,8 @@ from release import BOOKS, run_facts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
+from alphaquant.evaluators.divergence import measure_divergence
+from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load

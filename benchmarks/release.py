@@ -25,7 +25,8 @@ from checkout import commit
 
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
-from alphaquant.evaluators.divergence import measure_divergence, open_teacher, store_teacher
+from alphaquant.evaluators.divergence import measure_divergence
+from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.provenance import device_facts, versions
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint

@@ -20,7 +20,7 @@ from typing import Any
 from release import BOOKS, parse_with_out, run_facts
 
 from alphaquant.commands.search import search
-from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.progress import StageClock, no_progress
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import uniform_assignment
@@ -44,7 +44,7 @@ def run_seed(spec: SearchSpec, heldout: EvaluationSet) -> dict[str, Any]:
     source = load_source(asked.model, find_device(asked.device), asked.dtype)
     inputs = load_inputs(spec, source)
     bank = open_filled_bank(spec, inputs, bank_formats(found.space), clock)
-    objective = Objective(Swapper(source.map, bank.read))
+    objective = Objective(Swapper(source.map, bank.layer))
     best = objective.measure(found.published, heldout).score("kl")
     names = {row.rival.name for row in found.gate.points if row.rival is not None}
     uniform = {

@@ -236,11 +236,13 @@ class TableObjective:
     Attributes:
         kl: mean KL of an assignment.
         calls: digest and windows of every measurement.
+        together: digests of what was measured together, and windows.
     """
 
     kl: Callable[[Assignment], float]
     batch_size: int = 8
     calls: list[tuple[str, int]] = field(default_factory=list)
+    together: list[tuple[list[str], int]] = field(default_factory=list)
     model_map: Any = field(default_factory=lambda: SimpleNamespace(inventory=INVENTORY))
 
     @property
@@ -253,6 +255,15 @@ class TableObjective:
         kl = torch.tensor(self.kl(assignment) * FACTORS[:n], dtype=torch.float32)
         found = Divergence(kl, torch.full((n,), 0.9), torch.full((n,), 3.0), 16, 0.5)
         return Measured(tuple(found.scores("digest")), found.kl)
+
+    def measure_together(
+        self,
+        assignments: Sequence[Assignment],
+        n_windows: int | None = None,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.together.append(([a.digest for a in assignments], n_windows or self.n_windows))
+        tell(1, 1)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from alphaquant.commands.sensitivity import (
     measure_expert_sensitivity,
 )
 from alphaquant.costs.experts import VIEWS, expert_units
-from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet

@@ -180,8 +180,8 @@ def _make_run(
     source, texts = prepared.inputs.source, prepared.teachers
     scorer = open_scorer(prepared, clock)
     log = prepared.log_of(texts.evaluation)
-    swapper = Swapper(source.map, prepared.bank.read)
-    objective = SearchObjective(source.map, swapper, texts.evaluation, log)
+    swapper = Swapper(source.map, prepared.bank.layer)
+    objective = SearchObjective(swapper, texts.evaluation, log)
     lacking = frozenset(bank_formats(space)) - frozenset(prepared.bank.formats())
     proposer = Proposer(
         space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits), lacking

@@ -50,7 +50,7 @@ from alphaquant.costs.partial import held_in, parts_held
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import Bank
 from alphaquant.spaces.units import Unit
 
@@ -243,7 +243,7 @@ def measure_costs(
         shape,
         lambda: trace_layers(model_map, batches, [labels], folder=folder),
         measure,
-        lambda done, total: progress("costs", done, total),
+        lambda done, total: progress(Stage.COSTS, done, total),
     )
     gemq = _measure_gemq(model_map, bank, batches, formats, progress) if with_gemq else None
     table = CostTable(
@@ -293,7 +293,7 @@ def _measure_gemq(
         shape,
         lambda: trace_layers(model_map, batches, [], [TextLabels()], folder),
         measure,
-        lambda done, total: progress("costs", done, total),
+        lambda done, total: progress(Stage.COSTS, done, total),
     )
     found: Floats = store.read(shape)["gemq"]
     return found

@@ -41,7 +41,7 @@ from alphaquant.checksums import SUM, content_sum
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.files import whole_file
 from alphaquant.models.sites import ModelMap
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.spaces.units import Unit
 
 SPECTRA_VERSION = 1
@@ -113,7 +113,7 @@ def measure_spectra(
                 )
             variance = float(weight.double().var(correction=0))
             rows.append((plain_alpha(weight), farms_alpha(weight, seed), variance))
-        progress("spectra", index + 1, len(model_map.layers))
+        progress(Stage.SPECTRA, index + 1, len(model_map.layers))
     # Copied, since safetensors writes the bytes below a transposed array as they lie.
     alpha, alpha_farms, variances = np.array(rows, dtype=np.float64).T.copy()
     names = tuple(name for layer in model_map.layers for name, _ in layer.views())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import DataError
 from alphaquant.evaluators.base import Evaluated, Metric, Score, Subject, mean_and_stderr
-from alphaquant.models.mapping import device_of
+from alphaquant.evaluators.predictions import Piece, predict_pieces
 from alphaquant.models.walk import batches_of
 from alphaquant.texts.windows import token_digest
 
@@ -28,31 +28,25 @@ _MAX_EXPONENT = 709.0
 PERPLEXITY = Metric("perplexity", "per token", "minimize")
 
 
-@torch.no_grad()
-def predict(model: nn.Module, batch: Tensor) -> Tensor:
-    """Log-probabilities of the next token at every position.
+def losses_of(piece: Piece, batch: Tensor) -> Tensor:
+    """Negative log-likelihood of each token after a piece's positions given those before it, nats.
 
     Args:
-        model: a causal language model.
-        batch: int64 [B, T], on any device.
+        piece: predictions of a part of the batch.
+        batch: int64 [B, T].
 
     Returns:
-        float32 [B, T, V], on the model's device.
+        [windows, positions] of the piece; without the last position of the batch, after which
+        there is no token.
     """
-    device = device_of(model)
-    logits: Tensor = model(batch.to(device), use_cache=False).logits
-    return torch.log_softmax(logits.float(), -1)
+    start, stop = piece.positions.start, min(piece.positions.stop, batch.shape[1] - 1)
+    log_probs = piece.log_probs[:, : stop - start]
+    following = batch[piece.windows, start + 1 : stop + 1].to(log_probs.device)
+    return -log_probs.gather(-1, following.unsqueeze(-1)).squeeze(-1)
 
 
-def token_losses(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of each token given those before it, nats.
-
-    Args:
-        log_probs: [B, T, V].
-        tokens: int64 [B, T], T >= 2.
-
-    Returns:
-        [B, T - 1].
+def check_length(tokens: Tensor) -> None:
+    """Refuse windows [N, T] that predict nothing.
 
     Raises:
         DataError: windows of one token.
@@ -62,8 +56,6 @@ def token_losses(log_probs: Tensor, tokens: Tensor) -> Tensor:
             "perplexity of windows of 1 token asked; the first token of a window is only context; "
             "use windows of 2 tokens or more"
         )
-    following = tokens[:, 1:].to(log_probs.device).unsqueeze(-1)  # [B, T - 1, 1]
-    return -log_probs[:, :-1].gather(-1, following).squeeze(-1)
 
 
 def perplexity_score(nll: Tensor, seq_len: int, seconds: float, data_digest: str) -> Score:
@@ -111,13 +103,16 @@ def measure_perplexity(
     Raises:
         DataError: windows of one token.
     """
+    check_length(tokens)
     started = time.perf_counter()
-    nll = [
-        token_losses(predict(model, batch), batch).mean(-1).cpu()
-        for batch in batches_of(tokens, batch_size)
-    ]
+    losses, first = torch.empty(tokens.shape[0], tokens.shape[1] - 1), 0
+    for batch in batches_of(tokens, batch_size):
+        for piece in predict_pieces(model, batch):
+            windows = slice(first + piece.windows.start, first + piece.windows.stop)
+            losses[windows, piece.positions] = losses_of(piece, batch).cpu()
+        first += len(batch)
     seconds = time.perf_counter() - started
-    return perplexity_score(torch.cat(nll), tokens.shape[1], seconds, data_digest)
+    return perplexity_score(losses.mean(-1), tokens.shape[1], seconds, data_digest)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Metric
-from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
+from alphaquant.evaluators.divergence import DivergenceEvaluator
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.footprint import FootprintEvaluator
 from alphaquant.evaluators.latency import LatencyEvaluator
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.progress import Progress, no_progress
 

@@ -13,7 +13,7 @@ from alphaquant.errors import ModelError
 from alphaquant.files import locked, whole_file
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
-from alphaquant.progress import Progress
+from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import LayerHessians
@@ -101,17 +101,17 @@ def _fill(
         layer = step.layer
         if layer.index > last:
             break
-        progress("hessians", layer.index, len(model_map.layers))
+        progress(Stage.HESSIANS, layer.index, len(model_map.layers))
         lacking = missing.get(layer.index)
         if not lacking:
             continue
         hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)
         with observe_layer(layer, hessians):
             step.run()
-        progress("hessians", layer.index + 1, len(model_map.layers))
-        progress("bank", layer.index, len(model_map.layers))
+        progress(Stage.HESSIANS, layer.index + 1, len(model_map.layers))
+        progress(Stage.BANK, layer.index, len(model_map.layers))
         n_written += _write_layer(bank, model_map, layer, hessians, lacking, settings)
-    progress("bank", len(model_map.layers), len(model_map.layers))
+    progress(Stage.BANK, len(model_map.layers), len(model_map.layers))
     return n_written
 
 

@@ -5,14 +5,15 @@ The packed tensors are those of the layout in `alphaquant.spaces.formats`; their
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from alphaquant.errors import StoreError
 from alphaquant.kernels.grids import E8M0_BIAS, from_e8m0
-from alphaquant.kernels.packing import pack_codes, unpack_codes
+from alphaquant.kernels.packing import look_up, make_table, pack_codes, unpack_codes
 from alphaquant.quant.codecs import make_grid, rebuild
 from alphaquant.spaces.formats import Format, parse_format
 
@@ -80,8 +81,33 @@ class PackedMatrix:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def to(self, device: torch.device) -> "PackedMatrix":
+        """The same matrix on a device, still packed."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved)
+
     def dequantize(self) -> Tensor:
-        """Weights, float32 [rows, cols], on the tensors' device."""
+        """Weights, float32 [rows, cols], on the tensors' device; bit for bit `plain_weights`.
+
+        Values are looked up by the byte (`alphaquant.kernels.packing`) and scaled in place.
+        """
+        if not self.format.is_quantized:
+            return self.tensors["weight"].to(torch.float32)
+        values, scales, zeros = self._values(), self._scales(), self._zeros()
+        size = self.format.columns_per_scale(self.cols)
+        n_even = self.cols // size * size  # the last group may be shorter
+        for start, end, width in ((0, n_even, size), (n_even, self.cols, self.cols - n_even)):
+            if start == end:
+                continue
+            grouped = values[:, start:end].view(self.rows, -1, width)  # [N, G, g]
+            groups = slice(start // size, -(-end // size))
+            if zeros is not None:
+                grouped.sub_(zeros[:, groups].unsqueeze(-1))
+            grouped.mul_(scales[:, groups].unsqueeze(-1))
+        return values
+
+    def plain_weights(self) -> Tensor:
+        """What `dequantize` gives, code by code: its reference."""
         if not self.format.is_quantized:
             return self.tensors["weight"].to(torch.float32)
         codes = unpack_codes(self.tensors["codes"], self.format.bits, self.cols)
@@ -93,12 +119,43 @@ class PackedMatrix:
             zeros = flat.reshape(self.rows, n_groups).to(torch.float32)
         return dequantize_groups(self.format, values, self._scales(), zeros)
 
+    def _values(self) -> Tensor:
+        """Grid values, float32 [rows, cols], not shared."""
+        codes = self.tensors["codes"]
+        if self.format.bits == 8 and not self.format.element:  # nothing to look up
+            return make_grid(self.format).to_values(codes)
+        return look_up(codes, self.format.bits, self.cols, self._table())
+
+    def _zeros(self) -> Tensor | None:
+        """Zero points, float32 [rows, G], None where there are none."""
+        if "zeros" not in self.tensors:
+            return None
+        n_groups = self.format.n_groups(self.cols)
+        # With zero points the value of a code is its number, so the table is that of the codes.
+        zeros = self.tensors["zeros"]
+        flat = look_up(zeros, self.format.bits, self.rows * n_groups, self._table())
+        return flat.reshape(self.rows, n_groups)
+
+    def _table(self) -> Tensor:
+        """Values of words of codes."""
+        codes = self.tensors["codes"]
+        # Tensors that only stand for others, as tracing has, are not kept for later.
+        make = _make_table if type(codes) is Tensor else _make_table.__wrapped__
+        return make(self.format, codes.device)
+
     def _scales(self) -> Tensor:
         stored = self.tensors["scales"]
         if self.format.shared.scale == "e8m0":
             return from_e8m0(stored)
         scales = stored.to(torch.float32)
         return scales * self.tensors["global_scale"] if self.format.shared.global_bits else scales
+
+
+@lru_cache(maxsize=256)
+def _make_table(fmt: Format, device: torch.device) -> Tensor:
+    """Values of words of codes, made once per format and device; nobody writes to it."""
+    codes = torch.arange(2**fmt.bits, dtype=torch.uint8, device=device)
+    return make_table(make_grid(fmt).to_values(codes), fmt.bits)
 
 
 def pack_bf16(weight: Tensor) -> PackedMatrix:

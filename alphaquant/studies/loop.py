@@ -119,6 +119,11 @@ class TrialLoop:
         return self.spec.run.trials is None
 
     @property
+    def n_stored(self) -> int:
+        """Trials of earlier runs."""
+        return len(self._stored)
+
+    @property
     def is_all_new(self) -> bool:
         """Whether all trials of earlier runs were handed back."""
         return len(self.rows) >= len(self._stored)

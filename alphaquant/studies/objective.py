@@ -1,21 +1,17 @@
-"""From an assignment to the numbers of a trial: swap the weights in, compare with the teacher."""
+"""From assignments to the numbers of trials: measured together, remembered in a log."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from alphaquant.evaluators.base import Score
-from alphaquant.evaluators.divergence import (
-    Divergence,
-    Teacher,
-    compare_predictions,
-    measure_divergence,
-)
-from alphaquant.evaluators.perplexity import predict
+from alphaquant.evaluators.divergence import Divergence
+from alphaquant.evaluators.teacher import Teacher
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import batches_of
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.studies.rounds import Rounds, Steps, tell_nobody
 from alphaquant.studies.store.scores import EvaluationLog, first_windows
 from alphaquant.texts.windows import TokenSet
 
@@ -53,10 +49,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Objective:
-    """Evaluates assignments on one model.
+    """Evaluates assignments on one model, whose weights are the same afterwards.
 
     Attributes:
-        swapper: the model.
+        swapper: the model and the bank.
         batch_size: windows per forward pass.
     """
 
@@ -70,10 +66,30 @@ class Objective:
 
     def divergence(self, assignment: Assignment, on: EvaluationSet) -> Divergence:
         """What `measure` summarizes, per window."""
-        self.swapper.apply(assignment)
-        return measure_divergence(
-            self.swapper.model, on.tokens.tokens, on.teacher, batch_size=self.batch_size
-        )
+        return self.divergences([assignment], on)[0]
+
+    def divergences(
+        self,
+        assignments: Sequence[Assignment],
+        on: EvaluationSet,
+        log: EvaluationLog | None = None,
+        tell: Steps = tell_nobody,
+    ) -> list[Divergence]:
+        """The same of many assignments, measured together.
+
+        Args:
+            assignments: different ones.
+            on: the text.
+            log: what was measured before; it is given what is measured now.
+            tell: told how much of the work is done.
+        """
+        n_windows = len(on.tokens.tokens)
+        log = log or EvaluationLog(None, on.tokens.tokens.shape[1])
+        rounds = Rounds(self.swapper.map, self.swapper.open_layer, self.batch_size)
+        for assignment, part in _lacking(rounds, assignments, on, log, n_windows, tell):
+            log.add(assignment.digest, part)
+        found = [log.get(assignment.digest) for assignment in assignments]
+        return [one for one in found if one is not None]
 
 
 @dataclass
@@ -84,16 +100,14 @@ class SearchObjective:
     and go on later.
 
     Attributes:
-        model_map: the model.
-        swapper: writes its weights.
+        swapper: the model and the bank.
         on: the text.
         log: what was measured before.
         batch_size: windows per forward pass.
         n_evaluations: assignments measured in this run, on however many windows.
-        n_passes: work of this run in passes of the whole model over the whole text.
+        n_passes: windows measured in this run, in parts of the text.
     """
 
-    model_map: ModelMap
     swapper: Swapper
     on: EvaluationSet
     log: EvaluationLog
@@ -102,36 +116,67 @@ class SearchObjective:
     n_passes: float = field(default=0.0)
 
     @property
+    def model_map(self) -> ModelMap:
+        """The model."""
+        return self.swapper.map
+
+    @property
     def n_windows(self) -> int:
         """Windows of the text."""
         return len(self.on.tokens.tokens)
 
     def measure(self, assignment: Assignment, n_windows: int | None = None) -> Measured:
         """Scores over the first windows, rounded up to whole batches; None for all."""
-        wanted = min(n_windows or self.n_windows, self.n_windows)
-        if self.log.n_windows(assignment.digest) < wanted:
-            self._run(assignment, wanted)
+        self.measure_together([assignment], n_windows)
         found = self.log.get(assignment.digest)
         assert found is not None, "a measurement is logged"
-        found = first_windows(found, wanted)
+        found = first_windows(found, self._wanted(n_windows))
         return Measured(tuple(found.scores(self.on.tokens.digest)), found.kl)
 
-    def _run(self, assignment: Assignment, n_windows: int) -> None:
-        """Measure the batches that are missing, up to `n_windows`."""
-        self.swapper.apply(assignment)
-        first_batch = self.log.n_windows(assignment.digest) // self.batch_size
-        tokens = self.on.tokens.tokens
-        batches = batches_of(tokens, self.batch_size)[first_batch:]
-        compared = compare_predictions(
-            (predict(self.swapper.model, batch) for batch in batches),
-            tokens,
-            self.on.teacher,
-            batch_size=self.batch_size,
-            first_batch=first_batch,
-        )
-        self.n_evaluations += 1
-        for part in compared:
+    def measure_together(
+        self,
+        assignments: Sequence[Assignment],
+        n_windows: int | None = None,
+        tell: Steps = tell_nobody,
+    ) -> None:
+        """Measure what the log lacks of many assignments, so that `measure` finds it there.
+
+        Args:
+            assignments: any; equal ones are measured once.
+            n_windows: how many of the first windows; None for all.
+            tell: told how much of the work is done.
+        """
+        rounds = Rounds(self.swapper.map, self.swapper.open_layer, self.batch_size)
+        wanted, measured = self._wanted(n_windows), set()
+        for assignment, part in _lacking(rounds, assignments, self.on, self.log, wanted, tell):
             self.log.add(assignment.digest, part)
+            measured.add(assignment.digest)
             self.n_passes += len(part.kl) / self.n_windows
-            if self.log.n_windows(assignment.digest) >= n_windows:
-                break
+        self.n_evaluations += len(measured)
+
+    def _wanted(self, n_windows: int | None) -> int:
+        return min(n_windows or self.n_windows, self.n_windows)
+
+
+def _lacking(
+    rounds: Rounds,
+    assignments: Sequence[Assignment],
+    on: EvaluationSet,
+    log: EvaluationLog,
+    n_windows: int,
+    tell: Steps,
+) -> Iterator[tuple[Assignment, Divergence]]:
+    """Measure what a log lacks of the first windows; those that lack the same go together."""
+    lacking: dict[int, dict[str, Assignment]] = {}
+    for assignment in assignments:
+        n_known = log.n_windows(assignment.digest)
+        if n_known < n_windows:
+            first = n_known // rounds.batch_size
+            lacking.setdefault(first, {})[assignment.digest] = assignment
+    end, tokens = -(-n_windows // rounds.batch_size), on.tokens.tokens
+    for number, (first, some) in enumerate(lacking.items()):
+
+        def part(done: int, total: int, number: int = number) -> None:
+            tell(number * total + done, len(lacking) * total)
+
+        yield from rounds.measure(list(some.values()), tokens, on.teacher, range(first, end), part)

@@ -8,6 +8,9 @@
     knobs        an Optuna sampler moves the allocator's knobs, or
     groups       an Optuna sampler chooses a format per group of units
 
+All but the sampled ones are known before any is run, and are measured together
+(`alphaquant.studies.rounds`), as are those of the probe.
+
 Sampling ends where `alphaquant.studies.stopping` finds that more is not worth it. Each step is
 deterministic given the trials before it and what was measured, so running the program again
 repeats a search without running the model. What a step finds is its trials, in the loop, and what
@@ -16,7 +19,7 @@ it returns.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +117,7 @@ class Findings:
 
 def run_program(run: Run) -> Findings:
     """All steps of a search."""
+    measure_planned(run)
     run_uniform(run)
     if run.spec.proposals.allocator is not None:
         run_named_allocator(run)
@@ -126,8 +130,44 @@ def run_program(run: Run) -> Findings:
     return Findings(stopped, probe)
 
 
+def measure_planned(run: Run) -> None:
+    """Measure all trials that are known before any is run together; they find it in the log.
+
+    Not with a timeout: trials that start before it is over are known one by one only.
+    """
+    if run.spec.run.timeout is not None:
+        return
+    planned = [None if p is None else p.assignment for p in _planned(run)]
+    open_ = planned[run.loop.n_stored : run.loop.most_trials]
+    assignments = [assignment for assignment in open_ if assignment is not None]
+    run.loop.objective.measure_together(
+        assignments, tell=lambda done, total: run.clock(Stage.PLANNED, done, total)
+    )
+
+
+def _planned(run: Run) -> Iterator[Proposal | None]:
+    """What the steps before the probe propose, in their order; None for what is measured first."""
+    yield from _uniform(run)
+    named = run.spec.proposals.allocator
+    if named is not None:
+        yield None if named == EVOLUTION else run.proposer.allocator(named)
+        return
+    yield run.proposer.of_knobs(Knobs(run.proposer.bits_high))
+    for name in _allocators(run):
+        if name == EVOLUTION:
+            yield None
+        elif (proposal := run.proposer.allocator(name)) is not None:
+            yield proposal
+    yield from _sizes(run)
+
+
 def run_uniform(run: Run) -> None:
     """The uniform formats that can win: of those that fit, the ones of least predicted cost."""
+    for proposal in _uniform(run):
+        run.fixed(proposal)
+
+
+def _uniform(run: Run) -> Iterator[Proposal]:
     space, predicted = run.proposer.space, run.proposer.base_cost.sum(axis=0)
     fitting = [
         column
@@ -135,7 +175,9 @@ def run_uniform(run: Run) -> None:
         if uniform_fits(space, name) and run.proposer.keeps_uniform(name)
     ]
     for column in sorted(sorted(fitting, key=lambda column: predicted[column])[:N_UNIFORM]):
-        run.fixed(run.proposer.uniform(space.menu[column]))
+        proposal = run.proposer.uniform(space.menu[column])
+        if proposal is not None:
+            yield proposal
 
 
 def run_default(run: Run) -> None:
@@ -145,10 +187,7 @@ def run_default(run: Run) -> None:
 
 def run_allocators(run: Run) -> None:
     """The allocators of `--allocators`; `all` is those that no other step covers."""
-    names = run.spec.proposals.allocator_names
-    if names == (ALL_ALLOCATORS,):
-        names = tuple(n for n in available(run.problem) if n not in _COVERED)
-    for name in names:
+    for name in _allocators(run):
         if run.loop.is_over:
             return
         proposal = _evolve(run) if name == EVOLUTION else run.proposer.allocator(name)
@@ -156,6 +195,13 @@ def run_allocators(run: Run) -> None:
             kept = constraints_of(run.spec.limits).text
             logger.warning("allocator %s is left out: its choice does not keep %s", name, kept)
         run.fixed(proposal)
+
+
+def _allocators(run: Run) -> tuple[str, ...]:
+    names = run.spec.proposals.allocator_names
+    if names == (ALL_ALLOCATORS,):
+        return tuple(n for n in available(run.problem) if n not in _COVERED)
+    return names
 
 
 def run_named_allocator(run: Run) -> None:
@@ -178,8 +224,15 @@ def run_named_allocator(run: Run) -> None:
 
 def run_sizes(run: Run) -> None:
     """The default knobs at sizes from the smallest to the largest of the menu."""
+    for proposal in _sizes(run):
+        run.fixed(proposal)
+
+
+def _sizes(run: Run) -> Iterator[Proposal]:
     for limit_bits in _front_limits(run):
-        run.fixed(_at_or_none(run, run.proposer.base_cost, limit_bits, "size"))
+        proposal = _at_or_none(run, run.proposer.base_cost, limit_bits, "size")
+        if proposal is not None:
+            yield proposal
 
 
 def run_probe(run: Run) -> Probe | None:
@@ -195,11 +248,14 @@ def run_probe(run: Run) -> Probe | None:
     for i in range(N_PROBES):
         seed = int(np.random.SeedSequence((run.spec.proposals.seed, i)).generate_state(1)[0])
         choices.append(ALLOCATORS["random"].allocate(run.problem, limit, seed).choice)
-    measured = []
     n_windows = min(PROBE_WINDOWS, run.truth.n_windows)
-    for done, choice in enumerate(choices):
-        measured.append(float(run.truth.measure(choice, n_windows).mean()))
-        run.clock(Stage.PROBE, done + 1, N_PROBES)
+    run.truth.measure_together(
+        choices,
+        n_windows,
+        lambda done, total: run.clock(Stage.PROBE, N_PROBES * done // total, N_PROBES),
+    )
+    measured = [float(run.truth.measure(choice, n_windows).mean()) for choice in choices]
+    run.clock(Stage.PROBE, N_PROBES, N_PROBES)
     tables = {**run.problem.costs, "default": run.proposer.base_cost}
     rows = np.arange(len(run.problem.units))
     return Probe(

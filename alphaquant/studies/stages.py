@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alphaquant.evaluators.divergence import TOP_K, store_teacher
 from alphaquant.evaluators.scores import ScorePlan, plan_scores
+from alphaquant.evaluators.teacher import TOP_K, store_teacher
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text

@@ -117,7 +117,10 @@ class Proposer:
 
     def knobs(self, trial: optuna.Trial) -> Proposal:
         """The assignment of suggested knobs."""
-        knobs = suggest_knobs(trial, self.bits_low, self.bits_high)
+        return self.of_knobs(suggest_knobs(trial, self.bits_low, self.bits_high))
+
+    def of_knobs(self, knobs: Knobs) -> Proposal:
+        """The assignment of given knobs."""
         cost = apply_knobs(self.problem, knobs)
         limit_bits = min(self.limit_bits, self.problem.limit_bits(knobs.bits))
         solution = self.solve(cost, limit_bits)

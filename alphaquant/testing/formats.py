@@ -8,6 +8,7 @@ are drawn, not measured. Letters: B matrices, N rows, K columns, G groups per ro
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,6 +88,20 @@ def check_storage(fmt: Format, search: ScaleSearch) -> None:
         assert 8 * packed.n_bytes == fmt.storage_bits(rows, cols), (fmt.name, rows, cols)
         assert rounded.scales.shape == (1, rows, fmt.n_groups(cols)), (fmt.name, rows, cols)
         _assert_same_bits(packed.dequantize(), rounded.weights()[0], fmt)
+
+
+def check_dequantization(fmt: Format, search: ScaleSearch) -> None:
+    """Codes that are looked up give the weights that they give one by one, whatever the codes."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, cols in SHAPES:
+        packed = quantize_rtn(draw_weights(rows, cols)[None], fmt, search).pack(0, slice(None))
+        tensors = dict(packed.tensors)
+        for name in {"codes", "zeros"} & tensors.keys():
+            shape = tensors[name].shape
+            drawn = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            tensors[name] = drawn
+        packed = replace(packed, tensors=tensors)
+        _assert_same_bits(packed.dequantize(), packed.plain_weights(), fmt)
 
 
 def check_grid(fmt: Format, search: ScaleSearch) -> None:
@@ -253,6 +268,7 @@ def check_unquantized() -> None:
 
 CHECKS: tuple[Callable[[Format, ScaleSearch], None], ...] = (
     check_storage,
+    check_dequantization,
     check_grid,
     check_zeros,
     check_extremes,

@@ -12,14 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import DataError, StoreError
-from alphaquant.evaluators.divergence import (
-    Divergence,
-    Teacher,
-    measure_divergence,
-    open_teacher,
-    store_teacher,
-)
+from alphaquant.evaluators import predictions
+from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.evaluators.perplexity import measure_perplexity
+from alphaquant.evaluators.teacher import Teacher, open_teacher, store_teacher
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 Make = Callable[..., nn.Module]
@@ -170,7 +166,59 @@ def test_batches_do_not_change_the_numbers(
     assert torch.equal(found.same_top, expected.same_top)
 
 
+@pytest.mark.parametrize("top_k", [VOCABULARY, 20])
+def test_predictions_in_parts_do_not_change_the_numbers(
+    tmp_path: Path,
+    original: nn.Module,
+    changed: nn.Module,
+    top_k: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = divergence(tmp_path, original, changed, top_k=top_k)
+    whole = load_file(tmp_path / f"teacher-{top_k}.safetensors")
+    monkeypatch.setattr(predictions, "ROW_BYTES", 4 * VOCABULARY * 2)
+    for n_positions in (18, 9, 4):  # of the file's windows: all of a batch, one, not even one
+        monkeypatch.setattr(predictions, "MOST_BYTES", 4 * VOCABULARY * n_positions)
+        (tmp_path / str(n_positions)).mkdir()
+        found = divergence(tmp_path / str(n_positions), original, changed, top_k=top_k)
+        stored = load_file(tmp_path / str(n_positions) / f"teacher-{top_k}.safetensors")
+        for name, tensor in whole.items():
+            assert torch.allclose(stored[name], tensor, rtol=0, atol=5e-6), name
+        assert torch.allclose(found.kl, expected.kl, rtol=0, atol=1e-6)
+        assert torch.allclose(found.nll, expected.nll, rtol=0, atol=1e-6)
+        assert torch.equal(found.same_top, expected.same_top)
+
+
 # The teacher's file
+
+
+def test_its_tensors_are_those_that_safetensors_would_write(
+    tmp_path: Path, original: nn.Module
+) -> None:
+    teacher = store_teacher(tmp_path / "a.safetensors", original, TOKENS, batch_size=2, top_k=10)
+    found = [
+        nn.functional.log_softmax(original(part, use_cache=False).logits, -1)
+        for part in TOKENS.split(2)
+    ]
+    top = [part.topk(10, -1) for part in found]
+    tensors = load_file(teacher.path)
+    assert torch.equal(tensors["log_probs"], torch.cat([part.values for part in top]))
+    assert torch.equal(tensors["tokens"], torch.cat([part.indices.int() for part in top]))
+    with safe_open(teacher.path, "pt") as file:
+        save_file(tensors, tmp_path / "b.safetensors", metadata=file.metadata())
+    assert open_teacher(tmp_path / "b.safetensors").facts == teacher.facts
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(
+    tmp_path: Path, original: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tensor, "numpy", full)
+    with pytest.raises(StoreError, match=r"cannot write .*No space left .* bytes, .* are free"):
+        store_teacher(tmp_path / "a.safetensors", original, TOKENS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_says_what_it_holds(tmp_path: Path, original: nn.Module) -> None:

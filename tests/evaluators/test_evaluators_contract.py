@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.evaluators.base import Evaluated, Evaluator, Metric, Score, Subject
-from alphaquant.evaluators.divergence import DivergenceEvaluator, store_teacher
+from alphaquant.evaluators.divergence import DivergenceEvaluator
 from alphaquant.evaluators.drift import RoutingDriftEvaluator
 from alphaquant.evaluators.footprint import FootprintEvaluator
 from alphaquant.evaluators.latency import LatencyEvaluator, LatencyRow, LatencyTable
 from alphaquant.evaluators.perplexity import PerplexityEvaluator
 from alphaquant.evaluators.routes import keep_routes
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import load

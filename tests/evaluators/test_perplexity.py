@@ -8,12 +8,8 @@ import torch
 from torch import nn
 
 from alphaquant.errors import DataError
-from alphaquant.evaluators.perplexity import (
-    measure_perplexity,
-    perplexity_score,
-    predict,
-    token_losses,
-)
+from alphaquant.evaluators.perplexity import losses_of, measure_perplexity, perplexity_score
+from alphaquant.evaluators.predictions import Piece, predict
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 Make = Callable[..., nn.Module]
@@ -77,10 +73,14 @@ def test_windows_of_one_token_predict_nothing(table_model: Make) -> None:
 def test_losses_are_of_the_following_token(table_model: Make) -> None:
     tokens = torch.tensor([[3, 1, 4], [1, 5, 6]])
     log_probs = predict(table_model(), tokens)
-    losses = token_losses(log_probs, tokens)
+    losses = losses_of(Piece(slice(0, 2), slice(0, 3), log_probs), tokens)
     assert losses.shape == (2, 2)
     assert losses[1, 0] == -log_probs[1, 0, 5]
     assert losses[0, 1] == -log_probs[0, 1, 4]
+    middle = Piece(slice(1, 2), slice(1, 2), log_probs[1:, 1:2])
+    assert losses_of(middle, tokens).tolist() == [[float(losses[1, 1])]]
+    last = Piece(slice(0, 1), slice(2, 3), log_probs[:1, 2:])
+    assert losses_of(last, tokens).shape == (1, 0)
 
 
 def test_predictions_are_normalized_float32_without_a_graph() -> None:

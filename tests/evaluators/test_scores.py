@@ -140,7 +140,7 @@ def test_a_trial_has_the_drift_that_its_weights_have(drifting: SearchResult) -> 
     assert row.extra["router_kl"] > 0
     inputs, names = load_inputs(spec, source), bank_formats(drifting.space)
     bank = open_filled_bank(spec, inputs, names, StageClock(no_progress))
-    Swapper(source.map, bank.read).apply(assignment)
+    Swapper(source.map, bank.layer).apply(assignment)
     scores = evaluator.evaluate(Subject(source.map.model)).scores
     assert [s.value for s in scores] == [row.extra["router_kl"], row.extra["expert_overlap"]]
     assert [s.stderr for s in scores] == [

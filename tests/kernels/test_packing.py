@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaquant.kernels.packing import pack_codes, packed_row_bytes, unpack_codes
+from alphaquant.kernels.packing import (
+    look_up,
+    make_table,
+    pack_codes,
+    packed_row_bytes,
+    unpack_codes,
+)
 
 
 def reference_bytes(codes: list[int], bits: int) -> bytes:
@@ -25,6 +31,28 @@ def test_nine_signs_give_the_bytes_of_the_header() -> None:
     packed = pack_codes(torch.tensor(signs, dtype=torch.uint8), 1)
     assert packed.tolist() == [0x0D, 0x01]
     assert unpack_codes(packed, 1, 9).tolist() == signs
+
+
+def test_the_word_of_the_header_is_a_row_of_the_table() -> None:
+    values = torch.arange(8.0)
+    table = make_table(values, 3)
+    assert table.shape == (4096, 4)
+    assert table[0x1D5].tolist() == [5, 2, 7, 0]
+    packed = torch.tensor([[0xD5, 0x01]], dtype=torch.uint8)
+    assert look_up(packed, 3, 3, table).tolist() == [[5, 2, 7]]
+
+
+@given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**16))
+def test_looked_up_values_are_those_of_the_codes(
+    bits: int, rows: int, n_codes: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, rows, packed_row_bytes(n_codes, bits))
+    packed = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    values = torch.randn(2**bits, generator=generator)
+    found = look_up(packed, bits, n_codes, make_table(values, bits))
+    assert torch.equal(found, values[unpack_codes(packed, bits, n_codes).to(torch.int64)])
+    assert found.is_contiguous()
 
 
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**16))

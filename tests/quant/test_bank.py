@@ -265,7 +265,7 @@ def test_progress_goes_up_to_the_number_of_layers(tmp_path: Path, model_map: Mod
 def test_swapping_writes_what_changed_and_nothing_else(bank: Bank) -> None:
     model_map = map_model(tiny_model("qwen2_moe"))
     inventory = model_map.inventory
-    swapper = Swapper(model_map, bank.read)
+    swapper = Swapper(model_map, bank.layer)
     first = uniform_assignment(inventory, "mxfp4")
     assert swapper.apply(first) == len(inventory.matrices)
     assert swapper.apply(first) == 0

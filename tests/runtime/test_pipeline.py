@@ -61,7 +61,7 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path
     bank = open_bank(tmp_path, "bank", model_map.inventory, {})
     fill_bank(bank, model_map, TOKENS, sorted(MENUS["all"]), SETTINGS, batch_size=2)
     loaded = load(result.path)
-    Swapper(model_map, bank.read).apply(assignment)
+    Swapper(model_map, bank.layer).apply(assignment)
     tokens = tiny_tokens(2, 11, 5)
     with torch.no_grad():
         found, expected = loaded(tokens).logits, model(tokens).logits

@@ -1,13 +1,16 @@
 """Evaluations of assignments: the original has no divergence, and every run counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.evaluators.divergence import store_teacher
+from alphaquant.evaluators.divergence import Divergence
+from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.quant.bank import Bank, open_bank
 from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.swap import Swapper
@@ -15,6 +18,7 @@ from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.inputs import Source, load_source, read_text
 from alphaquant.studies.objective import EvaluationSet, Objective, SearchObjective
+from alphaquant.studies.rounds import Rounds
 from alphaquant.studies.store.scores import EvaluationLog
 
 NAMES = ("int2-g32", "bf16")
@@ -52,8 +56,8 @@ def make_objective(
 
     def make(name: str = "a") -> SearchObjective:
         log = EvaluationLog(tmp_path / f"{name}.jsonl", 32)
-        swapper = Swapper(source.map, bank.read)
-        return SearchObjective(source.map, swapper, evaluation, log, batch_size=2)
+        swapper = Swapper(source.map, bank.layer)
+        return SearchObjective(swapper, evaluation, log, batch_size=2)
 
     return make
 
@@ -71,7 +75,7 @@ def coarse_from(source: Source, first: int, kind: str = "") -> Assignment:
 def test_measurement_depends_on_the_assignment_and_not_on_the_one_before(
     source: Source, evaluation: EvaluationSet, bank: Bank
 ) -> None:
-    objective = Objective(Swapper(source.map, bank.read))
+    objective = Objective(Swapper(source.map, bank.layer))
     coarse, exact = (uniform_assignment(source.map.inventory, name) for name in NAMES)
     first = objective.measure(coarse, evaluation)
     original = objective.measure(exact, evaluation)
@@ -101,10 +105,52 @@ def test_numbers_do_not_depend_on_measuring_in_parts(
     assert torch.equal(objective.measure(assignment, 99).kl, whole)
 
 
+def test_many_together_are_found_by_each_and_nothing_runs_twice(
+    source: Source, make_objective: MakeObjective
+) -> None:
+    objective = make_objective("together")
+    some = [coarse_from(source, 0), coarse_from(source, 1), coarse_from(source, 1, "attention")]
+    objective.measure(some[1], 3)  # two batches of it are known
+    steps: list[tuple[int, int]] = []
+    objective.measure_together([*some, some[0]], tell=lambda *step: steps.append(step))
+    assert (objective.n_evaluations, objective.n_passes) == (4, pytest.approx(3.0))
+    assert steps[-1] == (4, 4)  # two layers for those without any, two for the one with some
+    known = [objective.log.n_windows(assignment.digest) for assignment in some]
+    assert known == [N_WINDOWS] * 3
+    for assignment in some:
+        alone = make_objective(assignment.digest[:8]).measure(assignment)
+        assert torch.equal(objective.measure(assignment).kl, alone.kl)
+    objective.measure_together(some)
+    assert objective.n_passes == pytest.approx(3.0)
+
+
+def test_a_round_that_is_stopped_keeps_its_finished_turns(
+    source: Source, make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Rounds.measure
+
+    def stopped(self: Rounds, *args: Any) -> Iterator[tuple[Assignment, Divergence]]:
+        turns = honest(replace(self, most_bytes=0), *args)  # one assignment and batch at a time
+        for _ in range(5):
+            yield next(turns)
+        raise KeyboardInterrupt
+
+    some = [coarse_from(source, 0), coarse_from(source, 1)]
+    objective = make_objective("shared")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rounds, "measure", stopped)
+        objective.measure_together(some)
+    again = make_objective("shared")
+    assert [again.log.n_windows(a.digest) for a in some] == [7, 2]
+    again.measure_together(some)
+    assert again.n_passes == pytest.approx(5 / 7)
+    assert torch.equal(again.measure(some[1]).kl, make_objective("b").measure(some[1]).kl)
+
+
 def test_numbers_are_those_of_the_plain_evaluation(
     source: Source, evaluation: EvaluationSet, bank: Bank, make_objective: MakeObjective
 ) -> None:
-    objective, plain = make_objective(), Objective(Swapper(source.map, bank.read), batch_size=2)
+    objective, plain = make_objective(), Objective(Swapper(source.map, bank.layer), batch_size=2)
     for assignment in (coarse_from(source, 0), coarse_from(source, 1, "attention")):
         mine, theirs = objective.measure(assignment), plain.measure(assignment, evaluation)
         assert mine.kl.tolist() == theirs.kl.tolist()
@@ -132,7 +178,7 @@ def test_what_the_log_has_is_never_run_again(
     def no_work(*args: object) -> None:
         raise AssertionError("the model is touched")
 
-    monkeypatch.setattr(Swapper, "apply", no_work)
+    monkeypatch.setattr(Rounds, "measure", no_work)
     found = second.measure(assignment)
     assert found.kl.tolist() == first.kl.tolist()
     assert [s.value for s in found.scores] == [s.value for s in first.scores]

@@ -80,6 +80,45 @@ def test_one_allocator_runs_beside_uniform_alone(make_run: MakeRun) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"allocators": "error,evolution"},
+        {"allocator": "error"},
+        {"max_formats_per_layer": 2},
+        {"trials": 6},
+    ],
+)
+def test_trials_that_are_known_before_any_is_run_are_measured_together(
+    changes: dict[str, Any], make_run: MakeRun
+) -> None:
+    run = make_run(**{"trials": 20, **changes})
+    run_program(run)
+    objective: Any = run.truth.objective
+    planned, n_windows = objective.together[0]
+    sampled = {row.number for row in run.loop.rows if row.origin in ("knobs", "groups")}
+    sampled -= {min(sampled, default=0)}  # the first is the default
+    unknown = {row.number for row in run.loop.rows if row.origin == "allocator:evolution"}
+    rows = [row for row in run.loop.rows if row.number not in sampled | unknown]
+    assert planned == [row.digest for row in rows]
+    assert n_windows == objective.n_windows
+    assert objective.calls[0][0] == planned[0]
+
+
+def test_what_a_study_has_is_not_measured_together_again(make_run: MakeRun) -> None:
+    first = make_run(trials=5)
+    run_program(first)
+    again = make_run(trials=9, study=first.loop.study)
+    run_program(again)
+    objective: Any = again.truth.objective
+    assert objective.together == [([row.digest for row in again.loop.rows[5:9]], 24)]
+    timed = make_run(timeout=1000.0, trials=4)
+    run_program(timed)
+    late: Any = timed.truth.objective
+    assert late.together == []
+
+
 def test_uniform_formats_are_the_three_of_least_predicted_cost_that_fit(make_run: MakeRun) -> None:
     menu = ("int1-g32", "int2-g32", "int3-g32-asym", "int4-g64", "mxfp4", "int8-row")
     run = make_run(budget="5bits", menu=menu)

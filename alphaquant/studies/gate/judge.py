@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alphaquant.evaluators.base import Metric, mean_and_stderr
-from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.space import SearchSpace
@@ -161,7 +160,7 @@ def judge(
     objectives: Sequence[Metric] = (),
     progress: Progress = no_progress,
 ) -> GateResult:
-    """Measure every point and every uniform format on held-out text and decide.
+    """Measure every point and every uniform format on held-out text, together, and decide.
 
     Args:
         objective: measures.
@@ -171,7 +170,7 @@ def judge(
         names: uniform formats to compare with; those that do not load for every unit are left out.
         log: what was measured before; None measures all.
         objectives: those of the study besides bits and KL, which every point's trial has.
-        progress: called with ("gate", assignments done, assignments).
+        progress: called with ("gate", done, assignments): how much of their work is done.
     """
     points = {assignment.digest: row for row, assignment in front}
     uniforms = {
@@ -182,20 +181,26 @@ def judge(
     }
     assignments = {assignment.digest: assignment for _, assignment in front}
     assignments |= {digest: assignment for digest, (_, assignment) in uniforms.items()}
-    candidates = []
-    progress(Stage.GATE, 0, len(assignments))
-    for digest, assignment in assignments.items():
-        row = points.get(digest)
-        candidate = Candidate(
+    n_assignments = len(assignments)
+    progress(Stage.GATE, 0, n_assignments)
+    found = objective.divergences(
+        list(assignments.values()),
+        heldout,
+        log,
+        lambda done, total: progress(Stage.GATE, n_assignments * done // total, n_assignments),
+    )
+    progress(Stage.GATE, n_assignments, n_assignments)
+    candidates = [
+        Candidate(
             assignment,
-            row,
+            points.get(digest),
             uniforms[digest][0] if digest in uniforms else None,
             assignment.storage_bits(space.inventory),
-            _measure(objective, heldout, assignment, log),
-            _others(row, objectives),
+            measured,
+            _others(points.get(digest), objectives),
         )
-        candidates.append(candidate)
-        progress(Stage.GATE, len(candidates), len(assignments))
+        for (digest, assignment), measured in zip(assignments.items(), found, strict=True)
+    ]
     return _Decisions(space, heldout.tokens, candidates).result()
 
 
@@ -205,22 +210,6 @@ def _others(row: TrialRow | None, objectives: Sequence[Metric]) -> tuple[float, 
         return None if objectives else ()
     signs = [1 if metric.direction == "minimize" else -1 for metric in objectives]
     return tuple(s * row.score(m.name) for s, m in zip(signs, objectives, strict=True))
-
-
-def _measure(
-    objective: Objective,
-    heldout: EvaluationSet,
-    assignment: Assignment,
-    log: EvaluationLog | None,
-) -> Divergence:
-    """One pass over the text, or what the log has; windows one by one, which scores lack."""
-    known = None if log is None else log.get(assignment.digest)
-    if known is not None:
-        return known
-    found = objective.divergence(assignment, heldout)
-    if log is not None:
-        log.add(assignment.digest, found)
-    return found
 
 
 @dataclass(frozen=True)

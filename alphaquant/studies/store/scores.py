@@ -27,11 +27,11 @@ _FIELDS = ("kl", "same_top", "nll")
 class EvaluationLog:
     """Measurements by the digest of their assignment: always the first windows of the text."""
 
-    def __init__(self, path: Path, seq_len: int) -> None:
+    def __init__(self, path: Path | None, seq_len: int) -> None:
         """Read what earlier runs measured.
 
         Args:
-            path: the file; made at the first measurement.
+            path: the file; made at the first measurement. None remembers in memory alone.
             seq_len: tokens per window.
 
         Raises:
@@ -56,6 +56,9 @@ class EvaluationLog:
         first = self.n_windows(digest)
         line: dict[str, Any] = {"digest": digest, "first": first, "seconds": part.seconds}
         line |= {name: getattr(part, name).tolist() for name in _FIELDS}
+        if self._path is None:
+            self._remember(digest, first, part)
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -87,7 +90,7 @@ class EvaluationLog:
 
     def _whole_lines(self) -> list[bytes]:
         """The lines of the file; what a kill left of the last one is cut off."""
-        if not self._path.exists():
+        if self._path is None or not self._path.exists():
             return []
         with self._path.open("rb") as file:
             # Whoever writes a line holds the lock to its end, so half a line is of a killed one.
