@@ -28,6 +28,7 @@ from alphaquant.errors import AlphaQuantError
 STAGES: Mapping[str, str] = MappingProxyType(
     {
         "load": "load model and texts",
+        "prepare": "copy of the weights",
         "teacher": "original's outputs",
         "spectra": "spectra of weights",
         "hessians": "Hessians",

@@ -93,7 +93,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
         progress("load", 0, 1)
-        source = load_source(spec.model, device, spec.dtype)
+        source = load_source(spec.model, device, spec.dtype, progress=progress)
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
         warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]

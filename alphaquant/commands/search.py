@@ -108,7 +108,10 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     clock("load", 0, LOAD_STEPS)
     steps = clock.counted("load", LOAD_STEPS)
-    source = load_source(spec.checkpoint.model, request.device, spec.checkpoint.dtype, steps)
+    asked, cache = spec.checkpoint, spec.run.cache
+    source = load_source(
+        asked.model, request.device, asked.dtype, steps, cache=cache, progress=clock
+    )
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)

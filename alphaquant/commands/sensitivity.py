@@ -89,6 +89,8 @@ def measure_expert_sensitivity(
         find_device(asked.device),
         asked.dtype,
         lambda n_done: progress("load", n_done, n_steps),
+        cache=spec.cache,
+        progress=progress,
     )
     # A dense model, and formats that save nothing, are refused before the long work.
     saved_bits(expert_units(source.map.inventory), spec.format, spec.against)
