@@ -77,13 +77,18 @@ def load_model(
     except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
     _check_complete(name, model, report, can_read=dequantizing is None)
+    if dequantizing is not None and isinstance(wanted, torch.dtype):
+        model.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
+    return _settled(model, config, device)
+
+
+def _settled(model: Any, config: Any, device: str) -> nn.Module:
+    """A loaded model on its device, in evaluation mode, with the dtype of its checkpoint."""
     if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and
         # saved in the checkpoint's own.
         model.config.dtype = config.dtype
     loaded: nn.Module = model.to(device)
-    if dequantizing is not None and isinstance(wanted, torch.dtype):
-        loaded.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
     loaded.requires_grad_(False)
     return loaded.eval()
 

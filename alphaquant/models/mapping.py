@@ -98,10 +98,10 @@ def map_model(
         )
     if pages is not None:
         layers = tuple(replace(layer, pages=pages.layers[layer.name]) for layer in layers)
+    rest = None if pages is None else pages.rest
     inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
     views = dict(pair for layer in layers for pair in layer.views())
     staying = tuple(part for layer in layers for part in _staying(layer, probe))
-    rest = None if pages is None else pages.rest
     return ModelMap(model, inventory, layers, views, staying, probe.problem, rest=rest)
 
 

@@ -218,40 +218,65 @@ def _make_form(
     shutil.rmtree(folder, ignore_errors=True)
     needed = sum(t.nbytes for t in asked.unfilled.model.state_dict().values())
     _check_room(asked.root, needed)
-    groups = _groups(asked, targets)
-    digests: dict[str, str] = {}
-    unexpected: set[str] = set()
-    misfits: list[Misfit] = []
-    errors: dict[str, str] = {}
     try:
         with writing(part, needed):
             part.mkdir(parents=True)
-            for done, (name, keys) in enumerate(groups.items()):
-                asked.progress(STAGE, done, len(groups))
-                before = asked.unfilled.model.state_dict(keep_vars=True)
-                tensors = map_pages({key: sources[key] for key in keys}).tensors
-                info = convert(asked.unfilled, tensors)
-                filled = take_filled(asked.unfilled, before)
-                digests[name] = write_aligned(part / name, _cast(filled, asked.cast))
-                unexpected |= info.unexpected_keys
-                misfits += _misfits(info)
-                errors |= info.conversion_errors
-            asked.progress(STAGE, len(groups), len(groups))
-            if errors:  # transformers says which, and refuses the model
-                return Form({}, tuple(sorted(unexpected)), tuple(misfits), False, errors)
-            facts = {
-                "version": FORM_VERSION,
-                "files": digests,
-                "unexpected": sorted(unexpected),
-                "misfits": misfits,
-            }
-            (part / FORM).write_text(json.dumps(facts, indent=1))
+            made = _write_files(asked, part, sources, targets)
+            if made.info.conversion_errors:  # transformers says which, and refuses the model
+                unexpected = tuple(sorted(made.info.unexpected_keys))
+                misfits, errors = _misfits(made.info), made.info.conversion_errors
+                return Form({}, unexpected, misfits, False, errors)
+            (part / FORM).write_text(json.dumps(made.facts(), indent=1))
             part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    made = _read_form(folder, is_new=True)
-    assert made is not None
-    return made
+    found = _read_form(folder, is_new=True)
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Files of a copy: their sha256 by name, and what transformers reported of all of them."""
+
+    digests: Mapping[str, str]
+    info: Any
+
+    def facts(self) -> dict[str, Any]:
+        """For `form.json`."""
+        return {
+            "version": FORM_VERSION,
+            "files": self.digests,
+            "unexpected": sorted(self.info.unexpected_keys),
+            "misfits": _misfits(self.info),
+        }
+
+
+def _write_files(
+    asked: Asked, folder: Path, sources: Mapping[str, Place], targets: Mapping[str, Target]
+) -> _Made:
+    groups, total = _groups(asked, targets), empty_info(asked.unfilled)
+    digests = {}
+    for done, (name, keys) in enumerate(groups.items()):
+        asked.progress(STAGE, done, len(groups))
+        digests[name], info = _write_file(asked, folder / name, {k: sources[k] for k in keys})
+        total.unexpected_keys |= info.unexpected_keys
+        total.mismatched_keys |= info.mismatched_keys
+        total.conversion_errors |= info.conversion_errors
+    asked.progress(STAGE, len(groups), len(groups))
+    return _Made(digests, total)
+
+
+def _write_file(asked: Asked, file: Path, sources: Mapping[str, Place]) -> tuple[str, Any]:
+    """Merge and write what some tensors of the checkpoint become; nothing of it stays in memory.
+
+    Returns:
+        sha256 of the file, and what transformers reports.
+    """
+    before = asked.unfilled.model.state_dict(keep_vars=True)
+    info = convert(asked.unfilled, map_pages(sources).tensors)
+    filled = take_filled(asked.unfilled, before)
+    return write_aligned(file, _cast(filled, asked.cast)), info
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
