@@ -43,6 +43,12 @@ class Unfilled:
         """Whether transformers dequantizes the checkpoint."""
         return self.config.hf_quantizer is not None
 
+    @property
+    def dequantizer(self) -> str:
+        """How it does so; empty where it does not."""
+        own = self.config.hf_quantizer
+        return "" if own is None else f"{type(own).__name__} {own.quantization_config}"
+
 
 @dataclass(frozen=True)
 class Target:

@@ -49,6 +49,8 @@ FORM_VERSION = 1
 STAGE = "prepare"
 FORM = "form.json"
 REST = "rest.safetensors"
+READ = "read"
+"""Folder beside the copies: sha256 of the checkpoints' files."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ class Asked:
         """Digest of all that the prepared form depends on."""
         files = [Path(file) for file in self.unfilled.files]
         folder = hashlib.sha256(str(files[0].resolve().parent).encode()).hexdigest()[:16]
-        digests = file_digests(files, self.root / "read" / f"{folder}.json")
+        digests = file_digests(files, self.root / READ / f"{folder}.json")
         state = self.unfilled.model.state_dict()
         facts = {
             "form": FORM_VERSION,
@@ -121,7 +123,9 @@ class Asked:
             "cast": str(self.cast),
             "dtype": str(self.unfilled.config.dtype),
             "kept_in": sorted((k, str(v)) for k, v in self.unfilled.config.dtype_plan.items()),
-            "dequantizer": type(self.unfilled.config.hf_quantizer).__name__,
+            "dequantizer": self.unfilled.dequantizer,
+            "class": type(self.unfilled.model).__name__,
+            "rules": [repr(rule) for rule in self.unfilled.config.weight_mapping or ()],
             "layers": list(self.layers),
             "state": [(n, list(t.shape), str(t.dtype)) for n, t in state.items()],
         }
@@ -138,6 +142,7 @@ def find_form(asked: Asked) -> tuple[Form, Path] | None:
         ModelError: a file of the checkpoint is damaged.
         StoreError: the copy cannot be written.
     """
+    _make_root(asked.root)
     sources: dict[str, Place | None] = {}
     for file in asked.unfilled.files:
         sources |= read_places(Path(file))
@@ -152,8 +157,6 @@ def find_form(asked: Asked) -> tuple[Form, Path] | None:
     in_place = _form_in_place(asked, places, targets)
     if in_place is not None:
         return in_place, folder
-    with writing(asked.root / "lock"):
-        asked.root.mkdir(parents=True, exist_ok=True)
     with locked(asked.root / f"{folder.name}.lock", f"the copy {folder}", "--cache", waits=True):
         found = _read_form(folder)  # whoever had the lock before made it
         if found is None:
@@ -295,6 +298,21 @@ def _groups(asked: Asked, targets: Mapping[str, Target]) -> dict[str, list[str]]
         owner = asked.owner(target.name)
         groups[REST if owner is None else names[owner]].append(key)
     return groups
+
+
+def _make_root(root: Path) -> None:
+    """Make the folder of prepared checkpoints.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    try:
+        (root / READ).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot make {root}, where copies of weights go ({error}); give a folder that can be "
+            "written with --cache or $ALPHAQUANT_CACHE"
+        ) from error
 
 
 def _check_room(root: Path, needed: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphaquant.errors import ModelError
@@ -48,22 +49,21 @@ def read_places(file: Path) -> dict[str, Place | None]:
         ModelError: it is damaged.
     """
     try:
+        with safe_open(file, framework="pt"):  # its own checks: header, sizes, length of the file
+            pass
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{file} is damaged or incomplete ({error}); fetch or copy it again"
         ) from error
     header.pop("__metadata__", None)
-    return {
-        name: Place(
-            file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[dtype]
-        )
-        if (dtype := entry["dtype"]) in DTYPES
-        else None
-        for name, entry in header.items()
-    }
+    found: dict[str, Place | None] = {}
+    for name, entry in header.items():
+        dtype, start = DTYPES.get(entry["dtype"]), 8 + length + entry["data_offsets"][0]
+        found[name] = None if dtype is None else Place(file, start, tuple(entry["shape"]), dtype)
+    return found
 
 
 def write_aligned(path: Path, tensors: Mapping[str, Tensor]) -> str:

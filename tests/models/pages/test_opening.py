@@ -251,6 +251,13 @@ def test_a_copy_that_was_stopped_leaves_nothing(
     assert [f.name for f in copies(tmp_path)] == [part.name.removesuffix(".part")]
 
 
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(StoreError, match=r"cannot make .*file/cache.* with --cache or \$ALPHA"):
+        open_weights(source, "auto", tmp_path / "file" / "cache")
+
+
 def test_no_room_for_the_copy_is_one_line_before_the_work(
     tmp_path: Path, open_again: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:

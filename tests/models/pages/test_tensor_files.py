@@ -34,6 +34,14 @@ def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     assert place is not None and (place.dtype, place.shape) == (dtype, (3, 2))
 
 
+def test_a_file_that_was_cut_is_never_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_aligned(path, {"x": torch.ones(5000)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="damaged or incomplete"):
+        read_places(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x05\0\0\0\0\0\0\0{nope"])
 def test_a_damaged_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
