@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from alphaquant.models.loading import load_model, load_tokenizer
 from alphaquant.models.mapping import map_model
@@ -52,6 +54,15 @@ def test_models_are_of_the_size_that_they_are_called(
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(n_weights, rel=rel)
 
 
+def counting(counts: torch.Tensor) -> Any:
+    """A hook of a router that adds up the tokens of each expert."""
+
+    def hook(_: nn.Module, args: object, output: Any) -> None:
+        counts.add_(output[-1].flatten().bincount(minlength=len(counts)))
+
+    return hook
+
+
 @pytest.mark.parametrize("name", ["10m", "qwen3-30b"])
 @torch.no_grad()
 def test_a_written_model_is_finite_and_its_routers_spread_tokens(
@@ -70,11 +81,7 @@ def test_a_written_model_is_finite_and_its_routers_spread_tokens(
     for step in walk(found, [tiny_tokens(2, 64)]):
         counts = torch.zeros(8)
         router = next(m for n, m in step.layer.module.named_modules() if n.endswith("mlp.gate"))
-        router.register_forward_hook(
-            lambda _, args, out, counts=counts: counts.add_(
-                out[-1].flatten().bincount(minlength=8)
-            )
-        )
+        router.register_forward_hook(counting(counts))
         (hidden,) = step.run()
         assert bool(hidden.isfinite().all())
         assert counts.sum() == 2 * 64 * 2 and int((counts > 0).sum()) >= 7
