@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from alphaquant import demo
+from alphaquant.models.pages.tensor_files import write_aligned
 
 _DRAWN = 2**22
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -118,8 +118,8 @@ def write_model(folder: Path, shape: Shape, seed: int = 0) -> int:
     pool, places = _Pool(seed), {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: pool.take(shape) for name, shape in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        # Not safetensors' own function, which holds all bytes of a file a second time.
+        write_aligned(folder / file, {n: pool.take(shape) for n, shape in names.items()})
         places |= dict.fromkeys(names, file)
     n_weights = sum(shape.numel() for names in shards for shape in names.values())
     index = {"metadata": {"total_size": 2 * n_weights}, "weight_map": places}
