@@ -1,5 +1,6 @@
 """Loading a model without its weights in memory: they stay in files and come when read."""
 
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alphaquant.errors import ModelError
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import find_layers
 from alphaquant.models.pages.conversion import Unfilled, fill_from, paged_auto, plain_class
@@ -41,6 +43,11 @@ class _Filler:
         self.pages: ModelPages | None = None
         self.folder: Path | None = None
         self.is_in_place = False
+
+    def forget(self) -> None:
+        """Remove the copy of a checkpoint that turned out to be incomplete."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def fill(self, unfilled: Unfilled) -> Any:
         """See `Fill`."""
@@ -85,7 +92,12 @@ def open_weights(
         fillers.append(_Filler(root, wanted, progress))
         return paged_auto(auto, fillers[-1].fill)
 
-    model = load_model(name, "cpu", dtype, through=through)
+    try:
+        model = load_model(name, "cpu", dtype, through=through)
+    except ModelError:
+        for filler in fillers:
+            filler.forget()
+        raise
     plain_class(model)
     filler = fillers[-1]
     if filler.pages is None:

@@ -182,6 +182,7 @@ def test_what_is_missing_or_misshapen_is_the_error_that_it_is_in_memory(
         with pytest.raises(ModelError) as found:
             open_again(source, "bfloat16")
         assert str(found.value) == str(expected.value)
+        assert not copies(tmp_path)
 
 
 def test_further_tensors_do_not_matter_and_other_numbers_make_another_copy(
