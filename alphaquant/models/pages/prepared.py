@@ -46,7 +46,6 @@ from alphaquant.models.pages.tensor_files import read_places, write_aligned
 from alphaquant.progress import Progress
 
 FORM_VERSION = 1
-STAGE = "prepare"
 FORM = "form.json"
 REST = "rest.safetensors"
 READ = "read"
@@ -261,12 +260,12 @@ def _write_files(
     groups, total = _groups(asked, targets), empty_info(asked.unfilled)
     digests = {}
     for done, (name, keys) in enumerate(groups.items()):
-        asked.progress(STAGE, done, len(groups))
+        asked.progress("prepare", done, len(groups))
         digests[name], info = _write_file(asked, folder / name, {k: sources[k] for k in keys})
         total.unexpected_keys |= info.unexpected_keys
         total.mismatched_keys |= info.mismatched_keys
         total.conversion_errors |= info.conversion_errors
-    asked.progress(STAGE, len(groups), len(groups))
+    asked.progress("prepare", len(groups), len(groups))
     return _Made(digests, total)
 
 
