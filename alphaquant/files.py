@@ -70,7 +70,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
+def locked(path: Path, what: str, other: str = "--out", *, waits: bool = False) -> Iterator[None]:
     """Keep other processes out, on this host and on those that share the file system's locks.
 
     The kernel frees the lock when the process ends, however it ends: a file that a killed one left
@@ -81,11 +81,12 @@ def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
         path: the lock file; its folder is made if there is none.
         what: what is locked, for messages, such as `--out q`.
         other: the option that gives another one.
+        waits: wait for whoever holds it.
 
     Raises:
         StoreError: another process holds it; the message names its host, number and start.
     """
-    file = _lock_file(path, what, other)
+    file = _lock_file(path, what, other, waits)
     try:
         started = datetime.now(UTC).isoformat(" ", "seconds")
         file.truncate(0)
@@ -98,13 +99,13 @@ def locked(path: Path, what: str, other: str = "--out") -> Iterator[None]:
         file.close()
 
 
-def _lock_file(path: Path, what: str, other: str) -> TextIO:
+def _lock_file(path: Path, what: str, other: str, waits: bool) -> TextIO:
     """The lock file, opened and locked; another one that a holder removed meanwhile is no lock."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read() or "another process"

@@ -114,6 +114,14 @@ def probed_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for what names none, so that nothing is written at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALPHAQUANT_CACHE", str(tmp_path_factory.mktemp("own-cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model."""

@@ -107,8 +107,10 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     clock(Stage.LOAD, 0, LOAD_STEPS)
     steps = clock.counted(Stage.LOAD, LOAD_STEPS)
-    asked = spec.checkpoint
-    source = load_source(asked.model, request.device, asked.dtype, steps, spec.run.cache, clock)
+    asked, cache = spec.checkpoint, spec.run.cache
+    source = load_source(
+        asked.model, request.device, asked.dtype, steps, cache=cache, progress=clock
+    )
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)

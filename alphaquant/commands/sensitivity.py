@@ -93,8 +93,8 @@ def measure_expert_sensitivity(
         find_device(asked.device),
         asked.dtype,
         lambda n_done: progress(Stage.LOAD, n_done, n_steps),
-        spec.cache,
-        progress,
+        cache=spec.cache,
+        progress=progress,
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)

@@ -1,15 +1,23 @@
 """Models and tokenizers from a directory or the hub, through transformers."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from alphaquant.errors import ModelError
+from alphaquant.errors import AlphaQuantError, ModelError
+from alphaquant.models.pages.memory import GIB, total_memory
 from alphaquant.models.quantization_config import QUANT_METHOD
 from alphaquant.models.source_files import check_source, locate
 from alphaquant.models.zero_rows import read_missing_rows
+
+COMFORTABLE = 4
+"""Float32 weights of more than one 4th of the memory leave too little for the work with them."""
+
+logger = logging.getLogger(__name__)
 
 
 def register_architectures() -> None:
@@ -26,16 +34,18 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     quantized: bool = False,
+    through: Callable[[Any, torch.dtype], Any] | None = None,
 ) -> nn.Module:
     """Load a causal language model with transformers, in evaluation mode, gradients off.
 
     Args:
         name: a local directory or a hub id.
         device: `cpu`, `cuda`, ...
-        dtype: `float32`, `bfloat16`, `float16`; `auto` is float32 on the CPU (bfloat16 is slow
-            there) and the checkpoint's own elsewhere.
+        dtype: `float32`, `bfloat16`, `float16`; `auto` as in `working_dtype`.
         trust_remote_code: run code that comes with the checkpoint.
         quantized: load checkpoints of other quantizers too, as transformers does, to run them.
+        through: makes another auto class of transformers' and the dtype of the computation, which
+            loads the model instead; for the CPU only.
 
     Raises:
         ModelError: the model cannot be found or read, or is quantized already.
@@ -43,15 +53,18 @@ def load_model(
     from transformers import AutoConfig
 
     register_architectures()
+    if dtype != "auto":
+        named_dtype(dtype)  # a wrong name is told before files are looked for
     if Path(name).is_dir():
         check_source(Path(name))
-    wanted: str | torch.dtype = "auto" if dtype == "auto" else named_dtype(dtype)
-    if dtype == "auto" and device == "cpu":
-        wanted = torch.float32
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
         dequantizing = _dequantizing(config, name, refuse=not quantized)
-        model, report = auto_class(config).from_pretrained(
+        wanted = working_dtype(name, config, device, dtype)
+        auto = auto_class(config)
+        if through is not None and isinstance(wanted, torch.dtype):
+            auto = through(auto, wanted)
+        model, report = auto.from_pretrained(
             str(name),
             dtype=wanted,
             trust_remote_code=trust_remote_code,
@@ -59,20 +72,62 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them
         )
-    except (ModelError, MemoryError):
+    except (AlphaQuantError, MemoryError):
         raise
     except Exception as error:  # a damaged configuration fails anywhere in transformers
         raise ModelError(model_problem(name, error)) from error
     _check_complete(name, model, report, can_read=dequantizing is None)
+    if dequantizing is not None and isinstance(wanted, torch.dtype):
+        model.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
+    return _settled(model, config, device)
+
+
+def _settled(model: Any, config: Any, device: str) -> nn.Module:
+    """A loaded model on its device, in evaluation mode, with the dtype of its checkpoint."""
     if config.dtype is not None:
         # transformers overwrites this with the dtype in memory, but kept tensors are counted and
         # saved in the checkpoint's own.
         model.config.dtype = config.dtype
     loaded: nn.Module = model.to(device)
-    if dequantizing is not None and isinstance(wanted, torch.dtype):
-        loaded.to(wanted)  # transformers dequantizes fp8 to bfloat16, whatever was asked
     loaded.requires_grad_(False)
     return loaded.eval()
+
+
+def working_dtype(name: str | Path, config: Any, device: str, dtype: str) -> torch.dtype | str:
+    """The dtype that a model computes with; `auto` where transformers is to choose.
+
+    `auto` is the checkpoint's own on a GPU. On the CPU it is float32, which is fast and exact
+    there, unless the checkpoint is in bfloat16 and its float32 weights would take more than a
+    quarter of the memory: then it is bfloat16, and a line of the log says so.
+
+    Args:
+        name: of the model, for that line.
+        config: of transformers.
+        device: `cpu`, `cuda`, ...
+        dtype: as asked for.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if device != "cpu":
+        return "auto"
+    if config.dtype != torch.bfloat16:
+        return torch.float32
+    with torch.device("meta"):
+        skeleton: nn.Module = auto_class(config).from_config(config)
+    n_bytes, memory = 4 * sum(p.numel() for p in skeleton.parameters()), total_memory()
+    if n_bytes * COMFORTABLE <= memory:
+        return torch.float32
+    logger.warning(
+        "%s computes in bfloat16, in which it is stored: float32 weights would take %.1f GiB of "
+        "%.1f GiB of memory, and at most a quarter is for them; --dtype float32 asks for it",
+        name,
+        n_bytes / GIB,
+        memory / GIB,
+    )
+    return torch.bfloat16
 
 
 def auto_class(config: Any) -> Any:

@@ -12,8 +12,9 @@ Letters: E experts.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError
 from alphaquant.models.layouts.standard import LAYOUTS
 from alphaquant.models.loading import named_dtype
+from alphaquant.models.pages.private_maps import ModelPages
 from alphaquant.models.probe import Probe, probe_model
 from alphaquant.models.promises import promises_experts
 from alphaquant.models.sites import (
@@ -33,6 +35,9 @@ from alphaquant.models.sites import (
     make_site,
 )
 from alphaquant.spaces.units import Inventory, Kept, Matrix
+
+_PART = 2**22
+"""Numbers that are looked at together: 16 MiB in float32."""
 
 LAYOUT_GROUP = "alphaquant.experts"
 """Entry points of installed packages that name further subclasses of `ExpertsSite`."""
@@ -56,13 +61,18 @@ def known_layouts() -> tuple[type[ExpertsSite], ...]:
     return (*found, *LAYOUTS)
 
 
-def map_model(model: nn.Module, layouts: Sequence[type[ExpertsSite]] | None = None) -> ModelMap:
+def map_model(
+    model: nn.Module,
+    layouts: Sequence[type[ExpertsSite]] | None = None,
+    pages: ModelPages | None = None,
+) -> ModelMap:
     """Find the quantizable matrices of a model.
 
     Args:
         model: a transformers causal language model, also on the meta device.
         layouts: layouts of routed experts, the first that knows a module takes it; None for
             `known_layouts()`.
+        pages: its weights in maps of files, where they are.
 
     Raises:
         ModelError: no decoder layers or no quantizable matrices, or an experts layout that is not
@@ -86,10 +96,13 @@ def map_model(model: nn.Module, layouts: Sequence[type[ExpertsSite]] | None = No
             f"{type(model).__name__} has no quantizable matrices: its decoder layers hold neither "
             "nn.Linear nor routed experts; see CONTRIBUTING.md, 'a model'"
         )
+    if pages is not None:
+        layers = tuple(replace(layer, pages=pages.layers[layer.name]) for layer in layers)
+    rest = None if pages is None else pages.rest
     inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
     views = dict(pair for layer in layers for pair in layer.views())
     staying = tuple(part for layer in layers for part in _staying(layer, probe))
-    return ModelMap(model, inventory, layers, views, staying, probe.problem)
+    return ModelMap(model, inventory, layers, views, staying, probe.problem, rest=rest)
 
 
 def map_layer(
@@ -186,7 +199,9 @@ def stored_dtype(tensor: Tensor, checkpoint_dtype: torch.dtype) -> torch.dtype:
     """The dtype a kept tensor is saved in: the checkpoint's where exact, else its own."""
     if not tensor.is_floating_point() or tensor.dtype == checkpoint_dtype or tensor.is_meta:
         return checkpoint_dtype if tensor.is_floating_point() else tensor.dtype
-    exact = torch.equal(tensor.to(checkpoint_dtype).to(tensor.dtype), tensor)
+    exact = all(
+        torch.equal(part.to(checkpoint_dtype).to(part.dtype), part) for part in _parts(tensor)
+    )
     return checkpoint_dtype if exact else tensor.dtype
 
 
@@ -226,12 +241,21 @@ def check_finite(model_map: ModelMap) -> None:
         if not tensor.is_floating_point():
             continue
         # Buffers may hold masks of minus infinity.
-        is_bad = tensor.isnan() if name not in parameters else ~tensor.isfinite()
-        if bool(is_bad.any()):
+        finds = torch.isnan if name not in parameters else _not_finite
+        if any(bool(finds(part).any()) for part in _parts(tensor)):
             raise ModelError(
                 f"{name} holds NaN or infinite numbers, so every output would; give a checkpoint "
                 "whose tensors are finite"
             )
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~tensor.isfinite()
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in flat parts, so that what is computed of it stays small."""
+    return iter(torch.split(tensor.detach().reshape(-1), _PART))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -240,11 +264,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def weights_digest(model_map: ModelMap) -> str:
-    """sha256 over the weights of a model: what a bank, a teacher and a study belong to."""
+    """sha256 over the weights of a model: what a bank, a teacher and a study belong to.
+
+    The numbers count, as float32, and neither their dtype nor how a checkpoint's files hold them.
+    """
     digest = hashlib.sha256(model_map.inventory.digest.encode())
-    for name, tensor in sorted(model_map.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    layers = {layer.name: layer for layer in model_map.layers}
+    depth = model_map.layers[0].name.count(".") + 1
+    state = sorted(model_map.model.state_dict().items())
+    for owner, named in groupby(state, lambda item: ".".join(item[0].split(".")[:depth])):
+        for name, tensor in named:
+            digest.update(name.encode())
+            for part in _parts(tensor):
+                digest.update(part.to("cpu", torch.float32).numpy().data)
+        if owner in layers:
+            layers[owner].release()
     return digest.hexdigest()
 
 

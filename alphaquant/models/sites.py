@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alphaquant.models.pages.private_maps import LayerPages
 from alphaquant.models.routing import ExpertTokens
 from alphaquant.spaces.units import Inventory, Matrix
 
@@ -253,13 +254,28 @@ def make_site(
 
 @dataclass(frozen=True)
 class LayerSite:
-    """One decoder layer and what is quantized in it."""
+    """One decoder layer and what is quantized in it.
+
+    Attributes:
+        index: its number.
+        name: its path in the model.
+        module: the layer.
+        linears: what is quantized beside routed experts.
+        experts: routed experts, and shared ones that are stored like them.
+        pages: its weights in maps of files; None where they are in memory.
+    """
 
     index: int
     name: str
     module: nn.Module
     linears: tuple[LinearSite, ...]
     experts: tuple[ExpertsSite, ...]
+    pages: LayerPages | None = None
+
+    def release(self) -> None:
+        """Give back the memory of weights that nobody changed, where they come from files."""
+        if self.pages is not None:
+            self.pages.release()
 
     def matrices(self) -> Iterator[Matrix]:
         """Its matrices: linears, then experts by number (gate, up, down)."""
@@ -325,6 +341,7 @@ class ModelMap:
             their place and size; None where it was.
         carried: tensors of the checkpoint that are no part of the model.
         source: the checkpoint's directory, where it is known.
+        rest: weights beside the layers in maps of files; None where they are in memory.
     """
 
     model: nn.Module
@@ -335,6 +352,14 @@ class ModelMap:
     not_probed: str | None = None
     carried: tuple[Carried, ...] = ()
     source: Path | None = None
+    rest: LayerPages | None = None
+
+    def release(self) -> None:
+        """Give back the memory of all weights that nobody changed, where they come from files."""
+        for layer in self.layers:
+            layer.release()
+        if self.rest is not None:
+            self.rest.release()
 
     def view(self, matrix_name: str) -> Tensor:
         """The weight of a matrix, [rows, cols]; writing it writes the model."""

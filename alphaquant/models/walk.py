@@ -4,7 +4,9 @@ Every batch runs through the model's own forward pass, which is paused whenever 
 layer (a greenlet per batch). So the layers of all batches are run together, one layer after the
 other, and whatever the model does between its layers happens as it is written: positional
 arguments, masks, token ids, and state that one layer hands to the next. Memory holds the hidden
-states of all batches and one layer's work.
+states of all batches and one layer's work. Weights that come from files are given back when the
+walk leaves their layer, and hidden states that the memory would not hold are on disk, unless
+gradients are wanted.
 
     for step in walk(model_map, batches):
         with observe_layer(step.layer, observer):
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from alphaquant.errors import ModelError
+from alphaquant.models.pages.hidden_states import DiskStates, fits
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 
 TOLERANCE = 1e-3
@@ -84,11 +87,13 @@ class LayerStep:
         layer: the layer.
         calls: how it is called, by batch.
         outputs: what it gave, by batch; the model goes on with these.
+        states: where `run` keeps hidden states; None for memory.
     """
 
     layer: LayerSite
     calls: list[LayerCall]
     outputs: list[Any] = field(default_factory=list)
+    states: DiskStates | None = None
 
     def run(self) -> list[Tensor]:
         """Run the layer on every batch, again if called again; what it gives last counts.
@@ -96,8 +101,15 @@ class LayerStep:
         Returns:
             Hidden states [B, T, H] by batch.
         """
-        self.outputs = [call.run(self.layer) for call in self.calls]
+        self.outputs = [self._run(call) for call in self.calls]
         return [hidden_of(output) for output in self.outputs]
+
+    def _run(self, call: LayerCall) -> Any:
+        if self.states is None:
+            return call.run(self.layer)
+        output = self.states.keep_hidden(call.run(self.layer))
+        self.states.drop(call.hidden)
+        return output
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -135,11 +147,15 @@ def walk(
     Raises:
         ModelError: the model does not call its decoder layers in their order, once each.
     """
-    with _pausing(model_map):
+    states = _states_for(model_map, batches)
+    layer = model_map.layers[0]
+    with _pausing(model_map), _kept_embeddings(model_map, states):
         passes = [_Pass(model_map, batch) for batch in batches]
         try:
             for layer in model_map.layers:
-                step = LayerStep(layer, [p.wait_for(layer) for p in passes])
+                if layer.pages is not None:
+                    layer.pages.prefetch()
+                step = LayerStep(layer, [p.wait_for(layer) for p in passes], states=states)
                 yield step
                 if not step.outputs:
                     step.run()
@@ -148,11 +164,15 @@ def walk(
                     if not is_last or results is not None:
                         one.resume(output)
                 step.calls, step.outputs = [], []
+                layer.release()
             if results is not None:
                 results += [one.result for one in passes]
         finally:
             for one in passes:
                 one.end()
+            layer.release()
+            if model_map.rest is not None:
+                model_map.rest.release()
 
 
 @torch.no_grad()
@@ -172,7 +192,8 @@ def check_walk(model_map: ModelMap, batches: Sequence[Tensor]) -> None:
     parameter = next(model_map.model.parameters())
     limit = TOLERANCE if parameter.dtype == torch.float32 else ROUGH_TOLERANCE
     windows = [w.to(parameter.device) for w in (batches[0][:1], batches[-1][-1:])]
-    expected = [model_map.model(window, use_cache=False).logits for window in windows]
+    with releasing(model_map):
+        expected = [model_map.model(window, use_cache=False).logits for window in windows]
     found: list[Any] = []
     for step in walk(model_map, windows, found):
         before = [hidden.clone() for hidden in step.run()]
@@ -271,6 +292,50 @@ def _pausing(model_map: ModelMap) -> Iterator[None]:
 
     with replaced_forwards([layer.module for layer in model_map.layers], pausing):
         yield
+
+
+def _states_for(model_map: ModelMap, batches: Sequence[Tensor]) -> DiskStates | None:
+    """Where hidden states [B, T, H] of all batches go; None for memory."""
+    parameter = next(model_map.model.parameters())
+    config: Any = model_map.model.config
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if torch.is_grad_enabled() or parameter.device.type != "cpu" or not isinstance(width, int):
+        return None
+    n_bytes = sum(batch.numel() for batch in batches) * width * parameter.itemsize
+    return None if fits(n_bytes) else DiskStates()
+
+
+@contextmanager
+def _kept_embeddings(model_map: ModelMap, states: DiskStates | None) -> Iterator[None]:
+    """Keep what the embedding gives on disk too: every pass holds it to its end."""
+    try:
+        embedding: Any = model_map.model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        embedding = None
+    if states is None or embedding is None:
+        yield
+        return
+    with replaced_forwards([embedding], lambda _, forward: states.kept_outputs(forward)):
+        yield
+
+
+@contextmanager
+def releasing(model_map: ModelMap) -> Iterator[None]:
+    """Give the weights of every layer back when it has run, where they come from files.
+
+    For ordinary forward passes, of which each goes through the whole model.
+    """
+
+    def hook(layer: LayerSite) -> Any:
+        return lambda module, args, output: layer.release()
+
+    layers = [layer for layer in model_map.layers if layer.pages is not None]
+    handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

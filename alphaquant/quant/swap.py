@@ -77,7 +77,7 @@ class LayerWeights:
     """One layer's weights while several assignments are tried on it; see `swapped_layer`."""
 
     def __init__(self, layer: LayerSite, open_layer: OpenLayer, most_bytes: int) -> None:
-        """Keep the layer's own weights.
+        """Keep the layer's own weights, unless they are in a file and come back from there.
 
         Args:
             layer: whose weights are written.
@@ -85,7 +85,9 @@ class LayerWeights:
             most_bytes: of weights that are kept for the next assignment that has them.
         """
         self._views = dict(layer.views())
-        self._own = {name: view.clone() for name, view in self._views.items()}
+        self._pages = layer.pages
+        in_memory = {} if layer.pages is not None else self._views
+        self._own = {name: view.clone() for name, view in in_memory.items()}
         self._reader = _LayerReader(layer, open_layer)
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._bytes_left = most_bytes
@@ -104,7 +106,9 @@ class LayerWeights:
 
     def restore(self) -> None:
         """Give the layer its own weights."""
-        for name in self._current:
+        if self._pages is not None and self._current:
+            self._pages.restore()
+        for name in self._own.keys() & self._current.keys():
             self._views[name].copy_(self._own[name])
         self._current = {}
 

@@ -14,7 +14,8 @@ class CheckpointSpec:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     dtype: str = "auto"
-    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
+    """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
+    float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16."""
 
     def __post_init__(self) -> None:

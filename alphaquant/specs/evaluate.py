@@ -42,8 +42,9 @@ class EvaluateSpec:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     dtype: str = "auto"
-    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
-    float16."""
+    """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
+    float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
+    float16. A packed checkpoint counts as a float32 one."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types and counts that make no sense.

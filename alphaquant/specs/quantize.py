@@ -62,7 +62,8 @@ class QuantizeSpec:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     dtype: str = "auto"
-    """Of the computation: auto (float32 on the CPU, else the checkpoint's), float32, bfloat16,
+    """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
+    float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16."""
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
     """Of the Hessians."""

@@ -24,7 +24,8 @@ class RunSpec:
     overwrite: Annotated[bool, Parameter(negative="")] = False
     """Replace out if it holds a search with other settings."""
     cache: Path | None = None
-    """Directory of banks and predictions; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""
+    """Directory of banks, predictions and copies of weights; default $ALPHAQUANT_CACHE or
+    ~/.cache/alphaquant."""
     storage: str | None = None
     """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:FILE; default
     study.db in out."""

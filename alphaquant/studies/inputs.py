@@ -14,6 +14,8 @@ from alphaquant.errors import ConfigError, DataError, ModelError
 from alphaquant.models.gguf.converted import converted, find_gguf, origin_of
 from alphaquant.models.loading import check_device, load_model, load_tokenizer, tokenizer_missing
 from alphaquant.models.mapping import check_finite, map_model, weights_digest
+from alphaquant.models.pages.opening import Opened, open_weights
+from alphaquant.models.pages.prepared import remembered
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.progress import Progress, no_progress
@@ -67,32 +69,48 @@ def load_source(
     device: str,
     dtype: str,
     on_step: Callable[[int], None] = lambda n_done: None,
+    *,
     cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> Source:
     """Load a model and its tokenizer.
+
+    On the CPU its weights stay in files: the checkpoint's own, or a copy in the cache.
 
     Args:
         name: `demo`, a directory, a GGUF file or a hub id.
         device: `cpu`, `cuda`, ...
         dtype: of the computation.
         on_step: called with the steps done of `SOURCE_STEPS`.
-        cache: where a GGUF file is converted to, see `cache_dir`.
-        progress: of that conversion.
+        cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
+        progress: told how far these are, as the stages `convert` and `prepare`.
 
     Raises:
         ModelError: it cannot be found, read or quantized.
+        StoreError: the copy cannot be written.
     """
     path = model_location(name, cache, progress)
-    model = load_model(path, device, dtype)
+    if device == "cpu":
+        opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress)
+    else:
+        opened = Opened(load_model(path, device, dtype))
     on_step(1)
-    model_map = with_source(map_model(model), path)
+    model_map = with_source(map_model(opened.model, pages=opened.pages), path)
     check_finite(model_map)
+    model_map.release()
     tokenizer = load_tokenizer(path)
     on_step(2)
-    digest = weights_digest(model_map)
+    digest = _digest(opened, model_map)
     on_step(3)
     return Source(name, model_map, tokenizer, digest)
+
+
+def _digest(opened: Opened, model_map: ModelMap) -> str:
+    """The digest of the weights, of an earlier run where they come from files."""
+    if opened.folder is None:
+        return weights_digest(model_map)
+    own = model_map.inventory.digest
+    return remembered(opened.folder, own, lambda: weights_digest(model_map))
 
 
 def model_notes(model_map: ModelMap) -> list[str]:
@@ -253,6 +271,9 @@ def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: A
 
 
 def cache_dir(asked: Path | None) -> Path:
-    """Where banks and teachers are: as asked, `$ALPHAQUANT_CACHE`, or `~/.cache/alphaquant`."""
+    """Where copies of weights, banks and teachers are.
+
+    As asked, else `$ALPHAQUANT_CACHE`, else `~/.cache/alphaquant`.
+    """
     stated = os.environ.get("ALPHAQUANT_CACHE")
     return asked or Path(stated or Path.home() / ".cache" / "alphaquant")

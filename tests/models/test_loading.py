@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models import loading
 from alphaquant.models.loading import load_model, load_tokenizer
 from alphaquant.models.mapping import map_model
+from alphaquant.models.pages.opening import open_weights
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.checkpoints import save_tiny
@@ -71,15 +73,24 @@ def in_fp8_blocks(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def in_files(folder: Path, cache: Path) -> list[Any]:
+    """The model with its weights in files: as copied, and as found again."""
+    opened = [open_weights(folder, "auto", cache) for _ in range(2)]
+    assert all(o.pages is not None and not o.is_in_place for o in opened)
+    assert [o.folder for o in opened][1:] == [opened[0].folder]
+    return [o.model for o in opened]
+
+
 @torch.no_grad()
 def test_the_mxfp4_blocks_of_gpt_oss_load_exactly(tmp_path: Path) -> None:
     model = tiny_model("gpt_oss", hidden_size=64, intermediate_size=32)
     tensors = in_mxfp4(model)
     entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    loaded = load_model(publish(model, tmp_path / "published", tensors, entry))
-    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
-    assert loaded.config.dtype == torch.bfloat16
-    assert len(map_model(loaded).inventory.matrices) == 32
+    folder = publish(model, tmp_path / "published", tensors, entry)
+    for loaded in (load_model(folder), *in_files(folder, tmp_path / "cache")):
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+        assert loaded.config.dtype == torch.bfloat16
+        assert len(map_model(loaded).inventory.matrices) == 32
 
 
 @torch.no_grad()
@@ -87,7 +98,11 @@ def test_the_fp8_blocks_of_deepseek_v3_load(tmp_path: Path) -> None:
     model = tiny_model("deepseek_v3")
     tensors = in_fp8_blocks(model)
     entry = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    loaded = load_model(publish(model, tmp_path / "published", tensors, entry))
+    folder = publish(model, tmp_path / "published", tensors, entry)
+    loaded: Any = load_model(folder)
+    for other in in_files(folder, tmp_path / "cache"):
+        assert all(p.dtype == torch.float32 for p in other.parameters())
+        assert torch.equal(other(TOKENS).logits, loaded(TOKENS).logits)
     found, expected = map_model(loaded), map_model(model)
     assert [k.name for k in found.inventory.kept] == [k.name for k in expected.inventory.kept]
     for name, weight in expected.views.items():
@@ -145,3 +160,35 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_and_not_none(
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="broken is a directory, but transformers says"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "memory", "asked", "found"),
+    [
+        (torch.bfloat16, 4, "auto", torch.float32),
+        (torch.bfloat16, 3.9, "auto", torch.bfloat16),
+        (torch.bfloat16, 3.9, "float32", torch.float32),
+        (torch.float16, 3.9, "auto", torch.float32),
+        (torch.float32, 3.9, "auto", torch.float32),
+    ],
+)
+def test_a_bfloat16_model_computes_as_it_is_stored_where_float32_would_fill_a_quarter(
+    stored: torch.dtype,
+    memory: float,
+    asked: str,
+    found: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Memory in multiples of the float32 weights."""
+    model = tiny_model("olmoe")
+    folder = tmp_path / "model"
+    model.to(stored).save_pretrained(folder)
+    n_bytes = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(loading, "total_memory", lambda: int(memory * n_bytes))
+    loaded: Any = load_model(folder, dtype=asked)
+    assert {p.dtype for p in loaded.parameters()} == {found}
+    said = [r.message for r in caplog.records if r.name == loading.__name__]
+    assert bool(said) == (found == torch.bfloat16)
+    assert all("computes in bfloat16" in line and "--dtype float32" in line for line in said)

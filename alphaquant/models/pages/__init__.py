@@ -1,0 +1,1 @@
+"""Weights that stay in files and come into memory layer by layer."""
