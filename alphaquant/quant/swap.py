@@ -85,9 +85,10 @@ class LayerWeights:
             most_bytes: of weights that are kept for the next assignment that has them.
         """
         self._views = dict(layer.views())
-        self._pages = layer.pages
-        in_memory = {} if layer.pages is not None else self._views
-        self._own = {name: view.clone() for name, view in in_memory.items()}
+        # Weights that somebody swapped in for longer are not those of the file.
+        self._pages = None if layer.pages is None or layer.pages.is_changed() else layer.pages
+        kept = self._views if self._pages is None else {}
+        self._own = {name: view.clone() for name, view in kept.items()}
         self._reader = _LayerReader(layer, open_layer)
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._bytes_left = most_bytes

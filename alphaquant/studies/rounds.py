@@ -12,13 +12,11 @@ Hidden states that do not fit are taken in turns: fewer assignments first, then 
 Letters: R assignments, B windows in a batch, T tokens, H hidden size.
 """
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,6 +26,7 @@ from alphaquant.evaluators.divergence import Divergence, compare_batch
 from alphaquant.evaluators.predictions import predict_pieces
 from alphaquant.evaluators.teacher import Teacher, check_windows
 from alphaquant.models.mapping import device_of
+from alphaquant.models.pages.memory import free_memory
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, replaced_forwards, shared_state, walk
 from alphaquant.quant.swap import OpenLayer, swapped_layer
@@ -128,7 +127,7 @@ class Rounds:
     def _most_bytes(self) -> int:
         if self.most_bytes is not None:
             return self.most_bytes
-        return free_memory(device_of(self.model_map.model)) // HIDDEN_SHARE
+        return memory_left(device_of(self.model_map.model)) // HIDDEN_SHARE
 
     def _walk(
         self, assignments: Sequence[Assignment], batches: Sequence[Tensor], outputs: list[Any]
@@ -174,16 +173,11 @@ class Rounds:
                 first += len(batch)
 
 
-def free_memory(device: torch.device) -> int:
+def memory_left(device: torch.device) -> int:
     """Bytes that this process can take on a device; caches of files count as free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0])  # "MemAvailable:   20445444 kB"
+    return free_memory()
 
 
 def _run_group(step: LayerStep, is_member: Sequence[bool], n_batches: int) -> None:

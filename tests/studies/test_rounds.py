@@ -17,7 +17,7 @@ from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies import rounds as module
-from alphaquant.studies.rounds import Rounds, free_memory
+from alphaquant.studies.rounds import Rounds, memory_left
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 FORMATS = ("int2-g32", "int4-g32", "mxfp4")
@@ -172,5 +172,5 @@ def test_turns_are_few_and_even(case: Case) -> None:
     assert case.rounds(35 * n_bytes)._turns(5, range(7), 8) == [(slice(0, 5), range(7))]
 
 
-def test_free_memory_is_a_number_of_bytes() -> None:
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+def test_memory_left_is_a_number_of_bytes() -> None:
+    assert 2**20 < memory_left(torch.device("cpu")) < 2**50

@@ -139,6 +139,11 @@ class LayerPages:
                 n_bytes = min(end * PAGE, len(one.memory)) - start
                 one.memory.madvise(mmap.MADV_DONTNEED, start, n_bytes)
 
+    def is_changed(self) -> bool:
+        """Whether a weight was written since the pages were read; True where nobody can tell."""
+        found = [one.changed() for one in self._maps]
+        return any(changed is None or bool(changed.any()) for changed in found)
+
     def restore(self) -> None:
         """Give back all pages: what was written is gone, the file's weights are there again."""
         for one in self._maps:
