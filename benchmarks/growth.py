@@ -115,7 +115,8 @@ def measure_walk(job: Mapping[str, Any]) -> list[Spent]:
 
 def measure_search(job: Mapping[str, Any]) -> list[Spent]:
     """Run a search."""
-    from alphaquant import SearchSpec, search
+    from alphaquant import SearchSpec
+    from alphaquant.commands.search import search
 
     meter = StageMeter()
     spec = SearchSpec.of(

@@ -35,6 +35,8 @@ from alphaquant.quant.format_rules import Rule
 BLOCK = 128
 """Columns of a block, at most: a tile of 64 rows of it fills two thirds of a first-level cache."""
 _NOTHING = torch.empty(0)
+_EXTREME = 2.0**60
+"""Weights beyond this are rounded without compensation: their errors would leave float32."""
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -162,7 +164,7 @@ class Rounder:
             static: choose all scales from the original weights. Always so in another order of
                 columns: groups stay runs of neighbouring inputs, and no index has to be stored.
         """
-        is_static = static or factor.order is not None
+        natural, is_static = weight, static or factor.order is not None
         rounding = self._fit_all(weight) if is_static else self._empty(weight)
         groups, order = self.plan.group_of, factor.order
         if order is not None:
@@ -185,7 +187,16 @@ class Rounder:
             self._block(rounding, ahead, weight, (start, stop), U, groups, importance)
             if half is not None:
                 half[start:stop] = D[start:stop]
-        return rounding if order is None else _natural(rounding, order)
+        if order is not None:
+            rounding = _natural(rounding, order)
+        return self._without_extremes(rounding, natural)
+
+    def _without_extremes(self, rounding: Rounding, weight: Tensor) -> Rounding:
+        """Rows near the end of bfloat16's range, where errors overflow, rounded to nearest."""
+        is_extreme = weight.abs().amax(0) > _EXTREME
+        if not bool(is_extreme.any()):
+            return rounding
+        return choose_rows(is_extreme, self.nearest(weight), rounding)
 
     def refine(self, start: Rounding, hessian: DampedHessian, n_sweeps: int) -> Rounding:
         """Lower the objective by sweeps of scales and codes.
@@ -387,9 +398,13 @@ def better_rows(first: Rounding, second: Rounding) -> Rounding:
         first: kept where both are equal, or the second's objective is no number.
         second: with the same scale per matrix (nvfp4).
     """
-    is_better = second.objective < first.objective
-    pairs = [(getattr(first, f.name), getattr(second, f.name)) for f in fields(Rounding)]
-    return Rounding(*(torch.where(is_better, other, one) for one, other in pairs))
+    return choose_rows(second.objective < first.objective, second, first)
+
+
+def choose_rows(condition: Tensor, yes: Rounding, no: Rounding) -> Rounding:
+    """Rows of one rounding where a condition [N] holds, of the other elsewhere."""
+    pairs = [(getattr(yes, f.name), getattr(no, f.name)) for f in fields(Rounding)]
+    return Rounding(*(torch.where(condition, a, b) for a, b in pairs))
 
 
 def join_rows(parts: Sequence[Rounding]) -> Rounding:

@@ -42,11 +42,21 @@ def refine(weight: Tensor, hessian: Tensor, rounded: RoundedBatch, n_sweeps: int
         n_sweeps: rounds of scales and codes; 0 returns the start.
 
     Returns:
-        The refined batch; its objective is at most that of the start in every row.
+        The refined batch; its objective is at most that of the start in every row. Rows whose
+        errors are beyond float32 (weights near the end of bfloat16's range) stay as they are.
     """
+    start = rounded
     for _ in range(n_sweeps):
         rounded = sweep(weight, hessian, rounded)
-    return rounded
+    if not n_sweeps:
+        return start
+    error = ((weight - rounded.weights()) @ hessian).sum(-1, keepdim=True)
+    sound = torch.isfinite(error) & torch.isfinite(rounded.values).all(-1, keepdim=True)
+    return replace(
+        rounded,
+        values=torch.where(sound, rounded.values, start.values),
+        scales=torch.where(sound, rounded.scales, start.scales),
+    )
 
 
 def sweep(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatch:

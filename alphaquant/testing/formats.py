@@ -227,6 +227,38 @@ def check_engine(fmt: Format, search: ScaleSearch) -> None:
         _assert_close(fmt, nearest, weight, plain, torch.eye(n_cols), 1e-5)
 
 
+def round_in_blocks(
+    weight: Tensor, hessian: Tensor, fmt: Format, search: ScaleSearch, n_sweeps: int
+) -> RoundedBatch:
+    """GPTQ and refinement of a batch as the engine runs them, in the natural order of columns.
+
+    Args:
+        weight: float32 [B, N, K].
+        hessian: float32 [B, K, K], not damped.
+        fmt: the format.
+        search: how scales are chosen.
+        n_sweeps: of refinement.
+    """
+    n_cols = weight.shape[-1]
+    size, scale = fmt.columns_per_scale(n_cols), nv_global_scale(weight)  # [B, 1]
+    plan, found = ColumnPlan(n_cols, size), []
+    for w, H, shared in zip(weight, hessian, scale, strict=True):
+        rounder = Rounder(rule_of(fmt, search), plan, shared.expand(len(w)).contiguous())
+        damped = factorize(H, 0.01, (False,))
+        factor = damped.factors[0]
+        inverses = factor.diagonal_inverses(plan.blocks)
+        start = rounder.gptq(w.T.contiguous(), factor, inverses, static=False)
+        found.append(rounder.refine(start, damped, n_sweeps))
+    values = [r.centred if fmt.symmetric else r.values(size) for r in found]
+    return RoundedBatch(
+        fmt,
+        torch.stack([v.T for v in values]),
+        torch.stack([r.scales.T for r in found]),
+        None if fmt.symmetric else torch.stack([r.zeros.T for r in found]),
+        scale.expand(-1, weight.shape[1]) if fmt.shared.global_bits else None,
+    )
+
+
 def _correlated_hessian(n_cols: int) -> Tensor:
     generator = torch.Generator().manual_seed(4)
     mix = torch.randn(n_cols, n_cols, generator=generator) / n_cols**0.5

@@ -123,7 +123,7 @@ def test_a_search_reads_what_was_measured(
     assert "hessians" not in stages  # nothing was quantized
     space: Any = _Space(inputs.source.map.inventory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alphaquant.studies.stages.bank_formats", lambda space: ("int3-g32",))
+        patch.setattr("alphaquant.studies.costing.bank_formats", lambda space: ("int3-g32",))
         costs = measure_unit_costs(search, inputs, space, bank, StageClock(no_progress))
     assert costs.table.formats == ("int3-g32",)
     assert _written(found) == before

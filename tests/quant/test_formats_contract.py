@@ -38,7 +38,7 @@ def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
         *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
     }
     assert set(FORMATS) - set(QUANTIZED) == {"bf16"}
-    assert len(CHECKS) == 7
+    assert len(CHECKS) == 9
     check_unquantized()
 
 

@@ -6,16 +6,14 @@ from torch import Tensor
 
 from alphaquant.quant.hessian import accumulate
 from alphaquant.quant.matrix import RoundedBatch
-from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import (
-    dampen,
     factorize,
     hessian_error,
     quantize_gptq,
     quantize_rtn,
 )
 from alphaquant.spaces.formats import FORMAT_KINDS, make_format, parse_format
-from alphaquant.testing.formats import draw_weights
+from alphaquant.testing.formats import draw_weights, round_in_blocks
 
 PROMISED = tuple(make_format(kind).name for kind in FORMAT_KINDS if kind != "bf16")
 FORMATS = (*PROMISED, "int1-g32", "int2-g64-asym", "int4-g32-asym", "mxfp6-e2m3", "mxfp8-e5m2")
@@ -41,9 +39,7 @@ def layers() -> tuple[Tensor, Tensor]:
 
 def run(weight: Tensor, hessian: Tensor, name: str, n_sweeps: int) -> RoundedBatch:
     """GPTQ as the engine runs it, with sweeps of refinement after it."""
-    factor = factorize(hessian, 0.01)
-    rounded = quantize_gptq(weight, factor, parse_format(name), "mse")
-    return refine(weight, dampen(hessian, factor.damp), rounded, n_sweeps)
+    return round_in_blocks(weight, hessian, parse_format(name), "mse", n_sweeps)
 
 
 def assert_sound(rounded: RoundedBatch) -> None:

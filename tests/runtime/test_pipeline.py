@@ -149,7 +149,10 @@ def test_rtn_needs_no_tokens_no_hidden_states_and_rounds_matrix_by_matrix(
     for matrix in model_map.inventory.matrices:
         weight = model_map.view(matrix.name)[None]
         expected = quantize_rtn(weight, parse_format("int4-g32"), "mse").weights()[0]
-        assert torch.equal(loaded.get_submodule(matrix.name).packed().dequantize(), expected)
+        made = loaded.get_submodule(matrix.name).packed().dequantize()
+        # Two scales whose errors are equal but for the order of float32 sums may change places.
+        errors = [(found - weight[0]).square().sum(-1) for found in (made, expected)]
+        assert torch.allclose(*errors, rtol=1e-5)
 
 
 def test_gptq_without_tokens_is_refused_before_a_directory_is_made(tmp_path: Path) -> None:
