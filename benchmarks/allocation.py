@@ -62,7 +62,7 @@ from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.costing import open_filled_bank
 from alphaquant.studies.inputs import find_device, load_source
 from alphaquant.studies.objective import Objective, SearchObjective
-from alphaquant.studies.prepared import Prepared, prepare
+from alphaquant.studies.preparing import Prepared, prepare
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.stages import load_inputs
 from alphaquant.studies.trials import Proposer

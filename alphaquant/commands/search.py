@@ -47,7 +47,7 @@ from alphaquant.studies.inputs import (
 )
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
-from alphaquant.studies.prepared import Prepared, check_constraints, open_scorer, prepare
+from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
@@ -184,9 +184,12 @@ def _make_run(
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.layer)
     objective = SearchObjective(swapper, texts.evaluation, log)
-    lacking = frozenset(bank_formats(space)) - frozenset(prepared.bank.formats())
     proposer = Proposer(
-        space, prepared.problem, spec.proposals.seed, constraints_of(spec.limits), lacking
+        space,
+        prepared.problem,
+        spec.proposals.seed,
+        constraints_of(spec.limits),
+        prepared.costs.lacking,
     )
 
     def predict(assignment: Assignment) -> float:

@@ -282,10 +282,13 @@ def _measure_gemq(
         held, n_tokens, found = held_in(bank, trace.layer.index, names), [], []
         for matrix in trace_matrices(trace):
             n_tokens.append(matrix.n_tokens)
-            if names:
-                errors = weight_errors(held.of(matrix.matrix), matrix.matrix, matrix.weight)
+            readers = held.of(matrix.matrix)
+            if readers:
+                errors = weight_errors(readers, matrix.matrix, matrix.weight)
                 gemq = {"gemq": matrix.output_error(errors).cpu().numpy()}
                 found.append(held.spread(gemq, matrix.matrix))
+            elif names:
+                found.append(held.unknown({"gemq": ()}))
         shared = {"n_tokens": np.array(n_tokens, dtype=np.float64)}
         return LayerCosts(shared, by_format(found, names))
 
@@ -328,11 +331,15 @@ def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str], seed: in
     shared, costs = [], []
     for matrix in trace_matrices(trace):
         shared.append([matrix.n_tokens, matrix.routing_weight, matrix.active_share])
-        if formats:
-            errors = weight_errors(held.of(matrix.matrix), matrix.matrix, matrix.weight)
+        readers = held.of(matrix.matrix)
+        if readers:
+            errors = weight_errors(readers, matrix.matrix, matrix.weight)
             sums = token_sums(errors, matrix, n_sequences, seed)
             arrays = _arrays(errors, sums, matrix.output_error(errors), n_total)
             costs.append(held.spread(arrays, matrix.matrix))
+        elif formats:
+            n_totals = len(matrix.gradients)
+            costs.append(held.unknown({**_PER_FORMAT, "products": (n_totals * n_sequences,)}))
     columns = np.array(shared, dtype=np.float64).T.copy()  # [3, m]
     return LayerCosts(dict(zip(_SHARED, columns, strict=True)), by_format(costs, formats))
 

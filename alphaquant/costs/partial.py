@@ -45,6 +45,18 @@ class HeldLayer:
             found[name][is_held] = array
         return found
 
+    def unknown(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        """Arrays over all F formats of a matrix that is in none of them: NaN.
+
+        Args:
+            shapes: of the numbers of one format, by name.
+        """
+        n_formats = len(self.names)
+        return {
+            name: np.full((n_formats, *shape), np.nan, dtype=np.float32)
+            for name, shape in shapes.items()
+        }
+
 
 def held_in(bank: Bank, layer: int, formats: Sequence[str]) -> HeldLayer:
     """Open one layer of a bank.

@@ -51,10 +51,7 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.source_files import read_carried
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
-from alphaquant.runtime.dequant_cache import parse_cache_size
-from alphaquant.runtime.kernel_use import IMPLEMENTATION
-from alphaquant.runtime.modules import PackedLinear, cache_dequantized, install_packed_modules
-from alphaquant.runtime.tensor_files import (
+from alphaquant.runtime.checkpoint_files import (
     INDEX,
     damaged,
     is_inside,
@@ -62,6 +59,9 @@ from alphaquant.runtime.tensor_files import (
     read_tensors,
     tensor_files,
 )
+from alphaquant.runtime.dequant_cache import parse_cache_size
+from alphaquant.runtime.kernel_use import IMPLEMENTATION
+from alphaquant.runtime.modules import PackedLinear, cache_dequantized, install_packed_modules
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.json_files import read_object
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.files import sha256_of, whole_file, writing
 from alphaquant.models.quantization_config import is_packed, read_formats
-from alphaquant.runtime.tensor_files import is_inside, tensor_files
+from alphaquant.runtime.checkpoint_files import is_inside, tensor_files
 from alphaquant.spaces.formats import Format
 
 CHECKSUMS = "SHA256SUMS"

@@ -105,8 +105,8 @@ class AlphaQuantizer(HfQuantizer):
         return model
 
     def _check_numbers(self, model: nn.Module) -> None:
+        from alphaquant.runtime.checkpoint_files import file_of
         from alphaquant.runtime.integrity import bad_span, numbers_error, span_of
-        from alphaquant.runtime.tensor_files import file_of
 
         state = ((name, t) for name, t in model.state_dict().items() if not t.is_meta)
         spans = (span_of(name, tensor, self._formats) for name, tensor in state)

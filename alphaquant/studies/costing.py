@@ -6,7 +6,7 @@ takes the costs two rounds.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
 from alphaquant.search.allocators import ALLOCATORS
-from alphaquant.search.arrays import BoolArray
+from alphaquant.search.arrays import BoolArray, FloatArray
 from alphaquant.search.shortlist import complete_costs, shortlist
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
@@ -49,6 +49,14 @@ class Costs:
 
     table: CostTable
     units: UnitCosts
+
+    @property
+    def lacking(self) -> frozenset[str]:
+        """Formats in which not every unit has a cost."""
+        unknown = np.isnan(self.units.fisher).any(axis=0)
+        return frozenset(
+            n for n, is_one in zip(self.table.formats, unknown, strict=True) if is_one
+        )
 
     def predict_kl(self, space: SearchSpace, assignment: Assignment) -> float:
         """Sum of the Fisher costs of an assignment, nats per token."""
@@ -82,10 +90,10 @@ def fill_and_measure(
         return bank, measure_unit_costs(spec, inputs, space, bank, clock)
     first = _anchored(space, names)
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, first))
-    costs = measure_unit_costs(spec, inputs, space, bank, clock)
+    costs = _only(measure_unit_costs(spec, inputs, space, bank, clock), first)
     listed = first | _winners(space, names, costs)
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, listed))
-    return bank, measure_unit_costs(spec, inputs, space, bank, clock)
+    return bank, _only(measure_unit_costs(spec, inputs, space, bank, clock), listed)
 
 
 def is_short(spec: SearchSpec, space: SearchSpace) -> bool:
@@ -133,6 +141,28 @@ def _winners(space: SearchSpace, names: Sequence[str], costs: Costs) -> BoolArra
         complete = complete_costs(measured, nominal, anchors)
         found |= shortlist(complete, bits, allowed, limits)
     return found
+
+
+def _only(costs: Costs, listed: BoolArray) -> Costs:
+    """Costs of listed pairs, NaN elsewhere: a bank may hold more, from searches before this one.
+
+    Args:
+        costs: of U units.
+        listed: bool [U, F].
+    """
+
+    def known(table: FloatArray) -> FloatArray:
+        return np.where(listed, table, np.nan)
+
+    units = costs.units
+    units = replace(
+        units,
+        fisher=known(units.fisher),
+        token_fisher=known(units.token_fisher),
+        error=known(units.error),
+        gemq=None if units.gemq is None else known(units.gemq),
+    )
+    return replace(costs, units=units)
 
 
 def _pairs(space: SearchSpace, names: Sequence[str], listed: BoolArray) -> Wanted:

@@ -46,7 +46,7 @@ class Proposer:
         problem: their costs.
         seed: of random allocators.
         constraints: what every assignment keeps besides the budget.
-        lacking: formats in which the bank does not hold every matrix.
+        lacking: formats in which not every unit was quantized.
     """
 
     space: SearchSpace

@@ -15,9 +15,9 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.runtime.activations import fake_quantize
 from alphaquant.runtime.checkpoint import load, quantized_bytes
+from alphaquant.runtime.checkpoint_files import read_tensors
 from alphaquant.runtime.modules import PackedLinear
 from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
-from alphaquant.runtime.tensor_files import read_tensors
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.runtime.checkpoint import load
+from alphaquant.runtime.checkpoint_files import read_tensors
 from alphaquant.runtime.integrity import verify_checkpoint, verify_checksums
-from alphaquant.runtime.tensor_files import read_tensors
 from alphaquant.testing.models import tiny_model
 from alphaquant.testing.packed import save_packed
 

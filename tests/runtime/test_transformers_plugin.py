@@ -18,8 +18,8 @@ from transformers.quantizers import auto
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import load, quantized_bytes
+from alphaquant.runtime.checkpoint_files import read_tensors
 from alphaquant.runtime.modules import PackedLinear
-from alphaquant.runtime.tensor_files import read_tensors
 from alphaquant.runtime.transformers_plugin import AlphaQuantConfig, AlphaQuantizer, register
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, save_packed

@@ -12,7 +12,8 @@ from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.evaluators.teacher import Teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
-from alphaquant.quant.bank import Bank, BankLayer, fill_bank, open_bank
+from alphaquant.quant.bank import Bank, BankLayer, open_bank
+from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings

@@ -18,9 +18,10 @@ from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
+from alphaquant.studies import costing
 from alphaquant.studies.costing import bank_formats, measure_unit_costs, open_filled_bank
 from alphaquant.studies.inputs import load_source
-from alphaquant.studies.prepared import Prepared, prepare, problem_of
+from alphaquant.studies.preparing import Prepared, prepare, problem_of
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs, store_teachers
 
 MakeSpec = Callable[..., SearchSpec]
@@ -133,3 +134,26 @@ def test_problem_has_the_inputs_of_the_allocators_that_are_asked_for(
     ):
         found = prepare(replaced(spec, **asked), inputs, space, StageClock(no_progress))
         assert set(available(found.problem)) == set(ALLOCATORS) - missing, asked
+
+
+def test_a_short_bank_holds_anchors_and_what_can_win(
+    inputs: Inputs, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costing, "_SAMPLED_UNITS", 2)
+    menu = "int2-g32,int3-g32,int4-g32,int5-g32-asym,int6-g32,int8-g32"
+    short = replaced(spec, cache=tmp_path / "cache", bank="short", formats=menu, budget="4.6bits")
+    profile = find_profile("any")
+    names, budget = menu_of(menu, profile), parse_budget("4.6bits")
+    space = make_space(inputs.source.map.inventory, profile, names, budget)
+    prepared = prepare(short, inputs, space, StageClock(no_progress))
+    whole = set(prepared.bank.formats())
+    assert {"int2-g32", "int4-g64", "int6-g32"} <= whole < set(bank_formats(space))
+    allowed = prepared.problem.allowed
+    assert 0.4 < allowed.mean() < 1.0
+    assert allowed[:, prepared.problem.formats.index("int2-g32")].all()
+    for unit, row in zip(space.units, allowed, strict=True):
+        for name, is_allowed in zip(prepared.problem.formats, row, strict=True):
+            matrix = unit.matrices[0]
+            assert (matrix.name in prepared.bank.matrices(name, matrix.layer)) == is_allowed
+    again = prepare(short, inputs, space, StageClock(no_progress))
+    assert np.array_equal(again.problem.allowed, allowed)
