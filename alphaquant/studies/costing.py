@@ -53,10 +53,8 @@ class Costs:
     @property
     def lacking(self) -> frozenset[str]:
         """Formats in which not every unit has a cost."""
-        unknown = np.isnan(self.units.fisher).any(axis=0)
-        return frozenset(
-            n for n, is_one in zip(self.table.formats, unknown, strict=True) if is_one
-        )
+        is_unknown: BoolArray = np.asarray(np.isnan(self.units.fisher).any(axis=0))  # [F]
+        return frozenset(self.table.formats[i] for i in np.flatnonzero(is_unknown).tolist())
 
     def predict_kl(self, space: SearchSpace, assignment: Assignment) -> float:
         """Sum of the Fisher costs of an assignment, nats per token."""
