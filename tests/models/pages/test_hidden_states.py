@@ -80,6 +80,7 @@ def test_a_walk_with_states_on_disk_gives_the_same(
 
     steps, results = outputs()
     monkeypatch.setattr("alphaquant.models.walk.fits", lambda n_bytes: False)
+    gc.collect()
     before = n_maps()
     steps_on_disk, results_on_disk = outputs()
     for a, b in zip(steps, steps_on_disk, strict=True):
@@ -96,6 +97,7 @@ def test_hidden_states_of_a_large_text_are_on_disk_between_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("alphaquant.models.walk.fits", lambda n_bytes: False)
+    gc.collect()
     before = n_maps()
     for step in walk(map_model(tiny_model("olmoe")), batches_of(tiny_tokens(6, 13), 2)):
         assert n_maps() >= before + 3  # one per batch
