@@ -25,7 +25,7 @@ class Stage(StrEnum):
     TEACHER = "teacher", "original's outputs"
     SPECTRA = "spectra", "spectra of weights"
     HESSIANS = "hessians", "Hessians"
-    BANK = "bank", "bank: every format"
+    BANK = "bank", "bank of formats"
     COSTS = "costs", "costs of formats"
     PLANNED = "planned", "planned trials"
     STUDY = "study", "study"

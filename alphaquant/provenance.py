@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("aq-search", "torch", "transformers", "safetensors", "numpy", "scipy", "optuna")
+_PACKAGES = (
+    *("aq-search", "torch", "transformers", "safetensors", "numpy", "numba", "scipy", "optuna"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Provenance:
         bank_bytes: of all its files.
         calibration_tokens_per_expert: experts module -> tokens of each expert, [E].
         rare_matrices: matrices that too few calibration tokens reached.
+        lacking_formats: formats in which the bank does not hold every matrix.
         gguf: the GGUF file that it was made from, see `GgufOrigin`; None for other checkpoints.
         dashboard_problem: why the study lacks its note and figures; None where it has them.
     """
@@ -42,6 +45,7 @@ class Provenance:
     bank_bytes: int
     calibration_tokens_per_expert: Mapping[str, Sequence[int]]
     rare_matrices: tuple[str, ...]
+    lacking_formats: tuple[str, ...] = ()
     gguf: Mapping[str, Any] | None = None
     dashboard_problem: str | None = None
 
@@ -64,7 +68,16 @@ def versions() -> dict[str, str]:
 
 
 def device_facts(device: str) -> dict[str, Any]:
-    """Name of the device and threads used."""
+    """Name of the device; of a CPU also its threads, and whether it multiplies bfloat16 (AMX)."""
     if device.startswith("cuda"):
         return {"device": torch.cuda.get_device_name(device)}
-    return {"device": f"cpu {platform.machine()}", "threads": torch.get_num_threads()}
+    return {
+        "device": f"cpu {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "amx": multiplies_bfloat16(),
+    }
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 faster than those of float32."""
+    return bool(torch.cpu._is_amx_tile_supported())

@@ -25,7 +25,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import LayerCall, observe_layer, walk
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.hessian import LayerHessians
+from alphaquant.quant.hessian import LayerHessians, observer_of
 from alphaquant.reports.tables import markdown
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -140,7 +140,7 @@ def _observe(model_map: ModelMap, shape: LayerShape, settings: QuantSettings) ->
     layer = model_map.layers[0]
     tokens = torch.zeros(1, shape.seq_len, dtype=torch.int64)
     call = next(walk(model_map, [tokens])).calls[0]
-    observer = LayerHessians(settings.route_exponent, settings.pooled_tokens)
+    observer = observer_of(settings)
     generator = torch.Generator().manual_seed(0)
     with observe_layer(layer, observer):
         for _ in range(shape.n_windows):

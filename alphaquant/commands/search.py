@@ -36,7 +36,7 @@ from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import make_space
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.costing import bank_formats
+from alphaquant.studies.costing import bank_formats, check_bank
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import (
     cache_dir,
@@ -115,6 +115,7 @@ def _search(
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, constraints_of(spec.limits))
+    check_bank(spec, space)
     inputs = load_inputs(spec, source, clock)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
@@ -273,6 +274,7 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
         bank_bytes=bank.n_bytes(),
         calibration_tokens_per_expert=tokens_per_expert,
         rare_matrices=rare_matrices(prepared.costs.table, RARE_TOKENS),
+        lacking_formats=tuple(sorted(prepared.costs.lacking)),
     )
 
 

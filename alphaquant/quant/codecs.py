@@ -282,6 +282,23 @@ def round_scale(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)
 
 
+def scale_step(scale: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
+    """What is added to scales so that an objective falls; zero where nothing helps.
+
+    With a step d the objective changes by d (d A - 2 r); the best one is r / A, then the scale is
+    rounded to float16.
+
+    Args:
+        scale: known scales, float32.
+        curvature: A, of the same shape.
+        slope: r, of the same shape.
+    """
+    solved = scale + slope / curvature
+    usable = (curvature > 0) & torch.isfinite(solved) & (solved != 0)
+    step = round_scale(torch.where(usable, solved, scale)) - scale
+    return torch.where((step * curvature - 2 * slope) * step < 0, step, torch.zeros_like(step))
+
+
 def _to_float16(scale: Tensor) -> Tensor:
     return scale.clamp(-_F16_MAX, _F16_MAX).to(torch.float16).to(torch.float32)
 

@@ -302,6 +302,15 @@ def _spread(tile, changes, first, stop, j, matrix, width, row, m):
 
 
 @njit(**_OPTIONS)
+def _load(tile, x, start, stride, n_columns, m):
+    """Copy m rows, from `start` on, of columns that are `stride` apart into a tile."""
+    for k in range(n_columns):
+        at, to = uint64(start) + uint64(k) * stride, uint64(k * _TILE)
+        for n in range(m):
+            tile[to + uint64(n)] = x[at + uint64(n)]
+
+
+@njit(**_OPTIONS)
 def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule, shared, scales,
                zeros, centred, delta, objective):  # fmt: skip
     """Round one block of columns with error compensation inside the block.
@@ -332,10 +341,7 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
     zero = np.empty(_TILE, dtype=np.float32)
     for start in range(0, n_rows, _TILE):
         m = min(_TILE, n_rows - start)
-        for k in range(n_columns):
-            at, to = uint64(start) + uint64(k) * stride, uint64(k * _TILE)
-            for n in range(m):
-                tile[to + uint64(n)] = ahead[at + uint64(n)]
+        _load(tile, ahead, start, stride, n_columns, m)
         first = 0
         while first < n_columns:
             if begins[first] > 0:
@@ -352,10 +358,8 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
                 stop += 1
             for k in range(first, stop):
                 own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
-                of_group = uint64(groups[k]) * stride + uint64(start)
-                for n in range(m):
-                    scale[n] = scales[of_group + uint64(n)]
-                    zero[n] = zeros[of_group + uint64(n)]
+                _load(scale, scales, groups[k] * n_rows + start, stride, 1, m)
+                _load(zero, zeros, groups[k] * n_rows + start, stride, 1, m)
                 for n in range(m):
                     t[n] = tile[own + uint64(n)] / scale[n] + zero[n]
                 _snap(t, power, m, rule)
@@ -410,11 +414,8 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
     zero = np.empty(_TILE, dtype=np.float32)
     for start in range(0, n_rows, _TILE):
         m = min(_TILE, n_rows - start)
-        for k in range(n_columns):
-            at, to = uint64(start) + uint64(k) * stride, uint64(k * _TILE)
-            for n in range(m):
-                tile[to + uint64(n)] = residual[at + uint64(n)]
-                totals[to + uint64(n)] = _ZERO
+        _load(tile, residual, start, stride, n_columns, m)
+        totals[:] = _ZERO
         run = 0
         while run < n_columns:
             end = ends[run]
@@ -426,10 +427,8 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
                 stop = min(first + _PANEL, end)
                 for k in range(first, stop):
                     own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
-                    of_group = uint64(groups[k]) * stride + uint64(start)
-                    for n in range(m):
-                        scale[n] = scales[of_group + uint64(n)]
-                        zero[n] = zeros[of_group + uint64(n)]
+                    _load(scale, scales, groups[k] * n_rows + start, stride, 1, m)
+                    _load(zero, zeros, groups[k] * n_rows + start, stride, 1, m)
                     curvature = hessian[k * n_columns + k]
                     for n in range(m):
                         q = centred[at + uint64(n)] * scale[n]

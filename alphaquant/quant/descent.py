@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant import columns_numba as loops
-from alphaquant.quant.codecs import round_scale
+from alphaquant.quant.codecs import scale_step
 from alphaquant.quant.factor import Block, DampedHessian, Factor
 from alphaquant.quant.format_rules import Rule
 
@@ -106,7 +106,8 @@ class Rounding:
         delta: float32 [K, N], D, what rounding took away from the weights.
         scales: float32 [G, N].
         zeros: float32 [G, N], 0 for symmetric formats.
-        objective: float32 [N], tr(D H D') of every row; squared errors of the weights without H.
+        objective: float32 [N], tr(D H D') of every row; squared errors of the weights without H,
+            infinite for rows that GPTQ leaves out.
     """
 
     centred: Tensor
@@ -196,7 +197,10 @@ class Rounder:
         is_extreme = weight.abs().amax(0) > _EXTREME
         if not bool(is_extreme.any()):
             return rounding
-        return choose_rows(is_extreme, self.nearest(weight), rounding)
+        nearest = self.nearest(weight)
+        # Its objective is of other units: whatever descent can express is better.
+        beyond = torch.full_like(nearest.objective, torch.inf)
+        return choose_rows(is_extreme, replace(nearest, objective=beyond), rounding)
 
     def refine(self, start: Rounding, hessian: DampedHessian, n_sweeps: int) -> Rounding:
         """Lower the objective by sweeps of scales and codes.
@@ -294,10 +298,7 @@ class Rounder:
         curvature = (C * (H[start:stop, start:stop] @ C)).sum(0)  # [N]
         slope = (C * (H[start:stop] @ D)).sum(0)
         known = rounding.scales[start // self.plan.group_size]
-        solved = known + slope / curvature
-        usable = (curvature > 0) & torch.isfinite(solved) & (solved != 0)
-        step = round_scale(torch.where(usable, solved, known)) - known
-        step = torch.where((step * curvature - 2 * slope) * step < 0, step, torch.zeros_like(step))
+        step = scale_step(known, curvature, slope)
         known += step
         D[start:stop] -= step * C
 
@@ -352,7 +353,7 @@ class Rounder:
         pending = upper[:start, start:stop].T @ delta[:start]  # [g, N]
         own = upper[start:stop, start:stop].T  # lower
         compensation: Tensor = torch.linalg.solve_triangular(own, pending, upper=False)
-        return weight[start:stop] + compensation
+        return (weight[start:stop] + compensation).contiguous()
 
     def _fit_all(self, weight: Tensor) -> Rounding:
         """A rounding whose scales are chosen from the given weights, and nothing is rounded."""
@@ -425,6 +426,6 @@ def _natural(rounding: Rounding, order: Tensor) -> Rounding:
 
 
 def _flat(x: Tensor) -> Floats:
-    """The numbers of a contiguous tensor, without a copy."""
-    found: Floats = x.contiguous().view(-1).numpy()
+    """The numbers of a contiguous tensor, which the loops may write; never a copy."""
+    found: Floats = x.view(-1).numpy()
     return found

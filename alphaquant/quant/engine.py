@@ -32,6 +32,8 @@ from alphaquant.specs.quantizer import QuantSettings
 
 _ROWS = 512
 """Rows that are rounded together: enough for products at full speed, few enough for caches."""
+_MOSTLY_DIAGONAL = 0.5
+"""Shrinkage beyond which the objective says too little of the Hessian itself; at 1 nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class MatrixRecord:
         hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
             data.
         n_tokens: calibration tokens that reached it, None without data.
-        damp: damping fraction used, retries included; the larger one of two starts.
+        damp: damping fraction used, retries included.
         weight_error: |W - Q|^2 / |W|^2.
         output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
         shrinkage: how far the Hessian was drawn toward its diagonal, 0 to 1; None without data.
@@ -117,7 +119,7 @@ class _Stack:
         """tr(D H D') of every row, [N], with data."""
         assert self.hessian is not None
         D = rounding.delta  # [K, N]
-        if self.damped is None:
+        if self.damped is None or self.shrinkage > _MOSTLY_DIAGONAL:
             return ((self.hessian @ D) * D).sum(0)
         # The objective is of the matrix with a larger diagonal and smaller correlations.
         kept = 1 - self.shrinkage
@@ -215,7 +217,8 @@ def _stack(
     is_rounded = any(parse_format(name).is_quantized for name in asked)
     if hessian is not None and settings.method == "gptq" and is_rounded:
         orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
-        damped = factorize(shrink(hessian, amount), settings.percdamp, orders)
+        names = " + ".join(m.name for m in batch.stacks[b])
+        damped = factorize(shrink(hessian, amount), settings.percdamp, orders, names)
     gain = shrinkage.heldout_gain
     return _Stack(
         matrices, weights, hessian, damped, amount, gain, batch.source[b], batch.n_tokens[b]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
+from alphaquant.provenance import multiplies_bfloat16
 
 MAX_DAMP_RETRIES = 5
 _CHOLESKY_BLOCK = 128
@@ -23,6 +24,7 @@ _LAPACK_COLUMNS = 512
 """Below this, one call of LAPACK is faster than products of blocks (on the CPUs measured)."""
 
 _HALF_COLUMNS = 2048
+"""From here on products in bfloat16 are worth their casts."""
 
 Block = tuple[int, int]
 """First column and the one after the last."""
@@ -82,7 +84,9 @@ def dampen(hessian: Tensor, damp: float) -> Tensor:
     return H
 
 
-def factorize(hessian: Tensor, percdamp: float, orders: Sequence[bool]) -> DampedHessian:
+def factorize(
+    hessian: Tensor, percdamp: float, orders: Sequence[bool], name: str = "a matrix"
+) -> DampedHessian:
     """Dampen a Hessian and factorize it in some orders of its columns.
 
     A Hessian whose factorization fails in any order is tried again with ten times the damping, at
@@ -92,6 +96,7 @@ def factorize(hessian: Tensor, percdamp: float, orders: Sequence[bool]) -> Dampe
         hessian: float32 [K, K], symmetric, sums over tokens (any positive scale).
         percdamp: fraction of mean(diag H) added to the diagonal.
         orders: False for the natural order, True for descending diag(H), the most used first.
+        name: whose Hessian it is, for the error.
 
     Raises:
         ModelError: it is not positive definite even with 10^5 * percdamp.
@@ -105,8 +110,8 @@ def factorize(hessian: Tensor, percdamp: float, orders: Sequence[bool]) -> Dampe
             return DampedHessian(damped, damp, found, _half(damped))
         damp *= 10
     raise ModelError(
-        f"a Hessian of size {len(hessian)} is not positive definite even with damping "
-        f"{percdamp * 10**MAX_DAMP_RETRIES:g}; use more or "
+        f"the Hessian of {name} ({len(hessian)} inputs) is not positive definite even with "
+        f"damping {percdamp * 10**MAX_DAMP_RETRIES:g}; use more or "
         "other calibration text, a larger --percdamp, or --method rtn"
     )
 
@@ -127,16 +132,11 @@ def _factor(hessian: Tensor, damped: Tensor, most_used_first: bool) -> Factor | 
 def _half(matrix: Tensor) -> Tensor | None:
     """The matrix in bfloat16 where the processor multiplies that faster and it is large enough.
 
-    Measured with AMX: four fifths of the time at 2048 columns, no gain at 1024; the objective was
-    1.0001 to 1.004 times that of float32, the more the worse the Hessian is conditioned.
+    Measured with AMX: four fifths of the time at 2048 columns, no gain at 1024.
     """
-    if len(matrix) < _HALF_COLUMNS or not _multiplies_bfloat16():
+    if len(matrix) < _HALF_COLUMNS or not multiplies_bfloat16():
         return None
     return matrix.to(torch.bfloat16)
-
-
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:

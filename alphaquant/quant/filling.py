@@ -16,7 +16,7 @@ from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
-from alphaquant.quant.hessian import LayerHessians
+from alphaquant.quant.hessian import LayerHessians, observer_of
 from alphaquant.specs.quantizer import QuantSettings
 
 
@@ -105,7 +105,7 @@ def _fill(
         lacking = missing.get(layer.index)
         if not lacking:
             continue
-        hessians = LayerHessians(settings.route_exponent, settings.pooled_tokens)
+        hessians = observer_of(settings)
         with observe_layer(layer, hessians):
             step.run()
         progress(Stage.HESSIANS, layer.index + 1, len(model_map.layers))

@@ -28,6 +28,7 @@ from torch import Tensor
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite
 from alphaquant.spaces.units import Matrix
+from alphaquant.specs.quantizer import QuantSettings
 
 _HELD_EXPERTS = 4
 """Experts of a module, at least, for which held-back tokens are summed apart."""
@@ -79,6 +80,12 @@ def accumulate(total: Tensor, inputs: Tensor, weights: Tensor | None = None) -> 
     total.addmm_(weighted.T, flat)
 
 
+def observer_of(settings: QuantSettings) -> "LayerHessians":
+    """What sums a layer's Hessians for a quantizer with these settings."""
+    holds_back = settings.method == "gptq" and settings.shrinkage
+    return LayerHessians(settings.route_exponent, settings.pooled_tokens, holds_back)
+
+
 def first_held(n_tokens: int) -> int:
     """The first token of a batch that is held back; those of its last quarter are."""
     return n_tokens - n_tokens // 4
@@ -92,10 +99,12 @@ class LayerHessians:
         route_exponent: 0, 1 or 2; power of the routing weight.
         pooled_tokens: tokens' worth of the layer's mean that each expert's Hessian is mixed with;
             0 turns it off.
+        holds_back: sum held-back tokens apart as well.
     """
 
     route_exponent: int = 2
     pooled_tokens: int = 512
+    holds_back: bool = True
     _linear: dict[str, Tensor] = field(default_factory=dict)
     _held: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
@@ -119,12 +128,14 @@ class LayerHessians:
         if name not in self._linear:
             n_cols = site.matrix.cols
             self._linear[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
-            self._held[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
+            if self.holds_back:
+                self._held[name] = torch.zeros(n_cols, n_cols, device=inputs.device)
             self._tokens[name] = 0
         flat, weights = inputs.flatten(0, -2), self._gate_weights(site, inputs)
         accumulate(self._linear[name], flat, weights)
-        held = slice(first_held(len(flat)), None)
-        accumulate(self._held[name], flat[held], None if weights is None else weights[held])
+        if self.holds_back:
+            held = slice(first_held(len(flat)), None)
+            accumulate(self._held[name], flat[held], None if weights is None else weights[held])
         self._tokens[name] += len(flat)
 
     def on_experts(
@@ -132,7 +143,8 @@ class LayerHessians:
     ) -> None:
         """Add a batch of routed tokens."""
         if site.name not in self._experts:
-            self._experts[site.name] = _ExpertSums(site, inputs.device)
+            n_held = _HELD_EXPERTS if self.holds_back else 0
+            self._experts[site.name] = _ExpertSums(site, inputs.device, n_held)
         self._experts[site.name].add(inputs, expert_ids, weights, self.route_exponent)
 
     def utilization(self) -> dict[str, list[int]]:
@@ -153,7 +165,8 @@ class LayerHessians:
             hessian = self._linear[leader].unsqueeze(0)
             gated = self.route_exponent > 0 and leader.rpartition(".")[0] in self._gates
             source = "routing_weighted" if gated else "plain"
-            n_tokens, held = (self._tokens[leader],), {0: self._held[leader]}
+            n_tokens = (self._tokens[leader],)
+            held = {0: self._held[leader]} if leader in self._held else {}
             result.append(
                 HessianBatch((tuple(matrices),), hessian, n_tokens, (source,), held=held)
             )
@@ -179,14 +192,14 @@ class LayerHessians:
 class _ExpertSums:
     """Sums of one experts module."""
 
-    def __init__(self, site: ExpertsSite, device: torch.device) -> None:
+    def __init__(self, site: ExpertsSite, device: torch.device, n_held: int) -> None:
         n_experts, hidden, width = site.n_experts, site.up[0].cols, site.down[0].cols
         self.site = site
         self.w13 = torch.zeros(n_experts, hidden, hidden, device=device)
         self.w2 = torch.zeros(n_experts, width, width, device=device)
         self.n_tokens = torch.zeros(n_experts, dtype=torch.int64)
         self.is_pooled = False
-        sample = range(0, n_experts, max(1, n_experts // _HELD_EXPERTS))
+        sample = range(0, n_experts, max(1, n_experts // n_held)) if n_held else range(0)
         self.held13 = {e: torch.zeros(hidden, hidden, device=device) for e in sample}
         self.held2 = {e: torch.zeros(width, width, device=device) for e in sample}
 

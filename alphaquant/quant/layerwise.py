@@ -17,7 +17,7 @@ from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
-from alphaquant.quant.hessian import HessianBatch, LayerHessians
+from alphaquant.quant.hessian import HessianBatch, observer_of
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.quantizer import QuantSettings
@@ -128,7 +128,7 @@ def _observe(
     step: LayerStep, settings: QuantSettings
 ) -> tuple[list[HessianBatch], dict[str, list[int]]]:
     """Hessians and tokens per expert of a layer."""
-    observer = LayerHessians(settings.route_exponent, settings.pooled_tokens)
+    observer = observer_of(settings)
     with observe_layer(step.layer, observer):
         step.run()
     return observer.batches(step.layer), observer.utilization()

@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alphaquant.quant.codecs import make_grid, rebuild, round_scale, snap
+from alphaquant.quant.codecs import make_grid, rebuild, scale_step, snap
 from alphaquant.quant.matrix import RoundedBatch
 
 
@@ -76,7 +76,8 @@ def sweep(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatc
         zero = None if rounded.zeros is None else rounded.zeros[..., g]
         if fmt.has_groups:
             codes = values[..., group] - (0 if zero is None else zero.unsqueeze(-1))
-            step = _scale_step(codes, hessian[:, group, group], R[..., group], scales[..., g])
+            curvature = ((codes @ hessian[:, group, group]) * codes).sum(-1)
+            step = scale_step(scales[..., g], curvature, (codes * R[..., group]).sum(-1))
             scales[..., g] += step
             R -= (step.unsqueeze(-1) * codes) @ hessian[:, group, :]
         for k in range(group.start, group.stop):
@@ -86,21 +87,3 @@ def sweep(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatc
             change = rebuild(values[..., k], scales[..., g], zero) - q
             R -= change.unsqueeze(-1) * hessian[:, None, k, :]
     return replace(rounded, values=values, scales=scales)
-
-
-def _scale_step(codes: Tensor, hessian: Tensor, R: Tensor, scale: Tensor) -> Tensor:
-    """What is added to a group's scale, [B, N]; zero where nothing helps.
-
-    Args:
-        codes: float32 [B, N, g], less their zero points.
-        hessian: [B, g, g], the group's block.
-        R: [B, N, g], the residual's columns.
-        scale: [B, N].
-    """
-    curvature = ((codes @ hessian) * codes).sum(-1)
-    slope = (codes * R).sum(-1)
-    solved = scale + slope / curvature
-    usable = (curvature > 0) & torch.isfinite(solved) & (solved != 0)
-    step = round_scale(torch.where(usable, solved, scale)) - scale
-    helps = (step * curvature - 2 * slope) * step < 0
-    return torch.where(helps, step, torch.zeros_like(step))

@@ -6,6 +6,9 @@ Cholesky factor of the inverse Hessian. Scales of a group are chosen from the co
 when the loop reaches its first column. RTN is the same with no error spread: with a Hessian equal
 to the identity both give the same result.
 
+This is the plain version, column by column with the inverse Hessian: the reference of
+`descent.py`, which the engine runs. Round-to-nearest also packs single matrices by hand.
+
 Letters (those of the paper's code in the loop): B matrices, N rows, K columns; W weights, H
 Hessian, U upper Cholesky factor of its inverse, Err1 scaled errors of a block.
 """
@@ -26,11 +29,12 @@ from alphaquant.quant.codecs import (
     rebuild,
     snap,
 )
+from alphaquant.quant.factor import MAX_DAMP_RETRIES
+from alphaquant.quant.factor import dampen as dampen_one
 from alphaquant.quant.matrix import RoundedBatch
 from alphaquant.spaces.formats import Format
 from alphaquant.specs.quantizer import ScaleSearch
 
-MAX_DAMP_RETRIES = 5
 # Weights near the end of bfloat16's range saturate; their errors must not become infinite.
 _ERROR_MAX = 2.0**100
 
@@ -62,19 +66,11 @@ class Factor:
 def dampen(hessian: Tensor, damp: Sequence[float]) -> Tensor:
     """H + damp * mean(diag H) * I, float32 [B, K, K].
 
-    A column that no token ever used (zero diagonal) first gets the mean diagonal (1 where all are
-    zero), so it is rounded without compensation.
-
     Args:
         hessian: [B, K, K], symmetric.
         damp: fraction for each matrix, [B].
     """
-    H = hessian.to(torch.float32).clone()
-    diagonal = H.diagonal(dim1=-2, dim2=-1)  # a view: writing it writes H
-    mean = diagonal.mean(-1, keepdim=True)
-    diagonal += torch.where(diagonal == 0, torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
-    diagonal += torch.tensor(damp, device=H.device)[:, None] * diagonal.mean(-1, keepdim=True)
-    return H
+    return torch.stack([dampen_one(h, d) for h, d in zip(hessian, damp, strict=True)])
 
 
 def factorize(hessian: Tensor, percdamp: float, *, actorder: bool = False) -> Factor:

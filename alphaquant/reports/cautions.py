@@ -37,6 +37,7 @@ def cautions(result: SearchResult) -> tuple[str, ...]:
         withheld_caution(len(result.gate.withheld)),
         costs_caution(result.probe),
         rare_caution(result.provenance.rare_matrices),
+        bank_caution(result.provenance.lacking_formats),
         *source_cautions(result.provenance),
         *_window_cautions(result),
     )
@@ -86,6 +87,17 @@ def rare_caution(names: Sequence[str]) -> str | None:
         f"{len(names)} matrices were reached by fewer than {RARE_TOKENS} tokens, so their costs "
         f"are mostly their group's: {named}. More calibration windows, or text of another domain, "
         "reach them."
+    )
+
+
+def bank_caution(names: Sequence[str]) -> str | None:
+    """That some formats were quantized only where they can win, so never as uniform ones."""
+    if not names:
+        return None
+    return (
+        f"The bank is short: {len(names)} formats were quantized only for matrices for which they "
+        f"can win near the budget, and not compared with as uniform ones: {', '.join(names)}. "
+        "--bank full has all."
     )
 
 

@@ -35,7 +35,7 @@ from alphaquant.specs.quantizer import QuantSettings
 
 logger = logging.getLogger(__name__)
 
-_DECIDING_VERSIONS = ("aq-search", "torch", "transformers")
+_DECIDING_VERSIONS = ("aq-search", "torch", "transformers", "numba")
 """Packages with another version of which a layer may come out otherwise."""
 
 

@@ -18,6 +18,7 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
+from alphaquant.errors import ConfigError
 from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
@@ -64,8 +65,7 @@ class Costs:
 
 
 _SHORT_WEIGHTS = 10**8
-"""Quantizable weights from which on a bank holds what can win only: on two cores every format of
-the default menu takes about an hour there."""
+"""Quantizable weights from which on a bank holds what can win only."""
 _ANCHOR_BITS = (2.25, 6.25)
 """Beside the budget and the format to compare with."""
 _SAMPLED_UNITS = 64
@@ -97,19 +97,38 @@ def fill_and_measure(
 def is_short(spec: SearchSpec, space: SearchSpace) -> bool:
     """Whether the bank of a search holds only what can win."""
     if spec.proposals.bank == "auto":
-        return space.inventory.n_weights >= _SHORT_WEIGHTS
+        return space.inventory.n_weights >= _SHORT_WEIGHTS and bool(_common(space))
     return spec.proposals.bank == "short"
+
+
+def check_bank(spec: SearchSpec, space: SearchSpace) -> None:
+    """Refuse a short bank where no format can be an anchor, before anything is measured.
+
+    Raises:
+        ConfigError: it was asked for, and no format of the menu is allowed for all units.
+    """
+    if spec.proposals.bank == "short" and not _common(space):
+        raise ConfigError(
+            "a short bank needs a format that every matrix can have, and no format of the menu "
+            f"({', '.join(space.menu)}) is one under this profile; use --bank full, or add one"
+        )
+
+
+def _common(space: SearchSpace) -> list[str]:
+    """Formats of the menu that every unit may take."""
+    return [n for n in space.menu if all(n in space.allowed(u) for u in space.units)]
 
 
 def anchors_of(space: SearchSpace, names: Sequence[str]) -> list[int]:
     """Columns of the formats in which every unit is measured.
 
     Those of about 2 and 6 bits and of the budget, and a format of 4.25 bits that every search is
-    compared with; fewer where the menu has no others.
+    compared with; fewer where the menu has no others. At least one format of the menu is allowed
+    for every unit (`check_bank`).
     """
     bits = [parse_format(name).nominal_bits for name in names]
     budget = space.limit_bits / space.inventory.n_weights
-    common = [i for i, n in enumerate(names) if all(n in space.allowed(u) for u in space.units)]
+    common = [names.index(name) for name in _common(space)]
     wanted = [min(common, key=lambda i: abs(bits[i] - at)) for at in (*_ANCHOR_BITS, budget)]
     return sorted({*wanted, names.index(REFERENCE_FORMATS[0])})
 

@@ -57,6 +57,7 @@ USAGE = (
     Case("trials as a fraction", f"{SEARCH} --trials 1.5", "no whole number", 2),
     Case("trials of nothing", f"{SEARCH} --trials ''", "no whole number", 2),
     Case("negative seed", f"{SEARCH} --seed -1", RANGE, 2),
+    Case("a bank of another kind", f"{SEARCH} --bank tiny", "full", 2),
     Case("negative timeout", f"{SEARCH} --timeout -1", RANGE, 2),
     Case("no formats in a layer", f"{SEARCH} --max-formats-per-layer 0", RANGE, 2),
     Case("one evaluation window", f"{SEARCH} --evaluation-samples 1", RANGE, 2),

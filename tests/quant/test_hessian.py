@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite, LayerSite, ModelMap
 from alphaquant.models.walk import observe_layer, walk
+from alphaquant.quant import engine
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
-from alphaquant.quant.hessian import HessianBatch, LayerHessians
+from alphaquant.quant.hessian import HessianBatch, LayerHessians, observer_of
 from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.quant.shrinkage import Shrinkage
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
@@ -295,3 +297,30 @@ def test_a_shared_expert_is_weighted_by_its_gate_if_it_has_one(family: str, expo
     assert close(batches[("down_proj",)].hessian[0], direct_sum(features, weights))
     assert all(b.source == (source,) for b in batches.values())
     assert all(b.n_tokens == (4 * 11,) for b in batches.values())
+
+
+def test_nothing_is_held_back_where_nobody_asks(
+    olmoe: ModelMap, routed: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    layer, site = experts_site(olmoe)
+    for settings, n_held in (
+        (QuantSettings(), 4),
+        (QuantSettings(shrinkage=False), 0),
+        (QuantSettings(method="rtn"), 0),
+    ):
+        observer = observer_of(settings)
+        observer.on_experts(site, *routed)
+        found = observer.batches(LayerSite(0, "layer", site.module, (), (site,)))
+        for batch in found:
+            assert len(batch.held) >= n_held if n_held else not batch.held
+
+
+def test_an_expert_that_nothing_reached_has_a_finite_error_under_any_shrinkage(
+    olmoe: ModelMap, routed: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tokens of its own its down projection is shrunk all the way, s = 1."""
+    monkeypatch.setattr(engine, "choose_shrinkage", lambda *args: Shrinkage(2.0, 0.9))
+    _, site = experts_site(olmoe)
+    record = quantize_experts(olmoe, routed, 512)[site.down[5].name].record
+    assert record.shrinkage == 1.0 and record.heldout_gain == 0.9
+    assert record.output_error is not None and 0 < record.output_error < 1

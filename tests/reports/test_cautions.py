@@ -48,6 +48,12 @@ def test_rare_experts_are_named(sound: SearchResult) -> None:
     assert "experts.3.up_proj" in text and text in coverage_text(result)
 
 
+def test_a_short_bank_says_what_was_not_compared_with(sound: SearchResult) -> None:
+    told = replace(sound.provenance, lacking_formats=("int3-g64", "int5-g128-asym"))
+    (text,) = cautions(replace(sound, provenance=told))
+    assert "2 formats" in text and "int3-g64, int5-g128-asym" in text and "--bank full" in text
+
+
 def test_a_uniform_winner_is_said(sound: SearchResult) -> None:
     name = next(r.name for r in sound.gate.rows if not r.name.startswith("trial-"))
     (text,) = cautions(replace(sound, gate=replace(sound.gate, winner=name)))

@@ -1,12 +1,14 @@
 """Stages before the study: cached by content, in order, with progress that adds up."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from alphaquant.errors import ConfigError
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import StageClock, no_progress
 from alphaquant.search.allocators import ALLOCATORS, available
@@ -157,3 +159,13 @@ def test_a_short_bank_holds_anchors_and_what_can_win(
             assert (matrix.name in prepared.bank.matrices(name, matrix.layer)) == is_allowed
     again = prepare(short, inputs, space, StageClock(no_progress))
     assert np.array_equal(again.problem.allowed, allowed)
+
+
+def test_a_short_bank_without_a_format_for_all_is_refused(
+    spec: SearchSpec, space: SearchSpace
+) -> None:
+    none = replace(space, menu=())
+    costing.check_bank(replaced(spec, bank="short"), space)
+    costing.check_bank(replaced(spec, bank="auto"), none)
+    with pytest.raises(ConfigError, match="--bank full, or add one"):
+        costing.check_bank(replaced(spec, bank="short"), none)
