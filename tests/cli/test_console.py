@@ -139,7 +139,7 @@ def test_stage_is_one_line_when_it_ends(bars: Bars, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert out == ""
     assert re.sub(r"[0-9.]+ s", "T s", err) == (
-        "bank: every format: 2 of 2, T s\nload model and texts: 1 of 1, T s\n"
+        "bank of formats: 2 of 2, T s\nload model and texts: 1 of 1, T s\n"
     )
 
 
