@@ -101,6 +101,13 @@ class Bars:
             self._last_line = time.monotonic()
             say(line, sys.stderr)
 
+    def tell(self, line: str) -> None:
+        """A line on standard error, above the bars of a terminal."""
+        if self._console.is_terminal:
+            self._progress.console.print(line, markup=False, highlight=False)
+        else:
+            say(line, sys.stderr)
+
     def _columns(self) -> list[ProgressColumn]:
         """Columns that fit the terminal; with all of them and five spaces a line has 80."""
         width = self._console.width

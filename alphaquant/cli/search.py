@@ -25,6 +25,7 @@ def command(*, spec: Annotated[SearchSpec, Parameter(name="*")]) -> None:
             spec,
             progress=bars,
             on_trial=lambda row: bars.note(trial_line(row), trial_note(row)),
+            tell=bars.tell,
         )
     say(summary_text(result, screen_width()))
 

@@ -10,7 +10,7 @@ first, then whose directory it is, then the model with its space, then the texts
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +50,7 @@ from alphaquant.studies.objective import Objective, SearchObjective
 from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
+from alphaquant.studies.sizing import size_lines, sized
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
 from alphaquant.studies.store.folder import (
     RunFolder,
@@ -68,6 +69,9 @@ from alphaquant.texts.windows import check_sources
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[str], None]
+"""Told a line for people."""
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -84,6 +88,7 @@ def search(
     *,
     progress: Progress = no_progress,
     on_trial: OnTrial = lambda row: None,
+    tell: Tell = lambda line: None,
 ) -> SearchResult:
     """Search formats for a model under a budget and write the results to `spec.run.out`.
 
@@ -91,6 +96,7 @@ def search(
         spec: what to search.
         progress: called with a stage's name, steps done, steps.
         on_trial: called after each trial.
+        tell: called with lines for people: the sizes that were chosen.
 
     Raises:
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
@@ -98,11 +104,11 @@ def search(
     check_kind(spec, SearchSpec, "run_search")
     request = _check(spec)
     with locked_folder(spec.run.out):
-        return _search(spec, request, StageClock(progress), on_trial)
+        return _search(spec, request, StageClock(progress), on_trial, tell)
 
 
 def _search(
-    spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial
+    spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial, tell: Tell
 ) -> SearchResult:
     """The stages, in an output directory that no other process works on."""
     clock(Stage.LOAD, 0, LOAD_STEPS)
@@ -111,6 +117,9 @@ def _search(
     source = load_source(
         asked.model, request.device, asked.dtype, steps, cache=cache, progress=clock
     )
+    spec = sized(spec, source.map)
+    for line in size_lines(spec):
+        tell(line)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 UNDER_UTILIZED_RATIO = 0.25
+CHOSEN_FIELDS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""How configurations call the number of experts that a token chooses."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ class Utilization:
             "ratio_to_uniform": list(self.ratio_to_uniform),
             "under_utilized": list(self.under_utilized),
         }
+
+
+def experts_per_token(config: Any, n_experts: int) -> int:
+    """Experts that a token chooses, as a configuration states it.
+
+    Args:
+        config: of transformers.
+        n_experts: routed experts of a layer; also what is given where nothing is stated.
+    """
+    text = config.get_text_config()
+    stated = [getattr(text, name, None) for name in CHOSEN_FIELDS]
+    found = [k for k in stated if isinstance(k, int) and 1 <= k <= n_experts]
+    return found[0] if found else n_experts
 
 
 def utilization_facts(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models.loads import CHOSEN_FIELDS
 from alphaquant.models.sites import Carried, ModelMap
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.spaces.units import Kept
@@ -192,7 +193,7 @@ def _check_chosen(file: Path, config: Mapping[str, Any]) -> None:
         if not isinstance(part, dict):
             continue
         counts = [part[n] for n in _EXPERTS if isinstance(part.get(n), int)]
-        for name in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
+        for name in CHOSEN_FIELDS:
             chosen = part.get(name)
             most = max(counts, default=0)
             if most and isinstance(chosen, int) and not 1 <= chosen <= most:

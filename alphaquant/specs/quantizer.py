@@ -36,11 +36,12 @@ class RoundingSpec:
     """Most used inputs first; implies static groups."""
     static_groups: Annotated[bool, _STATIC_GROUPS] = False
     """Scales from the original weights, before the loop."""
-    refine_sweeps: Natural = 3
-    """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ."""
-    n_starts: Annotated[int, whole(1, 2)] = 2
+    refine_sweeps: Natural | None = None
+    """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ. Default 3, in
+    a search by --effort."""
+    n_starts: Annotated[int, whole(1, 2)] | None = None
     """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
-    better result."""
+    better result. Default 2, in a search by --effort."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types and values out of range, whoever gave them.
@@ -53,16 +54,24 @@ class RoundingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSettings(RoundingSpec):
-    """How the matrices of a model are quantized."""
+    """How the matrices of a model are quantized; nothing is left open."""
 
+    refine_sweeps: Natural = 3
+    """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ."""
+    n_starts: Annotated[int, whole(1, 2)] = 2
+    """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
+    better result."""
     sequential: bool = False
     """A layer's inputs come from the quantized layers before it; only where every matrix has one
     format, not in a bank."""
 
 
 def settings_of(rounding: RoundingSpec) -> QuantSettings:
-    """The settings of a search, where layers are quantized independently."""
-    return QuantSettings(**asdict(rounding))
+    """The settings of a search, where layers are quantized independently.
+
+    What is open gets its default.
+    """
+    return QuantSettings(**{k: v for k, v in asdict(rounding).items() if v is not None})
 
 
 def changed(settings: QuantSettings, changes: Any) -> QuantSettings:

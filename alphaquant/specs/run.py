@@ -2,21 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from alphaquant.errors import ConfigError
 from alphaquant.specs.check import Positive, Share, check
 
+EffortName = Literal["quick", "default", "thorough"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What may change between the runs of one study."""
+    """How much is spent, and where files are.
 
+    All but `effort` may change between the runs of one study.
+    """
+
+    effort: EffortName = "default"
+    """How much is spent where no numbers are given: quick, default or thorough set the windows of
+    the texts, sweeps and starts of the quantizer, what a short bank holds, and trials."""
+    time_limit: str | None = None
+    """Time for the whole search, such as 90min or 2h: the largest effort whose plan fits is taken,
+    none above --effort, and no further trial starts after it; none by default."""
     trials: Positive | None = None
     """Assignments to evaluate, planned ones included; by default as many as the gain that is
-    still expected is worth, 48 at most."""
+    still expected is worth, 48 at most, 10 with --effort quick."""
     timeout: Share | None = None
     """Seconds after which no further trial starts; none by default."""
     out: Path = Path("aq-out")

@@ -15,6 +15,12 @@ from alphaquant.specs.run import RunSpec
 from alphaquant.specs.scores import ScoreSpec
 from alphaquant.specs.texts import TextSpec
 
+_OPEN = frozenset(
+    ("calibration_samples", "seq_len", "evaluation_samples", "heldout_samples")
+    + ("n_starts", "refine_sweeps")
+)
+"""Sizes that may be open, as None."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
@@ -58,9 +64,11 @@ class SearchSpec:
     def facts(self) -> dict[str, Any]:
         """What decides the sequence of trials, ready for JSON; equal budgets read the same.
 
-        `run` is left out: how many trials, how long and where files go may change between the runs
-        of one study.
+        Of `run` only the effort: how many trials, how long and where files go may change between
+        the runs of one study. Sizes that are still open are left out.
         """
         found = {k: v for part, d in asdict(self).items() if part != "run" for k, v in d.items()}
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
-        return plain | {"budget": parse_budget(self.limits.budget).canonical}
+        known = {k: v for k, v in plain.items() if v is not None or k not in _OPEN}
+        own = {"budget": parse_budget(self.limits.budget).canonical, "effort": self.run.effort}
+        return known | own

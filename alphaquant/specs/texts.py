@@ -24,7 +24,7 @@ class CalibrationSpec:
     calibration_samples: Positive = 128
     """Windows of calibration text."""
     seq_len: Pair | None = None
-    """Tokens per window; default 256 for demo, else 1024 or the model's limit."""
+    """Tokens per window; default 256 for demo, else 512 or the model's limit."""
     bos: BosMode = "auto"
     """Beginning-of-text token in front of windows and prompts: auto (as the tokenizer starts a
     text), always, never."""
@@ -42,14 +42,16 @@ class CalibrationSpec:
 class TextSpec(CalibrationSpec):
     """The three texts, which must not overlap. By default books and code."""
 
+    calibration_samples: Positive | None = None  # type: ignore[assignment]
+    """Windows of calibration text; by default what the model's experts need (--effort)."""
     evaluation: str = DEMO_TEXT
     """Text for the divergence that the search sees."""
-    evaluation_samples: Pair = 48
-    """Windows of evaluation text."""
+    evaluation_samples: Pair | None = None
+    """Windows of evaluation text; default by --effort."""
     heldout: str = DEMO_TEXT
     """Text for the last comparison with uniform formats, domain by domain, never used before."""
-    heldout_samples: Pair = 64
-    """Windows of held-out text."""
+    heldout_samples: Pair | None = None
+    """Windows of held-out text; default by --effort."""
 
     @property
     def sources(self) -> dict[str, str]:

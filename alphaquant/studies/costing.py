@@ -34,6 +34,7 @@ from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.quantizer import QuantSettings, settings_of
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import Source, cache_dir
+from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet
@@ -70,8 +71,6 @@ _ANCHOR_BITS = (2.25, 6.25)
 """Beside the budget and the format to compare with."""
 _SAMPLED_UNITS = 64
 """Units that are measured in every format, at least."""
-_AROUND = (-0.4, -0.2, 0.0, 0.2, 0.4)
-"""Sizes beside the budget's, bits per weight, whose choices are taken."""
 
 
 def fill_and_measure(
@@ -89,7 +88,7 @@ def fill_and_measure(
     first = _anchored(space, names)
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, first))
     costs = _only(measure_unit_costs(spec, inputs, space, bank, clock), first)
-    listed = first | _winners(space, names, costs)
+    listed = first | _winners(space, names, costs, effort_of(spec).around)
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, listed))
     return bank, _only(measure_unit_costs(spec, inputs, space, bank, clock), listed)
 
@@ -141,8 +140,17 @@ def _anchored(space: SearchSpace, names: Sequence[str]) -> BoolArray:
     return found
 
 
-def _winners(space: SearchSpace, names: Sequence[str], costs: Costs) -> BoolArray:
-    """Which formats of units can win at the budget and around it, bool [U, F]."""
+def _winners(
+    space: SearchSpace, names: Sequence[str], costs: Costs, around: Sequence[float]
+) -> BoolArray:
+    """Which formats of units can win, bool [U, F].
+
+    Args:
+        space: U units.
+        names: F formats.
+        costs: of the anchors, and of some units in every format.
+        around: sizes beside the budget's, bits per weight, whose choices are taken.
+    """
     formats = [parse_format(name) for name in names]
     nominal = np.array([fmt.nominal_bits for fmt in formats])
     bits = np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64)
@@ -150,8 +158,8 @@ def _winners(space: SearchSpace, names: Sequence[str], costs: Costs) -> BoolArra
     anchors = anchors_of(space, names)
     least = int(np.where(allowed, bits, bits.max()).min(axis=1).sum())
     limits = [
-        max(least, space.limit_bits + round(around * space.inventory.n_weights))
-        for around in _AROUND
+        max(least, space.limit_bits + round(beside * space.inventory.n_weights))
+        for beside in around
     ]
     found = np.zeros_like(allowed)
     for measured in (costs.units.fisher, costs.units.token_fisher):

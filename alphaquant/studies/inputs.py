@@ -26,7 +26,7 @@ SOURCE_STEPS = 3
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
-DEFAULT_SEQ_LEN = 1024
+DEFAULT_SEQ_LEN = 512
 
 _LARGE = 200
 """A parameter that stays is told from one 200th of all decoder layers' weights on."""
@@ -196,7 +196,7 @@ def seq_len_of(name: str, model: nn.Module, asked: int | None) -> int:
     Args:
         name: of the model, as asked for.
         model: the model; its configuration tells the longest text that it can take.
-        asked: tokens per window; None for 256 on the demo model, else 1024 or the model's limit.
+        asked: tokens per window; None for 256 on the demo model, else 512 or the model's limit.
 
     Raises:
         DataError: the model cannot take windows of the length asked for.

@@ -143,7 +143,7 @@ class TrialLoop:
     def limit_reason(self) -> str | None:
         """Which limit ends the search here, a sentence without an end; None where none does."""
         if len(self.rows) >= self.most_trials:
-            asked = f"--trials asked for {self.spec.run.trials}"
+            asked = f"{self.spec.run.trials} trials were asked for"
             return f"{MOST_TRIALS} are the most without --trials" if self.is_open else asked
         return f"the timeout of {self.spec.run.timeout:g} s is over" if self._is_late else None
 

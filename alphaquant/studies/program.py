@@ -38,6 +38,7 @@ from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.gate.winner import best_of
 from alphaquant.studies.loop import Proposal, TrialLoop
 from alphaquant.studies.result import Probe, front_of
+from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stopping import outlook, stagnation
 from alphaquant.studies.store.study import TrialRow
 from alphaquant.studies.trials import (
@@ -54,9 +55,6 @@ logger = logging.getLogger(__name__)
 N_UNIFORM = 3
 """Uniform formats at most."""
 
-N_FRONT_SIZES = 8
-N_PROBES = 30
-PROBE_WINDOWS = 16
 FREE_EVERY = 4
 
 _COVERED = ("uniform", "random", "blend")
@@ -243,23 +241,27 @@ def run_probe(run: Run) -> Probe | None:
     """
     if run.loop.is_over:
         return None
-    run.clock(Stage.PROBE, 0, N_PROBES)
+    effort = effort_of(run.spec)
+    n_probes = effort.n_probes
+    run.clock(Stage.PROBE, 0, n_probes)
     choices, limit = [], run.proposer.limit_bits
-    for i in range(N_PROBES):
+    for i in range(n_probes):
         seed = int(np.random.SeedSequence((run.spec.proposals.seed, i)).generate_state(1)[0])
         choices.append(ALLOCATORS["random"].allocate(run.problem, limit, seed).choice)
-    n_windows = min(PROBE_WINDOWS, run.truth.n_windows)
+    seq_len = run.spec.texts.seq_len
+    assert seq_len is not None, "sizes are closed before a program runs"
+    n_windows = min(-(-effort.probe_tokens // seq_len), run.truth.n_windows)
     run.truth.measure_together(
         choices,
         n_windows,
-        lambda done, total: run.clock(Stage.PROBE, N_PROBES * done // total, N_PROBES),
+        lambda done, total: run.clock(Stage.PROBE, n_probes * done // total, n_probes),
     )
     measured = [float(run.truth.measure(choice, n_windows).mean()) for choice in choices]
-    run.clock(Stage.PROBE, N_PROBES, N_PROBES)
+    run.clock(Stage.PROBE, n_probes, n_probes)
     tables = {**run.problem.costs, "default": run.proposer.base_cost}
     rows = np.arange(len(run.problem.units))
     return Probe(
-        N_PROBES,
+        n_probes,
         n_windows,
         {
             name: rank_correlation([float(t[rows, c].sum()) for c in choices], measured)
@@ -278,7 +280,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 def _front_limits(run: Run) -> list[int]:
     """Total bits at sizes over the whole menu, the largest first, both ends left out."""
     low, most = run.proposer.bits_low, run.proposer.bits_most
-    sizes = np.linspace(low, most, N_FRONT_SIZES + 2)[-2:0:-1]
+    sizes = np.linspace(low, most, effort_of(run.spec).n_front_sizes + 2)[-2:0:-1]
     return [run.problem.limit_bits(float(bits)) for bits in sizes]
 
 

@@ -58,7 +58,7 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
     """Find the scores that are asked for, read the three texts, check that they share nothing.
 
     Args:
-        spec: what was asked.
+        spec: what was asked, without open sizes.
         source: the model.
         progress: called with ("load", steps done, `LOAD_STEPS`) after each text.
 
@@ -73,6 +73,7 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
         (data.evaluation, "search", data.evaluation_samples),
         (data.heldout, "heldout", data.heldout_samples),
     ):
+        assert n_samples is not None, "sizes are closed before texts are read"
         texts.append(
             read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
         )
