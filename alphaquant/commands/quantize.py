@@ -14,6 +14,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, Stage, no_progress
+from alphaquant.quant.bank import Bank, bank_key, find_bank
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
@@ -29,6 +30,7 @@ from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.texts import DEMO_TEXT
 from alphaquant.studies.inputs import (
     Source,
+    cache_dir,
     find_device,
     load_source,
     model_location,
@@ -93,7 +95,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
         progress(Stage.LOAD, 0, 1)
-        source = load_source(spec.model, device, spec.dtype, progress=progress)
+        source = load_source(spec.model, device, spec.dtype, cache=spec.cache, progress=progress)
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
         warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
@@ -105,7 +107,10 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         facts = _facts(source, config, plan, tokens, warnings)
         windows = None if tokens is None else tokens.tokens
         return quantize_to_checkpoint(
-            PackingJob(source.map, plan.assignment, settings, windows, _activations(plan)),
+            PackingJob(
+                *(source.map, plan.assignment, settings, windows, _activations(plan)),
+                bank=None if tokens is None else _bank(spec, source, tokens, settings),
+            ),
             part,
             facts=facts | {"architecture": architecture.name},
             tokenizer=source.tokenizer,
@@ -125,7 +130,7 @@ def dry_run(spec: QuantizeSpec, *, progress: Progress = no_progress) -> DryRun:
     """
     config = load_config(spec.config)
     _settings(spec, _read_summary(config.summary or {}, spec.config))
-    location = model_location(spec.model, progress=progress)
+    location = model_location(spec.model, spec.cache, progress)
     if is_packed(location):  # whose skeleton could be had all the same
         raise ModelError(
             f"{spec.model} is quantized already, by aq-quantize; quantizing starts from the "
@@ -277,6 +282,14 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
             "now; give --calibration to use this text, or restore the file"
         )
     return tokens
+
+
+def _bank(
+    spec: QuantizeSpec, source: Source, tokens: TokenSet, settings: QuantSettings
+) -> Bank | None:
+    """What a search of this model with these settings and windows left in the cache."""
+    key = bank_key(source.digest, tokens.digest, settings)
+    return find_bank(cache_dir(spec.cache) / "banks", key, source.map.inventory)
 
 
 def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:

@@ -156,14 +156,18 @@ class Bank:
                 raise damaged(path, str(error)) from error
         return BankLayer(paths[0], format_name, tuple(files), places)
 
-    def verify(self, format_names: Sequence[str]) -> None:
+    def verify(self, format_names: Sequence[str], layers: Sequence[int] | None = None) -> None:
         """Compare every file with its stored sha256.
+
+        Args:
+            format_names: of these formats.
+            layers: of these layers; None for all.
 
         Raises:
             StoreError: naming the first damaged file.
         """
         for name in format_names:
-            for layer in range(self.inventory.n_layers):
+            for layer in range(self.inventory.n_layers) if layers is None else layers:
                 for path in self.parts(name, layer):
                     if file_digest(path) != self._sidecar(path)["sha256"]:
                         raise damaged(path, "its sha256 differs from the one written with it")
@@ -221,6 +225,23 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
     else:
         write_text(index, json.dumps(stated, indent=1, sort_keys=True))
     return Bank(path, inventory, stated)
+
+
+def find_bank(root: Path, key: str, inventory: Inventory) -> Bank | None:
+    """The bank of a key that an earlier search left; None where there is none for this inventory.
+
+    Args:
+        root: directory of all banks.
+        key: from `bank_key`.
+        inventory: the model's matrices.
+    """
+    try:
+        facts = read_object(root / key / "bank.json")
+    except (OSError, JsonError):
+        return None
+    return (
+        Bank(root / key, inventory, facts) if facts.get("inventory") == inventory.digest else None
+    )
 
 
 def damaged(path: Path, why: str) -> StoreError:

@@ -16,10 +16,12 @@ from torch import Tensor
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
-from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.bank import Bank
+from alphaquant.quant.engine import MatrixRecord, QuantizedMatrix, quantize_layer
 from alphaquant.quant.hessian import HessianBatch, observer_of
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
 Finished = Mapping[int, Callable[[], Mapping[str, PackedMatrix]]]
@@ -51,10 +53,12 @@ def quantize_layers(
     tokens: Tensor | None,
     batch_size: int = 16,
     finished: Finished = NONE_FINISHED,
+    bank: Bank | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize every matrix to its format; the model has its original weights after every layer.
 
-    What is finished is not quantized again: the hidden states go through it as before.
+    What is finished, or lies in a bank, is not quantized again: the hidden states go through it
+    as before, up to the last layer that is.
 
     Args:
         model_map: the original model.
@@ -63,23 +67,28 @@ def quantize_layers(
         tokens: calibration windows, int64 [N, T].
         batch_size: windows per forward pass.
         finished: layers that are quantized already, by number, each with what reads its matrices.
+        bank: what a search quantized with the same settings and windows; None for none.
 
     Yields:
         The other layers, first to last.
 
     Raises:
         ModelError: GPTQ without tokens, or what the engine raises.
+        StoreError: a file of the bank is damaged.
     """
     if settings.method == "gptq" and tokens is None:
         raise ModelError(
             "GPTQ needs calibration text; give --calibration, or --method rtn which needs none"
         )
-    last = max((x.index for x in model_map.layers if x.index not in finished), default=-1)
-    if last < 0:
-        return
-    for layer, step in _steps(model_map, settings, tokens, batch_size):
-        if layer.index > last:
-            break
+    banked = frozenset[int]() if bank is None else _held_layers(bank, model_map, assignment)
+    done = banked | finished.keys()
+    last = max((x.index for x in model_map.layers if x.index not in done), default=-1)
+    for layer, step in _steps(model_map, settings, tokens, batch_size, last):
+        if bank is not None and layer.index in banked - finished.keys():
+            if step is not None:
+                step.run()
+            yield _from_bank(bank, layer, assignment)
+            continue
         if layer.index in finished:
             if step is not None:
                 weights = finished[layer.index]() if settings.sequential else {}
@@ -112,16 +121,53 @@ def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterato
 
 
 def _steps(
-    model_map: ModelMap, settings: QuantSettings, tokens: Tensor | None, batch_size: int
+    model_map: ModelMap, settings: QuantSettings, tokens: Tensor | None, batch_size: int, last: int
 ) -> Iterator[tuple[LayerSite, LayerStep | None]]:
-    """The layers, with a walk over the calibration windows where the method needs data."""
+    """The layers, up to the last with a walk over the calibration windows where data is needed."""
     if settings.method != "gptq" or tokens is None:
-        yield from ((layer, None) for layer in model_map.layers)
-        return
-    batches = batches_of(tokens, batch_size)
-    check_walk(model_map, batches)
-    for step in walk(model_map, batches):
-        yield step.layer, step
+        last = -1
+    if tokens is not None and last >= 0:
+        batches = batches_of(tokens, batch_size)
+        check_walk(model_map, batches)
+        for step in walk(model_map, batches):
+            yield step.layer, step
+            if step.layer.index >= last:
+                break
+    yield from ((layer, None) for layer in model_map.layers if layer.index > last)
+
+
+def _held_layers(bank: Bank, model_map: ModelMap, assignment: Assignment) -> frozenset[int]:
+    """Layers of which a bank has every matrix in its format."""
+    return frozenset(
+        layer.index
+        for layer in model_map.layers
+        if all(
+            {m.name for m in matrices} <= bank.matrices(name, layer.index)
+            for name, matrices in _by_format(layer, assignment).items()
+        )
+    )
+
+
+def _from_bank(bank: Bank, layer: LayerSite, assignment: Assignment) -> QuantizedLayer:
+    """A layer as a search quantized it."""
+    started, items = time.perf_counter(), []
+    for name, matrices in _by_format(layer, assignment).items():
+        bank.verify([name], [layer.index])
+        reader = bank.layer(name, layer.index)
+        records = {row["matrix"]: row for row in bank.records(name, layer.index)}
+        items += [
+            QuantizedMatrix(m, reader.read(m), MatrixRecord(**records[m.name])) for m in matrices
+        ]
+    used = bank.utilization(layer.index)
+    return QuantizedLayer(layer, items, used, time.perf_counter() - started)
+
+
+def _by_format(layer: LayerSite, assignment: Assignment) -> dict[str, list[Matrix]]:
+    """The matrices of a layer by the format that they get."""
+    found: dict[str, list[Matrix]] = {}
+    for matrix in layer.matrices():
+        found.setdefault(assignment.formats[matrix.name], []).append(matrix)
+    return found
 
 
 def _observe(
@@ -141,7 +187,7 @@ def _quantize(
     settings: QuantSettings,
     hessians: list[HessianBatch] | None,
 ) -> list[QuantizedMatrix]:
-    formats = sorted({assignment.formats[m.name] for m in layer.matrices()})
+    formats = sorted(_by_format(layer, assignment))
     items = quantize_layer(
         model_map,
         layer,

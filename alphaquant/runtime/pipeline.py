@@ -23,6 +23,7 @@ from alphaquant.models.mapping import weights_digest
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage
 from alphaquant.provenance import device_facts, versions
+from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
@@ -70,6 +71,7 @@ class PackingJob:
         activations: what the inputs of matrices are rounded to at inference, by matrix name;
             calibration sees them as they are.
         batch_size: windows per forward pass.
+        bank: of a search with these settings and windows, whose matrices are taken; None for none.
     """
 
     model_map: ModelMap
@@ -78,6 +80,7 @@ class PackingJob:
     tokens: Tensor | None = None
     activations: Mapping[str, Format] = field(default_factory=dict)
     batch_size: int = 16
+    bank: Bank | None = None
 
     @property
     def counts(self) -> BitCount:
@@ -169,6 +172,7 @@ class _Run:
             **device_facts(str(next(self.job.model_map.model.parameters()).device)),
             **facts,
             "bits": asdict(self.job.counts),
+            "bank": None if self.job.bank is None else self.job.bank.path.name,
             "utilization": {},
             "matrices": [],
             "activations": self.job.activation_names,
@@ -194,6 +198,7 @@ class _Run:
             self.job.tokens,
             self.job.batch_size,
             {index: partial(self._read, index) for index in made},
+            self.job.bank,
         ):
             made[done.layer.index] = self._add(done)
             self.progress(Stage.QUANTIZE, len(made), n_layers)

@@ -65,6 +65,9 @@ class QuantizeSpec:
     """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
     float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16."""
+    cache: Path | None = None
+    """Directory of copies of weights and of banks: what a search quantized the same way is taken
+    from there; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
     """Of the Hessians."""
     quantizer: Annotated[QuantChanges, subject("Quantizer", 2)] = QuantChanges()
