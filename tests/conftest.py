@@ -289,7 +289,9 @@ def make_run(make_proposer: Callable[..., Proposer], tmp_path: Path) -> Callable
         menu: tuple[str, ...] = MENU,
         **changes: Any,
     ) -> Run:
-        spec = SearchSpec.of(**{"budget": "4bits", "out": tmp_path / "out", **changes})
+        spec = SearchSpec.of(
+            **{"budget": "4bits", "out": tmp_path / "out", "seq_len": 256, **changes}
+        )
         limits = ("max_formats_per_layer", "layer_minimum_bits", "active_budget")
         proposer = make_proposer(
             spec.limits.budget, menu, **{n: getattr(spec.limits, n) for n in limits}

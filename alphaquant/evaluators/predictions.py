@@ -8,7 +8,7 @@ makes the logits of every part; its body, run once, hands it that part of its hi
 Letters: B windows in a batch, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.models.mapping import device_of
-from alphaquant.models.walk import replaced_forwards
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import layers_skipped, replaced_forwards, walk
 
 MOST_BYTES = 1 << 28
 """Float32 log-probabilities in memory at once."""
@@ -84,6 +85,30 @@ def predict_pieces(model: nn.Module, batch: Tensor) -> Iterator[Piece]:
             yield Piece(everything[0], everything[1], log_probs)
             return
         yield Piece(windows, positions, log_probs)
+
+
+@torch.no_grad()
+def predict_walked(
+    model_map: ModelMap,
+    batches: Sequence[Tensor],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Iterator[Piece]]:
+    """The same of many batches, with the layers walked once: weights are read once for all.
+
+    Args:
+        model_map: the model.
+        batches: int64 [B, T] each.
+        tell: told how many layers are done, of how many.
+    """
+    outputs: list[Any] = []
+    n_layers = len(model_map.layers)
+    for step in walk(model_map, batches):
+        tell(step.layer.index, n_layers)
+        step.run()
+        outputs = step.outputs
+    for batch, output in zip(batches, outputs, strict=True):
+        with layers_skipped(model_map, output):
+            yield predict_pieces(model_map.model, batch)
 
 
 def most_likely(log_probs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored token
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,8 +25,16 @@ from torch import Tensor, nn
 from alphaquant.checksums import SUM, content_sum
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.perplexity import losses_of, perplexity_of
-from alphaquant.evaluators.predictions import Piece, most_likely, predict_pieces, row_chunks
+from alphaquant.evaluators.predictions import (
+    Piece,
+    most_likely,
+    predict_pieces,
+    predict_walked,
+    row_chunks,
+)
 from alphaquant.files import whole_file, writing
+from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import batches_of
 from alphaquant.progress import Progress, Stage
 from alphaquant.spaces.json_files import JsonError, parse_json
 from alphaquant.texts.windows import token_digest
@@ -129,6 +137,7 @@ def store_teacher(
     *,
     batch_size: int = 8,
     top_k: int = TOP_K,
+    model_map: ModelMap | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Teacher:
     """Compute and store the original's predictions, or open them if they are there.
@@ -139,7 +148,9 @@ def store_teacher(
         tokens: int64 [N, T].
         batch_size: windows per forward pass.
         top_k: tokens stored per position (at most V).
-        progress: called with ("teacher", windows done, windows).
+        model_map: the same model, to go through it layer by layer with all windows; None for
+            ordinary forward passes, which read its weights for every batch.
+        progress: called with ("teacher", windows done, windows); a walk counts as all but one.
 
     Raises:
         StoreError: the file exists and cannot be read, is of other windows, or cannot be written.
@@ -149,24 +160,33 @@ def store_teacher(
         check_windows(teacher, tokens)
         return teacher
     with whole_file(path) as part:
-        facts = _store(part, model, tokens, (batch_size, top_k), progress)
+        batches = batches_of(tokens, batch_size)
+        predicted: Iterator[Iterator[Piece]]
+        if model_map is None:
+            predicted = (predict_pieces(model, batch) for batch in batches)
+        else:
+
+            def tell(done: int, total: int) -> None:
+                progress(Stage.TEACHER, (len(tokens) - 1) * done // total, len(tokens))
+
+            predicted = predict_walked(model_map, batches, tell)
+        progress(Stage.TEACHER, 0, len(tokens))
+        facts = _store(part, zip(batches, predicted, strict=True), tokens, top_k)
     progress(Stage.TEACHER, len(tokens), len(tokens))
     return Teacher(path, facts)
 
 
 def _store(
-    path: Path, model: nn.Module, tokens: Tensor, sizes: tuple[int, int], progress: Progress
+    path: Path, predicted: Iterable[tuple[Tensor, Iterable[Piece]]], tokens: Tensor, top_k: int
 ) -> dict[str, Any]:
-    """Fill a file with predictions; its facts. `sizes` are windows of a batch and k at most."""
-    batch_size, top_k = sizes
+    """Fill a file with the predictions of successive batches; its facts. k is `top_k` at most."""
     n_windows, seq_len = tokens.shape
     rest, losses = torch.empty(n_windows, seq_len), torch.empty(n_windows, seq_len - 1)
     sheet: _Sheet | None = None
     with path.open("w+b") as file:
-        for start in range(0, n_windows, batch_size):
-            progress(Stage.TEACHER, start, n_windows)
-            batch = tokens[start : start + batch_size]
-            for piece in predict_pieces(model, batch):
+        start = 0
+        for batch, pieces in predicted:
+            for piece in pieces:
                 if sheet is None:
                     vocabulary = piece.log_probs.shape[-1]
                     sheet = _Sheet(path, file, _shapes(tokens, min(top_k, vocabulary), vocabulary))
@@ -175,6 +195,7 @@ def _store(
                 inside = slice(start + piece.windows.start, start + piece.windows.stop)
                 rest[inside, piece.positions] = found["rest"].cpu()
                 losses[inside, piece.positions] = losses_of(piece, batch).cpu()
+            start += len(batch)
         assert sheet is not None, "a text has windows"
         facts = _facts(rest, losses, tokens, (sheet.k, vocabulary))
         sheet.finish(facts)

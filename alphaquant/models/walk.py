@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 
 from alphaquant.errors import ModelError
 from alphaquant.models.pages.hidden_states import DiskStates, fits
+from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 
 TOLERANCE = 1e-3
@@ -165,6 +166,7 @@ def walk(
                         one.resume(output)
                 step.calls, step.outputs = [], []
                 layer.release()
+                trim_heap()
             if results is not None:
                 results += [one.result for one in passes]
         finally:
@@ -336,6 +338,31 @@ def releasing(model_map: ModelMap) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def layers_skipped(model_map: ModelMap, output: Any) -> Iterator[None]:
+    """Let the last layer give what a walk found, and the others what they are given.
+
+    An ordinary forward pass then runs what comes after the layers.
+
+    Args:
+        model_map: the model.
+        output: of the last layer, for the batch that the pass is over.
+    """
+    last = model_map.layers[-1].module
+
+    def skipping(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if module is last:
+                return output
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return run
+
+    with replaced_forwards([layer.module for layer in model_map.layers], skipping):
+        yield
 
 
 @contextmanager

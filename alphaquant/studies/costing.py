@@ -67,8 +67,6 @@ class Costs:
 
 _SHORT_WEIGHTS = 10**8
 """Quantizable weights from which on a bank holds what can win only."""
-_ANCHOR_BITS = (2.25, 6.25)
-"""Beside the budget and the format to compare with."""
 _SAMPLED_UNITS = 64
 """Units that are measured in every format, at least."""
 
@@ -85,10 +83,12 @@ def fill_and_measure(
     if not is_short(spec, space):
         bank = open_filled_bank(spec, inputs, names, clock)
         return bank, measure_unit_costs(spec, inputs, space, bank, clock)
-    first = _anchored(space, names)
+    effort = effort_of(spec)
+    anchors = anchors_of(space, names, effort.anchor_bits)
+    first = _anchored(space, anchors, len(names))
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, first))
     costs = _only(measure_unit_costs(spec, inputs, space, bank, clock), first)
-    listed = first | _winners(space, names, costs, effort_of(spec).around)
+    listed = first | _winners(space, names, costs, anchors, effort.around)
     bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, listed))
     return bank, _only(measure_unit_costs(spec, inputs, space, bank, clock), listed)
 
@@ -118,30 +118,39 @@ def _common(space: SearchSpace) -> list[str]:
     return [n for n in space.menu if all(n in space.allowed(u) for u in space.units)]
 
 
-def anchors_of(space: SearchSpace, names: Sequence[str]) -> list[int]:
+def anchors_of(space: SearchSpace, names: Sequence[str], beside: Sequence[float]) -> list[int]:
     """Columns of the formats in which every unit is measured.
 
-    Those of about 2 and 6 bits and of the budget, and a format of 4.25 bits that every search is
-    compared with; fewer where the menu has no others. At least one format of the menu is allowed
-    for every unit (`check_bank`).
+    That of the budget, a format of 4.25 bits that every search is compared with, and others of
+    about so many bits; fewer where the menu has no others. At least one format of the menu is
+    allowed for every unit (`check_bank`).
+
+    Args:
+        space: the units.
+        names: of all formats.
+        beside: bits per weight of further anchors.
     """
     bits = [parse_format(name).nominal_bits for name in names]
     budget = space.limit_bits / space.inventory.n_weights
     common = [names.index(name) for name in _common(space)]
-    wanted = [min(common, key=lambda i: abs(bits[i] - at)) for at in (*_ANCHOR_BITS, budget)]
+    wanted = [min(common, key=lambda i: abs(bits[i] - at)) for at in (*beside, budget)]
     return sorted({*wanted, names.index(REFERENCE_FORMATS[0])})
 
 
-def _anchored(space: SearchSpace, names: Sequence[str]) -> BoolArray:
+def _anchored(space: SearchSpace, anchors: Sequence[int], n_formats: int) -> BoolArray:
     """What is measured first, bool [U, F]: anchors of all units, every format of some."""
-    found = np.zeros((len(space.units), len(names)), dtype=np.bool_)
-    found[:, anchors_of(space, names)] = True
+    found = np.zeros((len(space.units), n_formats), dtype=np.bool_)
+    found[:, anchors] = True
     found[:: max(1, len(space.units) // _SAMPLED_UNITS)] = True
     return found
 
 
 def _winners(
-    space: SearchSpace, names: Sequence[str], costs: Costs, around: Sequence[float]
+    space: SearchSpace,
+    names: Sequence[str],
+    costs: Costs,
+    anchors: Sequence[int],
+    around: Sequence[float],
 ) -> BoolArray:
     """Which formats of units can win, bool [U, F].
 
@@ -149,13 +158,13 @@ def _winners(
         space: U units.
         names: F formats.
         costs: of the anchors, and of some units in every format.
+        anchors: columns.
         around: sizes beside the budget's, bits per weight, whose choices are taken.
     """
     formats = [parse_format(name) for name in names]
     nominal = np.array([fmt.nominal_bits for fmt in formats])
     bits = np.array([[u.storage_bits(f) for f in formats] for u in space.units], dtype=np.int64)
     allowed = np.array([[name in space.allowed(u) for name in names] for u in space.units])
-    anchors = anchors_of(space, names)
     least = int(np.where(allowed, bits, bits.max()).min(axis=1).sum())
     limits = [
         max(least, space.limit_bits + round(beside * space.inventory.n_weights))

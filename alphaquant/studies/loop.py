@@ -143,7 +143,7 @@ class TrialLoop:
     def limit_reason(self) -> str | None:
         """Which limit ends the search here, a sentence without an end; None where none does."""
         if len(self.rows) >= self.most_trials:
-            asked = f"{self.spec.run.trials} trials were asked for"
+            asked = f"all {self.spec.run.trials} trials of --trials or --effort are done"
             return f"{MOST_TRIALS} are the most without --trials" if self.is_open else asked
         return f"the timeout of {self.spec.run.timeout:g} s is over" if self._is_late else None
 

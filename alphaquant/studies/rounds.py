@@ -14,13 +14,13 @@ Letters: R assignments, B windows in a batch, T tokens, H hidden size.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alphaquant.evaluators.divergence import Divergence, compare_batch
 from alphaquant.evaluators.predictions import predict_pieces
@@ -28,7 +28,7 @@ from alphaquant.evaluators.teacher import Teacher, check_windows
 from alphaquant.models.mapping import device_of
 from alphaquant.models.pages.memory import free_memory
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.models.walk import LayerStep, batches_of, replaced_forwards, shared_state, walk
+from alphaquant.models.walk import LayerStep, batches_of, layers_skipped, shared_state, walk
 from alphaquant.quant.swap import OpenLayer, swapped_layer
 from alphaquant.spaces.assignment import Assignment
 
@@ -166,7 +166,7 @@ class Rounds:
         with teacher.opened() as stored:
             for number, batch in enumerate(batches):
                 for index, assignment in enumerate(assignments):
-                    with _layers_skipped(self.model_map, outputs[index * len(batches) + number]):
+                    with layers_skipped(self.model_map, outputs[index * len(batches) + number]):
                         pieces = predict_pieces(model, batch)
                         found = compare_batch(pieces, batch, teacher, stored, first)
                     yield assignment, found
@@ -198,24 +198,6 @@ def _run_group(step: LayerStep, is_member: Sequence[bool], n_batches: int) -> No
 def _formats_in(layer: LayerSite, assignment: Assignment) -> tuple[str, ...]:
     """Formats of a layer's matrices in their order."""
     return tuple(assignment.formats[matrix.name] for matrix in layer.matrices())
-
-
-@contextmanager
-def _layers_skipped(model_map: ModelMap, output: Any) -> Iterator[None]:
-    """Let the last layer give what it gave before, and the others what they are given."""
-    last = model_map.layers[-1].module
-
-    def skipping(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if module is last:
-                return output
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return run
-
-    with replaced_forwards([layer.module for layer in model_map.layers], skipping):
-        yield
 
 
 def _timed(

@@ -42,8 +42,9 @@ class Effort:
         n_front_sizes: sizes over the menu that are tried beside the budget.
         n_probes: random assignments that test how costs rank.
         probe_tokens: on which.
-        around: sizes beside the budget, bits per weight, for which a short bank holds what can
-            win.
+        anchor_bits: bits per weight of the formats that a short bank holds of every matrix, beside
+            that of the budget and the format to compare with.
+        around: sizes beside the budget, bits per weight, for which it holds what can win.
     """
 
     tokens_per_input: float
@@ -56,15 +57,16 @@ class Effort:
     n_front_sizes: int
     n_probes: int
     probe_tokens: int
+    anchor_bits: tuple[float, ...]
     around: tuple[float, ...]
 
 
-_AROUND = (-0.4, -0.2, 0.0, 0.2, 0.4)
+_ANCHORS, _AROUND = (2.25, 6.25), (-0.4, -0.2, 0.0, 0.2, 0.4)
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(1, 2**13, 2**13, 2**13, 1, 1, 10, 3, 10, 2**12, (0.0,)),
-    "default": Effort(2, 2**15, 12_288, 2**14, 2, 3, None, 8, 30, 2**12, _AROUND),
-    "thorough": Effort(8, 2**16, 2**15, 2**16, 2, 8, None, 16, 60, 2**13, _AROUND),
+    "quick": Effort(1, 2**13, 2**13, 2**13, 1, 1, 10, 3, 10, 2**12, (), (0.0,)),
+    "default": Effort(2, 2**15, 12_288, 2**14, 2, 3, None, 8, 30, 2**12, _ANCHORS, _AROUND),
+    "thorough": Effort(8, 2**16, 2**15, 2**16, 2, 8, None, 16, 60, 2**13, _ANCHORS, _AROUND),
 }
 
 

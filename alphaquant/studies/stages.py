@@ -108,8 +108,13 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
         path = cache_dir(spec.run.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock(Stage.TEACHER, done, total)
         progress = clock.shifted(done, total)
-        model = inputs.source.map.model
-        teacher = store_teacher(path, model, tokens.tokens, top_k=TOP_K, progress=progress)
+        model_map = inputs.source.map
+        teacher = store_teacher(
+            *(path, model_map.model, tokens.tokens),
+            top_k=TOP_K,
+            model_map=model_map,
+            progress=progress,
+        )
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
     clock(Stage.TEACHER, total, total)

@@ -313,7 +313,7 @@ def test_front_json_carries_provenance(long: SearchResult) -> None:
         *("probe", "gate", "report"),
     }
     assert front["n_measured"] == long.n_measured
-    assert front["stopped"] == "--trials asked for 30"
+    assert front["stopped"] == "all 30 trials of --trials or --effort are done"
     assert long.probe is not None
     assert front["probe"]["spearman"] == long.probe.spearman
     stages = [stage["stage"] for stage in front["stages"]]

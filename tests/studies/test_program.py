@@ -13,10 +13,7 @@ from alphaquant.search.groups import make_groups
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.studies.program import (
-    N_FRONT_SIZES,
-    N_PROBES,
     N_UNIFORM,
-    PROBE_WINDOWS,
     Run,
     rank_correlation,
     run_allocators,
@@ -27,10 +24,13 @@ from alphaquant.studies.program import (
     run_sizes,
     run_uniform,
 )
+from alphaquant.studies.sizing import EFFORTS
 from alphaquant.studies.stopping import MOST_TRIALS
 from alphaquant.studies.trials import uniform_fits
 
 MakeRun = Callable[..., Run]
+EFFORT = EFFORTS["default"]
+PROBE_WINDOWS = EFFORT.probe_tokens // 256
 LIMITS = [
     {"max_formats_per_layer": 1},
     {"layer_minimum_bits": 3.6},
@@ -67,7 +67,7 @@ def test_every_mode_runs_its_steps_in_order_to_the_last_trial(
     run = make_run(trials=45, **changes)
     found = run_program(run)
     assert found.probe is not None
-    assert found.stopped == "--trials asked for 45"
+    assert found.stopped == "all 45 trials of --trials or --effort are done"
     assert kinds(run) == expected
     assert len(run.loop.rows) == 45
 
@@ -163,7 +163,9 @@ def test_without_a_number_sampling_ends_where_more_is_not_worth_it_and_resumes_t
     assert run_program(again) == found
     assert again.loop.rows == run.loop.rows
     longer = make_run(mode=mode, study=run.loop.study, trials=n_trials + 3)
-    assert run_program(longer).stopped == f"--trials asked for {n_trials + 3}"
+    assert run_program(longer).stopped == (
+        f"all {n_trials + 3} trials of --trials or --effort are done"
+    )
     assert longer.loop.rows[:n_trials] == run.loop.rows
     after = make_run(mode=mode, study=run.loop.study)
     run_program(after)
@@ -192,7 +194,7 @@ def test_levels_are_sizes_over_the_whole_menu_and_only_they_may_be_above_the_bud
     run = make_run(trials=60, budget="3.6bits")
     run_program(run)
     levels = [row.bits_per_weight for row in run.loop.rows if row.origin == "size"]
-    assert len(levels) == N_FRONT_SIZES
+    assert len(levels) == EFFORT.n_front_sizes
     assert levels == sorted(levels, reverse=True)
     assert run.proposer.bits_low < levels[-1] < 3.6 < levels[0] < run.proposer.bits_most
     above = {row.origin for row in run.loop.rows if row.bits_per_weight > 3.6}
@@ -213,11 +215,11 @@ def test_probe_measures_random_assignments_within_the_budget_on_part_of_the_text
     run = make_run()
     probe = run_probe(run)
     objective: Any = run.truth.objective
-    assert [n for _, n in objective.calls] == [PROBE_WINDOWS] * N_PROBES
-    assert len({digest for digest, _ in objective.calls}) == N_PROBES
+    assert [n for _, n in objective.calls] == [PROBE_WINDOWS] * EFFORT.n_probes
+    assert len({digest for digest, _ in objective.calls}) == EFFORT.n_probes
     assert run.loop.rows == []
     assert probe is not None
-    assert (probe.n_assignments, probe.n_windows) == (N_PROBES, PROBE_WINDOWS)
+    assert (probe.n_assignments, probe.n_windows) == (EFFORT.n_probes, PROBE_WINDOWS)
     assert probe.spearman.keys() == {"fisher", "error", "default"}
     assert all(0.0 < value < 1.0 for value in probe.spearman.values())
     assert run_probe(make_run()) == probe

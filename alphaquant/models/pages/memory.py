@@ -3,6 +3,7 @@
 Linux tells both; elsewhere the machine's memory is known and half of it counts as free.
 """
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def free_memory() -> int:
     """Bytes that this process can take now, caches of files counted as free."""
     free = [max(0, limit - used) for limit, used in _limits()]
     return min([_machine_free(), *free])
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Tensors of up to 32 MiB come from its heap, which keeps what was freed: after the copy of a
+    7B model of 16 MiB experts 1.3 GiB, after their Hessians 2 GiB more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _machine_free() -> int:

@@ -41,6 +41,7 @@ from alphaquant.models.pages.conversion import (
     take_filled,
 )
 from alphaquant.models.pages.file_digests import file_digests
+from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.pages.private_maps import Place, map_pages
 from alphaquant.models.pages.tensor_files import read_places, write_aligned
 from alphaquant.progress import Progress, Stage
@@ -265,6 +266,7 @@ def _write_files(
         total.unexpected_keys |= info.unexpected_keys
         total.mismatched_keys |= info.mismatched_keys
         total.conversion_errors |= info.conversion_errors
+        trim_heap()
     asked.progress(Stage.PREPARE, len(groups), len(groups))
     return _Made(digests, total)
 
