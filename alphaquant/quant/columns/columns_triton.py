@@ -42,6 +42,7 @@ from alphaquant.quant.columns.grids_triton import (
     round_half,
     snap,
     total,
+    zeros_of,
 )
 from alphaquant.quant.columns.scales_triton import fit, fit_groups_kernel, load_panel
 from alphaquant.quant.columns.state import Block, Groups, Rounding
@@ -53,7 +54,7 @@ PANEL = 16
 ROWS = 64
 """R, rows of a program, one per thread: two warps."""
 
-_SHAPE = {"PANEL": PANEL, "ROWS": ROWS, "num_warps": ROWS // 32}
+_SHAPE = {"PANEL": PANEL, "ROWS": ROWS, "num_warps": ROWS // 32, "maxnreg": 80}
 _ERROR_MAX = tl.constexpr(2.0**100)
 
 
@@ -172,7 +173,7 @@ def _load_scales(scales, group, n_rows, at_rows, is_row, KIND: tl.constexpr):
     """Scales and zero points of a column, [R] each."""
     at = group * n_rows + at_rows
     scale = tl.load(scales.scales + at, mask=is_row, other=1.0)
-    zero = tl.zeros_like(scale)
+    zero = zeros_of(scale)
     if KIND == ZERO_POINT:
         zero = tl.load(scales.zeros + at, mask=is_row, other=0.0)
     return scale, zero
@@ -193,7 +194,7 @@ def _of_stack(scales, steps, n_rows):
     )
 
 
-@triton.jit(do_not_specialize=["n_columns", "run_size", "n_rows", "row_step"])
+@triton.jit(do_not_specialize=["n_rows", "row_step"])
 def gptq_block_kernel(
     block,
     all_scales,
@@ -217,7 +218,7 @@ def gptq_block_kernel(
     original, upper = block.original + stack * steps.columns, block.matrix + stack * steps.matrix
     centred, delta = block.centred + stack * steps.columns, block.delta + stack * steps.columns
     size, places = steps.matrix_row, tl.arange(0, PANEL)
-    objective = tl.zeros((ROWS,), tl.float32)
+    objective = tl.full((ROWS,), 0.0, tl.float32)
     for run in range(0, n_columns, run_size):
         end = tl.minimum(run + run_size, n_columns)
         if run > 0:
@@ -226,15 +227,15 @@ def gptq_block_kernel(
             shared = tl.full((ROWS,), 1.0, tl.float32)
             if scales.shared is not None:
                 shared = tl.load(scales.shared + at_rows, mask=is_row, other=1.0)
-            scale, zero = fit(
+            fitted, fitted_zero = fit(
                 ahead + run * n_rows,
                 block.importance + stack * steps.importance + run,
                 end - run, n_rows, at_rows, is_row, shared, numbers,
                 KIND, FLAGS[0], FLAGS[1], PANEL,
             )  # fmt: skip
-            at = tl.load(scales.groups + run) * n_rows + at_rows
-            tl.store(scales.scales + at, scale, mask=is_row)
-            tl.store(scales.zeros + at, zero, mask=is_row)
+            of_group = tl.load(scales.groups + run) * n_rows + at_rows
+            tl.store(scales.scales + of_group, fitted, mask=is_row)
+            tl.store(scales.zeros + of_group, fitted_zero, mask=is_row)
             tl.debug_barrier()
         for first in range(run, end, PANEL):
             columns = first + places
@@ -250,7 +251,7 @@ def gptq_block_kernel(
                 scale, zero = _load_scales(scales, group, n_rows, at_rows, is_row, KIND)
                 code = snap(divide(x, scale) + zero, numbers, KIND) - zero
                 q = code * scale
-                error = divide(x - q, tl.zeros_like(x) + tl.load(upper + k * size + k))
+                error = divide(x - q, zeros_of(x) + tl.load(upper + k * size + k))
                 error = clip(error, -_ERROR_MAX, _ERROR_MAX)
                 at = k * n_rows + at_rows
                 before = tl.load(original + at, mask=is_row, other=0.0)
@@ -261,8 +262,8 @@ def gptq_block_kernel(
                 right = tl.load(upper + k * size + columns, mask=is_column, other=0.0)  # [P]
                 panel -= right[:, None] * error[None, :]
             tl.debug_barrier()
-    at = block.totals + stack * n_rows + at_rows
-    tl.store(at, tl.load(at, mask=is_row, other=0.0) + objective, mask=is_row)
+    told = block.totals + stack * n_rows + at_rows
+    tl.store(told, tl.load(told, mask=is_row, other=0.0) + objective, mask=is_row)
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def _fit_run(
 
     With a step d of the scale the objective changes by d (d A - 2 r), A = c' H c, r = c' R.
     """
-    curvature = tl.zeros_like(at_rows).to(tl.float32)
+    curvature = zeros_of(at_rows)
     slope = curvature
     for first in range(run, end, PANEL):
         columns = first + tl.arange(0, PANEL)
@@ -307,7 +308,7 @@ def _fit_run(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_columns", "run_size", "n_rows", "row_step"])
+@triton.jit(do_not_specialize=["n_rows", "row_step"])
 def sweep_block_kernel(
     block,
     all_scales,
@@ -355,7 +356,7 @@ def sweep_block_kernel(
                 scale, zero = _load_scales(scales, group, n_rows, at_rows, is_row, KIND)
                 at = k * n_rows + at_rows
                 known = tl.load(centred + at, mask=is_row, other=0.0)
-                curvature = tl.zeros_like(own) + tl.load(hessian + k * size + k)
+                curvature = zeros_of(own) + tl.load(hessian + k * size + k)
                 best = known * scale + divide(own, curvature)
                 code = snap(divide(best, scale) + zero, numbers, KIND) - zero
                 change = (code - known) * scale

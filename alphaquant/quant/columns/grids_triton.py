@@ -29,8 +29,7 @@ MX = tl.constexpr(format_rules.MX)
 
 _MAGIC = tl.constexpr(1.5 * 2.0**23)
 _EXPONENT = tl.constexpr(0x7F800000)
-_SIGN_BIT = tl.constexpr(0x80000000)
-_TWO_BIASES = tl.constexpr(254 << 23)
+_SIGN_BIT, _MAGNITUDE = tl.constexpr(0x80000000), tl.constexpr(0x7FFFFFFF)
 _HALF_MAX, _HALF_TINY = tl.constexpr(65504.0), tl.constexpr(2.0**-24)
 _E4M3_MAX, _E4M3_LEAST = tl.constexpr(448.0), tl.constexpr(2.0**-6)
 _E4M3_STEP, _E4M3_TINY = tl.constexpr(2.0**-3), tl.constexpr(2.0**-9)
@@ -65,6 +64,12 @@ class GridNumbers(NamedTuple):
 
 
 @triton.jit
+def zeros_of(x):
+    """Zeros, float32, in the shape of x; triton's own `zeros_like` is compiled, as its sum is."""
+    return tl.full(x.shape, 0.0, tl.float32)
+
+
+@triton.jit
 def divide(x, y):
     """X / y, rounded to nearest."""
     return tl.div_rn(x, y)
@@ -86,10 +91,10 @@ def round_whole(x):
 def round_float(x, high, least, step):
     """The nearest small floats, ties to even, saturating; minus zero keeps its sign."""
     bits = clip(x, -high, high).to(tl.uint32, bitcast=True)
-    magnitude = (bits & ~_SIGN_BIT).to(tl.float32, bitcast=True)
+    magnitude = (bits & _MAGNITUDE).to(tl.float32, bitcast=True)
     power = (bits & _EXPONENT).to(tl.float32, bitcast=True)  # the power of two at or below
     width = tl.maximum(power, least) * step
-    inverse = (_TWO_BIASES - width.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    inverse = ((254 << 23) - width.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     rounded = round_whole(magnitude * inverse) * width
     signed = rounded.to(tl.uint32, bitcast=True) | (bits & _SIGN_BIT)
     return signed.to(tl.float32, bitcast=True)

@@ -32,9 +32,11 @@ from alphaquant.quant.columns.grids_triton import (
     snap,
     to_half,
     total,
+    zeros_of,
 )
 
-_LEAST_POWER, _MOST_POWER = tl.constexpr(2.0**-127), tl.constexpr(2.0**127)
+_LEAST_POWER_BITS = tl.constexpr(1 << 22)  # 2^-127, which Triton would take for a float64
+_MOST_POWER = tl.constexpr(2.0**127)
 _TINY = tl.constexpr(2.0**-126)
 
 
@@ -61,7 +63,7 @@ def _statistics(base, n_columns, n_rows, at_rows, is_row, KIND: tl.constexpr, PA
     The mean magnitude (signs), the number of largest magnitude (symmetric integers), the least and
     the largest number (with zero points), the largest magnitude (floats).
     """
-    first = tl.zeros_like(at_rows).to(tl.float32)
+    first = zeros_of(at_rows)
     second = first
     places = tl.arange(0, PANEL)
     for start in range(0, n_columns, PANEL):
@@ -82,14 +84,14 @@ def _statistics(base, n_columns, n_rows, at_rows, is_row, KIND: tl.constexpr, PA
         else:
             first = tl.maximum(first, largest(tl.abs(x), 0))
     if KIND == SIGN:
-        first = divide(first, tl.zeros_like(first) + n_columns)
+        first = divide(first, zeros_of(first) + n_columns)
     return first, second
 
 
 @triton.jit
 def _candidate(factor, first, second, shared, numbers, KIND: tl.constexpr):
     """Scale and zero point of one candidate, [R] each (`codecs.*Codec.candidates`)."""
-    zero = tl.zeros_like(first)
+    zero = zeros_of(first)
     if KIND == SIGN:
         scale = to_half(first)
     elif KIND == INTEGER:
@@ -100,7 +102,8 @@ def _candidate(factor, first, second, shared, numbers, KIND: tl.constexpr):
     elif KIND == FLOAT:
         scale = round_half(divide(factor * first, numbers.high))
     elif KIND == MX:
-        scale = clip(power_below(first) * numbers.unit * factor, _LEAST_POWER, _MOST_POWER)
+        least = tl.full((), _LEAST_POWER_BITS, tl.int32).to(tl.float32, bitcast=True)
+        scale = clip(power_below(first) * numbers.unit * factor, least, _MOST_POWER)
     else:
         scale = round_e4m3(factor * divide(divide(first, numbers.high), shared)) * shared
     return scale, zero
@@ -112,7 +115,7 @@ def _squared_error(
     KIND: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """Weighted squared errors of a group under given scales, [R]."""
-    error = tl.zeros_like(scale)
+    error = zeros_of(scale)
     for start in range(0, n_columns, PANEL):
         columns = start + tl.arange(0, PANEL)
         is_column = columns < n_columns
@@ -130,8 +133,8 @@ def _least_squares(
     KIND: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """The best scale for the codes that the given one leads to, rounded: <x, c> / <c, c>; [R]."""
-    cross = tl.zeros_like(scale)
-    square = tl.zeros_like(scale)
+    cross = zeros_of(scale)
+    square = zeros_of(scale)
     for start in range(0, n_columns, PANEL):
         columns = start + tl.arange(0, PANEL)
         is_column = columns < n_columns
