@@ -14,6 +14,7 @@ Letters: S stacks, K columns of a matrix; H Hessian, V and U as above; b a block
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -46,8 +47,17 @@ class Factor:
     half: Tensor | None = None
 
     def diagonal_inverses(self, blocks: Sequence[Block]) -> list[Tensor]:
-        """U_bb of every block, upper triangular, contiguous, [.., B, B]."""
-        return [_invert_upper(self.upper[..., start:stop, start:stop]) for start, stop in blocks]
+        """U_bb of every block, upper triangular, contiguous, [.., B, B]; those of one size at once.
+
+        Example: blocks of 96, 96 and 8 columns are two inversions, of [2, .., 96, 96] and of
+            [1, .., 8, 8].
+        """
+        found: list[Tensor] = []
+        for _, same in groupby(blocks, lambda block: block[1] - block[0]):
+            own = [self.upper[..., start:stop, start:stop] for start, stop in same]
+            stacked = torch.stack(own)  # [n, .., B, B]
+            found += _invert_upper(stacked, _eye(stacked)).contiguous().unbind()
+        return found
 
     def stacks(self, index: Tensor) -> "Factor":
         """Those of some stacks, int64 [n]."""
@@ -170,23 +180,29 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
         lower, info = torch.linalg.cholesky_ex(matrix)
         return lower, (info == 0) & torch.isfinite(lower).all(-1).all(-1)
     lower, failures = torch.zeros_like(matrix), []
+    eye = _eye(matrix[..., :_CHOLESKY_BLOCK, :_CHOLESKY_BLOCK])
     for start, stop in _even_blocks(n_cols, _CHOLESKY_BLOCK):
         left = lower[..., start:, :start]  # what is known of these rows
         column = matrix[..., start:, start:stop] - left @ left[..., : stop - start, :].mT
         inside, info = torch.linalg.cholesky_ex(column[..., : stop - start, :])
         failures.append(info)
         lower[..., start:stop, start:stop] = inside
-        below = column[..., stop - start :, :] @ _invert_upper(inside.mT)
-        lower[..., stop:, start:stop] = below
+        if stop < n_cols:
+            below = column[..., stop - start :, :]
+            lower[..., stop:, start:stop] = below @ _invert_upper(inside.mT, eye)
     is_sound = (torch.stack(failures) == 0).all(0)
     return lower, is_sound & torch.isfinite(lower).all(-1).all(-1)
 
 
-def _invert_upper(upper: Tensor) -> Tensor:
+def _eye(like: Tensor) -> Tensor:
+    """Identity matrices in the shape of others."""
+    return torch.eye(like.shape[-1], device=like.device).expand_as(like)
+
+
+def _invert_upper(upper: Tensor, eye: Tensor) -> Tensor:
     """Inverses of upper triangular matrices."""
-    eye = torch.eye(upper.shape[-1], device=upper.device).expand_as(upper)
     inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse.contiguous()
+    return inverse
 
 
 def _even_blocks(n_cols: int, size: int) -> Iterator[Block]:

@@ -57,12 +57,11 @@ class RoundedBatch:
         """Pack all matrices of the batch; on the CPU, each in memory of its own."""
         stored = {name: tensor.cpu() for name, tensor in self._stored().items()}
         n_matrices, n_rows, n_cols = self.values.shape
-        return [
-            PackedMatrix(
-                self.format, n_rows, n_cols, {name: t[b].clone() for name, t in stored.items()}
-            )
+        own = [
+            {name: t[b].clone(memory_format=torch.contiguous_format) for name, t in stored.items()}
             for b in range(n_matrices)
         ]
+        return [PackedMatrix(self.format, n_rows, n_cols, tensors) for tensors in own]
 
     def _stored(self) -> dict[str, Tensor]:
         """The tensors of `PackedMatrix`, all with a first dimension of B."""

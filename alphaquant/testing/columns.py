@@ -93,9 +93,9 @@ Move = Callable[[Tensor], Tensor]
 def check_fitted_groups(
     loops: ColumnLoops, name: str, search: ScaleSearch, limits: Limits
 ) -> None:
-    """Scales and zero points of the groups from the second on, with columns of unequal weight."""
+    """Scales and zero points of the last two groups, with columns of unequal weight."""
     case = _case(name, search)
-    first = min(1, -(-N_COLS // case.groups.size) - 1)
+    first = max(0, -(-N_COLS // case.groups.size) - 2)
     start = first * case.groups.size
     columns = case.weight[:, start:].contiguous()
     importance = torch.linspace(0.5, 2.0, N_STACKS * N_COLS).view(N_STACKS, N_COLS)[:, start:]
