@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant import engine, factor
-from alphaquant.quant.columns.loops import triton_loops
+from alphaquant.quant.columns.column_loops import triton_loops
 from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.place import Place

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.codecs import scale_step
-from alphaquant.quant.columns.loops import ColumnLoops, NumbaLoops
+from alphaquant.quant.columns.column_loops import ColumnLoops, NumbaLoops
 from alphaquant.quant.columns.state import Block, Groups, Rounding, better_rows, choose_rows
 from alphaquant.quant.factor import DampedHessian, Factor
 from alphaquant.quant.format_rules import Rule

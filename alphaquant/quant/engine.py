@@ -137,7 +137,7 @@ class _Stacks:
         """
         assert self.hessian is not None
         D = rounding.delta  # [S, K, N]
-        hessian = self.hessian[index]
+        hessian = _some(self.hessian, index)
         shrinkage = torch.tensor(self.shrinkage, dtype=torch.float32)[index.cpu()]
         is_diagonal = shrinkage > _MOSTLY_DIAGONAL
         measured = told = None
@@ -146,7 +146,7 @@ class _Stacks:
         if self.damped is not None and not bool(is_diagonal.all()):
             # The objective is of the matrix with a larger diagonal and smaller correlations.
             kept = (1 - shrinkage).to(D.device).unsqueeze(-1)
-            damped = self.damped.matrix[index].diagonal(dim1=-2, dim2=-1)
+            damped = _some(self.damped.matrix.diagonal(dim1=-2, dim2=-1), index)
             added = damped - kept * hessian.diagonal(dim1=-2, dim2=-1)  # [S, K]
             extra = (added.unsqueeze(-2) @ D.square()).squeeze(-2)
             told = (rounding.objective - extra).clamp(min=0) / kept
@@ -155,6 +155,11 @@ class _Stacks:
             assert found is not None
             return found
         return torch.where(is_diagonal.to(D.device).unsqueeze(-1), measured, told)
+
+
+def _some(x: Tensor, index: Tensor) -> Tensor:
+    """Some stacks, int64 [n], of a tensor; all of them without a copy."""
+    return x if len(index) == len(x) else x[index]
 
 
 Wanted = Callable[[Matrix, str], bool]
@@ -395,7 +400,7 @@ def _parts(
         inverses: of all stacks by blocks; what is not yet known is added.
     """
     fmt, is_whole = job.fmt, len(job.index) == len(stacks.matrices)
-    weights = stacks.weights if is_whole else stacks.weights[job.index]
+    weights = _some(stacks.weights, job.index)
     damped = stacks.damped
     if damped is not None and not is_whole:
         damped = damped.stacks(job.index)
@@ -439,9 +444,7 @@ def _pack(
     sizes = [stacks.matrices[0][p].rows for p in job.positions]
     before = sum(sizes[: job.positions.index(position)])
     own = rounding.rows(slice(before, before + stacks.matrices[0][position].rows))
-    weights = stacks.weights[:, stacks.rows_of(position)]
-    if len(job.index) < len(stacks.matrices):
-        weights = weights[job.index]
+    weights = _some(stacks.weights[:, stacks.rows_of(position)], job.index)
     fmt, zeros, shared = job.fmt, None, None
     values = own.centred
     if not fmt.symmetric:
@@ -470,7 +473,7 @@ def _records(
     weight_errors = (rounding.delta.square().sum((-1, -2)) / energy).tolist()
     outputs: list[float] | None = None
     if has_data:
-        signals = stacks.signals[job.index][:, stacks.rows_of(position)].sum(-1)
+        signals = _some(stacks.signals[:, stacks.rows_of(position)], job.index).sum(-1)
         errors = stacks.output_errors(job.index, rounding).sum(-1)
         outputs = (errors / signals.clamp(min=1e-30)).tolist()
     found = []

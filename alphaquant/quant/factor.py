@@ -47,7 +47,9 @@ class Factor:
     half: Tensor | None = None
 
     def diagonal_inverses(self, blocks: Sequence[Block]) -> list[Tensor]:
-        """U_bb of every block, upper triangular, contiguous, [.., B, B]; those of one size at once.
+        """U_bb of every block, upper triangular, contiguous, [.., B, B].
+
+        Neighbours of one size are inverted together.
 
         Example: blocks of 96, 96 and 8 columns are two inversions, of [2, .., 96, 96] and of
             [1, .., 8, 8].

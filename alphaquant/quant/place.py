@@ -7,10 +7,11 @@ all of them.
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from alphaquant.quant.columns.loops import ColumnLoops, can_round_on, loops_on
+from alphaquant.quant.columns.column_loops import ColumnLoops, can_round_on, loops_on
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,17 @@ class Place:
         return int(free + kept)
 
 
+@cache  # told once, not once per batch of every layer
+def _tell(device_type: str) -> None:
+    logger.warning(
+        "weights on %s are rounded on the CPU: only CUDA devices with triton have loops",
+        device_type,
+    )
+
+
 def place_of(device: torch.device) -> Place:
     """Where to round matrices of a model on a device: there, or on the CPU if it has no loops."""
     if not can_round_on(device.type):
-        logger.warning(
-            "weights on %s are rounded on the CPU: only CUDA devices with triton have loops",
-            device,
-        )
+        _tell(device.type)
         device = torch.device("cpu")
     return Place(device, loops_on(device), is_batched=device.type != "cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.codecs import nv_global_scale
-from alphaquant.quant.columns.loops import ColumnLoops, NumbaLoops
+from alphaquant.quant.columns.column_loops import ColumnLoops, NumbaLoops
 from alphaquant.quant.columns.state import Block, Groups, Rounding
 from alphaquant.quant.factor import Factor, factorize
 from alphaquant.quant.format_rules import rule_of

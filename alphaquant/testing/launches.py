@@ -2,8 +2,9 @@
 
 Operations of torch are counted as they are dispatched, each as one launch, which is a lower bound
 for a few (a Cholesky factorization, a triangular solve). Views and memory that is only reserved
-are none. Launches of Triton kernels are counted and not run, so what they would have written holds
-anything. Copies between a device and the host are not counted, because here both are the same.
+are none. Launches of Triton kernels are counted and not run, so what they would have written stays
+as it was; memory that is reserved is zero, so that the same work gives the same counts. Copies
+between a device and the host are not counted, because here both are the same.
 """
 
 import importlib
@@ -15,18 +16,19 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_RESERVE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 _NO_KERNELS = {
-    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
+    *_RESERVE,
     *("aten::_unsafe_view", "aten::_reshape_alias", "aten::_local_scalar_dense"),
     *("aten::lift_fresh", "aten::detach", "aten::set_", "aten::item"),
 }
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations of torch that are more than views."""
 
     def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = counts
 
     def __torch_dispatch__(
@@ -36,7 +38,8 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in _NO_KERNELS:
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        return found.zero_() if name in _RESERVE else found
 
 
 @contextmanager

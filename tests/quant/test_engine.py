@@ -10,7 +10,7 @@ from torch import Tensor
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import map_model
 from alphaquant.quant import engine
-from alphaquant.quant.columns.loops import NumbaLoops
+from alphaquant.quant.columns.column_loops import NumbaLoops
 from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.place import Place

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alphaquant.quant import place as places
-from alphaquant.quant.columns.loops import NumbaLoops, can_round_on
+from alphaquant.quant.columns.column_loops import NumbaLoops, can_round_on
 from alphaquant.quant.place import Place, place_of
 
 GIB = 2**30

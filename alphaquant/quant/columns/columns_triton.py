@@ -54,7 +54,7 @@ PANEL = 16
 ROWS = 64
 """R, rows of a program, one per thread: two warps."""
 
-_SHAPE = {"PANEL": PANEL, "ROWS": ROWS, "num_warps": ROWS // 32, "maxnreg": 80}
+_SHAPE = {"PANEL": PANEL, "ROWS": ROWS, "num_warps": ROWS // 32, "maxnreg": 96}
 _ERROR_MAX = tl.constexpr(2.0**100)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.codecs import nv_global_scale
-from alphaquant.quant.columns.loops import ColumnLoops, NumbaLoops
+from alphaquant.quant.columns.column_loops import ColumnLoops, NumbaLoops
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
