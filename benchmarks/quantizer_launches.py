@@ -4,7 +4,7 @@
 
 The engine runs as it would on a GPU, all experts together, on the CPU and with few rows and
 experts: neither changes what is launched. Triton's kernels are counted and not run
-(`alphaquant.testing.launches`); products, factorizations and packing are torch's. Prints, for
+(`alphaquant.testing.without_gpu.launches`); products, factorizations and packing are torch's. Prints, for
 every format, what is launched once per layer (Hessians, factors, the choice of shrinkage), what
 for each format, and how much that is in 16 formats of its kind beside the earlier engine.
 """
@@ -30,7 +30,7 @@ from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.formats import FORMATS
-from alphaquant.testing.launches import counted_launches
+from alphaquant.testing.without_gpu.launches import counted_launches
 
 EARLIER = 1.25e8
 """Launches per layer, in 16 formats, of the engine that went through columns with operations of

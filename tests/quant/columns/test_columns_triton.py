@@ -19,7 +19,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import ScaleSearch
 from alphaquant.testing.columns import CHECKS, FORMATS, Check, Limits, check_fitted_groups
 from alphaquant.testing.formats import draw_weights
-from alphaquant.testing.interpreter import import_interpreted, quick_interpreter
+from alphaquant.testing.without_gpu.interpreter import import_interpreted, quick_interpreter
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 pytestmark = pytest.mark.skipif(
