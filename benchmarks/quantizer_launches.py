@@ -4,9 +4,10 @@
 
 The engine runs as it would on a GPU, all experts together, on the CPU and with few rows and
 experts: neither changes what is launched. Triton's kernels are counted and not run
-(`alphaquant.testing.without_gpu.launches`); products, factorizations and packing are torch's. Prints, for
-every format, what is launched once per layer (Hessians, factors, the choice of shrinkage), what
-for each format, and how much that is in 16 formats of its kind beside the earlier engine.
+(`alphaquant.testing.without_gpu.launches`); products, factorizations and packing are torch's.
+Prints, for every format, what is launched once per layer (Hessians, factors, the choice of
+shrinkage), what for each format, and how much that is in 16 formats of its kind beside the earlier
+engine.
 """
 
 import argparse

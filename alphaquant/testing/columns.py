@@ -30,14 +30,13 @@ from alphaquant.testing.formats import draw_weights
 FORMATS: tuple[str, ...] = (
     "int1-g8",  # signs; groups that are half a panel
     "int2-g10-asym",  # zero points; groups that cross panels
-    "int3-g20",  # one group is the block
     "int4-g8",  # a tail group of 4
     "int5-g12-asym",
     "int8-row",  # a group larger than the block
     "fp4-e2m1-g8",
     "fp6-e3m2-row",
-    "fp8-e5m2-g20",
-    *("mxfp4", "mxfp6-e2m3", "mxfp8"),  # powers of two; blocks of 32
+    "fp8-e5m2-g20",  # one group is the block
+    *("mxfp4", "mxfp6-e2m3"),  # powers of two; blocks of 32
     "nvfp4",  # E4M3 under a scale per matrix; blocks of 16, a tail of 4
 )
 """Every kind of rule, with groups smaller than, equal to and larger than a block."""

@@ -17,7 +17,14 @@ from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import ScaleSearch
-from alphaquant.testing.columns import CHECKS, FORMATS, Check, Limits, check_fitted_groups
+from alphaquant.testing.columns import (
+    CHECKS,
+    FORMATS,
+    Check,
+    Limits,
+    check_another_order,
+    check_fitted_groups,
+)
 from alphaquant.testing.formats import draw_weights
 from alphaquant.testing.without_gpu.interpreter import import_interpreted, quick_interpreter
 
@@ -34,13 +41,19 @@ def loops() -> Iterator[ColumnLoops]:
         yield module.TritonLoops()
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", FORMATS)
+CASES = [
+    pytest.param(name, check, id=f"{name} {check.__name__}")
+    for check in CHECKS
+    for name in (FORMATS[::3] if check is check_another_order else FORMATS)
+]
+
+
+@pytest.mark.parametrize(("name", "check"), CASES)
 def test_loops_keep_their_contract(loops: ColumnLoops, name: str, check: Check) -> None:
     check(loops, name, "hessian", Limits())
 
 
-@pytest.mark.parametrize("name", ["int3-g20", "int2-g10-asym", "fp4-e2m1-g8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4-g8", "int2-g10-asym", "fp8-e5m2-g20", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("search", ["minmax", "mse"])
 def test_scales_are_chosen_as_asked(loops: ColumnLoops, name: str, search: ScaleSearch) -> None:
     check_fitted_groups(loops, name, search, Limits())
@@ -68,7 +81,7 @@ def rounded(loops: ColumnLoops, name: str, weight: Tensor, damped: DampedHessian
     ],
 )
 def test_matrices_are_rounded_as_on_the_cpu(loops: ColumnLoops, name: str, n_rows: int) -> None:
-    n_cols = 19 if n_rows > 64 else 25
+    n_cols = 17 if n_rows > 64 else 23
     weight = torch.stack([draw_weights(n_rows, n_cols, s).T for s in range(2)]).contiguous()
     inputs = torch.randn(2, 80, n_cols, generator=torch.Generator().manual_seed(1))
     damped = factorize(inputs.mT @ inputs, 0.01, (False, True))
