@@ -393,7 +393,7 @@ def run_layer(args: argparse.Namespace) -> dict[str, Any]:
     shape = LayerShape(n_windows=args.windows, seq_len=args.seq_len)
     if args.quick:
         shape = LayerShape(64, 32, 8, 2, 4, 2, 16)
-    result = measure_layer(shape, args.format, QuantSettings())
+    result = measure_layer(shape, args.format, QuantSettings(), args.device)
     print(layer_text(result))
     return result
 
@@ -412,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {
         "command": shlex.join(["python", "benchmarks/quantizer.py", *_public(words)]),
         "is_quick": args.quick,
-        **run_facts("cpu"),
+        **run_facts(getattr(args, "device", "cpu")),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -444,6 +444,7 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--format", default="int4-g128")
     layer.add_argument("--windows", type=int, default=16)
     layer.add_argument("--seq-len", type=int, default=2048)
+    layer.add_argument("--device", default="cpu", help="cpu or cuda; where the layer is")
     for command in (demo, layer):
         command.add_argument("--quick", action="store_true", help="a smoke run of seconds")
         command.add_argument("--out", type=Path, required=True)

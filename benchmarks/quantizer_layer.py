@@ -8,12 +8,17 @@ stated in the result as `hidden_bytes`.
 Stages are the engine's functions, timed by the interpreter's profiler in processor seconds, which
 other work on the machine does not change; with one thread they are the seconds of a quiet machine.
 Time of the Hessians is proportional to the tokens, everything after does not depend on them.
+
+With `--device cuda` the layer is on a GPU, and so is its quantization. Seconds are then those of a
+clock on the wall, with the device idle at both ends; quantization is one stage and is done twice,
+because the first time compiles. No one has run that yet.
 """
 
 import cProfile
 import pstats
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,41 +94,52 @@ def random_model(shape: LayerShape, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def measure_layer(shape: LayerShape, format_name: str, settings: QuantSettings) -> dict[str, Any]:
+def measure_layer(
+    shape: LayerShape, format_name: str, settings: QuantSettings, device: str = "cpu"
+) -> dict[str, Any]:
     """Quantize the layer in one format.
 
     Args:
         shape: sizes.
         format_name: canonical name.
         settings: of the engine.
+        device: where the layer is.
 
     Returns:
-        Processor seconds by stage, peak memory after each part, and what was asked.
+        Seconds by stage, peak memory after each part, and what was asked.
     """
-    model_map = map_model(random_model(shape))
-    memory = {"model": peak_memory()}
-    clock = time.process_time()
-    observer = _observe(model_map, shape, settings)
-    seconds = {"forward and Hessians": time.process_time() - clock}
-    memory["Hessians"] = peak_memory()
-    clock = time.process_time()
+    model_map = map_model(random_model(shape).to(device))
+    memory = {"model": _peak(device)}
+    clock = _now(device)
+    observer = _observe(model_map, shape, settings, device)
+    seconds = {"forward and Hessians": _now(device) - clock}
+    memory["Hessians"] = _peak(device)
+    clock = _now(device)
     batches = observer.batches(model_map.layers[0])
-    seconds["pooling"] = time.process_time() - clock
-    memory["pooling"] = peak_memory()
+    seconds["pooling"] = _now(device) - clock
+    memory["pooling"] = _peak(device)
+
+    def quantize() -> int:
+        layer, n_bytes = model_map.layers[0], 0
+        for item in quantize_layer(model_map, layer, batches, [format_name], settings):
+            n_bytes += sum(t.nbytes for t in item.packed.tensors.values())
+        return n_bytes
+
+    if device != "cpu":
+        quantize()
     profile = cProfile.Profile(time.process_time)
-    clock, n_bytes = time.process_time(), 0
-    profile.enable()
-    for item in quantize_layer(model_map, model_map.layers[0], batches, [format_name], settings):
-        n_bytes += sum(t.nbytes for t in item.packed.tensors.values())
-    profile.disable()
-    whole, stages = time.process_time() - clock, _stages(profile)
+    clock = _now(device)
+    with profile if device == "cpu" else nullcontext():
+        n_bytes = quantize()
+    whole, stages = _now(device) - clock, _stages(profile) if device == "cpu" else {}
     seconds |= {**stages, "other quantization": whole - sum(stages.values())}
-    memory["quantization"] = peak_memory()
+    memory["quantization"] = _peak(device)
     n_tokens = shape.n_windows * shape.seq_len
     return {
         "shape": asdict(shape),
         "format": format_name,
         "settings": asdict(settings),
+        "device": device,
         "n_tokens": n_tokens,
         "tokens_per_expert": n_tokens * shape.top_k / shape.n_experts,
         "seconds": seconds,
@@ -135,16 +151,33 @@ def measure_layer(shape: LayerShape, format_name: str, settings: QuantSettings) 
     }
 
 
-def _observe(model_map: ModelMap, shape: LayerShape, settings: QuantSettings) -> LayerHessians:
+def _now(device: str) -> float:
+    """Processor seconds of this process; with a GPU those of the clock, when it is idle."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak(device: str) -> int:
+    """Peak memory so far in bytes, of the process or of the GPU."""
+    return peak_memory() if device == "cpu" else int(torch.cuda.max_memory_allocated(device))
+
+
+def _observe(
+    model_map: ModelMap, shape: LayerShape, settings: QuantSettings, device: str
+) -> LayerHessians:
     """The layer's Hessians of random hidden states, one window at a time."""
     layer = model_map.layers[0]
-    tokens = torch.zeros(1, shape.seq_len, dtype=torch.int64)
+    tokens = torch.zeros(1, shape.seq_len, dtype=torch.int64, device=device)
     call = next(walk(model_map, [tokens])).calls[0]
     observer = observer_of(settings)
     generator = torch.Generator().manual_seed(0)
     with observe_layer(layer, observer):
         for _ in range(shape.n_windows):
-            hidden = torch.randn(1, shape.seq_len, shape.hidden_size, generator=generator)
+            hidden = torch.randn(1, shape.seq_len, shape.hidden_size, generator=generator).to(
+                device
+            )
             LayerCall((hidden, *call.args[1:]), call.kwargs).run(layer)
     return observer
 
@@ -156,7 +189,7 @@ def layer_text(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{result['format']}, {result['n_tokens']} tokens",
-            markdown(["stage", "processor seconds"], stages),
+            markdown(["stage", "seconds"], stages),
             markdown(["peak memory after", "GiB"], parts),
         ]
     )

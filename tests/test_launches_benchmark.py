@@ -1,4 +1,5 @@
-"""The count of launches in a configuration: the example that the kernels' own test launches."""
+"""Counts of launches: of a configuration, the example that the kernels' own test launches; and of
+quantizing a layer, which depends on neither experts nor rows."""
 
 import importlib
 import json
@@ -9,8 +10,10 @@ from types import ModuleType
 import pytest
 
 from alphaquant.models.mapping import map_model
+from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model
 
+SETTINGS = QuantSettings(shrinkage=False)
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -50,3 +53,42 @@ def test_it_prints_a_row_per_configuration(
     monkeypatch.setattr(sys, "argv", ["launches.py", str(path)])
     benchmark.main()
     assert f"| {path} | 4, 4, 4, 4 | 4 |" in capsys.readouterr().out
+
+
+SMALL = {"hidden_size": 512, "expert_width": 256}
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> ModuleType:
+    pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module("quantizer_launches")
+
+
+def test_quantizing_a_layer_launches_the_same_for_all_experts_and_rows(
+    quantizer: ModuleType,
+) -> None:
+    few, many = (
+        quantizer.count(quantizer.Shape(**SMALL, n_experts=e, n_rows=n), ["nvfp4"], SETTINGS)
+        for e, n in ((4, 3), (7, 70))
+    )
+    # on the host each matrix gets memory of its own: codes, scales and the scale of the matrix
+    assert many - few == {"aten::clone": 3 * 3 * (7 - 4)} and not few - many
+
+
+def test_columns_take_a_launch_per_block_and_pass(quantizer: ModuleType) -> None:
+    shape = quantizer.Shape(**SMALL, has_attention=False)
+    counts = quantizer.count(shape, ["int4-g128"], SETTINGS)
+    n_blocks = 512 // 128 + 256 // 128
+    assert counts["gptq_block_kernel"] == 2 * n_blocks  # two starts
+    assert counts["sweep_block_kernel"] == 2 * 3 * n_blocks
+    assert counts["fit_groups_kernel"] == 2  # gate and up, down: static groups of the second start
+
+
+def test_a_layer_in_sixteen_formats_is_a_thousandth_of_the_launches_by_column(
+    quantizer: ModuleType,
+) -> None:
+    found = quantizer.launches_of(quantizer.Shape(**SMALL), "int4-g128", SETTINGS)
+    # A layer of OLMoE has four times the columns; what does not grow with them is counted too.
+    assert 4 * found.of_formats(16) <= quantizer.EARLIER / 1000

@@ -2,9 +2,14 @@
 
 The bank asks for every matrix in several formats, the pipeline for each matrix in one; both come
 through `quantize_layer`, so the same settings give the same codes. Matrices that share their
-inputs share a Hessian and its factors. Rows are independent, so what is rounded at the same time,
-one part per thread, is a run of at most `_ROWS` rows in one format; where runs are cut depends
-on the matrices alone, so the result does not depend on the number of threads.
+inputs share a Hessian and its factors: they are a stack.
+
+On a CPU stacks are rounded one after the other. Rows are independent, so what is rounded at the
+same time, one part per thread, is a run of at most `_ROWS` rows in one format; where runs are cut
+depends on the matrices alone, so the result does not depend on the number of threads. On a GPU all
+stacks of one shape are rounded together, as many as fit (`place.py`), one format after the other.
+
+Letters: S stacks, N rows, K columns.
 """
 
 import math
@@ -12,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,11 +27,13 @@ from torch import Tensor
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
-from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding, better_rows, join_rows
-from alphaquant.quant.factor import Block, DampedHessian, Factor, factorize
+from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
+from alphaquant.quant.descent import ColumnPlan, Rounder
+from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
+from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
@@ -81,50 +90,76 @@ class QuantizedMatrix:
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """Matrices that share their inputs, with what is known of these.
+class _Stacks:
+    """Stacks of one shape with what is known of their inputs.
 
     Attributes:
-        matrices: in the order of their rows.
-        weights: float32 [N, K] of each.
-        hessian: float32 [K, K], sums over tokens; None without data.
-        damped: drawn toward its diagonal, damped, with its factors; None for rounding to nearest.
-        shrinkage: how far it was drawn, 0 to 1.
+        matrices: of each stack, in the order of their rows.
+        weights: float32 [S, N, K].
+        hessian: float32 [S, K, K], sums over tokens; None without data.
+        damped: drawn toward their diagonals, damped, with their factors; None for rounding to
+            nearest.
+        shrinkage: how far each was drawn, 0 to 1.
         heldout_gain: what that made of the error on held-back tokens.
-        source: how the Hessian was made.
-        n_tokens: how many the matrices saw.
+        source: how each Hessian was made.
+        n_tokens: how many the matrices of each stack saw.
+        place: where all of that is.
     """
 
-    matrices: tuple[Matrix, ...]
-    weights: Mapping[str, Tensor]
+    matrices: tuple[tuple[Matrix, ...], ...]
+    weights: Tensor
     hessian: Tensor | None
     damped: DampedHessian | None
-    shrinkage: float
+    shrinkage: tuple[float, ...]
     heldout_gain: float | None
-    source: str
-    n_tokens: int
+    source: tuple[str, ...]
+    n_tokens: tuple[int, ...]
+    place: Place
 
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """Of the damped Hessian, one per start; none without one."""
-        return () if self.damped is None else self.damped.factors
-
-    def signal(self, name: str) -> float:
-        """tr(W H W') of a matrix, with data."""
+    @cached_property
+    def signals(self) -> Tensor:
+        """tr(W H W') of every row, [S, N], with data."""
         assert self.hessian is not None
-        weight = self.weights[name]
-        return float(((weight @ self.hessian) * weight).sum())
+        return ((self.weights @ self.hessian) * self.weights).sum(-1)
 
-    def output_errors(self, rounding: Rounding) -> Tensor:
-        """tr(D H D') of every row, [N], with data."""
+    def rows_of(self, position: int) -> slice:
+        """Rows of the matrices at a position of every stack."""
+        sizes = [m.rows for m in self.matrices[0]]
+        start = sum(sizes[:position])
+        return slice(start, start + sizes[position])
+
+    def output_errors(self, index: Tensor, rounding: Rounding) -> Tensor:
+        """tr(D H D') of every row of some stacks, [S, N], with data.
+
+        Args:
+            index: int64 [S], the stacks.
+            rounding: of these.
+        """
         assert self.hessian is not None
-        D = rounding.delta  # [K, N]
-        if self.damped is None or self.shrinkage > _MOSTLY_DIAGONAL:
-            return ((self.hessian @ D) * D).sum(0)
-        # The objective is of the matrix with a larger diagonal and smaller correlations.
-        kept = 1 - self.shrinkage
-        added = self.damped.matrix.diagonal() - kept * self.hessian.diagonal()
-        return (rounding.objective - added @ D.square()).clamp(min=0) / kept
+        D = rounding.delta  # [S, K, N]
+        hessian = _some(self.hessian, index)
+        shrinkage = torch.tensor(self.shrinkage, dtype=torch.float32)[index.cpu()]
+        is_diagonal = shrinkage > _MOSTLY_DIAGONAL
+        measured = told = None
+        if self.damped is None or bool(is_diagonal.any()):
+            measured = ((hessian @ D) * D).sum(-2)
+        if self.damped is not None and not bool(is_diagonal.all()):
+            # The objective is of the matrix with a larger diagonal and smaller correlations.
+            kept = (1 - shrinkage).to(D.device).unsqueeze(-1)
+            damped = _some(self.damped.matrix.diagonal(dim1=-2, dim2=-1), index)
+            added = damped - kept * hessian.diagonal(dim1=-2, dim2=-1)  # [S, K]
+            extra = (added.unsqueeze(-2) @ D.square()).squeeze(-2)
+            told = (rounding.objective - extra).clamp(min=0) / kept
+        if told is None or measured is None:
+            found = measured if told is None else told
+            assert found is not None
+            return found
+        return torch.where(is_diagonal.to(D.device).unsqueeze(-1), measured, told)
+
+
+def _some(x: Tensor, index: Tensor) -> Tensor:
+    """Some stacks, int64 [n], of a tensor; all of them without a copy."""
+    return x if len(index) == len(x) else x[index]
 
 
 Wanted = Callable[[Matrix, str], bool]
@@ -155,16 +190,42 @@ def quantize_layer(
         FormatError: a weight is NaN or infinite.
         ModelError: a Hessian cannot be factorized, or holds NaN.
     """
-    with _threads() as over:
-        for batch in _without_data(layer) if hessians is None else hessians:
-            _check_hessians(batch)
-            shrinkage = _shrinkage(model_map, batch, settings)
-            for b, matrices in enumerate(batch.stacks):
-                asked = {n: [m for m in matrices if wanted(m, n)] for n in formats}
-                asked = {name: chosen for name, chosen in asked.items() if chosen}
-                if asked:
-                    stack = _stack(model_map, batch, b, asked, (settings, shrinkage))
-                    yield from _quantize_stack(stack, asked, settings, over)
+    for batch in _without_data(layer) if hessians is None else hessians:
+        _check_hessians(batch)
+        place = place_of(model_map.view(batch.stacks[0][0].name).device)
+        shrinkage = _shrinkage(model_map, batch, settings, place)
+        asked = [_asked(stack, formats, wanted) for stack in batch.stacks]
+        with _threads(place) as over:
+            for numbers in _runs(batch, asked, place):
+                own = {b: asked[b] for b in numbers}
+                stacks = _gather(model_map, batch, own, (settings, shrinkage), place)
+                yield from _quantize_stacks(stacks, list(own.values()), settings, over)
+
+
+Asked = Mapping[str, tuple[int, ...]]
+"""Format name -> positions of the matrices of a stack that are asked for in it; never none."""
+
+
+def _asked(stack: Sequence[Matrix], formats: Sequence[str], wanted: Wanted) -> Asked:
+    found = {n: tuple(i for i, m in enumerate(stack) if wanted(m, n)) for n in formats}
+    return {name: positions for name, positions in found.items() if positions}
+
+
+def _runs(batch: HessianBatch, asked: Sequence[Asked], place: Place) -> Iterator[list[int]]:
+    """Stacks that are rounded together: neighbours of one shape, all with data or all without."""
+    has_data = batch.has_data
+    used = [b for b in range(len(batch.stacks)) if asked[b]]
+
+    def kind(b: int) -> tuple[object, ...]:
+        return has_data[b], tuple(m.rows for m in batch.stacks[b])
+
+    for _, same in groupby(used, kind):
+        left = list(same)
+        while left:
+            stack = batch.stacks[left[0]]
+            n = place.n_together(sum(m.rows for m in stack), stack[0].cols)
+            yield left[:n]
+            left = left[n:]
 
 
 Map = Callable[..., Iterator[Any]]
@@ -172,10 +233,13 @@ Map = Callable[..., Iterator[Any]]
 
 
 @contextmanager
-def _threads() -> Iterator[Map]:
-    """A `map` over as many threads as torch would use, each of which computes alone meanwhile."""
+def _threads(place: Place) -> Iterator[Map]:
+    """A `map` over as many threads as torch would use, each of which computes alone meanwhile.
+
+    Where stacks are rounded together, one thread gives the device its work.
+    """
     n_threads = torch.get_num_threads()
-    if n_threads == 1:
+    if n_threads == 1 or place.is_batched:
         yield map
         return
     torch.set_num_threads(1)
@@ -186,70 +250,108 @@ def _threads() -> Iterator[Map]:
         torch.set_num_threads(n_threads)
 
 
-def _shrinkage(model_map: ModelMap, batch: HessianBatch, settings: QuantSettings) -> Shrinkage:
+def _shrinkage(
+    model_map: ModelMap, batch: HessianBatch, settings: QuantSettings, place: Place
+) -> Shrinkage:
     """How far the Hessians of a batch are drawn toward their diagonals."""
     if settings.method != "gptq" or not settings.shrinkage:
         return NO_SHRINKAGE
 
     def weight_of(index: int) -> Tensor:
         views = [model_map.view(m.name) for m in batch.stacks[index]]
-        return torch.cat(views).to("cpu", torch.float32)
+        return torch.cat(views).to(place.device, torch.float32)
 
-    return choose_shrinkage(batch, weight_of, settings.percdamp)
+    return choose_shrinkage(batch, weight_of, settings.percdamp, place)
 
 
-def _stack(
+def _gather(
     model_map: ModelMap,
     batch: HessianBatch,
-    b: int,
-    asked: Mapping[str, Sequence[Matrix]],
+    asked: Mapping[int, Asked],
     how: tuple[QuantSettings, Shrinkage],
-) -> _Stack:
-    """The matrices of a stack that are asked for, with the factors that they need."""
-    settings, shrinkage = how
-    used = {m.name for chosen in asked.values() for m in chosen}
-    matrices = tuple(m for m in batch.stacks[b] if m.name in used)
-    weights = {m.name: model_map.view(m.name).to("cpu", torch.float32) for m in matrices}
-    for name, weight in weights.items():
-        check_finite(weight, name)
-    hessian = batch.hessian[b].cpu() if batch.has_data[b] else None
-    damped, amount = None, shrinkage.amount(batch.tokens_per_input(b))
-    is_rounded = any(parse_format(name).is_quantized for name in asked)
-    if hessian is not None and settings.method == "gptq" and is_rounded:
-        orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
-        names = " + ".join(m.name for m in batch.stacks[b])
-        damped = factorize(shrink(hessian, amount), settings.percdamp, orders, names)
-    gain = shrinkage.heldout_gain
-    return _Stack(
-        matrices, weights, hessian, damped, amount, gain, batch.source[b], batch.n_tokens[b]
+    place: Place,
+) -> _Stacks:
+    """The stacks of a batch that are asked for, with their factors where those are needed."""
+    (settings, shrinkage), numbers = how, list(asked)
+    matrices = tuple(batch.stacks[b] for b in numbers)
+    views = [model_map.view(m.name) for stack in matrices for m in stack]
+    weights = torch.cat(views).to(place.device, torch.float32)
+    if not bool(torch.isfinite(weights).all()):
+        for stack in matrices:
+            for m in stack:
+                check_finite(model_map.view(m.name), m.name)
+    hessian = damped = None
+    amounts = tuple(shrinkage.amount(batch.tokens_per_input(b)) for b in numbers)
+    if batch.has_data[numbers[0]]:
+        own = batch.hessian if len(numbers) == len(batch.stacks) else batch.hessian[numbers]
+        hessian = own.to(place.device)
+        is_rounded = any(parse_format(n).is_quantized for names in asked.values() for n in names)
+        if settings.method == "gptq" and is_rounded:
+            orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
+            names = [" + ".join(m.name for m in stack) for stack in matrices]
+            shrunk = shrink(hessian, torch.tensor(amounts, dtype=torch.float64))
+            damped = factorize(shrunk, settings.percdamp, orders, *names)
+    return _Stacks(
+        matrices,
+        weights.view(len(matrices), -1, weights.shape[-1]),
+        hessian,
+        damped,
+        amounts,
+        shrinkage.heldout_gain,
+        tuple(batch.source[b] for b in numbers),
+        tuple(batch.n_tokens[b] for b in numbers),
+        place,
     )
 
 
-def _quantize_stack(
-    stack: _Stack,
-    asked: Mapping[str, Sequence[Matrix]],
-    settings: QuantSettings,
-    over: Map,
+@dataclass(frozen=True)
+class _Job:
+    """Matrices at the same positions of some stacks, rounded to one format.
+
+    Attributes:
+        fmt: the format.
+        index: int64 [S], the stacks.
+        positions: of the matrices in each stack.
+    """
+
+    fmt: Format
+    index: Tensor
+    positions: tuple[int, ...]
+
+
+def _quantize_stacks(
+    stacks: _Stacks, asked: Sequence[Asked], settings: QuantSettings, over: Map
 ) -> Iterator[QuantizedMatrix]:
-    """Quantize the matrices of a stack, each in the formats that are asked for."""
-    parts: list[_Part] = []
-    for name, matrices in asked.items():
-        fmt = parse_format(name)
-        if not fmt.is_quantized:
-            yield from (_keep(stack, matrix) for matrix in matrices)
-            continue
-        parts += _parts(stack, fmt, matrices, settings)
-    inverses = {
-        blocks: [f.diagonal_inverses(blocks) for f in stack.factors]
-        for blocks in {part.rounder.plan.blocks for part in parts}
-    }
-    rounded = list(over(lambda part: _round(stack, part, inverses, settings), parts))
-    jobs: list[tuple[Matrix, Format, Rounding]] = []
-    for name, matrices in asked.items():
-        own = [x for x, part in zip(rounded, parts, strict=True) if part.fmt.name == name]
-        if own:
-            jobs += _split(parse_format(name), own, matrices)
-    yield from over(lambda job: _pack(stack, settings, *job), jobs)
+    """Quantize the matrices of stacks, each in the formats that are asked for."""
+    jobs, found = _jobs(stacks, asked), dict[tuple[str, str], QuantizedMatrix]()
+    # On a CPU all together, so that there is work for every thread; on a GPU all are large.
+    for some in [[job] for job in jobs] if stacks.place.is_batched else [jobs]:
+        rounded = _round_jobs(stacks, some, settings, over)
+        tasks = [(*done, position) for done in rounded for position in done[0].positions]
+        for items in over(lambda task: _pack(stacks, settings, *task), tasks):
+            found |= {(item.matrix.name, item.record.format): item for item in items}
+    for stack, of_stack, weight in zip(stacks.matrices, asked, stacks.weights, strict=True):
+        for name, positions in of_stack.items():
+            for position in positions:
+                matrix = stack[position]
+                if (matrix.name, name) in found:
+                    yield found[matrix.name, name]
+                else:
+                    yield _keep(matrix, weight[stacks.rows_of(position)])
+
+
+def _jobs(stacks: _Stacks, asked: Sequence[Asked]) -> list[_Job]:
+    """What is rounded together: all stacks that ask for the same in a format."""
+    together: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for s, of_stack in enumerate(asked):
+        for name, positions in of_stack.items():
+            if parse_format(name).is_quantized:
+                together.setdefault((name, positions), []).append(s)
+    device = stacks.place.device
+    return [
+        _Job(parse_format(name), torch.tensor(index, device=device), positions)
+        for (name, positions), index in together.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -257,98 +359,147 @@ class _Part:
     """Rows that are rounded together.
 
     Attributes:
-        fmt: to which format.
         rounder: of the format and the rows.
-        weight: float32 [K, n].
+        weight: float32 [S, K, n].
+        damped: of these stacks.
+        inverses: of every factor, by the rounder's plan.
     """
 
-    fmt: Format
     rounder: Rounder
     weight: Tensor
+    damped: DampedHessian | None
+    inverses: Sequence[Sequence[Tensor]]
+
+
+def _round_jobs(
+    stacks: _Stacks, jobs: Sequence[_Job], settings: QuantSettings, over: Map
+) -> list[tuple[_Job, Rounding]]:
+    """Round jobs, each in parts."""
+    inverses: dict[tuple[Block, ...], list[list[Tensor]]] = {}
+    parts = [list(_parts(stacks, job, settings, inverses)) for job in jobs]
+    flat = [part for of_job in parts for part in of_job]
+    rounded = iter(list(over(lambda part: _round(part, settings), flat)))
+    return [
+        (job, join_rows([next(rounded) for _ in of_job]))
+        for job, of_job in zip(jobs, parts, strict=True)
+    ]
 
 
 def _parts(
-    stack: _Stack, fmt: Format, matrices: Sequence[Matrix], settings: QuantSettings
-) -> Iterator[_Part]:
-    """Cut the rows of matrices, one below the other, into parts."""
-    weights = [stack.weights[m.name] for m in matrices]
-    rows = torch.cat(weights)
-    shared = torch.empty(0)
-    if fmt.shared.global_bits:
-        shared = torch.cat([nv_global_scale(w[None])[0].expand(len(w)) for w in weights])
-    n_cols = rows.shape[1]
-    plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), settings.blocksize)
-    rule = rule_of(fmt, settings.scale_search)
-    for start in range(0, len(rows), _ROWS):
-        own = slice(start, start + _ROWS)
-        yield _Part(fmt, Rounder(rule, plan, shared[own]), rows[own].T.contiguous())
-
-
-def _round(
-    stack: _Stack,
-    part: _Part,
-    inverses: Mapping[tuple[Block, ...], list[list[Tensor]]],
+    stacks: _Stacks,
+    job: _Job,
     settings: QuantSettings,
-) -> Rounding:
+    inverses: dict[tuple[Block, ...], list[list[Tensor]]],
+) -> Iterator[_Part]:
+    """Cut the rows of a job into parts, or take them whole where stacks are rounded together.
+
+    Args:
+        stacks: those that the job is of.
+        job: what is rounded.
+        settings: how.
+        inverses: of all stacks by blocks; what is not yet known is added.
+    """
+    fmt, is_whole = job.fmt, len(job.index) == len(stacks.matrices)
+    weights = _some(stacks.weights, job.index)
+    damped = stacks.damped
+    if damped is not None and not is_whole:
+        damped = damped.stacks(job.index)
+    of_matrices = [weights[:, stacks.rows_of(p)] for p in job.positions]
+    rows = torch.cat(of_matrices, 1) if len(of_matrices) < len(stacks.matrices[0]) else weights
+    shared = torch.empty(0, device=rows.device)
+    if fmt.shared.global_bits:
+        shared = torch.cat([nv_global_scale(w).expand(w.shape[:2]) for w in of_matrices], 1)
+    n_cols = rows.shape[-1]
+    plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), settings.blocksize)
+    rule, factors = rule_of(fmt, settings.scale_search), () if damped is None else damped.factors
+    own = inverses.get(plan.blocks, []) if is_whole else []
+    if not own:
+        own = [f.diagonal_inverses(plan.blocks) for f in factors]
+        if is_whole:
+            inverses[plan.blocks] = own
+    n_together = rows.shape[1] if stacks.place.is_batched else _ROWS
+    for start in range(0, rows.shape[1], n_together):
+        cut = slice(start, start + n_together)
+        rounder = Rounder(rule, plan, shared[..., cut].contiguous(), stacks.place.loops)
+        yield _Part(rounder, rows[:, cut].mT.contiguous(), damped, own)
+
+
+def _round(part: _Part, settings: QuantSettings) -> Rounding:
     """Round a part: from one or two starts where there is data, to nearest elsewhere."""
     rounder, found = part.rounder, None
-    if stack.damped is None:
+    if part.damped is None:
         return rounder.nearest(part.weight)
-    for factor, own in zip(stack.factors, inverses[rounder.plan.blocks], strict=True):
+    for factor, own in zip(part.damped.factors, part.inverses, strict=True):
         start = rounder.gptq(part.weight, factor, own, static=settings.static_groups)
-        end = rounder.refine(start, stack.damped, settings.refine_sweeps)
+        end = rounder.refine(start, part.damped, settings.refine_sweeps)
         found = end if found is None else better_rows(found, end)
     assert found is not None, "there is at least one start"
     return found
 
 
-def _split(
-    fmt: Format, roundings: Sequence[Rounding], matrices: Sequence[Matrix]
-) -> Iterator[tuple[Matrix, Format, Rounding]]:
-    """The roundings of parts, as those of the matrices that were cut into them."""
-    whole, start = join_rows(roundings), 0
-    for matrix in matrices:
-        yield matrix, fmt, whole.rows(slice(start, start + matrix.rows))
-        start += matrix.rows
-
-
 def _pack(
-    stack: _Stack, settings: QuantSettings, matrix: Matrix, fmt: Format, rounding: Rounding
-) -> QuantizedMatrix:
-    """Pack a matrix and write down how it was made."""
-    weight, delta = stack.weights[matrix.name], rounding.delta
-    output = None
-    if stack.hessian is not None:
-        signal = max(stack.signal(matrix.name), 1e-30)
-        output = float(stack.output_errors(rounding).sum()) / signal
-    has_data = stack.hessian is not None
-    record = MatrixRecord(
-        matrix.name,
-        fmt.name,
-        matrix.storage_bits(fmt) / matrix.n_weights,
-        "rtn" if stack.damped is None else "gptq",
-        "no_tokens" if settings.method == "gptq" and stack.damped is None else None,
-        stack.source if has_data else None,
-        stack.n_tokens if has_data else None,
-        None if stack.damped is None else stack.damped.damp,
-        float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
-        output,
-        stack.shrinkage if has_data else None,
-        stack.heldout_gain,
-    )
-    values, zeros, shared = rounding.centred, None, None
+    stacks: _Stacks, settings: QuantSettings, job: _Job, rounding: Rounding, position: int
+) -> list[QuantizedMatrix]:
+    """Pack the matrices at a position of a job's stacks; write down how each was made."""
+    sizes = [stacks.matrices[0][p].rows for p in job.positions]
+    before = sum(sizes[: job.positions.index(position)])
+    own = rounding.rows(slice(before, before + stacks.matrices[0][position].rows))
+    weights = _some(stacks.weights[:, stacks.rows_of(position)], job.index)
+    fmt, zeros, shared = job.fmt, None, None
+    values = own.centred
     if not fmt.symmetric:
-        zeros = rounding.zeros.T[None]
-        values = rounding.values(fmt.columns_per_scale(matrix.cols))
+        zeros = own.zeros.mT
+        values = own.values(fmt.columns_per_scale(weights.shape[-1]))
     if fmt.shared.global_bits:
-        shared = nv_global_scale(weight[None]).expand(1, len(weight))
-    rounded = RoundedBatch(fmt, values.T[None], rounding.scales.T[None], zeros, shared)
-    return QuantizedMatrix(matrix, rounded.pack(0, slice(None)), record)
+        shared = nv_global_scale(weights).expand(weights.shape[:2])
+    packed = RoundedBatch(fmt, values.mT, own.scales.mT, zeros, shared).pack_all()
+    matrices = [stacks.matrices[s][position] for s in job.index.tolist()]
+    records = _records(stacks, settings, job, position, own, weights)
+    return [QuantizedMatrix(*item) for item in zip(matrices, packed, records, strict=True)]
 
 
-def _keep(stack: _Stack, matrix: Matrix) -> QuantizedMatrix:
+def _records(
+    stacks: _Stacks,
+    settings: QuantSettings,
+    job: _Job,
+    position: int,
+    rounding: Rounding,
+    weights: Tensor,
+) -> list[MatrixRecord]:
+    """How each matrix at a position of a job's stacks was made."""
+    is_nearest = stacks.damped is None
+    has_data = stacks.hessian is not None
+    energy = weights.square().sum((-1, -2)).clamp(min=1e-30)  # [S]
+    weight_errors = (rounding.delta.square().sum((-1, -2)) / energy).tolist()
+    outputs: list[float] | None = None
+    if has_data:
+        signals = _some(stacks.signals[:, stacks.rows_of(position)], job.index).sum(-1)
+        errors = stacks.output_errors(job.index, rounding).sum(-1)
+        outputs = (errors / signals.clamp(min=1e-30)).tolist()
+    found = []
+    for i, s in enumerate(job.index.tolist()):
+        matrix = stacks.matrices[s][position]
+        record = MatrixRecord(
+            matrix.name,
+            job.fmt.name,
+            matrix.storage_bits(job.fmt) / matrix.n_weights,
+            "rtn" if is_nearest else "gptq",
+            "no_tokens" if settings.method == "gptq" and is_nearest else None,
+            stacks.source[s] if has_data else None,
+            stacks.n_tokens[s] if has_data else None,
+            None if stacks.damped is None else float(stacks.damped.damp[s]),
+            weight_errors[i],
+            None if outputs is None else outputs[i],
+            stacks.shrinkage[s] if has_data else None,
+            stacks.heldout_gain,
+        )
+        found.append(record)
+    return found
+
+
+def _keep(matrix: Matrix, weight: Tensor) -> QuantizedMatrix:
     record = MatrixRecord(matrix.name, BF16.name, 16.0, "none")
-    return QuantizedMatrix(matrix, pack_bf16(stack.weights[matrix.name]), record)
+    return QuantizedMatrix(matrix, pack_bf16(weight.cpu()), record)
 
 
 def _check_hessians(batch: HessianBatch) -> None:

@@ -41,22 +41,43 @@ class RoundedBatch:
         return dequantize_groups(self.format, self.values, self.scales, self.zeros)
 
     def pack(self, index: int, rows: slice) -> "PackedMatrix":
-        """Pack rows of one matrix of the batch."""
-        fmt, scales = self.format, self.scales[index, rows]
-        codes = make_grid(fmt).to_codes(self.values[index, rows])
+        """Pack rows of one matrix of the batch, on the device of the tensors."""
+        one = slice(index, index + 1)
+        stored = RoundedBatch(
+            self.format,
+            self.values[one, rows],
+            self.scales[one, rows],
+            None if self.zeros is None else self.zeros[one, rows],
+            None if self.global_scale is None else self.global_scale[one, rows],
+        )._stored()
+        n_rows, n_cols = self.values[index, rows].shape
+        return PackedMatrix(self.format, n_rows, n_cols, {k: t[0] for k, t in stored.items()})
+
+    def pack_all(self) -> list["PackedMatrix"]:
+        """Pack all matrices of the batch; on the CPU, each in memory of its own."""
+        stored = {name: tensor.cpu() for name, tensor in self._stored().items()}
+        n_matrices, n_rows, n_cols = self.values.shape
+        own = [
+            {name: t[b].clone(memory_format=torch.contiguous_format) for name, t in stored.items()}
+            for b in range(n_matrices)
+        ]
+        return [PackedMatrix(self.format, n_rows, n_cols, tensors) for tensors in own]
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The tensors of `PackedMatrix`, all with a first dimension of B."""
+        fmt, scales = self.format, self.scales
+        codes = make_grid(fmt).to_codes(self.values)
         stored = {"codes": pack_codes(codes, fmt.bits), "scales": scales.to(torch.float16)}
         if fmt.shared.scale == "e8m0":
             stored["scales"] = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
         if fmt.shared.global_bits:
             assert self.global_scale is not None
-            shared = self.global_scale[index, rows][:1]
-            stored["scales"] = (scales / shared).to(torch.float8_e4m3fn)
+            shared = self.global_scale[:, :1]  # [B, 1]
+            stored["scales"] = (scales / shared.unsqueeze(-1)).to(torch.float8_e4m3fn)
             stored["global_scale"] = shared.clone()
         if self.zeros is not None:
-            zeros = self.zeros[index, rows].to(torch.uint8)
-            stored["zeros"] = pack_codes(zeros.flatten(), fmt.bits)
-        n_rows, n_cols = codes.shape
-        return PackedMatrix(fmt, n_rows, n_cols, stored)
+            stored["zeros"] = pack_codes(self.zeros.to(torch.uint8).flatten(1), fmt.bits)
+        return stored
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch
+from alphaquant.quant.place import Place
 from alphaquant.spaces.formats import parse_format
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -64,17 +65,24 @@ class Shrinkage:
 NO_SHRINKAGE = Shrinkage()
 
 
-def shrink(hessian: Tensor, amount: float) -> Tensor:
-    """(1 - s) H + s diag(H) of a Hessian [K, K]."""
-    if not amount:
+def shrink(hessian: Tensor, amount: float | Tensor) -> Tensor:
+    """(1 - s) H + s diag(H) of Hessians.
+
+    Args:
+        hessian: float32 [.., K, K].
+        amount: s, one for all, or float64 [..] on the CPU.
+    """
+    amounts = torch.as_tensor(amount, dtype=torch.float64)
+    if not bool(amounts.any()):
         return hessian
-    found = hessian * (1 - amount)
-    found.diagonal().add_(amount * hessian.diagonal())
+    kept, drawn = ((x.to(hessian)).unsqueeze(-1) for x in (1 - amounts, amounts))
+    found = hessian * kept.unsqueeze(-1)
+    found.diagonal(dim1=-2, dim2=-1).add_(drawn * hessian.diagonal(dim1=-2, dim2=-1))
     return found
 
 
 def choose_shrinkage(
-    batch: HessianBatch, weight_of: Callable[[int], Tensor], percdamp: float
+    batch: HessianBatch, weight_of: Callable[[int], Tensor], percdamp: float, place: Place
 ) -> Shrinkage:
     """The strength that rounds best for held-back tokens.
 
@@ -82,8 +90,11 @@ def choose_shrinkage(
         batch: Hessians of matrices of one kind.
         weight_of: gives the weights of a group, float32 [N, K].
         percdamp: of the quantizer.
+        place: where that is computed.
     """
-    errors = [_errors(batch, index, weight_of(index), percdamp) for index in _worth_trying(batch)]
+    errors = [
+        _errors(batch, index, weight_of(index), percdamp, place) for index in _worth_trying(batch)
+    ]
     if not errors:
         return NO_SHRINKAGE
     relative = torch.stack([e / e[0].clamp(min=1e-30) for e in errors]).mean(0)  # [strengths]
@@ -102,20 +113,32 @@ def _worth_trying(batch: HessianBatch) -> Iterator[int]:
             yield index
 
 
-def _errors(batch: HessianBatch, index: int, weight: Tensor, percdamp: float) -> Tensor:
+def _errors(
+    batch: HessianBatch, index: int, weight: Tensor, percdamp: float, place: Place
+) -> Tensor:
     """Errors on held-back tokens by strength, of some rows; float32 [strengths]."""
-    held = batch.held[index].cpu()
-    fitted = batch.hessian[index].cpu() - held
+    held = batch.held[index].to(place.device)
+    fitted = batch.hessian[index].to(place.device) - held
     rows = weight[:: max(1, len(weight) // _PROBE_ROWS)][:_PROBE_ROWS].T.contiguous()  # [K, n]
-    fmt = parse_format(_PROBE_FORMAT)
-    plan = ColumnPlan(len(rows), fmt.columns_per_scale(len(rows)))
-    rounder = Rounder(rule_of(fmt, "hessian"), plan, torch.empty(0))
+    n_tokens = 0.75 * batch.tokens_per_input(index)
+    amounts = [Shrinkage(strength).amount(n_tokens) for strength in STRENGTHS]
+    n_together = min(len(amounts), place.n_together(rows.shape[1], len(rows)))
     found = []
-    for strength in STRENGTHS:
-        amount = Shrinkage(strength).amount(0.75 * batch.tokens_per_input(index))
-        damped = factorize(shrink(fitted, amount), percdamp, (False,))
-        factor = damped.factors[0]
-        start = rounder.gptq(rows, factor, factor.diagonal_inverses(plan.blocks), static=False)
-        D = rounder.refine(start, damped, _PROBE_SWEEPS).delta
-        found.append(((held @ D) * D).sum())
-    return torch.stack(found)
+    for start in range(0, len(amounts), n_together):
+        some = torch.tensor(amounts[start : start + n_together], dtype=torch.float64)
+        shrunk = shrink(fitted.expand(len(some), -1, -1), some)
+        D = _round_rows(rows.expand(len(some), -1, -1).contiguous(), shrunk, percdamp, place)
+        found.append(((held @ D) * D).sum((-1, -2)))
+    return torch.cat(found).cpu()
+
+
+def _round_rows(weight: Tensor, hessian: Tensor, percdamp: float, place: Place) -> Tensor:
+    """D of some rows, [S, K, n], rounded with each Hessian [S, K, K]."""
+    fmt, n_cols = parse_format(_PROBE_FORMAT), weight.shape[-2]
+    plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols))
+    nothing = torch.empty(0, device=place.device)
+    rounder = Rounder(rule_of(fmt, "hessian"), plan, nothing, place.loops)
+    damped = factorize(hessian, percdamp, (False,))
+    factor = damped.factors[0]
+    start = rounder.gptq(weight, factor, factor.diagonal_inverses(plan.blocks), static=False)
+    return rounder.refine(start, damped, _PROBE_SWEEPS).delta

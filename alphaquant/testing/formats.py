@@ -15,7 +15,8 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.quant.codecs import check_finite, make_grid, nv_global_scale
-from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding
+from alphaquant.quant.columns.state import Rounding
+from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16

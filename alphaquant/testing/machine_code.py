@@ -81,6 +81,16 @@ def spilled_bytes_of(binary: Any) -> int:
     return _usage(binary, "STACK")
 
 
+def shared_bytes_of(binary: Any) -> int:
+    """Bytes of shared memory per program."""
+    return int(binary.metadata.shared)
+
+
+def instructions_of(binary: Any) -> list[str]:
+    """All instructions, without their predicates: `LDG.E.128 R4, desc[UR6][R2.64]`."""
+    return [text for _, text in _code(_disassemble(binary, "-sass"))]
+
+
 def main_loop_of(binary: Any) -> list[str]:
     """Instructions of the longest loop that multiplies, as `main_loop` gives them."""
     return main_loop(_disassemble(binary, "-sass"))
@@ -95,8 +105,7 @@ def main_loop(sass: str) -> list[str]:
     Returns:
         The instructions between a jump backwards and where it goes; empty without such a loop.
     """
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+)?([^;]*?)\s*;", sass)
-    code = [(int(address, 16), text) for address, text in found]
+    code = _code(sass)
     best: list[str] = []
     for address, text in code:
         jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
@@ -105,6 +114,12 @@ def main_loop(sass: str) -> list[str]:
             if any("GMMA" in t for t in loop) and len(loop) > len(best):
                 best = loop
     return best
+
+
+def _code(sass: str) -> list[tuple[int, str]]:
+    """Addresses and instructions, without their predicates."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+)?([^;]*?)\s*;", sass)
+    return [(int(address, 16), text) for address, text in found]
 
 
 class _ClaimedDriver:

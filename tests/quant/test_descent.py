@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant import factor as factors
-from alphaquant.quant.descent import ColumnPlan, Rounder, Rounding, better_rows, join_rows
+from alphaquant.quant.columns.state import Rounding, better_rows, join_rows
+from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.rounding import hessian_error
@@ -26,7 +27,8 @@ def test_blocks_hold_whole_groups_or_lie_inside_one(
     plan: ColumnPlan, blocks: tuple[tuple[int, int], ...]
 ) -> None:
     assert plan.blocks == blocks
-    assert sum(plan.begins) == plan.n_cols
+    begun = [group for start, _ in plan.blocks if (group := plan.group_at(start))]
+    assert all(stop - start == min(plan.group_size, plan.n_cols - start) for start, stop in begun)
 
 
 def hessian_of(n_cols: int, n_tokens: int, *, is_hard: bool) -> Tensor:

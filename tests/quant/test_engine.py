@@ -1,6 +1,6 @@
 """Settings of the engine: one check for options, files and callers."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -10,8 +10,12 @@ from torch import Tensor
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import map_model
 from alphaquant.quant import engine
+from alphaquant.quant.columns.column_loops import NumbaLoops
+from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.layerwise import quantize_layers
-from alphaquant.spaces.assignment import uniform_assignment
+from alphaquant.quant.place import Place
+from alphaquant.spaces.assignment import Assignment, uniform_assignment
+from alphaquant.spaces.units import Inventory
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
@@ -91,6 +95,57 @@ def test_rows_that_are_rounded_apart_have_the_same_codes(monkeypatch: pytest.Mon
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(n_threads)
+
+
+class Together(Place):
+    """Three stacks at a time, as on a GPU with little memory."""
+
+    def n_together(self, n_rows: int, n_cols: int) -> int:
+        return 3
+
+
+def together(device: torch.device) -> Place:
+    return Together(torch.device("cpu"), NumbaLoops(), is_batched=True)
+
+
+def mixed(inventory: Inventory, names: tuple[str, ...]) -> Assignment:
+    """Formats in turns, so that neighbours, and gate and up of an expert, differ."""
+    matrices = enumerate(inventory.matrices)
+    return Assignment({m.name: names[(i + i // 5) % len(names)] for i, m in matrices})
+
+
+@pytest.mark.parametrize("settings", [QuantSettings(), QuantSettings(method="rtn")])
+@pytest.mark.parametrize("pooled_tokens", [0, 512])
+def test_stacks_that_are_rounded_together_have_the_same_codes_and_records(
+    settings: QuantSettings, pooled_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with experts, one of which saw no token unless they are pooled."""
+    model_map = map_model(tiny_model("olmoe"))
+    assignment = mixed(model_map.inventory, ("int3-g32-asym", "nvfp4", "bf16", "int4-g16"))
+    settings = replace(settings, pooled_tokens=pooled_tokens)
+
+    def quantized() -> dict[str, QuantizedMatrix]:
+        layers = quantize_layers(model_map, assignment, settings, tiny_tokens(1, 5))
+        return {item.matrix.name: item for done in layers for item in done.items}
+
+    alone = quantized()
+    monkeypatch.setattr(engine, "place_of", together)
+    found = quantized()
+    assert list(found) == list(alone) and len(alone) > 30
+    for name, item in alone.items():
+        wanted, made = asdict(item.record), asdict(found[name].record)
+        floats = {key for key, value in wanted.items() if isinstance(value, float)}
+        assert {k: made[k] for k in wanted.keys() - floats} == {
+            k: wanted[k] for k in wanted.keys() - floats
+        }
+        for key in floats:
+            assert made[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-9), (name, key)
+        tensors = found[name].packed.tensors
+        for key, tensor in item.packed.tensors.items():
+            assert torch.equal(tensors[key].view(torch.uint8), tensor.view(torch.uint8)), name
+    methods = {item.record.fallback for item in alone.values()}
+    expected = {None} if pooled_tokens or settings.method == "rtn" else {None, "no_tokens"}
+    assert methods == expected
 
 
 def test_two_starts_are_at_most_the_error_of_either_in_every_matrix() -> None:

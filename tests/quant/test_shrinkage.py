@@ -7,11 +7,13 @@ from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.hessian import HessianBatch, accumulate
+from alphaquant.quant.place import place_of
 from alphaquant.quant.shrinkage import STRENGTHS, Shrinkage, choose_shrinkage, shrink
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix
 
 N, K = 64, 192
+CPU = place_of(torch.device("cpu"))
 
 
 def batch_of(n_tokens: int, noise: float) -> tuple[HessianBatch, Tensor, Tensor]:
@@ -51,7 +53,7 @@ def test_the_amount_falls_with_the_tokens() -> None:
 
 def test_few_tokens_are_shrunk_and_other_tokens_gain() -> None:
     batch, weight, other = batch_of(2 * K, noise=0.5)
-    found = choose_shrinkage(batch, lambda index: weight, 0.01)
+    found = choose_shrinkage(batch, lambda index: weight, 0.01, CPU)
     assert found.strength in STRENGTHS[1:]
     assert found.heldout_gain is not None and found.heldout_gain < 0.95
     errors = []
@@ -62,13 +64,13 @@ def test_few_tokens_are_shrunk_and_other_tokens_gain() -> None:
 
 def test_many_tokens_are_left_alone() -> None:
     batch, weight, _ = batch_of(130 * K, noise=0.5)
-    assert choose_shrinkage(batch, lambda index: weight, 0.01) == Shrinkage(0.0, None)
+    assert choose_shrinkage(batch, lambda index: weight, 0.01, CPU) == Shrinkage(0.0, None)
 
 
 def test_without_held_back_tokens_nothing_is_tried() -> None:
     batch, weight, _ = batch_of(2 * K, noise=0.5)
     alone = HessianBatch(batch.stacks, batch.hessian, batch.n_tokens, batch.source)
-    assert choose_shrinkage(alone, lambda index: weight, 0.01) == Shrinkage(0.0, None)
+    assert choose_shrinkage(alone, lambda index: weight, 0.01, CPU) == Shrinkage(0.0, None)
 
 
 def rounding_error(weight: Tensor, hessian: Tensor, other: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""The column loops of GPTQ and of coordinate descent, for each kind of device."""

@@ -1,0 +1,1 @@
+"""Kernels tested without a GPU: interpreted quickly, or counted."""
