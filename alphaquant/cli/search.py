@@ -10,12 +10,27 @@ from alphaquant.cli.screen import say, screen_width
 from alphaquant.specs.search import SearchSpec
 
 
-def command(*, spec: Annotated[SearchSpec, Parameter(name="*")]) -> None:
+def command(
+    *,
+    spec: Annotated[SearchSpec, Parameter(name="*")],
+    plan: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Search number formats for every layer and expert of a model within a budget.
 
     Prints the front and writes front.json, configs/*.json, best.json, trials.csv, report.md,
     report.html and study.db to --out.
+
+    Args:
+        spec: What to search.
+        plan: Print what every stage is estimated to take on this machine, and end.
     """
+    if plan:
+        from alphaquant.commands.search import plan_search
+        from alphaquant.reports.planned import plan_text
+
+        quiet_libraries()
+        say(plan_text(plan_search(spec)))
+        return
     from alphaquant.commands.search import search
     from alphaquant.reports.report import summary_text, trial_line, trial_note
 

@@ -10,16 +10,19 @@ first, then whose directory it is, then the model with its space, then the texts
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
+import torch
 
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
-from alphaquant.models.loading import named_dtype
+from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
+from alphaquant.models.mapping import map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
 from alphaquant.quant.swap import Swapper
@@ -33,20 +36,26 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import Profile, find_profile
-from alphaquant.spaces.space import make_space
+from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.specs.check import check_kind
+from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.costing import bank_formats, check_bank
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import (
+    Source,
     cache_dir,
     find_device,
     gguf_facts,
     load_source,
+    model_location,
     model_notes,
 )
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
+from alphaquant.studies.planning.estimate import Plan, check_room, fitting_plan, plan_stages
+from alphaquant.studies.planning.needs import Needs
+from alphaquant.studies.planning.pilot import UNKNOWN
 from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
@@ -58,6 +67,7 @@ from alphaquant.studies.store.folder import (
     check_place,
     claim_folder,
     default_storage,
+    effort_in,
     facts_digest,
     locked_folder,
 )
@@ -107,24 +117,49 @@ def search(
         return _search(spec, request, StageClock(progress), on_trial, tell)
 
 
+def plan_search(spec: SearchSpec) -> Plan:
+    """What a search will take on this machine, found without weights; nothing is written.
+
+    Args:
+        spec: what would be searched.
+
+    Raises:
+        AlphaQuantError: bad input, or what does not fit; see `alphaquant.studies.planning`.
+    """
+    check_kind(spec, SearchSpec, "plan_search")
+    request, asked, cache = _check(spec), spec.checkpoint, cache_dir(spec.run.cache)
+    location = model_location(asked.model, spec.run.cache)
+    model_map = map_model(load_skeleton(location))
+    config: Any = model_map.model.config
+    dtype = working_dtype(asked.model, config, request.device, asked.dtype)
+    found = config.dtype if isinstance(dtype, str) else dtype
+    space = make_space(model_map.inventory, request.profile, request.menu, request.budget)
+    check_constraints(space, constraints_of(spec.limits))
+    check_bank(spec, space)
+    plan = fitting_plan(spec, model_map, space, found or torch.float32, has_copy=False)
+    check_room(plan, cache)
+    return plan
+
+
 def _search(
     spec: SearchSpec, request: _Request, clock: StageClock, on_trial: OnTrial, tell: Tell
 ) -> SearchResult:
     """The stages, in an output directory that no other process works on."""
+    started = time.monotonic()
     clock(Stage.LOAD, 0, LOAD_STEPS)
     steps = clock.counted(Stage.LOAD, LOAD_STEPS)
     asked, cache = spec.checkpoint, spec.run.cache
     source = load_source(
         asked.model, request.device, asked.dtype, steps, cache=cache, progress=clock
     )
-    spec = sized(spec, source.map)
-    for line in size_lines(spec):
-        tell(line)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
+    spec = _sized(spec, source, space)
+    for line in size_lines(spec):
+        tell(line)
     inputs = load_inputs(spec, source, clock)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
@@ -133,6 +168,8 @@ def _search(
         clock(Stage.LOAD, LOAD_STEPS, LOAD_STEPS)
         prepared = prepare(spec, inputs, space, clock)
         run = _make_run(prepared, folder, study, clock, on_trial)
+        if spec.run.limit_seconds is not None:
+            run.loop.deadline = started + spec.run.limit_seconds
         findings = run_program(run)
         run.loop.end()
     gate = _judge(run, prepared)
@@ -153,6 +190,24 @@ def _search(
         original_perplexity=prepared.teachers.heldout.teacher.perplexity,
     )
     return _decorated(_write(result, clock), inputs)
+
+
+def _sized(spec: SearchSpec, source: Source, space: SearchSpace) -> SearchSpec:
+    """The specification without open sizes, checked against the room that there is.
+
+    With a time limit the effort is that of a search that is taken up again, or else what fits.
+    """
+    dtype = next(source.map.model.parameters()).dtype
+    if spec.run.time_limit is None:
+        spec = sized(spec, source.map)
+        needs = Needs(spec, source.map, space, dtype.itemsize)
+        plan = plan_stages(needs, UNKNOWN, has_copy=True)
+    else:
+        known = None if spec.run.overwrite else effort_in(spec.run.out)
+        spec = spec if known is None else replaced(spec, effort=known)
+        plan = fitting_plan(spec, source.map, space, dtype, has_copy=True, is_known=bool(known))
+    check_room(plan, cache_dir(spec.run.cache))
+    return plan.spec
 
 
 def _check(spec: SearchSpec) -> _Request:
@@ -176,7 +231,10 @@ def _check(spec: SearchSpec) -> _Request:
         check_storage(spec.run.storage)
     check_place(spec.run.out, "--out")
     check_place(cache_dir(spec.run.cache), "--cache")
-    check_folder(spec.run.out, spec.facts(), overwrite=spec.run.overwrite)
+    facts = spec.facts()
+    if spec.run.time_limit is not None:  # the effort is found when the model is known
+        facts.pop("effort")
+    check_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
     return _Request(budget, profile, menu, device)
 
 

@@ -1,5 +1,6 @@
 """How long a study goes on, and where its files are."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,9 @@ from cyclopts import Parameter
 
 from alphaquant.errors import ConfigError
 from alphaquant.specs.check import Positive, Share, check
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 
 EffortName = Literal["quick", "default", "thorough"]
 
@@ -50,5 +54,24 @@ class RunSpec:
             ConfigError: naming the field.
         """
         check(self)
+        if self.time_limit is not None:
+            duration_seconds(self.time_limit)
         if not self.study.strip():
             raise ConfigError("the study has no name; give study a name, or leave it out")
+
+    @property
+    def limit_seconds(self) -> float | None:
+        """`time_limit` in seconds."""
+        return None if self.time_limit is None else duration_seconds(self.time_limit)
+
+
+def duration_seconds(text: str) -> float:
+    """Seconds of a duration such as `90min`, `2h`, `1.5 h` or `600s`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = _DURATION.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"time_limit is {text!r}; give a duration such as 600s, 90min or 2h")
+    return float(found[1]) * _UNITS[found[2]]

@@ -76,6 +76,7 @@ class TrialLoop:
         on_trial: called after each new trial.
         show: told of each measured trial before it is finished, while it can be written to.
         scorer: measures what is asked for besides bits and KL.
+        deadline: seconds of `time.monotonic` after which no trial starts; None for none.
         rows: trials so far, in order.
     """
 
@@ -88,6 +89,7 @@ class TrialLoop:
     on_trial: OnTrial
     show: Show = show_nothing
     scorer: Scorer = field(default_factory=Scorer)
+    deadline: float | None = None
     rows: list[TrialRow] = field(default_factory=list)
     _stored: list[TrialRow] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
@@ -145,13 +147,21 @@ class TrialLoop:
         if len(self.rows) >= self.most_trials:
             asked = f"all {self.spec.run.trials} trials of --trials or --effort are done"
             return f"{MOST_TRIALS} are the most without --trials" if self.is_open else asked
+        if self._is_past_deadline:
+            return f"the time limit of {self.spec.run.time_limit} is over"
         return f"the timeout of {self.spec.run.timeout:g} s is over" if self._is_late else None
 
     @property
     def _is_late(self) -> bool:
         """Whether the time is over; the first trial always runs."""
         timeout = self.spec.run.timeout
-        return timeout is not None and self._seconds > timeout and len(self.rows) > 0
+        is_over = timeout is not None and self._seconds > timeout and len(self.rows) > 0
+        return is_over or self._is_past_deadline
+
+    @property
+    def _is_past_deadline(self) -> bool:
+        is_past = self.deadline is not None and time.monotonic() > self.deadline
+        return is_past and len(self.rows) > 0
 
     @property
     def _n_expected(self) -> int:

@@ -7,7 +7,7 @@ demo 12 288 tokens give the winner's KL with a standard error of 4 %, and it fal
 their number.
 
 Nothing here depends on the machine, so that a search goes on elsewhere; what fits a machine and a
-time is `planning.py`.
+time is `alphaquant.studies.planning`.
 
 Letters: E routed experts of a layer, k of them per token, K inputs of a matrix, n tokens.
 """

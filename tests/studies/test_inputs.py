@@ -32,9 +32,9 @@ def model_of_length(limit: int | None) -> Any:
     [
         ("demo", 2048, None, 256),
         ("demo", 128, None, 128),
-        ("other", 32768, None, 1024),
-        ("other", 512, None, 512),
-        ("other", None, None, 1024),
+        ("other", 32768, None, 512),
+        ("other", 300, None, 300),
+        ("other", None, None, 512),
         ("other", 512, 512, 512),
         ("other", 512, 7, 7),
         ("other", None, 5000, 5000),

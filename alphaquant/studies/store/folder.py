@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -30,6 +30,7 @@ from alphaquant.errors import StoreError
 from alphaquant.files import locked
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.json_files import JsonError, read_object
+from alphaquant.specs.run import EffortName
 from alphaquant.studies.store.urls import kept_url, sqlite_url
 
 LOCK_FILE = ".lock"
@@ -209,6 +210,12 @@ def storage_of(path: Path) -> str:
             f"{path} {what}; give the --out of aq-search, or the study itself with --storage"
         )
     return str(found.get("storage") or default_storage(path))
+
+
+def effort_in(path: Path) -> EffortName | None:
+    """The effort of the search that a directory holds; None where there is none."""
+    found = (_read_run(path) or {}).get("facts", {}).get("effort")
+    return found if found in get_args(EffortName) else None
 
 
 def claim_folder(

@@ -1,0 +1,237 @@
+"""The plan of a search: seconds, memory and disk of every stage.
+
+Seconds are work (`needs.py`) over speed (`pilot.py`). Memory is what a stage holds at once on a
+CPU, where weights are mapped files of which a layer is in memory. All are estimates;
+benchmarks/README.md has plans beside measurements.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alphaquant.errors import ConfigError, StoreError
+from alphaquant.evaluators.predictions import MOST_BYTES
+from alphaquant.models.pages.memory import GIB, total_memory
+from alphaquant.models.sites import ModelMap
+from alphaquant.progress import Stage
+from alphaquant.spaces.space import SearchSpace
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantizer import settings_of
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.planning.needs import Needs
+from alphaquant.studies.planning.pilot import Rates, measure_rates
+from alphaquant.studies.sizing import EFFORTS, sized
+
+_PROGRAM_BYTES = GIB // 2
+"""Of the program with its libraries."""
+_OVERHEAD = 1.35
+"""Time of a forward pass over that of its matrix products: 1.35 on OLMoE's layer."""
+_COPIES = 3
+"""Layers in memory while one is copied: in the checkpoint, merged, and cast."""
+_TRACED = 12
+"""Hidden states of a batch that the trace of a layer holds."""
+_BATCH_WINDOWS = 8
+_ROUNDED_BYTES = GIB // 2
+"""Of what is rounded at the same time, and of an expert's factors."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage takes.
+
+    Attributes:
+        stage: which.
+        seconds: wall time.
+        memory: bytes at once.
+        disk: bytes that it writes and keeps.
+    """
+
+    stage: Stage
+    seconds: float
+    memory: int
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will take on this machine.
+
+    Attributes:
+        spec: of the search, without open sizes.
+        n_weights: quantizable weights of the model.
+        n_formats: formats of a matrix in the bank, in the mean.
+        stages: in order.
+    """
+
+    spec: SearchSpec
+    n_weights: int
+    n_formats: float
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(s.seconds for s in self.stages)
+
+    @property
+    def memory(self) -> int:
+        """Bytes at once, at most."""
+        return max(s.memory for s in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that all stages write."""
+        return sum(s.disk for s in self.stages)
+
+
+def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool) -> Plan:
+    """What every stage of a search will take.
+
+    Args:
+        needs: what is computed and kept.
+        rates: of the machine.
+        has_copy: whether the weights are used in place, or copied already.
+    """
+    held = _PROGRAM_BYTES + needs.rest_bytes + 2 * needs.layer_bytes
+    stages = [*_loading(needs, rates, held, has_copy), *_quantizing(needs, rates, held)]
+    passes = (
+        (Stage.PLANNED, needs.n_planned * needs.evaluation, needs.n_formats),
+        (Stage.PROBE, needs.probe_tokens, needs.n_formats),
+        (Stage.STUDY, needs.n_sampled * needs.evaluation, needs.n_sampled),
+        (Stage.GATE, needs.gate_tokens, needs.n_formats),
+    )
+    for stage, n_tokens, n_read in passes:
+        seconds = _forward_seconds(needs, rates, n_tokens)
+        seconds += n_read * needs.space.inventory.n_weights / rates.dequantized
+        stages.append(PlannedStage(stage, seconds, held + 4 * MOST_BYTES))
+    return Plan(needs.spec, needs.space.inventory.n_weights, needs.n_formats, tuple(stages))
+
+
+def fitting_plan(
+    spec: SearchSpec,
+    model_map: ModelMap,
+    space: SearchSpace,
+    dtype: torch.dtype,
+    *,
+    has_copy: bool,
+    is_known: bool = False,
+) -> Plan:
+    """The plan of a search; with a time limit that of the largest effort that fits in it.
+
+    The speed of the machine is measured, which takes seconds.
+
+    Args:
+        spec: what was asked.
+        model_map: the model, with weights or without.
+        space: units, menu, budget.
+        dtype: of the computation.
+        has_copy: see `plan_stages`.
+        is_known: the effort is that of a search that goes on, and is kept.
+
+    Raises:
+        ConfigError: nothing fits in the time.
+    """
+    limit, plans = spec.run.limit_seconds, list[Plan]()
+    efforts = list(EFFORTS)[list(EFFORTS).index(spec.run.effort) :: -1]
+    for effort in efforts if limit is not None and not is_known else efforts[:1]:
+        own = sized(replaced(spec, effort=effort), model_map)
+        needs = Needs(own, model_map, space, dtype.itemsize)
+        rates = measure_rates(needs, settings_of(own.quantizer), dtype)
+        plans.append(plan_stages(needs, rates, has_copy=has_copy))
+        if limit is None or is_known or plans[-1].seconds <= limit:
+            return plans[-1]
+    minutes = plans[-1].seconds / 60
+    raise ConfigError(
+        f"time_limit is {spec.run.time_limit}, and the smallest search, --effort "
+        f"{plans[-1].spec.run.effort}, is estimated at {minutes:.0f} min here; give "
+        "more time, fewer --formats or fewer windows (--plan shows the stages)"
+    )
+
+
+def check_room(plan: Plan, cache: Path) -> None:
+    """Refuse what does not fit this machine, before anything is made.
+
+    Args:
+        plan: of the search.
+        cache: where most of its files go.
+
+    Raises:
+        StoreError: saying what is needed, what there is, and what to change.
+    """
+    there = next(p for p in (cache, *cache.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if plan.disk > free:
+        raise StoreError(
+            f"the search needs about {plan.disk / GIB:.1f} GiB in {cache}, and {free / GIB:.1f} "
+            "GiB are free there; give another --cache, fewer --formats, or --effort quick"
+        )
+    memory = total_memory()
+    if plan.memory > memory:
+        worst = max(plan.stages, key=lambda s: s.memory)
+        raise StoreError(
+            f"the search needs about {plan.memory / GIB:.1f} GiB of memory ({worst.stage.text}), "
+            f"and there are {memory / GIB:.1f} GiB; give --dtype bfloat16, a shorter --seq-len, "
+            "or a machine with more"
+        )
+
+
+def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[PlannedStage]:
+    """Weights and the original's predictions."""
+    n_bytes = needs.layer_bytes * len(needs.model_map.layers) + needs.rest_bytes
+    copy = (
+        ()
+        if has_copy
+        else (
+            PlannedStage(
+                Stage.PREPARE,
+                3 * n_bytes / rates.hashed,  # read, digested, written and digested
+                _PROGRAM_BYTES + _COPIES * needs.layer_bytes,
+                n_bytes,
+            ),
+        )
+    )
+    load = PlannedStage(Stage.LOAD, 2 * n_bytes / rates.hashed, held)
+    seconds = _forward_seconds(needs, rates, needs.evaluation + needs.heldout)
+    teacher = PlannedStage(Stage.TEACHER, seconds, held + 4 * MOST_BYTES, needs.teacher_bytes)
+    return (*copy, load, teacher)
+
+
+def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]:
+    """Hessians, the bank, and costs; all rounds of each together."""
+    n_rounds, n_tokens = needs.n_rounds, needs.calibration
+    hessians = _forward_seconds(needs, rates, n_tokens, with_head=False)
+    hessians += n_tokens * needs.hessian_products / rates.float32
+    bank = sum(
+        s.count
+        * (
+            n_rounds * rates.once[s.n_rows, s.n_cols]
+            + needs.n_formats * rates.per_format[s.n_rows, s.n_cols]
+        )
+        for s in needs.stacks
+    )
+    costs = needs.cost_passes * _forward_seconds(needs, rates, n_tokens)
+    costs += needs.cost_products / rates.float32
+    costs += needs.n_formats * needs.space.inventory.n_weights / rates.dequantized
+    width = needs.states_bytes // max(1, n_tokens * (2 * len(needs.model_map.layers) + _TRACED))
+    traced = _TRACED * _BATCH_WINDOWS * needs.seq_len * width
+    of_bank = needs.bank_bytes // len(needs.model_map.layers) // n_rounds
+    memory = held + 2 * needs.layer_hessian_bytes + of_bank + _ROUNDED_BYTES
+    return (
+        PlannedStage(Stage.HESSIANS, n_rounds * hessians, held + 2 * needs.layer_hessian_bytes),
+        PlannedStage(Stage.BANK, bank, memory, needs.bank_bytes),
+        PlannedStage(
+            Stage.COSTS,
+            costs,
+            held + needs.layer_bytes + 4 * MOST_BYTES + traced,
+            needs.states_bytes,
+        ),
+    )
+
+
+def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float, with_head: bool = True) -> float:
+    """Of forward passes over so many tokens."""
+    products = needs.active + (needs.head if with_head else 0)
+    return _OVERHEAD * n_tokens * products / rates.products

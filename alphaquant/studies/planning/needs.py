@@ -1,0 +1,251 @@
+"""How much work a search is, counted from the shapes of a model and the sizes that were chosen.
+
+Multiplications are counted in units of one weight and one token. What is no product (norms,
+attention, routing, gathering tokens) is a share of what is one, measured on OLMoE's layer.
+
+Letters: P quantizable weights, A of them that a token passes, V vocabulary, H hidden size, n
+tokens, F formats, K inputs of a matrix.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from alphaquant.models.loads import experts_per_token
+from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.space import SearchSpace
+from alphaquant.spaces.units import Matrix
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.costing import anchors_of, bank_formats, is_short
+from alphaquant.studies.program import N_UNIFORM
+from alphaquant.studies.sizing import effort_of
+
+TEACHER_TOKENS = 4096
+"""Tokens of the vocabulary whose probabilities are kept, at most, with 8 bytes each."""
+_LISTED = {1: 2.2, 5: 3.0}
+"""Formats that a short bank adds to its anchors in the mean, by the sizes that it looks at;
+measured on the demo at 4.25 bits."""
+_SAMPLED_TRIALS = 6
+"""Trials that a search samples before its rule ends it, in the mean."""
+_GATED = 12
+"""Assignments of the gate: the front and the uniform formats."""
+_SQUARED, _CHANGED = 512, 128
+"""Tokens of a matrix whose products are squared, and whose output is measured, per format."""
+_COST_PASSES = 6
+"""Forward passes of the model that tracing gradients through it is worth: one to record, one with
+a graph, two for the gradients, and what is written and read between."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that share their inputs and are quantized together.
+
+    Attributes:
+        matrices: in order.
+        count: how many stacks of these shapes the model has.
+    """
+
+    matrices: tuple[Matrix, ...]
+    count: int
+
+    @property
+    def n_cols(self) -> int:
+        """K."""
+        return self.matrices[0].cols
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all its matrices."""
+        return sum(m.rows for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a search computes and keeps.
+
+    Attributes:
+        spec: without open sizes.
+        model_map: the model, with weights or without.
+        space: units, menu, budget.
+        itemsize: bytes of a number of the computation.
+    """
+
+    spec: SearchSpec
+    model_map: ModelMap
+    space: SearchSpace
+    itemsize: int
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a window."""
+        return self.spec.texts.seq_len or 1
+
+    @property
+    def calibration(self) -> int:
+        """Calibration tokens."""
+        return (self.spec.texts.calibration_samples or 1) * self.seq_len
+
+    @property
+    def evaluation(self) -> int:
+        """Tokens of a trial."""
+        return (self.spec.texts.evaluation_samples or 1) * self.seq_len
+
+    @property
+    def heldout(self) -> int:
+        """Tokens of the gate."""
+        return (self.spec.texts.heldout_samples or 1) * self.seq_len
+
+    @cached_property
+    def active(self) -> float:
+        """A, without the head."""
+        n_experts = 1 + max((m.expert or 0 for m in self.space.inventory.matrices), default=0)
+        share = experts_per_token(self.model_map.model.config, n_experts) / n_experts
+        return sum(
+            m.n_weights * (1.0 if m.expert is None else share)
+            for m in self.space.inventory.matrices
+        )
+
+    @cached_property
+    def head(self) -> int:
+        """Weights of the head: V * H."""
+        config: Any = self.model_map.model.config
+        text = config.get_text_config()
+        return int(text.vocab_size) * int(text.hidden_size)
+
+    @cached_property
+    def n_formats(self) -> float:
+        """Formats of a matrix in the bank, in the mean."""
+        names = bank_formats(self.space)
+        if not is_short(self.spec, self.space):
+            return float(len(names))
+        effort = effort_of(self.spec)
+        n_anchors = len(anchors_of(self.space, names, effort.anchor_bits))
+        listed = _LISTED[1] if len(effort.around) == 1 else _LISTED[5]
+        return min(n_anchors + listed, len(names))
+
+    @property
+    def n_rounds(self) -> int:
+        """Rounds in which the bank is filled and costs are measured."""
+        return 2 if is_short(self.spec, self.space) else 1
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """What is quantized, by shape."""
+        counts: dict[tuple[Any, ...], tuple[tuple[Matrix, ...], int]] = {}
+        for layer in self.model_map.layers:
+            for matrices in _stacks_of(layer):
+                key = tuple((m.rows, m.cols) for m in matrices)
+                first, count = counts.get(key, (matrices, 0))
+                counts[key] = (first, count + 1)
+        return [Stack(matrices, count) for matrices, count in counts.values()]
+
+    @property
+    def hessian_products(self) -> float:
+        """Multiplications of all Hessians over one token, a quarter again for held-back ones."""
+        n_experts = 1 + max((m.expert or 0 for m in self.space.inventory.matrices), default=0)
+        share = experts_per_token(self.model_map.model.config, n_experts) / n_experts
+        return 1.25 * sum(
+            s.count * s.n_cols**2 * (1.0 if s.matrices[0].expert is None else share)
+            for s in self.stacks
+        )
+
+    @property
+    def n_planned(self) -> int:
+        """Assignments that are measured together."""
+        most = self.spec.run.trials or 10**9
+        return min(N_UNIFORM + 1 + effort_of(self.spec).n_front_sizes, most)
+
+    @property
+    def n_sampled(self) -> int:
+        """Trials that a sampler proposes."""
+        most = self.spec.run.trials
+        return _SAMPLED_TRIALS if most is None else max(0, most - self.n_planned)
+
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens of the probe's assignments together."""
+        effort = effort_of(self.spec)
+        return effort.n_probes * min(effort.probe_tokens, self.evaluation)
+
+    @property
+    def gate_tokens(self) -> int:
+        """Tokens of the gate's assignments together."""
+        names = bank_formats(self.space)
+        return min(_GATED, self.n_planned + len(names)) * self.heldout
+
+    @property
+    def cost_passes(self) -> int:
+        """Forward passes over the calibration text that tracing gradients is worth, all rounds."""
+        return _COST_PASSES * self.n_rounds
+
+    @property
+    def cost_products(self) -> float:
+        """Multiplications of the costs beside the passes through the model, in float32."""
+        n_windows = self.calibration // self.seq_len
+        of_format = min(self.calibration, _SQUARED) + _CHANGED + n_windows
+        per_matrix = self.n_formats * of_format * self.space.inventory.n_weights
+        return per_matrix + self.n_rounds * self.calibration * self.active
+
+    @property
+    def bank_bytes(self) -> int:
+        """Of the bank."""
+        names = bank_formats(self.space)
+        inventory = self.space.inventory
+        mean = sum(inventory.storage_bits(parse_format(n)) for n in names) / len(names) / 8
+        return round(self.n_formats * mean)
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of the original's predictions."""
+        config: Any = self.model_map.model.config
+        vocabulary = int(config.get_text_config().vocab_size)
+        return (self.evaluation + self.heldout) * min(vocabulary, TEACHER_TOKENS) * 8
+
+    @property
+    def states_bytes(self) -> int:
+        """Of the hidden states of all layers with their gradients, while costs are measured."""
+        config: Any = self.model_map.model.config
+        width = int(config.get_text_config().hidden_size)
+        layers = len(self.model_map.layers)
+        return self.calibration * width * self.itemsize * (2 * layers + 12)
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Of the largest decoder layer's parameters, in the dtype of the computation."""
+        sizes = (
+            sum(p.numel() for p in layer.module.parameters()) for layer in self.model_map.layers
+        )
+        return max(sizes) * self.itemsize
+
+    @property
+    def rest_bytes(self) -> int:
+        """Of what is beside the decoder layers, in the dtype of the computation."""
+        total = sum(p.numel() for p in self.model_map.model.parameters())
+        inside = sum(p.numel() for x in self.model_map.layers for p in x.module.parameters())
+        return (total - inside) * self.itemsize
+
+    @cached_property
+    def layer_hessian_bytes(self) -> int:
+        """Of the Hessians of the largest layer."""
+        return max(
+            sum(stack[0].cols ** 2 * 4 for stack in _stacks_of(layer))
+            for layer in self.model_map.layers
+        )
+
+
+def _stacks_of(layer: LayerSite) -> list[tuple[Matrix, ...]]:
+    """Stacks of a layer: q, k and v, gate and up of one module, and single matrices."""
+    found: list[tuple[Matrix, ...]] = []
+    joined: dict[tuple[str, int], list[Matrix]] = {}
+    for site in layer.linears:
+        matrix, parts = site.matrix, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        if matrix.projection in parts:
+            joined.setdefault((matrix.name.rpartition(".")[0], matrix.cols), []).append(matrix)
+        else:
+            found.append((matrix,))
+    found += [tuple(matrices) for matrices in joined.values()]
+    for experts in layer.experts:
+        for e in range(experts.n_experts):
+            found += [experts.inner(e), (experts.down[e],)]
+    return found
