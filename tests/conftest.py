@@ -24,6 +24,7 @@ os.environ |= {
 }
 
 import functools
+import gc
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,12 @@ from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 MakeSpec = Callable[..., SearchSpec]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: `gc.collect()`, which tests call, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

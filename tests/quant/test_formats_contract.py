@@ -1,16 +1,20 @@
 """The shipped contract of formats, over every format."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.quantizer import ScaleSearch
 from alphaquant.testing.formats import (
     CHECKS,
     FORMATS,
     QUANTIZED,
     SEARCHES,
-    check_format,
+    check_engine,
     check_unquantized,
     draw_weights,
 )
@@ -26,10 +30,34 @@ FAMILIES = {
     "mxfp wide mantissa": ["mxfp4", "mxfp6-e2m3", "mxfp8"],
 }
 
+ROWS = ("int1-row", "int4-row", "int4-row-asym", "fp8-e4m3-row")
+"""Formats of one group per row that stand for the others."""
 
-@pytest.mark.parametrize("name", FORMATS)
+
+def of_engine() -> Iterator[Any]:
+    """Every format with every search; `hessian`, the dearest, is slow where groups are long.
+
+    To the engine groups of 128 and more are as those of 64: longer than its block.
+    """
+    for name in QUANTIZED:
+        is_alike = parse_format(name).group_size >= 128 or ("-row" in name and name not in ROWS)
+        for search in SEARCHES:
+            is_slow = search == "hessian" and is_alike
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(name, search, id=f"{name}-{search}", marks=marks)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_format_keeps_its_contract(name: str) -> None:
-    check_format(name)
+    for search in SEARCHES:
+        for check in CHECKS:
+            if check is not check_engine:
+                check(parse_format(name), search)
+
+
+@pytest.mark.parametrize(("name", "search"), [*of_engine()])
+def test_the_engine_gives_what_the_plain_version_gives(name: str, search: ScaleSearch) -> None:
+    check_engine(parse_format(name), search)
 
 
 def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
