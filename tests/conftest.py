@@ -37,8 +37,11 @@ from unittest import mock
 
 import numpy as np
 import optuna
+import pydantic
 import pytest
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from torch import nn
@@ -133,16 +136,32 @@ def probed_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """What is installed, and what specifications say of their fields, is read from files once.
+    """What is installed, and what specifications say of their fields, is read once.
 
-    It is asked for with every model and every command, and stays as it is while tests run.
+    It is asked for with every model, command and study, and stays as it is while tests run.
     """
     with (
         mock.patch.object(mapping, "entry_points", functools.cache(mapping.entry_points)),
         mock.patch.object(provenance, "version", functools.cache(provenance.version)),
         mock.patch.object(flat, "texts_of", functools.cache(flat.texts_of)),
+        mock.patch.object(pydantic, "TypeAdapter", functools.cache(pydantic.TypeAdapter)),
+        mock.patch.object(ScriptDirectory, "from_config", _scripts()),
     ):
         yield
+
+
+def _scripts() -> Callable[[Config], ScriptDirectory]:
+    """The migrations of Optuna's tables, which it reads again for every study."""
+    read: dict[str | None, ScriptDirectory] = {}
+    from_config = ScriptDirectory.from_config
+
+    def known(config: Config) -> ScriptDirectory:
+        place = config.get_main_option("script_location")
+        if place not in read:
+            read[place] = from_config(config)
+        return read[place]
+
+    return known
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,8 @@ from alphaquant.testing.formats import (
     FORMATS,
     QUANTIZED,
     SEARCHES,
-    check_engine,
+    check_dequantization,
+    check_storage,
     check_unquantized,
     draw_weights,
 )
@@ -33,31 +34,34 @@ FAMILIES = {
 ROWS = ("int1-row", "int4-row", "int4-row-asym", "fp8-e4m3-row")
 """Formats of one group per row that stand for the others."""
 
+STORAGE = (check_storage, check_dequantization)
 
-def of_engine() -> Iterator[Any]:
-    """Every format with every search; `hessian`, the dearest, is slow where groups are long.
 
-    To the engine groups of 128 and more are as those of 64: longer than its block.
-    """
+def is_alike(name: str) -> bool:
+    """Whether groups are long: to all but storage those of 128 and more are as those of 64."""
+    return parse_format(name).group_size >= 128 or ("-row" in name and name not in ROWS)
+
+
+def in_parts() -> Iterator[Any]:
+    """Every format with every search; slow are searches, the dear part, where groups are long."""
     for name in QUANTIZED:
-        is_alike = parse_format(name).group_size >= 128 or ("-row" in name and name not in ROWS)
         for search in SEARCHES:
-            is_slow = search == "hessian" and is_alike
+            is_slow = search != "minmax" and is_alike(name)
             marks = [pytest.mark.slow] if is_slow else []
             yield pytest.param(name, search, id=f"{name}-{search}", marks=marks)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_a_format_keeps_its_contract(name: str) -> None:
+@pytest.mark.parametrize("name", [*filter(is_alike, QUANTIZED)])
+def test_every_search_of_a_format_stores_what_it_counts(name: str) -> None:
     for search in SEARCHES:
-        for check in CHECKS:
-            if check is not check_engine:
-                check(parse_format(name), search)
+        for check in STORAGE:
+            check(parse_format(name), search)
 
 
-@pytest.mark.parametrize(("name", "search"), [*of_engine()])
-def test_the_engine_gives_what_the_plain_version_gives(name: str, search: ScaleSearch) -> None:
-    check_engine(parse_format(name), search)
+@pytest.mark.parametrize(("name", "search"), [*in_parts()])
+def test_a_format_keeps_its_contract(name: str, search: ScaleSearch) -> None:
+    for check in CHECKS:
+        check(parse_format(name), search)
 
 
 def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
