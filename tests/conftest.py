@@ -120,7 +120,7 @@ def _structure(model: nn.Module, layers: str, experts: Sequence[Any]) -> tuple[A
 def probed_once() -> Iterator[None]:
     """Models of one structure are probed once: 0.1 s of the 0.16 s that loading a tiny one takes.
 
-    Tests of models take the probe as it is; see their conftest.
+    Tests of what a probe finds take it as it is; see the conftest of models.
     """
     known: dict[tuple[Any, ...], Probe] = {}
 
