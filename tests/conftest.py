@@ -98,7 +98,7 @@ def unsynced() -> Iterator[None]:
     event.remove(Engine, "connect", stop_waiting)
 
 
-_ASIDE = ("_name_or_path", "quantization_config")
+_ASIDE = ("_name_or_path", "architectures", "dtype", "quantization_config")
 """What a configuration says of where the model came from and how it is stored, not of its code."""
 
 
