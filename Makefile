@@ -34,9 +34,10 @@ types: $(VENV)/.installed-dev
 	@echo "==> mypy"
 	@$(BIN)/mypy alphaquant
 
+# Compiled tests are kept, also where Python is told to keep nothing: 10 seconds of each process.
 unit: $(VENV)/.installed-dev
 	@echo "==> pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Pages keep their places, so that links between them are right on GitHub and in the site.
 docs: $(VENV)/.installed-docs

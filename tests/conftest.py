@@ -23,9 +23,13 @@ os.environ |= {
     "NO_COLOR": "1",
 }
 
+import functools
+import gc
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +37,16 @@ from unittest import mock
 
 import numpy as np
 import optuna
+import pydantic
 import pytest
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from torch import nn
 
+from alphaquant import provenance
 from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.models import mapping
@@ -51,6 +59,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory, Matrix
+from alphaquant.specs import flat
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.limits import LimitSpec
 from alphaquant.specs.search import SearchSpec
@@ -65,6 +74,12 @@ from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.testing.checkpoints import save_texts, save_tiny
 
 MakeSpec = Callable[..., SearchSpec]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: `gc.collect()`, which tests call, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,6 +98,10 @@ def unsynced() -> Iterator[None]:
     event.remove(Engine, "connect", stop_waiting)
 
 
+_ASIDE = ("_name_or_path", "architectures", "dtype", "quantization_config")
+"""What a configuration says of where the model came from and how it is stored, not of its code."""
+
+
 def _structure(model: nn.Module, layers: str, experts: Sequence[Any]) -> tuple[Any, ...]:
     """What a probe can depend on: code, configuration, shapes and dtypes; never weights."""
     parts = tuple(
@@ -92,15 +111,16 @@ def _structure(model: nn.Module, layers: str, experts: Sequence[Any]) -> tuple[A
     tensors = (*model.named_parameters(), *model.named_buffers())
     shapes = tuple((name, t.shape, t.dtype) for name, t in tensors)
     config: Any = model.config
+    facts = {k: v for k, v in config.to_dict().items() if k not in _ASIDE}
     sites = tuple((type(site), site.name) for site in experts)
-    return parts, shapes, repr(config.to_dict()), config._attn_implementation, layers, sites
+    return parts, shapes, repr(facts), config._attn_implementation, layers, sites
 
 
 @pytest.fixture(scope="session", autouse=True)
 def probed_once() -> Iterator[None]:
     """Models of one structure are probed once: 0.1 s of the 0.16 s that loading a tiny one takes.
 
-    Tests of models take the probe as it is; see their conftest.
+    Tests of what a probe finds take it as it is; see the conftest of models.
     """
     known: dict[tuple[Any, ...], Probe] = {}
 
@@ -111,6 +131,58 @@ def probed_once() -> Iterator[None]:
         return known[key]
 
     with mock.patch.object(mapping, "probe_model", probe):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """What is installed, and what specifications say of their fields, is read once.
+
+    It is asked for with every model, command and study, and stays as it is while tests run.
+    """
+    with (
+        mock.patch.object(mapping, "entry_points", functools.cache(mapping.entry_points)),
+        mock.patch.object(provenance, "version", functools.cache(provenance.version)),
+        mock.patch.object(flat, "texts_of", functools.cache(flat.texts_of)),
+        mock.patch.object(pydantic, "TypeAdapter", functools.cache(pydantic.TypeAdapter)),
+        mock.patch.object(ScriptDirectory, "from_config", _scripts()),
+    ):
+        yield
+
+
+def _scripts() -> Callable[[Config], ScriptDirectory]:
+    """The migrations of Optuna's tables, which it reads again for every study."""
+    read: dict[str | None, ScriptDirectory] = {}
+    from_config = ScriptDirectory.from_config
+
+    def known(config: Config) -> ScriptDirectory:
+        place = config.get_main_option("script_location")
+        if place not in read:
+            read[place] = from_config(config)
+        return read[place]
+
+    return known
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_per_launch() -> Iterator[None]:
+    """Triton's interpreter replaces its language once per launch, not for every function called.
+
+    That takes half of a kernel's time there, and is done already: functions of ours see the
+    language under the same name as the kernel that calls them. Those of Triton's own do not.
+    """
+    if find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call_patched = InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_ours = self.fn.__module__.startswith("alphaquant.")
+        return (self.rewrite() if is_ours else partial(call_patched, self))(*args, **kwargs)
+
+    with mock.patch.object(InterpretedFunction, "__call__", call):
         yield
 
 

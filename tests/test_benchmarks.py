@@ -56,6 +56,7 @@ def test_each_option_changes_plain_gptq_in_one_field(quantizer: ModuleType) -> N
         assert different == {name.removeprefix("gptq, ").split("=")[0]}
 
 
+@pytest.mark.slow
 def test_gptq_beats_rounding_to_nearest_on_the_demo(quantizer: ModuleType, demo: Path) -> None:
     gptq = quantizer.measure("demo", demo, "int2-g64-asym", "gptq")
     rtn = quantizer.measure("demo", demo, "int2-g64-asym", "rtn minmax")

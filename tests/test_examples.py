@@ -1,9 +1,8 @@
 """The examples run as they are, and print what they promise."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str) -> str:
-    """Standard output of an example."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / name)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run an example in this process, where warnings are errors, and give what it prints."""
+
+    def run_example(name: str) -> str:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
 
 
 def test_every_example_has_a_test() -> None:
@@ -30,7 +27,7 @@ def test_every_example_has_a_test() -> None:
 
 
 @pytest.mark.slow
-def test_gptq_quantization_example() -> None:
+def test_gptq_quantization_example(run: Callable[[str], str]) -> None:
     printed = run("gptq_quantization_example.py")
     assert "architecture: olmoe\n" in printed
     before, after = (float(n) for n in re.findall(r"loss \w+: +([\d.]+)", printed))
@@ -40,7 +37,7 @@ def test_gptq_quantization_example() -> None:
     assert line and 0 < int(line[1]) < 4 * 128
 
 
-def test_gptq_moe_example() -> None:
+def test_gptq_moe_example(run: Callable[[str], str]) -> None:
     printed = run("gptq_moe_example.py")
     found = re.findall(r"\^ (\d): (\d+) of 384 tokens, (\w+), .* error ([\d.e-]+)", printed)
     assert [(exponent, hessian) for exponent, _, hessian, _ in found] == [

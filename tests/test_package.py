@@ -59,22 +59,36 @@ def test_only_search_is_both_a_public_name_and_a_folder() -> None:
     assert folders & set(alphaquant.__all__) == {"search"}
 
 
-@pytest.mark.parametrize("first", ["alphaquant.search.solver", "alphaquant.commands.search"])
-def test_search_is_a_package_that_can_be_called_whatever_is_imported_first(first: str) -> None:
+def printed(probe: str) -> str:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", probe]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+SAME = "from alphaquant.search.solver import solve\nprint(alphaquant.search.solver.solve is solve)"
+
+
+def test_search_is_a_package_that_can_be_called() -> None:
     probe = (
-        f"import sys, alphaquant, {first}\n"
+        "import sys, alphaquant, alphaquant.commands.search\n"
         "try:\n"
         "    alphaquant.search('3bits', trails=4)\n"
         "except alphaquant.errors.ConfigError as error:\n"
         "    print(error)\n"
-        "from alphaquant.search.solver import solve\n"
-        "print(alphaquant.search.solver.solve is solve)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    found = printed(probe + SAME)
+    assert found.startswith("search has no setting 'trails'; perhaps trials")
+    assert found.endswith("True\n")
+
+
+def test_search_can_be_called_when_a_module_in_it_is_imported_first() -> None:
+    probe = (
+        "import sys, types, alphaquant.search.solver\n"
+        "command = types.SimpleNamespace(search=print, run_search=print)\n"
+        "sys.modules['alphaquant.commands.search'] = command\n"
+        "print(callable(alphaquant.search), alphaquant.run_search is print)\n"
     )
-    assert done.stdout.startswith("search has no setting 'trails'; perhaps trials")
-    assert done.stdout.endswith("True\n")
+    assert printed(probe + SAME) == "True True\nTrue\n"
 
 
 def test_the_package_of_search_algorithms_loads_no_torch() -> None:

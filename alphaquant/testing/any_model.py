@@ -10,6 +10,7 @@ row in `OVERRIDES`. Image-text models get a vision tower that is as deep as the 
 
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,7 @@ def fill(model: nn.Module, seed: int) -> None:
             buffer.copy_(values.to(torch.bfloat16).float())
 
 
+@cache
 def routed_architectures() -> tuple[str, ...]:
     """Every `model_type` of a causal language model of transformers that can have experts."""
     from transformers import CONFIG_MAPPING

@@ -9,6 +9,7 @@ are drawn, not measured. Letters: B matrices, N rows, K columns, G groups per ro
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.matrix import RoundedBatch, check_packed, pack_bf16
 from alphaquant.quant.refine import refine
+from alphaquant.quant.rounding import Factor, hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.quant.rounding import factorize as plain_factorize
-from alphaquant.quant.rounding import hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
 from alphaquant.specs.quantizer import ScaleSearch
 
@@ -201,7 +202,8 @@ def check_engine(fmt: Format, search: ScaleSearch) -> None:
     the objectives of all rows together are compared. A refined one may end in another minimum.
     """
     whole = search == "hessian"  # with tail groups; the other ways choose scales elsewhere
-    for n_rows, n_cols, block_size in ((70, 136 if whole else 40, 32), (3, 37, 16))[: 1 + whole]:
+    n_most = (136 if fmt.group_size in (64, 128) else 72) if whole else 40
+    for n_rows, n_cols, block_size in ((70, n_most, 32), (3, 37, 16))[: 1 + whole]:
         weight = draw_weights(n_rows, n_cols, seed=3)
         hessian = _correlated_hessian(n_cols)
         plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), block_size)
@@ -214,7 +216,7 @@ def check_engine(fmt: Format, search: ScaleSearch) -> None:
             start = rounder.gptq(transposed, factor, inverses, static=False)
             reference = quantize_gptq(
                 weight[None],
-                plain_factorize(hessian[None], 0.01, actorder=actorder),
+                _plain_factor(n_cols, actorder),
                 fmt,
                 search,
             )
@@ -260,6 +262,12 @@ def round_in_blocks(
     )
 
 
+@cache
+def _plain_factor(n_cols: int, actorder: bool) -> Factor:
+    return plain_factorize(_correlated_hessian(n_cols)[None], 0.01, actorder=actorder)
+
+
+@cache
 def _correlated_hessian(n_cols: int) -> Tensor:
     generator = torch.Generator().manual_seed(4)
     mix = torch.randn(n_cols, n_cols, generator=generator) / n_cols**0.5
@@ -314,8 +322,12 @@ CHECKS: tuple[Callable[[Format, ScaleSearch], None], ...] = (
 
 
 def _identity_gptq(weight: Tensor, fmt: Format, search: ScaleSearch) -> RoundedBatch:
-    factor = plain_factorize(torch.eye(weight.shape[-1])[None], 0.01)
-    return quantize_gptq(weight[None], factor, fmt, search)
+    return quantize_gptq(weight[None], _identity_factor(weight.shape[-1]), fmt, search)
+
+
+@cache
+def _identity_factor(n_cols: int) -> Factor:
+    return plain_factorize(torch.eye(n_cols)[None], 0.01)
 
 
 def _assert_same_bits(found: Tensor, expected: Tensor, fmt: Format) -> None:

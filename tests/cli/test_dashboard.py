@@ -1,25 +1,26 @@
 """`aq-dashboard` on a finished search: in a browser, until Ctrl-C, with clear errors."""
 
 import os
-import select
+import re
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
+from alphaquant.cli import dashboard
+from alphaquant.commands.dashboard import DashboardSpec, address_of, open_dashboard
 from alphaquant.commands.search import search
 from alphaquant.specs.search import SearchSpec
 
 pytest_plugins = ("tests.browser",)
 
-ROOT = Path(__file__).parents[2]
+# A page computes importances of parameters, and warns each time where trials are few.
+pytestmark = pytest.mark.filterwarnings("ignore:::optuna")
 
 
 @pytest.fixture(scope="module")
@@ -48,44 +49,28 @@ def out(
     return out
 
 
-@dataclass
-class Served:
-    """A dashboard that answers."""
-
-    process: "subprocess.Popen[str]"
-    address: str
-
-
 @pytest.fixture(scope="module")
-def served(out: Path) -> Iterator[Served]:
-    """`aq-dashboard` in a process of its own."""
-    code = "from alphaquant.cli.dashboard import main; main()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # Jobs in the background of a shell ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        assert process.stdout is not None
-        select.select([process.stdout], [], [], 120)
-        yield Served(process, process.stdout.readline().strip())
-        process.kill()
+def address(out: Path) -> Iterator[str]:
+    """Where the dashboard of the search answers."""
+    with open_dashboard(DashboardSpec(out)) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield address_of(server)
+        server.shutdown()
+        thread.join()
 
 
-def test_list_of_studies_leads_to_the_study(served: Served, open_page: Any) -> None:
-    opened = open_page(served.address)
+def test_list_of_studies_leads_to_the_study(address: str, open_page: Any) -> None:
+    opened = open_page(address)
     opened.page.get_by_text("aq-search").first.click()
     opened.page.wait_for_url("**/studies/1")
     assert opened.errors == []
 
 
 def test_page_of_the_study_shows_its_front_and_our_figures_without_the_network(
-    served: Served, open_page: Any
+    address: str, open_page: Any
 ) -> None:
-    opened = open_page(f"{served.address}dashboard/studies/1")
+    opened = open_page(f"{address}dashboard/studies/1")
     opened.page.get_by_text("Pareto Front").wait_for()
     for title in ("Front: size and divergence", "Predicted and measured divergence"):
         opened.page.locator(".gtitle", has_text=title).wait_for()
@@ -94,20 +79,20 @@ def test_page_of_the_study_shows_its_front_and_our_figures_without_the_network(
     assert front.locator(".scatterlayer path.point").count() >= 4
     assert opened.errors == []
     assert opened.overflow == 0
-    assert all(r.startswith((served.address, "data:", "blob:")) for r in opened.requests)
+    assert all(r.startswith((address, "data:", "blob:")) for r in opened.requests)
 
 
-def test_page_of_the_note_shows_the_front_as_a_table(served: Served, open_page: Any) -> None:
-    opened = open_page(f"{served.address}dashboard/studies/1/note")
+def test_page_of_the_note_shows_the_front_as_a_table(address: str, open_page: Any) -> None:
+    opened = open_page(f"{address}dashboard/studies/1/note")
     opened.page.get_by_role("cell", name="configs/").first.wait_for()
     assert opened.page.get_by_role("heading", name="Found").count() == 1
     assert opened.errors == []
 
 
 def test_page_of_a_trial_shows_its_note_its_attributes_and_its_configuration(
-    served: Served, open_page: Any
+    address: str, open_page: Any
 ) -> None:
-    opened = open_page(f"{served.address}dashboard/studies/1/trials?numbers=1")
+    opened = open_page(f"{address}dashboard/studies/1/trials?numbers=1")
     page = opened.page
     page.get_by_role("heading", name="Trial 1 of the search").wait_for()
     assert page.get_by_role("cell", name="predicted KL").count() == 1
@@ -117,13 +102,30 @@ def test_page_of_a_trial_shows_its_note_its_attributes_and_its_configuration(
     assert opened.errors == []
 
 
-def test_ctrl_c_is_the_way_it_ends(served: Served, open_page: Any) -> None:
-    with urllib.request.urlopen(f"{served.address}api/studies") as answer:
-        assert answer.status == 200
-    served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(30) == 0
-    assert served.process.stderr is not None
-    assert served.process.stderr.read() == "Ctrl-C stops it\n\nstopped\n"
+def test_ctrl_c_is_the_way_it_ends(out: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = []
+
+    def ask_and_interrupt(address: str) -> None:
+        with urllib.request.urlopen(f"{address}api/studies") as answer:
+            answered.append(answer.status)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    announce = dashboard._announce
+
+    def announce_and_ask(address: str) -> None:
+        announce(address)
+        Thread(target=ask_and_interrupt, args=(address,)).start()
+
+    monkeypatch.setattr(dashboard, "_announce", announce_and_ask)
+    # Jobs in the background of a shell ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("aq-dashboard", str(out))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert answered == [200]
+    assert (done.code, done.err) == (0, "Ctrl-C stops it\n\nstopped\n")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", done.out)
 
 
 def test_taken_port_is_refused(out: Path, run: Any) -> None:

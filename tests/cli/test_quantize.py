@@ -1,6 +1,7 @@
 """`aq-quantize`: JSON on stdout, warnings on stderr; wrong input is in tests/corpus."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_warning_reaches_stderr_once(start: Any, options: tuple[str, ...]) -> None:
-    process = start("aq-quantize", *options, "--dry-run")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert err.count("matches nothing") == 1
-    assert err.startswith("WARNING ")
-    assert "matches nothing" not in out
+def test_warning_reaches_stderr_once(
+    run: Any, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a new process
+    done = run("aq-quantize", *options, "--dry-run")
+    assert done.code == 0, done.err
+    assert done.err.count("matches nothing") == 1
+    assert done.err.startswith("WARNING ")
+    assert "matches nothing" not in done.out

@@ -51,14 +51,6 @@ def comparable(rows: tuple[TrialRow, ...]) -> list[dict[str, Any]]:
     return [{**asdict(row), "seconds": 0.0} for row in rows]
 
 
-def test_same_seed_gives_the_same_trials_from_nothing(
-    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
-) -> None:
-    fresh = search(make_spec(tmp_path / "fresh", cache=tmp_path / "cache"))
-    assert comparable(fresh.rows) == comparable(found.rows)
-    assert fresh.published.digest == found.published.digest
-
-
 def test_another_seed_gives_other_trials(
     found: SearchResult, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -119,29 +111,6 @@ def test_front_is_exactly_the_non_dominated_set_of_complete_trials(long: SearchR
     assert len(long.front_trials) > 2
 
 
-def test_interrupted_search_goes_on_with_the_trials_of_one_that_was_not(
-    found: SearchResult,
-    make_spec: MakeSpec,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    measure, n_calls = SearchObjective.measure, 0
-
-    def measure_and_die(self: SearchObjective, *args: Any) -> Measured:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls in (4, 9):
-            raise Killed
-        return measure(self, *args)
-
-    monkeypatch.setattr(SearchObjective, "measure", measure_and_die)
-    spec = make_spec(tmp_path / "out")
-    for _ in range(2):
-        with pytest.raises(Killed):
-            search(spec)
-    assert comparable(search(spec).rows) == comparable(found.rows)
-
-
 def stop_in(stage: str, step: int = 1) -> Callable[[str, int, int], None]:
     """Progress that dies in a stage once so many steps of it are done."""
 
@@ -152,15 +121,34 @@ def stop_in(stage: str, step: int = 1) -> Callable[[str, int, int], None]:
     return stop
 
 
-def test_search_stopped_in_one_stage_after_the_other_resumes(
-    found: SearchResult, make_spec: MakeSpec, tmp_path: Path
+def test_search_stopped_everywhere_gives_the_trials_of_one_that_was_not_from_nothing(
+    found: SearchResult, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measure, n_calls = SearchObjective.measure, 0
+
+    def measure_and_die(self: SearchObjective, *args: Any) -> Measured:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in (4, 9):
+            raise Killed
+        return measure(self, *args)
+
     spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
-    for stage in ("teacher", "bank", "costs", "study", "gate", "report"):
+    for stage in ("teacher", "bank", "costs", "study"):
+        with pytest.raises(Killed):
+            search(spec, progress=stop_in(stage))
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchObjective, "measure", measure_and_die)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                search(spec)
+    for stage in ("gate", "report"):
         with pytest.raises(Killed):
             search(spec, progress=stop_in(stage))
         assert not (spec.run.out / "front.json").exists()
-    assert comparable(search(spec).rows) == comparable(found.rows)
+    last = search(spec)
+    assert comparable(last.rows) == comparable(found.rows)
+    assert last.published.digest == found.published.digest
 
 
 def measurements(cache: Path) -> dict[str, list[dict[str, Any]]]:

@@ -18,6 +18,8 @@ from alphaquant.models.architectures import (
 from alphaquant.models.deepseek_moe import DeepseekConfig
 from alphaquant.testing.models import FAMILIES, N_LAYERS, tiny_model
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 EXPECTED = {
     "llama": "standard",
     "qwen3": "standard",

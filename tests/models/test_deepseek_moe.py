@@ -15,6 +15,8 @@ from alphaquant.models.loading import load_model, load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 # The entries of deepseek-moe-16b's config.json that differ from other Llamas, at tiny sizes.
 PUBLISHED: dict[str, Any] = {
     "architectures": ["DeepseekForCausalLM"],

@@ -12,6 +12,8 @@ from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.mapping import checkpoint_dtype, map_model, stored_dtype, weights_digest
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 ATTENTION = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2}
 LATENT = {"kv_a_proj_with_mqa": 2, "kv_b_proj": 2, "o_proj": 2}
 EXPECTED: dict[str, dict[str, dict[str, int]]] = {

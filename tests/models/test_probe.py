@@ -6,6 +6,8 @@ import torch
 from alphaquant.models.mapping import map_model
 from alphaquant.testing.any_model import tiny_model_of
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 
 # Models without weights are made with meta as the default device; their map must be the same.
 @pytest.mark.parametrize("default_device", ["cpu", "meta"])

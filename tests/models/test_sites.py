@@ -21,6 +21,8 @@ from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.listed import ListedBlock, ListedConfig, ListedExpert
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 N_EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 2, 16, 24
 TOKENS = tiny_tokens(4, 16)
 

@@ -1,16 +1,21 @@
 """The shipped contract of formats, over every format."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.quantizer import ScaleSearch
 from alphaquant.testing.formats import (
     CHECKS,
     FORMATS,
     QUANTIZED,
     SEARCHES,
-    check_format,
+    check_dequantization,
+    check_storage,
     check_unquantized,
     draw_weights,
 )
@@ -26,10 +31,37 @@ FAMILIES = {
     "mxfp wide mantissa": ["mxfp4", "mxfp6-e2m3", "mxfp8"],
 }
 
+ROWS = ("int1-row", "int4-row", "int4-row-asym", "fp8-e4m3-row")
+"""Formats of one group per row that stand for the others."""
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_format_keeps_its_contract(name: str) -> None:
-    check_format(name)
+STORAGE = (check_storage, check_dequantization)
+
+
+def is_alike(name: str) -> bool:
+    """Whether groups are long: to all but storage those of 128 and more are as those of 64."""
+    return parse_format(name).group_size >= 128 or ("-row" in name and name not in ROWS)
+
+
+def in_parts() -> Iterator[Any]:
+    """Every format with every search; slow are searches, the dear part, where groups are long."""
+    for name in QUANTIZED:
+        for search in SEARCHES:
+            is_slow = search != "minmax" and is_alike(name)
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(name, search, id=f"{name}-{search}", marks=marks)
+
+
+@pytest.mark.parametrize("name", [*filter(is_alike, QUANTIZED)])
+def test_every_search_of_a_format_stores_what_it_counts(name: str) -> None:
+    for search in SEARCHES:
+        for check in STORAGE:
+            check(parse_format(name), search)
+
+
+@pytest.mark.parametrize(("name", "search"), [*in_parts()])
+def test_a_format_keeps_its_contract(name: str, search: ScaleSearch) -> None:
+    for check in CHECKS:
+        check(parse_format(name), search)
 
 
 def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:

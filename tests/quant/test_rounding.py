@@ -11,6 +11,7 @@ from alphaquant.quant.hessian import accumulate
 from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import (
     MAX_DAMP_RETRIES,
+    Factor,
     _blocks,
     dampen,
     factorize,
@@ -40,14 +41,19 @@ def layers() -> tuple[Tensor, Tensor]:
     return weight, inputs.transpose(-1, -2) @ inputs
 
 
+@pytest.fixture(scope="module")
+def factor(layers: tuple[Tensor, Tensor]) -> Factor:
+    """Of the Hessians of `layers`."""
+    return factorize(layers[1], 0.01)
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_gptq_beats_rtn_on_every_correlated_layer(
-    name: str, search: ScaleSearch, layers: tuple[Tensor, Tensor]
+    name: str, search: ScaleSearch, layers: tuple[Tensor, Tensor], factor: Factor
 ) -> None:
     weight, hessian = layers
     fmt = parse_format(name)
-    factor = factorize(hessian, 0.01)
     rounded = quantize_gptq(weight, factor, fmt, search)
     if fmt.kind == "int1":  # a sign alone cannot take over its neighbours' errors
         rounded = refine(weight, dampen(hessian, factor.damp), rounded, 3)

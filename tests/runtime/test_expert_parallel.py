@@ -1,5 +1,6 @@
 """Experts divided among ranks: the ranks' sums are the output of a model that holds them all."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,8 @@ def experts_of(model: nn.Module) -> list[PackedExperts]:
 def ranks_of(
     path: Path, n_ranks: int, reduce: Callable[[Tensor], Tensor] = same
 ) -> list[nn.Module]:
-    models = [load(path) for _ in range(n_ranks)]
+    model = load(path)
+    models = [copy.deepcopy(model) for _ in range(n_ranks)]
     for rank, model in enumerate(models):
         keep_rank(model, rank, n_ranks, reduce)
     return models

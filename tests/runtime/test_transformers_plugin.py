@@ -262,7 +262,7 @@ def digest(tensor: Tensor) -> str:
     [
         "ours first",
         pytest.param("transformers first", marks=pytest.mark.slow),  # the hook of the first row
-        "after its models",  # no hook: what is registered is there already
+        pytest.param("after its models", marks=pytest.mark.slow),  # no hook, see its own tests
     ],
 )
 def test_transformers_may_be_imported_first_or_last(order: str, packed: Path) -> None:

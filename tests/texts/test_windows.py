@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,8 +56,11 @@ class CharTokenizer:
 
 
 @pytest.fixture(scope="module")
-def demo_tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(demo.model_path())
+def demo_tokenizer() -> Iterator[PreTrainedTokenizerBase]:
+    """The demo's; it remembers texts, for whole parts are tokenized again and again."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    with mock.patch.object(tokenizer, "encode", cache(tokenizer.encode)):
+        yield tokenizer
 
 
 @pytest.fixture(scope="module")

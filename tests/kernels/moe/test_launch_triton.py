@@ -266,7 +266,8 @@ def test_gate_and_up_may_have_formats_of_their_own(
     with uninitialized_memory_is_nan():
         found = kernels.grouped_moe(x, ids, weights, stacked, **options)
     assert_near(found, apart.expected(x, ids, weights), torch.float32)
-    assert torch.equal(kernels.grouped_moe(x, ids, weights, stacked, **options), found)
+    if DEVICE == "cuda":  # the interpreter runs one program after the other
+        assert torch.equal(kernels.grouped_moe(x, ids, weights, stacked, **options), found)
     assert len(stacked.gate_up) == 2 and len(apart.stacked(range(3, 4)).gate_up) == 1
 
 

@@ -12,6 +12,8 @@ from alphaquant.models.mapping import map_model
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.testing.models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 N_TOKENS, N_EXPERTS, TOP_K, HIDDEN = 9, 6, 2, 40
 
 

@@ -11,6 +11,8 @@ from alphaquant.models.walk import observe_layer, walk
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.testing.any_model import tiny_model_of
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 N_SHARED, HIDDEN, WIDTH = 2, 64, 48
 
 

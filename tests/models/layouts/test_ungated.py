@@ -14,6 +14,8 @@ from alphaquant.runtime.modules import PackedExperts
 from alphaquant.spaces.formats import BF16
 from alphaquant.testing.models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 N_EXPERTS, HIDDEN, WIDTH = 3, 8, 6
 
 

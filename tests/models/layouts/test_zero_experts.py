@@ -20,6 +20,8 @@ from alphaquant.runtime.modules import PackedExperts
 from alphaquant.spaces.formats import BF16
 from alphaquant.testing.any_model import N_LAYERS, save_any, tiny_model_of
 
+pytestmark = pytest.mark.usefixtures("probed_each_time")
+
 N_EXPERTS, N_ZERO, HIDDEN = 8, 4, 64
 
 

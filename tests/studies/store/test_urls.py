@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
+from unittest import mock
 
 import optuna
 import psycopg
@@ -164,28 +167,25 @@ def propose(study: optuna.Study, number: int) -> optuna.Trial:
     return trial
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from alphaquant.search.sampler import PlannedTrial, next_trial
-from alphaquant.studies.store import study as storage
-from test_urls import propose
-with storage.open_study({url!r}, "s", "f") as study:
-    for number in range(12):
-        propose(study, number)
-    trial = next_trial(study, PlannedTrial({{}}, {{"origin": "knobs"}}), "tpe", 3)
-    trial.suggest_float("x", 0, 1)
-    study.tell = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    storage.finish_trial(study, trial, propose.__globals__["ROW"])
-"""
+def run_until_killed(url: str) -> None:
+    """Twelve trials, and a kill while the result of another one is written."""
+    with open_study(url, "s", "f") as study:
+        for number in range(12):
+            propose(study, number)
+        trial = next_trial(study, PlannedTrial({}, {"origin": "knobs"}), "tpe", 3)
+        trial.suggest_float("x", 0, 1)
+        with mock.patch.object(study, "tell", lambda *a, **k: os.kill(os.getpid(), SIGKILL)):
+            finish_trial(study, trial, ROW)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_study_goes_on_with_the_trials_of_one_that_was_not(
     url: str, tmp_path: Path
 ) -> None:
-    code = KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), url=url)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    process = get_context("fork").Process(target=run_until_killed, args=(url,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -SIGKILL
     with open_study(url, "s", "f") as study:
         assert len(finished_rows(study)) == 12
         for number in range(12, 16):
@@ -347,31 +347,32 @@ def test_journal_in_a_directory_that_is_not_there(must_exist: bool, tmp_path: Pa
         pass
 
 
+def read_until_over(url: str, ready: Any) -> None:
+    with open_storage(url, must_exist=True) as storage:
+        ready.release()
+        while not storage.get_all_studies()[0].user_attrs.get("over"):
+            storage.get_all_trials(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_sqlite_waits_while_somebody_reads(tmp_path: Path) -> None:
     """Two readers ask all the time, and six trials are written between them."""
-    url = sqlite_url(tmp_path / "s.db")
+    url, fork = sqlite_url(tmp_path / "s.db"), get_context("fork")
+    ready = fork.Semaphore(0)
+    with open_study(url, "s", "f"):
+        pass  # nothing of SQLite is open when processes part
+    readers = [fork.Process(target=read_until_over, args=(url, ready)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    assert all(ready.acquire(timeout=60) for _ in readers)
     with open_study(url, "s", "f") as study:
-        code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from alphaquant.studies.store.urls import open_storage\n"
-            f"with open_storage({url!r}, must_exist=True) as storage:\n"
-            "    print('reads', flush=True)\n"
-            "    while not storage.get_all_studies()[0].user_attrs.get('over'):\n"
-            "        storage.get_all_trials(1)\n"
-        )
-        readers = [
-            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        assert all(r.stdout is not None and r.stdout.readline() == "reads\n" for r in readers)
         for number in range(6):
             add_row(study, replace(ROW, number=number))
         study.set_user_attr("over", True)
         assert len(finished_rows(study)) == 6
-        assert [reader.wait(60) for reader in readers] == [0, 0]
-        for reader in readers:
-            assert reader.stdout is not None
-            reader.stdout.close()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0, 0]
 
 
 HOLDING = """
