@@ -11,7 +11,7 @@ Letters: N windows, B of them in a batch, T tokens, V vocabulary, k stored token
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -161,19 +161,27 @@ def store_teacher(
         return teacher
     with whole_file(path) as part:
         batches = batches_of(tokens, batch_size)
-        predicted: Iterator[Iterator[Piece]]
-        if model_map is None:
-            predicted = (predict_pieces(model, batch) for batch in batches)
-        else:
-
-            def tell(done: int, total: int) -> None:
-                progress(Stage.TEACHER, (len(tokens) - 1) * done // total, len(tokens))
-
-            predicted = predict_walked(model_map, batches, tell)
-        progress(Stage.TEACHER, 0, len(tokens))
+        predicted = _predicted(model if model_map is None else model_map, batches, progress)
         facts = _store(part, zip(batches, predicted, strict=True), tokens, top_k)
     progress(Stage.TEACHER, len(tokens), len(tokens))
     return Teacher(path, facts)
+
+
+def _predicted(
+    model: nn.Module | ModelMap, batches: Sequence[Tensor], progress: Progress
+) -> Iterator[Iterator[Piece]]:
+    """Predictions of successive batches, by ordinary passes or by one walk."""
+    n_windows = sum(len(batch) for batch in batches)
+    if isinstance(model, ModelMap):
+
+        def tell(done: int, total: int) -> None:
+            progress(Stage.TEACHER, (n_windows - 1) * done // total, n_windows)
+
+        yield from predict_walked(model, batches, tell)
+        return
+    for number, batch in enumerate(batches):
+        progress(Stage.TEACHER, number * len(batches[0]), n_windows)
+        yield predict_pieces(model, batch)
 
 
 def _store(

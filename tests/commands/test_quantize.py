@@ -1,6 +1,7 @@
 """From configurations to packed checkpoints: flags over summary over default."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from alphaquant.commands import quantize as command
 from alphaquant.commands.quantize import dry_run, plan_text, quantize, result_json
 from alphaquant.errors import ConfigError, DataError, ModelError, StoreError
+from alphaquant.quant import layerwise
 from alphaquant.runtime import pipeline
 from alphaquant.runtime.checkpoint import quantized_bytes
 from alphaquant.specs.quantize import QuantizeSpec
@@ -59,6 +61,37 @@ def test_bytes_on_disk_are_those_that_the_summary_says(
     assert report_of(spec.out)["calibration"] == summary["calibration"]
     assert report_of(spec.out)["assignment_digest"] == summary["assignment_digest"]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_its_search_quantized_is_taken_from_the_bank(
+    make: MakeQuantize, found: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, cache = found.folder.path / "best.json", found.spec.run.cache
+    unset = dict.fromkeys(("calibration", "calibration_samples", "seq_len"))
+    made = quantize(make(INT4, config=best, **unset, cache=tmp_path / "empty"))
+    monkeypatch.setattr(layerwise, "quantize_layer", None)  # nothing is quantized anew
+    taken = quantize(make(INT4, config=best, **unset, cache=cache, out=tmp_path / "taken"))
+    for file in sorted(made.path.glob("*.safetensors")):
+        assert (taken.path / file.name).read_bytes() == file.read_bytes()
+    reports = [report_of(x.path) for x in (made, taken)]
+    assert [r["bank"] for r in reports] == [None, found.provenance.bank]
+    assert reports[0]["utilization"] == reports[1]["utilization"]
+    rows = [[{**m, "seconds": 0} for m in r["matrices"]] for r in reports]
+    by_name = [sorted(r, key=lambda m: m["matrix"]) for r in rows]
+    assert by_name[0] == by_name[1]
+
+
+def test_a_damaged_bank_is_refused(
+    make: MakeQuantize, found: SearchResult, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(found.spec.run.cache, cache)
+    for file in (cache / "banks").rglob("layer-000*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    unset = dict.fromkeys(("calibration", "calibration_samples", "seq_len"))
+    with pytest.raises(StoreError, match="its sha256 differs from the one written with it"):
+        quantize(make(INT4, config=found.folder.path / "best.json", **unset, cache=cache))
+    assert not (tmp_path / "out").exists()
 
 
 def test_flags_win_over_the_summary_and_the_summary_over_defaults(

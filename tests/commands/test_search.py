@@ -15,7 +15,7 @@ import pytest
 from alphaquant.commands import search as command
 from alphaquant.commands.evaluate import evaluate
 from alphaquant.commands.quantize import quantize
-from alphaquant.commands.search import search
+from alphaquant.commands.search import plan_search, search
 from alphaquant.errors import (
     AlphaQuantError,
     BudgetError,
@@ -214,6 +214,27 @@ def test_timeout_stops_after_a_trial_and_says_so(
     assert len(result.rows) == 1
     assert "the timeout of 0 s is over; trials so far: 1" in caplog.text
     assert result.stopped == "the timeout of 0 s is over"
+
+
+def test_a_search_with_a_time_limit_goes_on_with_the_effort_that_it_has(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    spec = make_spec(tmp_path / "out", effort="thorough", time_limit="2h", trials=2)
+    search(spec, tell=told.append)
+    assert told[0].startswith("effort thorough: ")
+    again = search(replaced(spec, effort="quick", trials=3))
+    assert again.spec.run.effort == "thorough"
+    assert len(again.rows) == 3
+    with pytest.raises(StoreError, match=r"other settings \(effort\)"):
+        search(replaced(spec, effort="quick", time_limit=None))
+
+
+def test_a_plan_needs_no_weights_and_writes_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "out", cache=tmp_path / "cache")
+    found = plan_search(spec)
+    assert found.seconds > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_packed_checkpoint_of_best_measures_as_its_trial(

@@ -16,6 +16,7 @@ from alphaquant.evaluators import predictions
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.evaluators.perplexity import measure_perplexity
 from alphaquant.evaluators.teacher import Teacher, open_teacher, store_teacher
+from alphaquant.models.mapping import map_model
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 Make = Callable[..., nn.Module]
@@ -164,6 +165,20 @@ def test_batches_do_not_change_the_numbers(
     assert torch.allclose(found.kl, expected.kl, atol=5e-6)
     assert torch.allclose(found.nll, expected.nll, atol=5e-6)
     assert torch.equal(found.same_top, expected.same_top)
+
+
+def test_a_walk_stores_the_predictions_of_ordinary_passes(tmp_path: Path) -> None:
+    model, tokens, steps = tiny_model("olmoe"), tiny_tokens(5, 12), []
+    known = store_teacher(tmp_path / "a.safetensors", model, tokens, batch_size=2)
+    walked = store_teacher(
+        *(tmp_path / "b.safetensors", model, tokens),
+        batch_size=2,
+        model_map=map_model(model),
+        progress=lambda stage, done, total: steps.append((done, total)),
+    )
+    assert walked.path.read_bytes() == known.path.read_bytes()
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == ((0, 5), (5, 5))
 
 
 @pytest.mark.parametrize("top_k", [VOCABULARY, 20])

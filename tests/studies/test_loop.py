@@ -1,6 +1,7 @@
 """The loop of trials: measured once, handed back later, ended early where they are hopeless."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -150,6 +151,13 @@ def test_no_trial_runs_beyond_the_number_asked_for(n_trials: int, make_run: Make
     assert [row is None for row in rows] == [False] * n_trials + [True, True]
     assert len(run.loop.study.trials) == n_trials
     assert run.loop.is_over
+
+
+def test_no_trial_starts_after_the_deadline_but_one_always_runs(make_run: MakeRun) -> None:
+    run = make_run(trials=5, time_limit="2h")
+    run.loop.deadline = time.monotonic() - 1
+    assert run_program(run).stopped == "the time limit of 2h is over"
+    assert len(run.loop.rows) == 1
 
 
 def test_no_trial_starts_after_the_timeout_but_one_always_runs(

@@ -1,0 +1,173 @@
+"""Plans: work counted from shapes, time from speeds, and what does not fit."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from alphaquant.commands.plan_text import plan_text
+from alphaquant.errors import ConfigError, StoreError
+from alphaquant.models.mapping import map_model
+from alphaquant.models.pages.memory import GIB
+from alphaquant.progress import Stage
+from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.menus import menu_of
+from alphaquant.spaces.profiles import find_profile
+from alphaquant.spaces.space import make_space
+from alphaquant.specs.quantizer import settings_of
+from alphaquant.specs.run import duration_seconds
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.planning import estimate
+from alphaquant.studies.planning.estimate import Plan, check_room, fitting_plan, plan_stages
+from alphaquant.studies.planning.needs import Needs
+from alphaquant.studies.planning.pilot import UNKNOWN, Rates, measure_rates
+from alphaquant.studies.sizing import sized
+
+OLMOE = {
+    **{"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 2},
+    **{"num_experts": 64, "num_experts_per_tok": 8, "num_attention_heads": 16},
+    **{"vocab_size": 50304, "max_position_embeddings": 4096, "pad_token_id": 0},
+}
+SMALL = {
+    **{"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 4},
+    **{"num_experts_per_tok": 2, "num_attention_heads": 4, "vocab_size": 64},
+    **{"max_position_embeddings": 512, "pad_token_id": 0},
+}
+RATES = Rates(
+    1e11, 5e10, defaultdict(lambda: 0.5), defaultdict(lambda: 0.25), dequantized=1e9, hashed=1e9
+)
+MakeNeeds = Callable[..., Needs]
+
+
+@pytest.fixture
+def make_needs() -> MakeNeeds:
+    """Make the needs of a search of an OLMoE without weights: `make_needs(SMALL, effort=...)`."""
+
+    def make(sizes: dict[str, int] = OLMOE, **settings: Any) -> Needs:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **sizes))
+        model_map, profile = map_model(model), find_profile("any")
+        spec = sized(SearchSpec.of(**{"budget": "4.25bits", "model": "m", **settings}), model_map)
+        menu, budget = menu_of(spec.limits.formats, profile), parse_budget("4.25bits")
+        return Needs(spec, model_map, make_space(model_map.inventory, profile, menu, budget), 2)
+
+    return make
+
+
+def seconds_of(plan: Plan, stage: Stage) -> float:
+    (found,) = [s.seconds for s in plan.stages if s.stage == stage]
+    return found
+
+
+def test_work_of_olmoe_is_counted_from_its_shapes(make_needs: MakeNeeds) -> None:
+    needs = make_needs(effort="quick")
+    attention, expert = 4 * 2048**2, 3 * 2048 * 1024
+    assert needs.active == 2 * (attention + 8 * expert)
+    assert needs.head == 2048 * 50304
+    shapes = {(s.n_rows, s.n_cols): s.count for s in needs.stacks}
+    # o has the shape of an expert's gate and up, and is a stack of its own
+    assert shapes[3 * 2048, 2048] == 2
+    assert sum(s.count for s in needs.stacks) == 2 * (64 + 64 + 1 + 1)
+    per_token = 2 * 2048**2 + 8 * (2048**2 + 1024**2)
+    assert needs.hessian_products == pytest.approx(1.25 * 2 * per_token)
+    assert needs.n_formats == pytest.approx(3.2)
+    assert needs.calibration == 2048 * 8
+
+
+def test_seconds_are_work_over_speed(make_needs: MakeNeeds) -> None:
+    needs = make_needs(effort="quick")
+    plan = plan_stages(needs, RATES, has_copy=True)
+    forward = 1.35 * needs.evaluation * (needs.active + needs.head) / 1e11
+    read = needs.space.inventory.n_weights / 1e9
+    assert seconds_of(plan, Stage.STUDY) == pytest.approx(needs.n_sampled * (forward + read))
+    n_stacks = sum(s.count for s in needs.stacks)
+    assert seconds_of(plan, Stage.BANK) == pytest.approx(n_stacks * (2 * 0.5 + 3.2 * 0.25))
+    assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stages))
+    faster = plan_stages(needs, replace(RATES, products=2e11), has_copy=True)
+    assert seconds_of(faster, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER) / 2
+
+
+def test_a_copy_of_the_weights_is_time_and_disk(make_needs: MakeNeeds) -> None:
+    needs = make_needs()
+    without, with_copy = (plan_stages(needs, RATES, has_copy=h) for h in (True, False))
+    parameters = sum(p.numel() for p in needs.model_map.model.parameters())
+    assert with_copy.disk - without.disk == 2 * parameters
+    assert with_copy.seconds > without.seconds
+
+
+def test_a_plan_without_speeds_has_memory_and_disk(make_needs: MakeNeeds) -> None:
+    plan = plan_stages(make_needs(), UNKNOWN, has_copy=True)
+    assert plan.seconds == 0
+    assert plan.memory > 2 * 64 * 3 * 2048 * 1024
+    assert plan.disk > 10**9
+
+
+@pytest.mark.parametrize(
+    ("free", "memory", "message"),
+    [(10**9, 10**12, "GiB are free there"), (10**13, 10**9, "GiB of memory")],
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(
+    make_needs: MakeNeeds,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    memory: int,
+    message: str,
+) -> None:
+    plan = plan_stages(make_needs(), RATES, has_copy=True)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(estimate, "total_memory", lambda: memory)
+    with pytest.raises(StoreError, match=message):
+        check_room(plan, tmp_path / "not" / "there")
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
+    monkeypatch.setattr(estimate, "total_memory", lambda: 100 * GIB)
+    check_room(plan, tmp_path)
+
+
+def test_a_time_limit_takes_the_largest_effort_that_fits(
+    make_needs: MakeNeeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure_rates", lambda needs, settings, dtype: RATES)
+
+    def plan_of(**settings: Any) -> Plan:
+        spec = SearchSpec.of(budget="4.25bits", model="m", **settings)
+        known = make_needs()
+        return fitting_plan(spec, known.model_map, known.space, torch.bfloat16, has_copy=True)
+
+    seconds = {e: plan_of(effort=e).seconds for e in ("quick", "default", "thorough")}
+    assert sorted(seconds.values()) == list(seconds.values())
+    between = f"{seconds['quick'] + 1:.0f}s"
+    assert plan_of(effort="thorough", time_limit=between).spec.run.effort == "quick"
+    assert plan_of(effort="default", time_limit="500h").spec.run.effort == "default"
+    with pytest.raises(ConfigError, match="the smallest search, --effort quick, is estimated at"):
+        plan_of(time_limit="1s")
+
+
+def test_rates_are_measured_with_the_real_functions(make_needs: MakeNeeds) -> None:
+    needs = make_needs(SMALL)
+    rates = measure_rates(needs, settings_of(needs.spec.quantizer), torch.float32)
+    assert min(rates.products, rates.float32, rates.dequantized, rates.hashed) > 0
+    assert rates.per_format.keys() == {(s.n_rows, s.n_cols) for s in needs.stacks}
+    assert min(rates.per_format.values()) > 0
+    text = plan_text(plan_stages(needs, rates, has_copy=False))
+    assert text.splitlines()[4].split() == ["stage", "minutes", "memory,", "GiB", "disk,", "GiB"]
+    assert "original's outputs" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("600s", 600), ("90min", 5400), ("1.5 h", 5400), (" 2h ", 7200)]
+)
+def test_durations_have_a_unit(text: str, seconds: float) -> None:
+    assert duration_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "0min", "-1h", "1d", "h", "nan s", "1e3s"])
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="give a duration such as 600s, 90min or 2h"):
+        SearchSpec.of(budget="4bits", time_limit=text)
