@@ -4,13 +4,15 @@
     python benchmarks/growth.py --sizes olmoe --windows 4
     python benchmarks/growth.py --sizes qwen3-30b --layers 4
     python benchmarks/growth.py --sizes 10m,40m --search --budget 4.25bits
+    python benchmarks/growth.py --sizes 160m --search --effort quick
 
 Each model is written (`growth_models.py`), measured and removed. A measurement is a process of its
 own: it loads the model with an empty cache (`first`), or again with what that left there
 (`again`), finds its matrices and walks a few windows of the demo's text through all layers;
-`--search` runs a whole search. For each stage it tells wall and processor seconds, and the largest
-resident memory of the process so far. Then come the exponents from each size to the next: 1 is
-growth with the number of weights.
+`--search` plans a search and runs it, and tells what its stages were estimated to take beside what
+they took. `--effort` takes its sizes instead of `--windows`, `--seq-len` and `--trials`. For each
+stage there are wall and processor seconds, and the largest resident memory of the process so far.
+Then come the exponents from each size to the next: 1 is growth with the number of weights.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from alphaquant.progress import StageTimes
 from alphaquant.reports.tables import markdown
 
 MIB = 2**20
-_WORKERS = ("walk", "search")
+_WORKERS = ("walk", "plan", "search")
 
 
 @dataclass(frozen=True)
@@ -113,25 +115,29 @@ def measure_walk(job: Mapping[str, Any]) -> list[Spent]:
     return meter.spent()
 
 
+def measure_plan(job: Mapping[str, Any]) -> list[Spent]:
+    """What a search is estimated to take; its processor seconds are not."""
+    from alphaquant.commands.search import plan_search
+
+    plan = plan_search(_spec_of(job))
+    return [Spent(s.stage, s.seconds, math.nan, s.memory) for s in plan.stages]
+
+
 def measure_search(job: Mapping[str, Any]) -> list[Spent]:
     """Run a search."""
-    from alphaquant import SearchSpec
     from alphaquant.commands.search import search
 
     meter = StageMeter()
-    spec = SearchSpec.of(
-        model=job["model"],
-        dtype=job["dtype"],
-        cache=Path(job["cache"]),
-        out=Path(job["out"]),
-        calibration_samples=job["windows"],
-        evaluation_samples=job["windows"],
-        heldout_samples=job["windows"],
-        seq_len=job["seq_len"],
-        **job["search"],
-    )
-    search(spec, progress=meter)
+    search(_spec_of(job), progress=meter)
     return meter.spent()
+
+
+def _spec_of(job: Mapping[str, Any]) -> Any:
+    """The search of a job."""
+    from alphaquant import SearchSpec
+
+    places = {name: Path(job[name]) for name in ("cache", "out")}
+    return SearchSpec.of(model=job["model"], dtype=job["dtype"], **places, **job["search"])
 
 
 def measure_apart(worker: str, job: Mapping[str, Any]) -> list[Spent]:
@@ -195,17 +201,22 @@ def measure_size(
         "dtype": args.dtype,
         "windows": args.windows,
         "seq_len": args.seq_len,
-        "search": {"budget": args.budget, "trials": args.trials},
+        "search": {"budget": args.budget, **_sizes_of(args)},
     }
     found = {}
     try:
         for run in ("first", "again"):
             found |= {f"{run} {s.stage}": s for s in measure_apart("walk", job)}
         if args.search:
+            planned = {s.stage: s for s in measure_apart("plan", job)}
             found |= {f"search {s.stage}": s for s in measure_apart("search", job)}
     finally:
         for made in (name, "cache", "out"):
             shutil.rmtree(folder / made, ignore_errors=True)
+    if args.search:
+        print(f"\n{name}, planned and measured\n")
+        head = ["stage", "planned s", "seconds", "ratio", "planned MiB", "peak MiB"]
+        print(markdown(head, _beside(planned, found)), flush=True)
     print(f"\n{name}: {n_weights} weights, {2 * n_weights / MIB:.0f} MiB in bfloat16\n")
     cells = [
         [s, f"{x.seconds:.2f}", f"{x.cpu_seconds:.2f}", f"{x.peak_bytes / MIB:.0f}"]
@@ -213,6 +224,30 @@ def measure_size(
     ]
     print(markdown(["stage", "seconds", "processor seconds", "peak MiB"], cells), flush=True)
     return n_weights, found
+
+
+def _beside(planned: Mapping[str, Spent], found: Mapping[str, Spent]) -> list[list[str]]:
+    """Estimates of stages, beside what they took; peaks are of the process so far."""
+    took = {name: found[f"search {name}"] for name in planned if f"search {name}" in found}
+    rows = [(name, planned[name], spent) for name, spent in took.items()]
+    sums = [Spent("", sum(x.seconds for x in side), math.nan, max(x.peak_bytes for x in side))
+            for side in ([r[1] for r in rows], [r[2] for r in rows])]  # fmt: skip
+    return [
+        [
+            *(name, f"{a.seconds:.1f}", f"{b.seconds:.1f}", f"{b.seconds / a.seconds:.2f}"),
+            *(f"{a.peak_bytes / MIB:.0f}", f"{b.peak_bytes / MIB:.0f}"),
+        ]
+        for name, a, b in [*rows, ("all", *sums)]
+    ]
+
+
+def _sizes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the search that say how much is computed."""
+    if args.effort is not None:
+        return {"effort": args.effort}
+    samples = [f"{text}_samples" for text in ("calibration", "evaluation", "heldout")]
+    sizes = dict.fromkeys(samples, args.windows)
+    return {**sizes, "seq_len": args.seq_len, "trials": args.trials}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -224,6 +259,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--search", action="store_true", help="run a search too")
+    parser.add_argument("--effort", choices=("quick", "default", "thorough"))
     parser.add_argument("--budget", default="4.25bits")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="for the models; default a temporary one")
@@ -234,7 +270,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure all sizes and print tables."""
     if sys.argv[1:2] == ["--worker"]:
-        worker = {"walk": measure_walk, "search": measure_search}[sys.argv[2]]
+        workers = {"walk": measure_walk, "plan": measure_plan, "search": measure_search}
+        worker = workers[sys.argv[2]]
         print(json.dumps([asdict(s) for s in worker(json.loads(sys.argv[3]))]))
         return
     args = parse()

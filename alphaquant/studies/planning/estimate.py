@@ -27,8 +27,6 @@ from alphaquant.studies.sizing import EFFORTS, sized
 
 _PROGRAM_BYTES = GIB // 2
 """Of the program with its libraries."""
-_OVERHEAD = 1.35
-"""Time of a forward pass over that of its matrix products: 1.35 on OLMoE's layer."""
 _COPIES = 3
 """Layers in memory while one is copied: in the checkpoint, merged, and cast."""
 _TRACED = 12
@@ -233,5 +231,4 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
 
 def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float, with_head: bool = True) -> float:
     """Of forward passes over so many tokens."""
-    products = needs.active + (needs.head if with_head else 0)
-    return _OVERHEAD * n_tokens * products / rates.products
+    return n_tokens * (needs.active * rates.layer + (rates.head if with_head else 0.0))

@@ -1,10 +1,8 @@
 """How much work a search is, counted from the shapes of a model and the sizes that were chosen.
 
-Multiplications are counted in units of one weight and one token. What is no product (norms,
-attention, routing, gathering tokens) is a share of what is one, measured on OLMoE's layer.
+Multiplications are counted in units of one weight and one token.
 
-Letters: P quantizable weights, A of them that a token passes, V vocabulary, H hidden size, n
-tokens, F formats, K inputs of a matrix.
+Letters: A quantizable weights that a token passes, V vocabulary, K inputs of a matrix.
 """
 
 from dataclasses import dataclass
@@ -28,8 +26,8 @@ _LISTED = {1: 2.2, 5: 3.0}
 measured on the demo at 4.25 bits."""
 _SAMPLED_TRIALS = 6
 """Trials that a search samples before its rule ends it, in the mean."""
-_GATED = 12
-"""Assignments of the gate: the front and the uniform formats."""
+_FRONT = 7
+"""Points of the front that the gate looks at, beside the uniform formats."""
 _SQUARED, _CHANGED = 512, 128
 """Tokens of a matrix whose products are squared, and whose output is measured, per format."""
 _COST_PASSES = 6
@@ -97,21 +95,29 @@ class Needs:
         return (self.spec.texts.heldout_samples or 1) * self.seq_len
 
     @cached_property
-    def active(self) -> float:
-        """A, without the head."""
+    def expert_share(self) -> float:
+        """Share of the tokens that a routed expert sees."""
         n_experts = 1 + max((m.expert or 0 for m in self.space.inventory.matrices), default=0)
-        share = experts_per_token(self.model_map.model.config, n_experts) / n_experts
-        return sum(
-            m.n_weights * (1.0 if m.expert is None else share)
-            for m in self.space.inventory.matrices
-        )
+        return experts_per_token(self.model_map.model.config, n_experts) / n_experts
 
     @cached_property
-    def head(self) -> int:
-        """Weights of the head: V * H."""
+    def active(self) -> float:
+        """A, without the head."""
+        return self.active_in(len(self.model_map.layers))
+
+    def active_in(self, n_layers: int) -> float:
+        """Weights that a token passes in the first layers."""
+        return sum(
+            m.n_weights * (1.0 if m.expert is None else self.expert_share)
+            for m in self.space.inventory.matrices
+            if m.layer < n_layers
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
         config: Any = self.model_map.model.config
-        text = config.get_text_config()
-        return int(text.vocab_size) * int(text.hidden_size)
+        return int(config.get_text_config().vocab_size)
 
     @cached_property
     def n_formats(self) -> float:
@@ -143,10 +149,8 @@ class Needs:
     @property
     def hessian_products(self) -> float:
         """Multiplications of all Hessians over one token, a quarter again for held-back ones."""
-        n_experts = 1 + max((m.expert or 0 for m in self.space.inventory.matrices), default=0)
-        share = experts_per_token(self.model_map.model.config, n_experts) / n_experts
         return 1.25 * sum(
-            s.count * s.n_cols**2 * (1.0 if s.matrices[0].expert is None else share)
+            s.count * s.n_cols**2 * (1.0 if s.matrices[0].expert is None else self.expert_share)
             for s in self.stacks
         )
 
@@ -172,7 +176,10 @@ class Needs:
     def gate_tokens(self) -> int:
         """Tokens of the gate's assignments together."""
         names = bank_formats(self.space)
-        return min(_GATED, self.n_planned + len(names)) * self.heldout
+        n_uniform = len(names)
+        if is_short(self.spec, self.space):  # others are not in the bank
+            n_uniform = len(anchors_of(self.space, names, effort_of(self.spec).anchor_bits))
+        return (_FRONT + n_uniform) * self.heldout
 
     @property
     def cost_passes(self) -> int:
@@ -198,9 +205,7 @@ class Needs:
     @property
     def teacher_bytes(self) -> int:
         """Of the original's predictions."""
-        config: Any = self.model_map.model.config
-        vocabulary = int(config.get_text_config().vocab_size)
-        return (self.evaluation + self.heldout) * min(vocabulary, TEACHER_TOKENS) * 8
+        return (self.evaluation + self.heldout) * min(self.vocabulary, TEACHER_TOKENS) * 8
 
     @property
     def states_bytes(self) -> int:

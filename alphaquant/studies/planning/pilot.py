@@ -1,9 +1,11 @@
 """How fast this machine does what a search consists of, measured in seconds on random numbers.
 
-The real functions run on matrices of the model's own shapes: products in its dtype, the quantizer
-on one stack of each shape, table dequantization, sha256. No weight of the model is needed.
+The real functions run on the model's own shapes: a model of its first layers with random weights,
+the quantizer on one stack of each shape, table dequantization, sha256. No weight of the model is
+needed.
 """
 
+import copy
 import hashlib
 import math
 import time
@@ -13,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alphaquant.evaluators.predictions import predict_pieces
+from alphaquant.models.loading import auto_class
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import HessianBatch
@@ -27,6 +31,10 @@ _FORMATS = ("int4-g64", "int3-g128", "int2-g128")
 _ROWS = 1024
 """Rows of a matrix that the quantizer is measured on, at most."""
 _LEAST_SECONDS = 0.2
+_WINDOWS = 8
+"""Windows of a batch."""
+_SUMMED = 512
+"""Tokens of an expert that are added to its Hessian at once."""
 _HASHED = 2**26
 
 
@@ -35,8 +43,8 @@ class Rates:
     """Speeds of one machine.
 
     Attributes:
-        products: multiplications a second in the dtype of the computation, with as many tokens as
-            an expert sees of a batch.
+        layer: seconds of decoder layers per token and weight that it passes.
+        head: seconds of predictions per token, beside the layers.
         float32: multiplications a second in float32.
         once: seconds that a stack takes whatever the number of its formats, by (rows, columns).
         per_format: seconds of a stack in one format more.
@@ -44,7 +52,8 @@ class Rates:
         hashed: bytes a second, read from memory.
     """
 
-    products: float
+    layer: float
+    head: float
     float32: float
     once: Mapping[tuple[int, int], float]
     per_format: Mapping[tuple[int, int], float]
@@ -52,7 +61,7 @@ class Rates:
     hashed: float
 
 
-UNKNOWN = Rates(math.inf, math.inf, defaultdict(float), defaultdict(float), math.inf, math.inf)
+UNKNOWN = Rates(0.0, 0.0, math.inf, defaultdict(float), defaultdict(float), math.inf, math.inf)
 """No time at all: for a plan of memory and disk alone."""
 
 
@@ -72,13 +81,13 @@ def measure_rates(needs: Needs, settings: QuantSettings, dtype: torch.dtype) -> 
         key = (stack.n_rows, stack.n_cols)
         once[key], per_format[key], packed = _quantizer(stack, settings)
     assert packed is not None, "a model has matrices"
-    largest = max(needs.stacks, key=lambda s: s.count * s.n_rows * s.n_cols)
-    n_tokens = _tokens_together(needs, largest)
     n_weights = packed.rows * packed.cols
     content = bytes(_HASHED)
+    layer, head = _forward(needs, dtype, device)
     return Rates(
-        products=_products(n_tokens, largest, dtype, device),
-        float32=_products(n_tokens, largest, torch.float32, device),
+        layer=layer,
+        head=head,
+        float32=_products(needs, device),
         once=once,
         per_format=per_format,
         dequantized=n_weights / _seconds(packed.dequantize),
@@ -86,28 +95,41 @@ def measure_rates(needs: Needs, settings: QuantSettings, dtype: torch.dtype) -> 
     )
 
 
-def _tokens_together(needs: Needs, stack: Stack) -> int:
-    """Tokens that go through a matrix of a stack at once, with 8 windows in a batch."""
-    n_batch = 8 * needs.seq_len
-    if stack.matrices[0].expert is None:
-        return n_batch
-    share = needs.active / needs.space.inventory.n_weights
-    return max(1, round(n_batch * share))
+@torch.no_grad()
+def _forward(needs: Needs, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds of the layers per token and weight, and of predictions per token."""
+    model, n_layers = _short_model(needs.model_map, dtype)
+    model.to(device).eval()
+    # With few numbers, whose size does not matter, products are as fast as with any.
+    tokens = torch.zeros(_WINDOWS, needs.seq_len, dtype=torch.int64)
+    tokens += torch.arange(needs.seq_len) % needs.vocabulary
+    body = getattr(model, "base_model", model)
+    layers = _seconds(lambda: body(tokens.to(device), use_cache=False))
+    whole = _seconds(lambda: [p.log_probs.amax() for p in predict_pieces(model, tokens)])
+    n_active = tokens.numel() * needs.active_in(n_layers)
+    return layers / n_active, max(whole - layers, 0.0) / tokens.numel()
 
 
-def _products(n_tokens: int, stack: Stack, dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications a second."""
-    matrix = stack.matrices[0]
-    weight = torch.randn(matrix.rows, matrix.cols, device=device).to(dtype)
-    inputs = torch.randn(n_tokens, matrix.cols, device=device).to(dtype)
+def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """The model up to its first layer of the most weights, with random weights; its layers."""
+    sizes = [sum(p.numel() for p in x.module.parameters()) for x in model_map.layers]
+    n_layers = 1 + sizes.index(max(sizes))
+    typed: Any = model_map.model
+    config = copy.deepcopy(typed.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = n_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:n_layers]
+    model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
+    return model, n_layers
 
-    def run() -> Tensor:
-        found = torch.nn.functional.linear(inputs, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return found
 
-    return n_tokens * matrix.n_weights / _seconds(run)
+def _products(needs: Needs, device: torch.device) -> float:
+    """Multiplications a second in float32, as Hessians are summed."""
+    largest = max(needs.stacks, key=lambda s: s.count * s.n_rows * s.n_cols)
+    inputs = torch.randn(_SUMMED, largest.n_cols, device=device)
+    total = torch.zeros(largest.n_cols, largest.n_cols, device=device)
+    return _SUMMED * largest.n_cols**2 / _seconds(lambda: total.addmm_(inputs.T, inputs))
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -116,6 +138,8 @@ def _seconds(run: Callable[[], Any]) -> float:
     n_runs, started = 0, time.perf_counter()
     while True:
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         n_runs += 1
         taken = time.perf_counter() - started
         if taken >= _LEAST_SECONDS:

@@ -40,7 +40,13 @@ SMALL = {
     **{"max_position_embeddings": 512, "pad_token_id": 0},
 }
 RATES = Rates(
-    1e11, 5e10, defaultdict(lambda: 0.5), defaultdict(lambda: 0.25), dequantized=1e9, hashed=1e9
+    1e-11,
+    1e-3,
+    5e10,
+    defaultdict(lambda: 0.5),
+    defaultdict(lambda: 0.25),
+    dequantized=1e9,
+    hashed=1e9,
 )
 MakeNeeds = Callable[..., Needs]
 
@@ -69,7 +75,6 @@ def test_work_of_olmoe_is_counted_from_its_shapes(make_needs: MakeNeeds) -> None
     needs = make_needs(effort="quick")
     attention, expert = 4 * 2048**2, 3 * 2048 * 1024
     assert needs.active == 2 * (attention + 8 * expert)
-    assert needs.head == 2048 * 50304
     shapes = {(s.n_rows, s.n_cols): s.count for s in needs.stacks}
     # o has the shape of an expert's gate and up, and is a stack of its own
     assert shapes[3 * 2048, 2048] == 2
@@ -83,13 +88,13 @@ def test_work_of_olmoe_is_counted_from_its_shapes(make_needs: MakeNeeds) -> None
 def test_seconds_are_work_over_speed(make_needs: MakeNeeds) -> None:
     needs = make_needs(effort="quick")
     plan = plan_stages(needs, RATES, has_copy=True)
-    forward = 1.35 * needs.evaluation * (needs.active + needs.head) / 1e11
+    forward = needs.evaluation * (needs.active * 1e-11 + 1e-3)
     read = needs.space.inventory.n_weights / 1e9
     assert seconds_of(plan, Stage.STUDY) == pytest.approx(needs.n_sampled * (forward + read))
     n_stacks = sum(s.count for s in needs.stacks)
     assert seconds_of(plan, Stage.BANK) == pytest.approx(n_stacks * (2 * 0.5 + 3.2 * 0.25))
     assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stages))
-    faster = plan_stages(needs, replace(RATES, products=2e11), has_copy=True)
+    faster = plan_stages(needs, replace(RATES, layer=5e-12, head=5e-4), has_copy=True)
     assert seconds_of(faster, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER) / 2
 
 
@@ -152,7 +157,7 @@ def test_a_time_limit_takes_the_largest_effort_that_fits(
 def test_rates_are_measured_with_the_real_functions(make_needs: MakeNeeds) -> None:
     needs = make_needs(SMALL)
     rates = measure_rates(needs, settings_of(needs.spec.quantizer), torch.float32)
-    assert min(rates.products, rates.float32, rates.dequantized, rates.hashed) > 0
+    assert min(rates.layer, rates.float32, rates.dequantized, rates.hashed) > 0
     assert rates.per_format.keys() == {(s.n_rows, s.n_cols) for s in needs.stacks}
     assert min(rates.per_format.values()) > 0
     text = plan_text(plan_stages(needs, rates, has_copy=False))
