@@ -14,7 +14,7 @@ from alphaquant.spaces.profiles import (
     narrow_menu,
     units_of,
 )
-from alphaquant.spaces.units import Inventory, Unit
+from alphaquant.spaces.units import Inventory, Matrix, Unit
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,19 @@ class SearchSpace:
 
     def allowed(self, unit: Unit) -> tuple[str, ...]:
         """Names of the menu's formats that the profile loads for a unit; never empty."""
-        return allowed_formats(unit, self.menu, self.profile)
+        shape = (unit.kind, tuple(_facts(m) for m in unit.matrices))
+        if shape not in self._allowed:
+            self._allowed[shape] = allowed_formats(unit, self.menu, self.profile)
+        return self._allowed[shape]
+
+    @cached_property
+    def _allowed(self) -> dict[tuple[object, ...], tuple[str, ...]]:
+        """What was found by what an engine looks at of a unit and its matrices."""
+        return {}
+
+
+def _facts(matrix: Matrix) -> tuple[object, ...]:
+    return matrix.kind, matrix.projection, matrix.rows, matrix.cols
 
 
 def make_space(

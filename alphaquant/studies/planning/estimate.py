@@ -14,23 +14,24 @@ import torch
 
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.evaluators.predictions import MOST_BYTES
-from alphaquant.models.pages.memory import GIB, total_memory
+from alphaquant.models.pages.memory import GIB, free_memory, total_memory
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Stage
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.planning.needs import Needs
+from alphaquant.studies.planning.needs import TRACED, Needs
 from alphaquant.studies.planning.pilot import Rates, measure_rates
+from alphaquant.studies.rounds import HIDDEN_SHARE
 from alphaquant.studies.sizing import EFFORTS, sized
 
 _PROGRAM_BYTES = GIB // 2
 """Of the program with its libraries."""
 _COPIES = 3
 """Layers in memory while one is copied: in the checkpoint, merged, and cast."""
-_TRACED = 12
-"""Hidden states of a batch that the trace of a layer holds."""
+_STARTING = 6.0
+"""Seconds of finding matrices and routers, reading texts and tokenizing them."""
 _BATCH_WINDOWS = 8
 _ROUNDED_BYTES = GIB // 2
 """Of what is rounded at the same time, and of an expert's factors."""
@@ -104,7 +105,12 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool) -> Plan:
     for stage, n_tokens, n_read in passes:
         seconds = _forward_seconds(needs, rates, n_tokens)
         seconds += n_read * needs.space.inventory.n_weights / rates.dequantized
-        stages.append(PlannedStage(stage, seconds, held + 4 * MOST_BYTES))
+        # Hidden states and dequantized weights take what is free, and no more than they need.
+        most = free_memory() // HIDDEN_SHARE
+        states = min(3 * n_tokens * needs.token_bytes, most)
+        weights = min(round(n_read) * needs.layer_bytes, most // 2)
+        memory = held + 4 * MOST_BYTES + states + weights
+        stages.append(PlannedStage(stage, seconds, memory))
     return Plan(needs.spec, needs.space.inventory.n_weights, needs.n_formats, tuple(stages))
 
 
@@ -191,7 +197,7 @@ def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[
             ),
         )
     )
-    load = PlannedStage(Stage.LOAD, 2 * n_bytes / rates.hashed, held)
+    load = PlannedStage(Stage.LOAD, _STARTING + 2 * n_bytes / rates.hashed, held)
     seconds = _forward_seconds(needs, rates, needs.evaluation + needs.heldout)
     teacher = PlannedStage(Stage.TEACHER, seconds, held + 4 * MOST_BYTES, needs.teacher_bytes)
     return (*copy, load, teacher)
@@ -213,8 +219,7 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
     costs = needs.cost_passes * _forward_seconds(needs, rates, n_tokens)
     costs += needs.cost_products / rates.float32
     costs += needs.n_formats * needs.space.inventory.n_weights / rates.dequantized
-    width = needs.states_bytes // max(1, n_tokens * (2 * len(needs.model_map.layers) + _TRACED))
-    traced = _TRACED * _BATCH_WINDOWS * needs.seq_len * width
+    traced = TRACED * _BATCH_WINDOWS * needs.seq_len * needs.token_bytes
     of_bank = needs.bank_bytes // len(needs.model_map.layers) // n_rounds
     memory = held + 2 * needs.layer_hessian_bytes + of_bank + _ROUNDED_BYTES
     return (

@@ -19,6 +19,8 @@ from alphaquant.studies.costing import anchors_of, bank_formats, is_short
 from alphaquant.studies.program import N_UNIFORM
 from alphaquant.studies.sizing import effort_of
 
+TRACED = 12
+"""Hidden states that the trace of a layer holds."""
 TEACHER_TOKENS = 4096
 """Tokens of the vocabulary whose probabilities are kept, at most, with 8 bytes each."""
 _LISTED = {1: 2.2, 5: 3.0}
@@ -30,9 +32,10 @@ _FRONT = 7
 """Points of the front that the gate looks at, beside the uniform formats."""
 _SQUARED, _CHANGED = 512, 128
 """Tokens of a matrix whose products are squared, and whose output is measured, per format."""
-_COST_PASSES = 6
-"""Forward passes of the model that tracing gradients through it is worth: one to record, one with
-a graph, two for the gradients, and what is written and read between."""
+_COST_PASSES = 11
+"""Forward passes that measuring costs over a text is worth beside its products: one to record, one
+with a graph, gradients, and what is written, read and run again between. Fitted to a model of 40
+million weights."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +211,15 @@ class Needs:
         return (self.evaluation + self.heldout) * min(self.vocabulary, TEACHER_TOKENS) * 8
 
     @property
+    def token_bytes(self) -> int:
+        """Of the hidden state of a token."""
+        config: Any = self.model_map.model.config
+        return int(config.get_text_config().hidden_size) * self.itemsize
+
+    @property
     def states_bytes(self) -> int:
         """Of the hidden states of all layers with their gradients, while costs are measured."""
-        config: Any = self.model_map.model.config
-        width = int(config.get_text_config().hidden_size)
-        layers = len(self.model_map.layers)
-        return self.calibration * width * self.itemsize * (2 * layers + 12)
+        return self.calibration * self.token_bytes * (2 * len(self.model_map.layers) + TRACED)
 
     @cached_property
     def layer_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from alphaquant.commands.plan_text import plan_text
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.memory import GIB
+from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Stage
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.menus import menu_of
@@ -23,7 +25,7 @@ from alphaquant.spaces.space import make_space
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.run import duration_seconds
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.planning import estimate
+from alphaquant.studies.planning import estimate, pilot
 from alphaquant.studies.planning.estimate import Plan, check_room, fitting_plan, plan_stages
 from alphaquant.studies.planning.needs import Needs
 from alphaquant.studies.planning.pilot import UNKNOWN, Rates, measure_rates
@@ -51,14 +53,21 @@ RATES = Rates(
 MakeNeeds = Callable[..., Needs]
 
 
+@cache
+def skeleton(sizes: tuple[tuple[str, int], ...]) -> ModelMap:
+    """An OLMoE without numbers."""
+    with torch.device("meta"):
+        return map_model(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **dict(sizes)))
+        )
+
+
 @pytest.fixture
 def make_needs() -> MakeNeeds:
     """Make the needs of a search of an OLMoE without weights: `make_needs(SMALL, effort=...)`."""
 
     def make(sizes: dict[str, int] = OLMOE, **settings: Any) -> Needs:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **sizes))
-        model_map, profile = map_model(model), find_profile("any")
+        model_map, profile = skeleton(tuple(sizes.items())), find_profile("any")
         spec = sized(SearchSpec.of(**{"budget": "4.25bits", "model": "m", **settings}), model_map)
         menu, budget = menu_of(spec.limits.formats, profile), parse_budget("4.25bits")
         return Needs(spec, model_map, make_space(model_map.inventory, profile, menu, budget), 2)
@@ -108,7 +117,7 @@ def test_a_copy_of_the_weights_is_time_and_disk(make_needs: MakeNeeds) -> None:
 
 def test_a_plan_without_speeds_has_memory_and_disk(make_needs: MakeNeeds) -> None:
     plan = plan_stages(make_needs(), UNKNOWN, has_copy=True)
-    assert plan.seconds == 0
+    assert plan.seconds < 10
     assert plan.memory > 2 * 64 * 3 * 2048 * 1024
     assert plan.disk > 10**9
 
@@ -154,8 +163,12 @@ def test_a_time_limit_takes_the_largest_effort_that_fits(
         plan_of(time_limit="1s")
 
 
-def test_rates_are_measured_with_the_real_functions(make_needs: MakeNeeds) -> None:
-    needs = make_needs(SMALL)
+def test_rates_are_measured_with_the_real_functions(
+    make_needs: MakeNeeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pilot, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pilot, "_HASHED", 2**16)
+    needs = make_needs(SMALL, seq_len=32)
     rates = measure_rates(needs, settings_of(needs.spec.quantizer), torch.float32)
     assert min(rates.layer, rates.float32, rates.dequantized, rates.hashed) > 0
     assert rates.per_format.keys() == {(s.n_rows, s.n_cols) for s in needs.stacks}
