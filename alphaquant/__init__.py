@@ -5,6 +5,7 @@ torch nor optuna:
 
     search       search formats for a model under a budget: `alphaquant.search("4.25bits")`
     run_search   the same, of a `SearchSpec`
+    plan_search  what it will take on this machine, of a `SearchSpec`
     quantize     write the packed checkpoint of a configuration, of a `QuantizeSpec`
     load         load a packed checkpoint
     evaluate     measure a model, usually against its unquantized reference, of an `EvaluateSpec`
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "plan_search",
     "quantize",
     "run_search",
     "search",
@@ -39,6 +41,7 @@ __all__ = [
 
 _TARGETS = {
     "run_search": "alphaquant.commands.search:search",
+    "plan_search": "alphaquant.commands.search:plan_search",
     "SearchSpec": "alphaquant.specs.search:SearchSpec",
     "quantize": "alphaquant.commands.quantize:quantize",
     "QuantizeSpec": "alphaquant.specs.quantize:QuantizeSpec",

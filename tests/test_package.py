@@ -37,6 +37,7 @@ def test_importing_the_package_again_leaves_one_hook() -> None:
     ("name", "module", "attribute"),
     [
         ("run_search", "alphaquant.commands.search", "search"),
+        ("plan_search", "alphaquant.commands.search", "plan_search"),
         ("quantize", "alphaquant.commands.quantize", "quantize"),
         ("load", "alphaquant.runtime.checkpoint", "load"),
         ("evaluate", "alphaquant.commands.evaluate", "evaluate"),

@@ -7,6 +7,7 @@ benchmarks/README.md has plans beside measurements.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,8 @@ def fitting_plan(
 def check_room(plan: Plan, cache: Path) -> None:
     """Refuse what does not fit this machine, before anything is made.
 
+    What lies in the cache counts as room: it may be what the search would write.
+
     Args:
         plan: of the search.
         cache: where most of its files go.
@@ -167,7 +170,7 @@ def check_room(plan: Plan, cache: Path) -> None:
     """
     there = next(p for p in (cache, *cache.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if plan.disk > free:
+    if plan.disk > free and plan.disk > free + _bytes_in(cache):
         raise StoreError(
             f"the search needs about {plan.disk / GIB:.1f} GiB in {cache}, and {free / GIB:.1f} "
             "GiB are free there; give another --cache, fewer --formats, or --effort quick"
@@ -180,6 +183,15 @@ def check_room(plan: Plan, cache: Path) -> None:
             f"and there are {memory / GIB:.1f} GiB; give --dtype bfloat16, a shorter --seq-len, "
             "or a machine with more"
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files below a folder, 0 where there is none."""
+    found = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # another process may remove it
+            found += file.stat().st_size if file.is_file() else 0
+    return found
 
 
 def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[PlannedStage]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from alphaquant.evaluators.teacher import TOP_K
 from alphaquant.models.loads import experts_per_token
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.spaces.formats import parse_format
@@ -21,8 +22,8 @@ from alphaquant.studies.sizing import effort_of
 
 TRACED = 12
 """Hidden states that the trace of a layer holds."""
-TEACHER_TOKENS = 4096
-"""Tokens of the vocabulary whose probabilities are kept, at most, with 8 bytes each."""
+_KEPT_BYTES = 8
+"""Of a probability that the teacher keeps, with its token."""
 _LISTED = {1: 2.2, 5: 3.0}
 """Formats that a short bank adds to its anchors in the mean, by the sizes that it looks at;
 measured on the demo at 4.25 bits."""
@@ -208,7 +209,7 @@ class Needs:
     @property
     def teacher_bytes(self) -> int:
         """Of the original's predictions."""
-        return (self.evaluation + self.heldout) * min(self.vocabulary, TEACHER_TOKENS) * 8
+        return (self.evaluation + self.heldout) * min(self.vocabulary, TOP_K) * _KEPT_BYTES
 
     @property
     def token_bytes(self) -> int:
