@@ -21,6 +21,7 @@ class Stage(StrEnum):
 
     CONVERT = "convert", "decode the GGUF file"
     LOAD = "load", "load model and texts"
+    PILOT = "pilot", "speed of the machine"
     PREPARE = "prepare", "copy of the weights"
     TEACHER = "teacher", "original's outputs"
     SPECTRA = "spectra", "spectra of weights"

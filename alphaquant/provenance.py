@@ -23,6 +23,7 @@ class Provenance:
         model_digest: sha256 of its weights.
         data: role of a text -> its provenance, see `TokenSet.provenance`.
         device: see `device_facts`.
+        rounded_on: type of the device that matrices were rounded on, such as `cpu`.
         versions: see `versions`.
         seed: of windows, labels and proposals.
         bank: name of the bank.
@@ -39,6 +40,7 @@ class Provenance:
     model_digest: str
     data: Mapping[str, Mapping[str, Any]]
     device: Mapping[str, Any]
+    rounded_on: str
     versions: Mapping[str, str]
     seed: int
     bank: str

@@ -29,7 +29,9 @@ def command(
         from alphaquant.commands.search import plan_search
 
         quiet_libraries()
-        say(plan_text(plan_search(spec)))
+        with Bars() as bars:
+            found = plan_search(spec, progress=bars)
+        say(plan_text(found))
         return
     from alphaquant.commands.search import search
     from alphaquant.reports.report import summary_text, trial_line, trial_note

@@ -22,9 +22,10 @@ import torch
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
-from alphaquant.models.mapping import map_model
+from alphaquant.models.mapping import device_of, map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
+from alphaquant.quant.place import place_of
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.cautions import RARE_TOKENS
 from alphaquant.reports.decoration import decorate
@@ -53,7 +54,13 @@ from alphaquant.studies.inputs import (
 )
 from alphaquant.studies.loop import OnTrial, TrialLoop
 from alphaquant.studies.objective import Objective, SearchObjective
-from alphaquant.studies.planning.estimate import Plan, check_room, fitting_plan, plan_stages
+from alphaquant.studies.planning.estimate import (
+    Machine,
+    Plan,
+    check_room,
+    fitting_plan,
+    plan_stages,
+)
 from alphaquant.studies.planning.needs import Needs
 from alphaquant.studies.planning.pilot import UNKNOWN
 from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
@@ -117,18 +124,21 @@ def search(
         return _search(spec, request, StageClock(progress), on_trial, tell)
 
 
-def plan_search(spec: SearchSpec) -> Plan:
+def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
     """What a search will take on this machine, found without weights; nothing is written.
+
+    But for a GGUF file, which is decoded into the cache first.
 
     Args:
         spec: what would be searched.
+        progress: called with a stage's name, steps done, steps.
 
     Raises:
         AlphaQuantError: bad input, or what does not fit; see `alphaquant.studies.planning`.
     """
     check_kind(spec, SearchSpec, "plan_search")
     request, asked, cache = _check(spec), spec.checkpoint, cache_dir(spec.run.cache)
-    location = model_location(asked.model, spec.run.cache)
+    location = model_location(asked.model, spec.run.cache, progress)
     model_map = map_model(load_skeleton(location))
     config: Any = model_map.model.config
     dtype = working_dtype(asked.model, config, request.device, asked.dtype)
@@ -136,7 +146,8 @@ def plan_search(spec: SearchSpec) -> Plan:
     space = make_space(model_map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
-    plan = fitting_plan(spec, model_map, space, found or torch.float32, has_copy=False)
+    machine = Machine(torch.device(request.device), found or torch.float32, progress)
+    plan = fitting_plan(spec, model_map, space, machine, has_copy=False)
     check_room(plan, cache)
     return plan
 
@@ -157,7 +168,7 @@ def _search(
     space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
-    spec = _sized(spec, source, space)
+    spec = _sized(spec, source, space, clock)
     for line in size_lines(spec):
         tell(line)
     inputs = load_inputs(spec, source, clock)
@@ -192,20 +203,23 @@ def _search(
     return _decorated(_write(result, clock), inputs)
 
 
-def _sized(spec: SearchSpec, source: Source, space: SearchSpace) -> SearchSpec:
+def _sized(spec: SearchSpec, source: Source, space: SearchSpace, clock: StageClock) -> SearchSpec:
     """The specification without open sizes, checked against the room that there is.
 
     With a time limit the effort is that of a search that is taken up again, or else what fits.
     """
-    dtype = next(source.map.model.parameters()).dtype
+    parameter = next(source.map.model.parameters())
     if spec.run.time_limit is None:
         spec = sized(spec, source.map)
-        needs = Needs(spec, source.map, space, dtype.itemsize)
+        needs = Needs(spec, source.map, space, parameter.itemsize)
         plan = plan_stages(needs, UNKNOWN, has_copy=True)
     else:
         known = None if spec.run.overwrite else effort_in(spec.run.out)
         spec = spec if known is None else replaced(spec, effort=known)
-        plan = fitting_plan(spec, source.map, space, dtype, has_copy=True, is_known=bool(known))
+        machine = Machine(parameter.device, parameter.dtype, clock)
+        plan = fitting_plan(
+            spec, source.map, space, machine, has_copy=True, is_known=known is not None
+        )
     check_room(plan, cache_dir(spec.run.cache))
     return plan.spec
 
@@ -335,6 +349,7 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
         **inputs.source.facts(),
         data=inputs.text_facts(),
         device=device_facts(device),
+        rounded_on=place_of(device_of(inputs.source.map.model)).device.type,
         versions=versions(),
         seed=spec.proposals.seed,
         bank=bank.path.name,

@@ -13,13 +13,13 @@ Letters: S stacks, N rows, K columns.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -190,15 +190,34 @@ def quantize_layer(
         FormatError: a weight is NaN or infinite.
         ModelError: a Hessian cannot be factorized, or holds NaN.
     """
-    for batch in _without_data(layer) if hessians is None else hessians:
+    batches = _without_data(layer) if hessians is None else hessians
+    yield from quantize_batches(model_map, batches, formats, settings, wanted)
+
+
+class Weights(Protocol):
+    """Where the engine reads weights: a `ModelMap`."""
+
+    def view(self, name: str) -> Tensor:
+        """The weight of a matrix, [N, K]."""
+
+
+def quantize_batches(
+    weights: Weights,
+    batches: Iterable[HessianBatch],
+    formats: Sequence[str],
+    settings: QuantSettings,
+    wanted: Wanted = lambda matrix, name: True,
+) -> Iterator[QuantizedMatrix]:
+    """Quantize the matrices of batches of Hessians; all else as `quantize_layer`."""
+    for batch in batches:
         _check_hessians(batch)
-        place = place_of(model_map.view(batch.stacks[0][0].name).device)
-        shrinkage = _shrinkage(model_map, batch, settings, place)
+        place = place_of(weights.view(batch.stacks[0][0].name).device)
+        shrinkage = _shrinkage(weights, batch, settings, place)
         asked = [_asked(stack, formats, wanted) for stack in batch.stacks]
         with _threads(place) as over:
             for numbers in _runs(batch, asked, place):
                 own = {b: asked[b] for b in numbers}
-                stacks = _gather(model_map, batch, own, (settings, shrinkage), place)
+                stacks = _gather(weights, batch, own, (settings, shrinkage), place)
                 yield from _quantize_stacks(stacks, list(own.values()), settings, over)
 
 
@@ -251,21 +270,21 @@ def _threads(place: Place) -> Iterator[Map]:
 
 
 def _shrinkage(
-    model_map: ModelMap, batch: HessianBatch, settings: QuantSettings, place: Place
+    weights: Weights, batch: HessianBatch, settings: QuantSettings, place: Place
 ) -> Shrinkage:
     """How far the Hessians of a batch are drawn toward their diagonals."""
     if settings.method != "gptq" or not settings.shrinkage:
         return NO_SHRINKAGE
 
     def weight_of(index: int) -> Tensor:
-        views = [model_map.view(m.name) for m in batch.stacks[index]]
+        views = [weights.view(m.name) for m in batch.stacks[index]]
         return torch.cat(views).to(place.device, torch.float32)
 
     return choose_shrinkage(batch, weight_of, settings.percdamp, place)
 
 
 def _gather(
-    model_map: ModelMap,
+    source: Weights,
     batch: HessianBatch,
     asked: Mapping[int, Asked],
     how: tuple[QuantSettings, Shrinkage],
@@ -274,12 +293,12 @@ def _gather(
     """The stacks of a batch that are asked for, with their factors where those are needed."""
     (settings, shrinkage), numbers = how, list(asked)
     matrices = tuple(batch.stacks[b] for b in numbers)
-    views = [model_map.view(m.name) for stack in matrices for m in stack]
+    views = [source.view(m.name) for stack in matrices for m in stack]
     weights = torch.cat(views).to(place.device, torch.float32)
     if not bool(torch.isfinite(weights).all()):
         for stack in matrices:
             for m in stack:
-                check_finite(model_map.view(m.name), m.name)
+                check_finite(source.view(m.name), m.name)
     hessian = damped = None
     amounts = tuple(shrinkage.amount(batch.tokens_per_input(b)) for b in numbers)
     if batch.has_data[numbers[0]]:

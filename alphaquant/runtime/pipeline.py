@@ -19,13 +19,14 @@ from torch import Tensor
 
 from alphaquant.errors import StoreError
 from alphaquant.models.loads import utilization_facts
-from alphaquant.models.mapping import weights_digest
+from alphaquant.models.mapping import device_of, weights_digest
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.place import place_of
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums
@@ -166,13 +167,15 @@ class _Run:
 
     def start_report(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What is known before the first layer; utilization and matrices come layer by layer."""
+        bank, device = self.job.bank, device_of(self.job.model_map.model)
         return {
             "settings": asdict(self.job.settings),
             "versions": versions(),
-            **device_facts(str(next(self.job.model_map.model.parameters()).device)),
+            **device_facts(str(device)),
+            "rounded_on": place_of(device).device.type,
             **facts,
             "bits": asdict(self.job.counts),
-            "bank": None if self.job.bank is None else self.job.bank.path.name,
+            "bank": None if bank is None else _bank_facts(bank),
             "utilization": {},
             "matrices": [],
             "activations": self.job.activation_names,
@@ -249,6 +252,11 @@ class _Run:
                 f"{self.part.folder} needs {needed} bytes more and {free} are free there; free "
                 "space, or give another --out, then run the same command"
             )
+
+
+def _bank_facts(bank: Bank) -> dict[str, Any]:
+    """Name of a bank, and with what its first matrices were made."""
+    return {"key": bank.path.name, **{k: bank.facts.get(k) for k in ("versions", "rounded_on")}}
 
 
 def _digest(tokens: Tensor) -> str:

@@ -19,11 +19,13 @@ from alphaquant.costs.fisher import (
     unit_costs,
 )
 from alphaquant.errors import ConfigError
+from alphaquant.models.mapping import device_of
 from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray, FloatArray
 from alphaquant.search.shortlist import complete_costs, shortlist
@@ -270,6 +272,7 @@ def fill_source_bank(
         **source.facts(),
         "calibration": calibration.provenance(),
         "settings": asdict(settings),
+        "rounded_on": place_of(device_of(source.map.model)).device.type,
         "versions": versions(),
     }
     key = bank_key(source.digest, calibration.digest, settings)

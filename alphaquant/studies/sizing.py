@@ -27,7 +27,7 @@ MOST_CALIBRATION = 2**17
 """Tokens; more than the embedded text may have, and rounding gains little by then."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Effort:
     """What is spent where nothing was asked for.
 
@@ -64,9 +64,48 @@ class Effort:
 _ANCHORS, _AROUND = (2.25, 6.25), (-0.4, -0.2, 0.0, 0.2, 0.4)
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(1, 2**13, 2**13, 2**13, 1, 1, 10, 3, 10, 2**12, (), (0.0,)),
-    "default": Effort(2, 2**15, 12_288, 2**14, 2, 3, None, 8, 30, 2**12, _ANCHORS, _AROUND),
-    "thorough": Effort(8, 2**16, 2**15, 2**16, 2, 8, None, 16, 60, 2**13, _ANCHORS, _AROUND),
+    "quick": Effort(
+        tokens_per_input=1,
+        least_calibration=2**13,
+        evaluation=2**13,
+        heldout=2**13,
+        n_starts=1,
+        refine_sweeps=1,
+        trials=10,
+        n_front_sizes=3,
+        n_probes=10,
+        probe_tokens=2**12,
+        anchor_bits=(),
+        around=(0.0,),
+    ),
+    "default": Effort(
+        tokens_per_input=2,
+        least_calibration=2**15,
+        evaluation=12_288,
+        heldout=2**14,
+        n_starts=2,
+        refine_sweeps=3,
+        trials=None,
+        n_front_sizes=8,
+        n_probes=30,
+        probe_tokens=2**12,
+        anchor_bits=_ANCHORS,
+        around=_AROUND,
+    ),
+    "thorough": Effort(
+        tokens_per_input=8,
+        least_calibration=2**16,
+        evaluation=2**15,
+        heldout=2**16,
+        n_starts=2,
+        refine_sweeps=8,
+        trials=None,
+        n_front_sizes=16,
+        n_probes=60,
+        probe_tokens=2**13,
+        anchor_bits=_ANCHORS,
+        around=_AROUND,
+    ),
 }
 
 

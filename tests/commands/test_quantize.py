@@ -74,7 +74,10 @@ def test_what_its_search_quantized_is_taken_from_the_bank(
     for file in sorted(made.path.glob("*.safetensors")):
         assert (taken.path / file.name).read_bytes() == file.read_bytes()
     reports = [report_of(x.path) for x in (made, taken)]
-    assert [r["bank"] for r in reports] == [None, found.provenance.bank]
+    assert reports[0]["bank"] is None
+    assert reports[1]["bank"]["key"] == found.provenance.bank
+    assert reports[1]["bank"]["versions"] == found.provenance.versions
+    assert {r["rounded_on"] for r in (*reports, reports[1]["bank"])} == {"cpu"}
     assert reports[0]["utilization"] == reports[1]["utilization"]
     rows = [[{**m, "seconds": 0} for m in r["matrices"]] for r in reports]
     by_name = [sorted(r, key=lambda m: m["matrix"]) for r in rows]

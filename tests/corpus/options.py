@@ -121,6 +121,11 @@ BUDGETS = (
 )
 
 NUMBERS = (
+    Case("time limit without a unit", f"{SEARCH} --time-limit 90", "give a duration such as"),
+    Case("time limit of nothing", f"{SEARCH} --time-limit 0min", "time_limit is '0min'"),
+    Case("time limit that nothing fits", f"{SEARCH} --time-limit 0.01s", "is estimated at"),
+    Case("an effort that does not exist", f"{SEARCH} --effort huge", "Choose from", 2),
+    Case("plan of a budget below all", f"{SEARCH} --plan --budget 1bits", "cannot be reached"),
     Case("timeout nan", f"{SEARCH} --timeout nan", RANGE, 2),
     Case("layer minimum nan", f"{SEARCH} --layer-minimum-bits nan", RANGE, 2),
     Case("layer minimum inf", f"{SEARCH} --layer-minimum-bits inf", "layer_minimum_bits is inf"),

@@ -5,6 +5,7 @@ Linux tells both; elsewhere the machine's memory is known and half of it counts 
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def trim_heap() -> None:
     Tensors of up to 32 MiB come from its heap, which keeps what was freed: after the copy of a
     7B model of 16 MiB experts 1.3 GiB, after their Hessians 2 GiB more.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 

@@ -17,13 +17,13 @@ from alphaquant.errors import ConfigError, StoreError
 from alphaquant.evaluators.predictions import MOST_BYTES
 from alphaquant.models.pages.memory import GIB, free_memory, total_memory
 from alphaquant.models.sites import ModelMap
-from alphaquant.progress import Stage
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.planning.needs import TRACED, Needs
-from alphaquant.studies.planning.pilot import Rates, measure_rates
+from alphaquant.studies.planning.pilot import Pilot, Rates
 from alphaquant.studies.rounds import HIDDEN_SHARE
 from alphaquant.studies.sizing import EFFORTS, sized
 
@@ -87,6 +87,21 @@ class Plan:
         return sum(s.disk for s in self.stages)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where a search would run.
+
+    Attributes:
+        device: of the model.
+        dtype: of the computation.
+        progress: called with ("pilot", measurements done, measurements).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress = no_progress
+
+
 def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool) -> Plan:
     """What every stage of a search will take.
 
@@ -119,7 +134,7 @@ def fitting_plan(
     spec: SearchSpec,
     model_map: ModelMap,
     space: SearchSpace,
-    dtype: torch.dtype,
+    machine: Machine,
     *,
     has_copy: bool,
     is_known: bool = False,
@@ -132,19 +147,23 @@ def fitting_plan(
         spec: what was asked.
         model_map: the model, with weights or without.
         space: units, menu, budget.
-        dtype: of the computation.
+        machine: where it would run.
         has_copy: see `plan_stages`.
         is_known: the effort is that of a search that goes on, and is kept.
 
     Raises:
         ConfigError: nothing fits in the time.
+        ModelError: the speed cannot be measured for this architecture.
     """
     limit, plans = spec.run.limit_seconds, list[Plan]()
     efforts = list(EFFORTS)[list(EFFORTS).index(spec.run.effort) :: -1]
+    rates: Rates | None = None
     for effort in efforts if limit is not None and not is_known else efforts[:1]:
         own = sized(replaced(spec, effort=effort), model_map)
-        needs = Needs(own, model_map, space, dtype.itemsize)
-        rates = measure_rates(needs, settings_of(own.quantizer), dtype)
+        needs = Needs(own, model_map, space, machine.dtype.itemsize)
+        pilot = Pilot(needs, machine.dtype, machine.device, machine.progress)
+        settings = settings_of(own.quantizer)
+        rates = pilot.measure(settings) if rates is None else pilot.measure_again(rates, settings)
         plans.append(plan_stages(needs, rates, has_copy=has_copy))
         if limit is None or is_known or plans[-1].seconds <= limit:
             return plans[-1]

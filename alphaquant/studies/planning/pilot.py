@@ -11,16 +11,18 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alphaquant.errors import ModelError
 from alphaquant.evaluators.predictions import predict_pieces
 from alphaquant.models.loading import auto_class
 from alphaquant.models.sites import ModelMap
-from alphaquant.quant.engine import quantize_layer
+from alphaquant.progress import Progress, Stage, no_progress
+from alphaquant.quant.engine import quantize_batches
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.spaces.units import Matrix
@@ -65,49 +67,83 @@ UNKNOWN = Rates(0.0, 0.0, math.inf, defaultdict(float), defaultdict(float), math
 """No time at all: for a plan of memory and disk alone."""
 
 
-def measure_rates(needs: Needs, settings: QuantSettings, dtype: torch.dtype) -> Rates:
-    """Speeds of this machine for a search.
+@dataclass(frozen=True)
+class Pilot:
+    """What a machine is measured with.
 
-    Args:
+    Attributes:
         needs: of the search; its shapes are taken.
-        settings: of the quantizer.
         dtype: of the computation.
+        device: of the model.
+        progress: called with ("pilot", measurements done, measurements).
     """
-    device = next(needs.model_map.model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
-    once, per_format = {}, {}
-    packed: PackedMatrix | None = None
-    for stack in needs.stacks:
-        key = (stack.n_rows, stack.n_cols)
-        once[key], per_format[key], packed = _quantizer(stack, settings)
-    assert packed is not None, "a model has matrices"
-    n_weights = packed.rows * packed.cols
-    content = bytes(_HASHED)
-    layer, head = _forward(needs, dtype, device)
-    return Rates(
-        layer=layer,
-        head=head,
-        float32=_products(needs, device),
-        once=once,
-        per_format=per_format,
-        dequantized=n_weights / _seconds(packed.dequantize),
-        hashed=_HASHED / _seconds(lambda: hashlib.sha256(content).digest()),
-    )
 
+    needs: Needs
+    dtype: torch.dtype
+    device: torch.device
+    progress: Progress = no_progress
 
-@torch.no_grad()
-def _forward(needs: Needs, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Seconds of the layers per token and weight, and of predictions per token."""
-    model, n_layers = _short_model(needs.model_map, dtype)
-    model.to(device).eval()
-    # With few numbers, whose size does not matter, products are as fast as with any.
-    tokens = torch.zeros(_WINDOWS, needs.seq_len, dtype=torch.int64)
-    tokens += torch.arange(needs.seq_len) % needs.vocabulary
-    body = getattr(model, "base_model", model)
-    layers = _seconds(lambda: body(tokens.to(device), use_cache=False))
-    whole = _seconds(lambda: [p.log_probs.amax() for p in predict_pieces(model, tokens)])
-    n_active = tokens.numel() * needs.active_in(n_layers)
-    return layers / n_active, max(whole - layers, 0.0) / tokens.numel()
+    def measure(self, settings: QuantSettings) -> Rates:
+        """Speeds of this machine for a search with these settings of the quantizer.
+
+        Raises:
+            ModelError: the first layers do not make a model.
+        """
+        stacks = self.needs.stacks
+        total = len(stacks) + 1
+        self.progress(Stage.PILOT, 0, total)
+        layer, head = self._measured_forward()
+        once, per_format = {}, {}
+        packed: PackedMatrix | None = None
+        for done, stack in enumerate(stacks, 1):
+            self.progress(Stage.PILOT, done, total)
+            key = (stack.n_rows, stack.n_cols)
+            once[key], per_format[key], packed = _quantizer(stack, settings, self.device)
+        assert packed is not None, "a model has matrices"
+        n_weights, content = packed.rows * packed.cols, bytes(_HASHED)
+        found = Rates(
+            layer=layer,
+            head=head,
+            float32=_products(self.needs, self.device),
+            once=once,
+            per_format=per_format,
+            dequantized=n_weights / _seconds(packed.dequantize),
+            hashed=_HASHED / _seconds(lambda: hashlib.sha256(content).digest()),
+        )
+        self.progress(Stage.PILOT, total, total)
+        return found
+
+    def measure_again(self, known: Rates, settings: QuantSettings) -> Rates:
+        """The same for other settings: the quantizer alone is measured."""
+        once, per_format = {}, {}
+        for stack in self.needs.stacks:
+            key = (stack.n_rows, stack.n_cols)
+            once[key], per_format[key], _ = _quantizer(stack, settings, self.device)
+        return replace(known, once=once, per_format=per_format)
+
+    def _measured_forward(self) -> tuple[float, float]:
+        try:
+            return self._forward()
+        except Exception as error:  # of any kind: it is transformers' code of one architecture
+            why = " ".join(str(error).split()) or type(error).__name__
+            name = type(self.needs.model_map.model).__name__
+            raise ModelError(
+                f"the speed of {name} cannot be measured on its first layers ({why}); leave "
+                "--plan and --time-limit out"
+            ) from error
+
+    @torch.no_grad()
+    def _forward(self) -> tuple[float, float]:
+        """Seconds of the layers per token and weight, and of predictions per token."""
+        model, n_layers = _short_model(self.needs.model_map, self.dtype)
+        model.to(self.device).eval()
+        tokens = torch.zeros(_WINDOWS, self.needs.seq_len, dtype=torch.int64)
+        tokens += torch.arange(self.needs.seq_len) % self.needs.vocabulary
+        body = getattr(model, "base_model", model)
+        layers = _seconds(lambda: body(tokens.to(self.device), use_cache=False))
+        whole = _seconds(lambda: [p.log_probs.amax() for p in predict_pieces(model, tokens)])
+        n_active = tokens.numel() * self.needs.active_in(n_layers)
+        return layers / n_active, max(whole - layers, 0.0) / tokens.numel()
 
 
 def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, int]:
@@ -118,7 +154,7 @@ def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, in
     config = copy.deepcopy(typed.config)
     text = config.get_text_config()
     text.num_hidden_layers = n_layers
-    if getattr(text, "layer_types", None):
+    if vars(text).get("layer_types"):  # where it is no property of the number of layers
         text.layer_types = text.layer_types[:n_layers]
     model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
     return model, n_layers
@@ -146,18 +182,21 @@ def _seconds(run: Callable[[], Any]) -> float:
             return taken / n_runs
 
 
-def _quantizer(stack: Stack, settings: QuantSettings) -> tuple[float, float, PackedMatrix]:
+def _quantizer(
+    stack: Stack, settings: QuantSettings, device: torch.device
+) -> tuple[float, float, PackedMatrix]:
     """Seconds of one stack of a shape: once, per format; and a packed matrix of it."""
     parts = _cut(stack.matrices)
-    weights = {m.name: torch.randn(m.rows, m.cols) * m.cols**-0.5 for m in parts}
-    inputs = torch.randn(2 * stack.n_cols, stack.n_cols)
+    weights = _Random(
+        {m.name: torch.randn(m.rows, m.cols, device=device) * m.cols**-0.5 for m in parts}
+    )
+    inputs = torch.randn(2 * stack.n_cols, stack.n_cols, device=device)
     batch = HessianBatch((parts,), (inputs.T @ inputs)[None], (len(inputs),), ("plain",))
-    weights_of = cast(ModelMap, _Weights(weights))
     found: list[PackedMatrix] = []
 
     def run(formats: Sequence[str]) -> float:
         started = time.perf_counter()
-        items = quantize_layer(weights_of, cast(Any, None), [batch], formats, settings)
+        items = quantize_batches(weights, [batch], formats, settings)
         found.extend(item.packed for item in items)
         return time.perf_counter() - started
 
@@ -177,8 +216,8 @@ def _cut(matrices: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """What the engine asks a model for."""
+class _Random:
+    """What the engine asks a model for, of random numbers."""
 
     weights: Mapping[str, Tensor]
 

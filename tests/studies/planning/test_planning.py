@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaquant.commands.plan_text import plan_text
-from alphaquant.errors import ConfigError, StoreError
+from alphaquant.errors import ConfigError, ModelError, StoreError
+from alphaquant.models.loading import auto_class
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.memory import GIB
 from alphaquant.models.sites import ModelMap
@@ -22,14 +23,21 @@ from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
-from alphaquant.specs.quantizer import settings_of
+from alphaquant.specs.quantizer import QuantSettings, settings_of
 from alphaquant.specs.run import duration_seconds
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.planning import estimate, pilot
-from alphaquant.studies.planning.estimate import Plan, check_room, fitting_plan, plan_stages
+from alphaquant.studies.planning.estimate import (
+    Machine,
+    Plan,
+    check_room,
+    fitting_plan,
+    plan_stages,
+)
 from alphaquant.studies.planning.needs import Needs
-from alphaquant.studies.planning.pilot import UNKNOWN, Rates, measure_rates
+from alphaquant.studies.planning.pilot import UNKNOWN, Pilot, Rates
 from alphaquant.studies.sizing import sized
+from alphaquant.testing.any_model import routed_architectures, tiny_config
 
 OLMOE = {
     **{"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 2},
@@ -62,17 +70,18 @@ def skeleton(sizes: tuple[tuple[str, int], ...]) -> ModelMap:
         )
 
 
+def needs_of(model_map: ModelMap, **settings: Any) -> Needs:
+    """Needs of a search of a model without weights, in a dtype of two bytes."""
+    profile = find_profile("any")
+    spec = sized(SearchSpec.of(**{"budget": "4.25bits", "model": "m", **settings}), model_map)
+    menu, budget = menu_of(spec.limits.formats, profile), parse_budget(spec.limits.budget)
+    return Needs(spec, model_map, make_space(model_map.inventory, profile, menu, budget), 2)
+
+
 @pytest.fixture
 def make_needs() -> MakeNeeds:
     """Make the needs of a search of an OLMoE without weights: `make_needs(SMALL, effort=...)`."""
-
-    def make(sizes: dict[str, int] = OLMOE, **settings: Any) -> Needs:
-        model_map, profile = skeleton(tuple(sizes.items())), find_profile("any")
-        spec = sized(SearchSpec.of(**{"budget": "4.25bits", "model": "m", **settings}), model_map)
-        menu, budget = menu_of(spec.limits.formats, profile), parse_budget("4.25bits")
-        return Needs(spec, model_map, make_space(model_map.inventory, profile, menu, budget), 2)
-
-    return make
+    return lambda sizes=OLMOE, **settings: needs_of(skeleton(tuple(sizes.items())), **settings)
 
 
 def seconds_of(plan: Plan, stage: Stage) -> float:
@@ -150,12 +159,14 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
 def test_a_time_limit_takes_the_largest_effort_that_fits(
     make_needs: MakeNeeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "measure_rates", lambda needs, settings, dtype: RATES)
+    monkeypatch.setattr(pilot.Pilot, "measure", lambda self, settings: RATES)
+    monkeypatch.setattr(pilot.Pilot, "measure_again", lambda self, known, settings: known)
 
     def plan_of(**settings: Any) -> Plan:
         spec = SearchSpec.of(budget="4.25bits", model="m", **settings)
         known = make_needs()
-        return fitting_plan(spec, known.model_map, known.space, torch.bfloat16, has_copy=True)
+        machine = Machine(torch.device("cpu"), torch.bfloat16)
+        return fitting_plan(spec, known.model_map, known.space, machine, has_copy=True)
 
     seconds = {e: plan_of(effort=e).seconds for e in ("quick", "default", "thorough")}
     assert sorted(seconds.values()) == list(seconds.values())
@@ -172,13 +183,50 @@ def test_rates_are_measured_with_the_real_functions(
     monkeypatch.setattr(pilot, "_LEAST_SECONDS", 0.0)
     monkeypatch.setattr(pilot, "_HASHED", 2**16)
     needs = make_needs(SMALL, seq_len=32)
-    rates = measure_rates(needs, settings_of(needs.spec.quantizer), torch.float32)
+    steps: list[tuple[int, int]] = []
+    measured = Pilot(
+        *(needs, torch.float32, torch.device("cpu")),
+        progress=lambda stage, done, total: steps.append((done, total)),
+    )
+    settings = settings_of(needs.spec.quantizer)
+    rates = measured.measure(settings)
+    assert (steps[0][0], steps[-1][0]) == (0, steps[-1][1])
+    again = measured.measure_again(rates, settings)
+    assert (again.layer, again.float32) == (rates.layer, rates.float32)
+    assert again.per_format != rates.per_format
     assert min(rates.layer, rates.float32, rates.dequantized, rates.hashed) > 0
     assert rates.per_format.keys() == {(s.n_rows, s.n_cols) for s in needs.stacks}
     assert min(rates.per_format.values()) > 0
     text = plan_text(plan_stages(needs, rates, has_copy=False))
     assert text.splitlines()[4].split() == ["stage", "minutes", "memory,", "GiB", "disk,", "GiB"]
     assert "original's outputs" in text
+
+
+def test_an_architecture_whose_first_layers_make_no_model_is_one_clear_error(
+    make_needs: MakeNeeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any) -> Any:
+        raise ValueError("two lists\n of other lengths")
+
+    needs = make_needs(SMALL)
+    monkeypatch.setattr(pilot, "auto_class", refuse)
+    with pytest.raises(ModelError, match=r"first layers \(two lists of other lengths\); leave"):
+        Pilot(needs, torch.float32, torch.device("cpu")).measure(QuantSettings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(set(routed_architectures()) - {"doge", "jetmoe"}))
+def test_every_architecture_that_is_quantized_has_a_plan(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pilot, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pilot, "_HASHED", 2**16)
+    with torch.device("meta"):
+        config = tiny_config(arch)
+        model_map = map_model(auto_class(config).from_config(config))
+    needs = needs_of(model_map, effort="quick", seq_len=16, budget="6bits")
+    rates = Pilot(needs, torch.float32, torch.device("cpu")).measure(QuantSettings())
+    assert 0 < plan_stages(needs, rates, has_copy=False).seconds < 1000
 
 
 @pytest.mark.parametrize(
