@@ -120,6 +120,7 @@ def search(
     """
     check_kind(spec, SearchSpec, "run_search")
     request = _check(spec)
+    _check_places(spec)
     with locked_folder(spec.run.out):
         return _search(spec, request, StageClock(progress), on_trial, tell)
 
@@ -228,7 +229,7 @@ def _check(spec: SearchSpec) -> _Request:
     """Find every name in a specification, before anything is loaded.
 
     Raises:
-        AlphaQuantError: a name or number that does not exist, or an `out` that is taken.
+        AlphaQuantError: a name or number that does not exist.
     """
     budget, profile = parse_budget(spec.limits.budget), find_profile(spec.limits.profile)
     menu = menu_of(spec.limits.formats, profile)
@@ -241,6 +242,15 @@ def _check(spec: SearchSpec) -> _Request:
     device = find_device(spec.checkpoint.device)
     if spec.checkpoint.dtype != "auto":
         named_dtype(spec.checkpoint.dtype)
+    return _Request(budget, profile, menu, device)
+
+
+def _check_places(spec: SearchSpec) -> None:
+    """Look where a search would write.
+
+    Raises:
+        AlphaQuantError: a place that cannot be written to, or an `out` that is taken.
+    """
     if spec.run.storage is not None:
         check_storage(spec.run.storage)
     check_place(spec.run.out, "--out")
@@ -249,7 +259,6 @@ def _check(spec: SearchSpec) -> _Request:
     if spec.run.time_limit is not None:  # the effort is found when the model is known
         facts.pop("effort")
     check_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
-    return _Request(budget, profile, menu, device)
 
 
 def _make_run(

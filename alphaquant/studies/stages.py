@@ -14,6 +14,7 @@ from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet
+from alphaquant.studies.sizing import sized
 from alphaquant.texts.windows import TokenSet, check_disjoint, shuffled
 
 LOAD_STEPS = SOURCE_STEPS + 4
@@ -58,7 +59,7 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
     """Find the scores that are asked for, read the three texts, check that they share nothing.
 
     Args:
-        spec: what was asked, without open sizes.
+        spec: what was asked; open sizes are those of its effort.
         source: the model.
         progress: called with ("load", steps done, `LOAD_STEPS`) after each text.
 
@@ -66,14 +67,15 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
         ConfigError: a score that does not exist.
         DataError: a text cannot be found, is too short or overlaps with another.
     """
-    data, scores = spec.texts, plan_scores(spec.scores, source.tokenizer, spec.texts.bos)
+    data = sized(spec, source.map).texts
+    scores = plan_scores(spec.scores, source.tokenizer, data.bos)
     texts: list[TokenSet] = []
     for text, role, n_samples in (
         (data.calibration, "calibration", data.calibration_samples),
         (data.evaluation, "search", data.evaluation_samples),
         (data.heldout, "heldout", data.heldout_samples),
     ):
-        assert n_samples is not None, "sizes are closed before texts are read"
+        assert n_samples is not None, "no size is open now"
         texts.append(
             read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
         )

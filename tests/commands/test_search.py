@@ -235,6 +235,9 @@ def test_a_plan_needs_no_weights_and_writes_nothing(make_spec: MakeSpec, tmp_pat
     found = plan_search(spec)
     assert found.seconds > 0
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("another's")
+    assert plan_search(spec).disk == found.disk  # where results would go does not matter
 
 
 def test_packed_checkpoint_of_best_measures_as_its_trial(

@@ -24,6 +24,7 @@ from alphaquant.studies import costing
 from alphaquant.studies.costing import bank_formats, measure_unit_costs, open_filled_bank
 from alphaquant.studies.inputs import load_source
 from alphaquant.studies.preparing import Prepared, prepare, problem_of
+from alphaquant.studies.sizing import sized
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs, store_teachers
 
 MakeSpec = Callable[..., SearchSpec]
@@ -44,6 +45,13 @@ def space(inputs: Inputs, spec: SearchSpec) -> SearchSpace:
     profile = find_profile("any")
     menu, budget = menu_of(spec.limits.formats, profile), parse_budget(spec.limits.budget)
     return make_space(inputs.source.map.inventory, profile, menu, budget)
+
+
+def test_open_sizes_are_those_of_the_effort(make_spec: MakeSpec, tmp_path: Path) -> None:
+    asked = make_spec(tmp_path / "out", evaluation_samples=None, effort="quick")
+    source = load_source(asked.checkpoint.model, "cpu", "auto", cache=asked.run.cache)
+    expected = sized(asked, source.map).texts.evaluation_samples
+    assert len(load_inputs(asked, source).evaluation.tokens) == expected == -(-(2**13) // 48)
 
 
 def test_texts_have_their_roles_and_counts(inputs: Inputs, spec: SearchSpec) -> None:
