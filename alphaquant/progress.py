@@ -37,6 +37,7 @@ class Stage(StrEnum):
     REPORT = "report", "report"
     QUANTIZE = "quantize", "quantize"
     FIRST_RUN = "first_run", "run the checkpoint"
+    EXPORT = "export", "export"
     EVALUATE = "evaluate", "evaluate"
 
     def __new__(cls, value: str, text: str = "") -> "Stage":

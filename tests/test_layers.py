@@ -37,12 +37,13 @@ _ROOMS: dict[str, set[str]] = {
     "quant": {"spaces", "specs", "kernels", "models"},
     "costs": {"spaces", "specs", "kernels", "models", "quant"},
     "runtime": {"spaces", "specs", "kernels", "models", "quant"},
+    "exports": {"spaces", "specs", "kernels", "models", "quant", "runtime"},
     "gptq": {"spaces", "specs", "kernels", "models", "quant", "runtime"},
     "evaluators": {"spaces", "specs", "kernels", "models", "texts", "quant", "runtime"},
 }
-_BELOW_STUDIES = set(_ROOMS) - {"gptq", "runtime"}
+_BELOW_STUDIES = set(_ROOMS) - {"gptq", "runtime", "exports"}
 _BELOW_REPORTS = _BELOW_STUDIES | {"studies"}
-_BELOW_COMMANDS = _BELOW_REPORTS | {"runtime", "reports"}
+_BELOW_COMMANDS = _BELOW_REPORTS | {"runtime", "exports", "reports"}
 _LATE_ROOMS = {
     "studies": _BELOW_STUDIES,
     "reports": _BELOW_REPORTS,

@@ -4,10 +4,12 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ConfigError, ModelError
+from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.architectures import check_architecture, choose_architecture
 from alphaquant.models.loading import load_skeleton, named_dtype
 from alphaquant.models.mapping import map_model
@@ -103,6 +105,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         for warning in warnings:
             logger.warning("%s", warning)
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
+        exporter = EXPORTERS.get(spec.export)
+        if exporter is not None:
+            exporter.check(plan.assignment, source.map.inventory, source.map.model.config)
         progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
         windows = None if tokens is None else tokens.tokens
@@ -115,6 +120,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
             facts=facts | {"architecture": architecture.name},
             tokenizer=source.tokenizer,
             progress=progress,
+            export=None if exporter is None else partial(export_packed, exporter),
         )
 
 
@@ -168,6 +174,7 @@ def result_json(result: PipelineResult) -> dict[str, Any]:
         "quantized_bytes": result.quantized_bytes,
         "checkpoint_bytes": result.checkpoint_bytes,
         "fallbacks": dict(result.fallbacks),
+        **({} if result.export is None else {"export": dict(result.export)}),
         "seconds": round(result.seconds, 1),
     }
 

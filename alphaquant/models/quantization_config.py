@@ -20,6 +20,8 @@ from alphaquant.spaces.formats import Format, parse_format
 
 QUANT_METHOD = "alphaquant"
 CHECKPOINT_VERSION = 1
+REPORT = "quantize_report.json"
+"""Beside the weights: a row per matrix, provenance, and how files of another format were made."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,15 @@ def is_packed(path: str | Path) -> bool:
         return False
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
+
+
+def is_made_by_us(path: str | Path) -> bool:
+    """Whether a directory is a packed checkpoint of ours, or an export of one."""
+    try:
+        report = json.loads((Path(path) / REPORT).read_text())
+    except (OSError, ValueError, RecursionError):
+        return is_packed(path)
+    return is_packed(path) or (isinstance(report, dict) and "export" in report)
 
 
 def make_quantization_config(formats: PackedFormats) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Layout, beside the target::
     <out>.part/lock              held by the process that works here
     <out>.part/layers/003.json   a finished layer: its file with sha256, and its part of the report
     <out>.part/checkpoint/       becomes the target when everything is there
+    <out>.part/export/           becomes it instead, where another program's files were asked for
     <out>.part/replaced/         the old target, for the moment of the exchange
 
 A folder of that name without our `job.json` is someone else's and is never touched. Nothing here
@@ -23,11 +24,11 @@ from typing import Any
 
 from alphaquant.errors import StoreError
 from alphaquant.files import locked, sha256_of, whole_file, writing
-from alphaquant.models.quantization_config import is_packed
+from alphaquant.models.quantization_config import is_made_by_us
 
 _MADE_BY = "aq-quantize"
-_JOB, _LOCK, _LAYERS, _CHECKPOINT, _REPLACED = (
-    *("job.json", "lock", "layers", "checkpoint", "replaced"),
+_JOB, _LOCK, _LAYERS, _CHECKPOINT, _EXPORT, _REPLACED = (
+    *("job.json", "lock", "layers", "checkpoint", "export", "replaced"),
 )
 _LONGEST_PATH = 3800
 """Bytes that the path of a checkpoint may have: systems take 4096, with the names of its files."""
@@ -108,8 +109,19 @@ class Part:
         """
         self._write(f"{_LAYERS}/{index:03d}.json", record)
 
-    def place(self) -> Path:
-        """Move the finished checkpoint to the target.
+    def make_export(self) -> Path:
+        """An empty directory for another program's files, which `place` then takes."""
+        folder = self.folder / _EXPORT
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        return folder
+
+    def place(self, made: Path | None = None) -> Path:
+        """Move what is finished to the target.
+
+        Args:
+            made: the directory; the packed checkpoint by default.
 
         Returns:
             The target as it was asked for.
@@ -117,16 +129,17 @@ class Part:
         Raises:
             StoreError: it cannot be moved there; it stays where it is.
         """
+        made = self.checkpoint if made is None else made
         _check_free(self.asked, self.target, self.overwrite)
         replaced = self.folder / _REPLACED
         try:
             if self.target.exists() and any(self.target.iterdir()):
                 self.target.rename(replaced)
-            self.checkpoint.rename(self.target)
+            made.rename(self.target)
         except OSError as error:
             self._put_back()
             raise StoreError(
-                f"the checkpoint is complete in {self.checkpoint} and cannot be moved to "
+                f"the checkpoint is complete in {made} and cannot be moved to "
                 f"{self.target} ({error}); mend this and run the same command, or move it yourself"
             ) from error
         self.clear()
@@ -135,7 +148,7 @@ class Part:
     def clear(self) -> None:
         """Remove what is ours in the folder; a target that was being replaced comes back."""
         self._put_back()
-        for name in (_LAYERS, _CHECKPOINT, _REPLACED):
+        for name in (_LAYERS, _CHECKPOINT, _EXPORT, _REPLACED):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / _JOB).unlink(missing_ok=True)
 
@@ -264,7 +277,7 @@ def _check_free(path: Path, target: Path, overwrite: bool) -> None:
     """Refuse to write where something else is; `overwrite` replaces packed checkpoints only."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not is_packed(target):
+    if not is_made_by_us(target):
         raise StoreError(
             f"{path} exists and is no packed checkpoint; give another --out (--overwrite replaces "
             "packed checkpoints only)"

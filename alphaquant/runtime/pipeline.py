@@ -7,7 +7,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,6 +37,9 @@ from alphaquant.specs.quantizer import QuantSettings
 
 logger = logging.getLogger(__name__)
 
+Export = Callable[[Path, Path], Mapping[str, Any]]
+"""Writes a packed checkpoint again: from its directory to an empty one, giving facts for JSON."""
+
 _DECIDING_VERSIONS = ("aq-search", "torch", "transformers", "numba")
 """Packages with another version of which a layer may come out otherwise."""
 
@@ -51,6 +54,7 @@ class PipelineResult:
         checkpoint_bytes: bytes of all tensors.
         fallbacks: matrices quantized otherwise than asked, as name -> reason.
         seconds: wall time.
+        export: what was written instead of the packed checkpoint, None for nothing.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class PipelineResult:
     checkpoint_bytes: int
     fallbacks: Mapping[str, str]
     seconds: float
+    export: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ def quantize_to_checkpoint(
     tokenizer: Any = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
+    export: Export | None = None,
 ) -> PipelineResult:
     """Quantize every matrix to its format, write a packed checkpoint, and run it once.
 
@@ -133,6 +139,7 @@ def quantize_to_checkpoint(
         tokenizer: saved beside the weights.
         overwrite: replace an existing target.
         progress: called with ("quantize", layers done, layers), then ("first_run", 0 or 1, 1).
+        export: makes another program's files of the checkpoint, which take its place.
 
     Raises:
         ModelError: GPTQ without tokens, what the engine raises, or a checkpoint that gives other
@@ -148,11 +155,12 @@ def quantize_to_checkpoint(
         for made in run.layers():
             report["utilization"] |= made["utilization"]
             report["matrices"] += made["matrices"]
-        path = run.finish(report, tokenizer)
+        run.finish(report, tokenizer)
+        path, exported = run.place(export)
     fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
     seconds = time.perf_counter() - started
     return PipelineResult(
-        path, run.writer.quantized_bytes, job.counts.checkpoint_bytes, fallbacks, seconds
+        path, run.writer.quantized_bytes, job.counts.checkpoint_bytes, fallbacks, seconds, exported
     )
 
 
@@ -207,8 +215,8 @@ class _Run:
             self.progress(Stage.QUANTIZE, len(made), n_layers)
         return [made[index] for index in sorted(made)]
 
-    def finish(self, report: Mapping[str, Any], tokenizer: Any) -> Path:
-        """Write the rest, run the checkpoint once and move it to its target."""
+    def finish(self, report: Mapping[str, Any], tokenizer: Any) -> None:
+        """Write the rest and run the checkpoint once."""
         self.progress(Stage.FIRST_RUN, 0, 1)
         self.writer.finish(self.job.model_map, tokenizer)
         found = first_run(
@@ -216,9 +224,18 @@ class _Run:
         )
         self.writer.write_json("quantize_report.json", {**report, "first_run": asdict(found)})
         write_checksums(self.part.checkpoint)
-        path = self.part.place()
         self.progress(Stage.FIRST_RUN, 1, 1)
-        return path
+
+    def place(self, export: Export | None) -> tuple[Path, Mapping[str, Any] | None]:
+        """Move the checkpoint, or what is made of it, to the target."""
+        if export is None:
+            return self.part.place(), None
+        self.progress(Stage.EXPORT, 0, 1)
+        folder = self.part.make_export()
+        facts = export(self.part.checkpoint, folder)
+        path = self.part.place(folder)
+        self.progress(Stage.EXPORT, 1, 1)
+        return path, facts
 
     def _read(self, index: int) -> Mapping[str, PackedMatrix]:
         layer = self.job.model_map.layers[index]

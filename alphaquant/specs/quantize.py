@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -40,6 +40,11 @@ class ConfiguredTextSpec:
         check(self)
 
 
+ExportName = Literal["alphaquant"]
+EXPORT_NAMES: tuple[str, ...] = get_args(ExportName)
+"""What --export takes; the first is our own packed checkpoint."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSpec:
     """A quantization."""
@@ -50,6 +55,8 @@ class QuantizeSpec:
     """Configuration, such as best.json of aq-search."""
     out: Annotated[Path | None, Parameter(alias="--save")] = None
     """Directory of the packed checkpoint; needed unless --dry-run."""
+    export: ExportName = "alphaquant"
+    """What is written: alphaquant (our packed checkpoint)."""
     overwrite: Annotated[bool, Parameter(negative="")] = False
     """Replace a packed checkpoint in out when the new one is complete, and drop an unfinished one
     of another job."""
