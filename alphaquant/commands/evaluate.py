@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from torch import nn
 
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
+from alphaquant.evaluators.engines.protocol import EngineRequest
+from alphaquant.evaluators.engines.served import ENGINES, ServedModel, serving, windows_at_once
 from alphaquant.evaluators.harness import HarnessEvaluator
 from alphaquant.evaluators.harness_tasks import HarnessRequest
 from alphaquant.evaluators.local_tasks import check_tasks, is_mmlu, open_harness
+from alphaquant.evaluators.predictions import vocabulary_of
 from alphaquant.evaluators.registry import EVALUATORS, Ground, find, metrics_of, nearest
 from alphaquant.models.gguf.converted import find_gguf, origin_of
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
@@ -37,6 +41,9 @@ from alphaquant.texts.windows import TextRequest, TokenSet, check_sources
 
 logger = logging.getLogger(__name__)
 
+_BY_LOGITS = ("kl", "perplexity")
+"""Evaluators that need nothing but a model's logits."""
+
 SEQ_LEN = 2048
 """Tokens per window of models other than the demo, or the model's limit where that is less."""
 
@@ -53,6 +60,7 @@ class Evaluation:
         gguf: `model` and `reference`, those of them that were GGUF files: see `GgufOrigin`.
         details: tables behind the scores, by evaluator.
         reference_details: those of the reference.
+        engine: what ran the model, where it was not this process.
     """
 
     spec: EvaluateSpec
@@ -62,6 +70,7 @@ class Evaluation:
     gguf: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,10 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
     spec, origins = _located(spec, progress)
     with tempfile.TemporaryDirectory(prefix="alphaquant-") as scratch:
         folder = Path(scratch)
+        engine: Mapping[str, Any] = {}
         harness = _harness(spec)
-        if spec.reference is not None and not is_packed(spec.model):
+        served = spec.engine in ENGINES
+        if spec.reference is not None and not served and not is_packed(spec.model):
             load_skeleton(model_location(spec.model))  # a wrong name is told before the long work
         progress(Stage.LOAD, 0, 1)
         model = open_model(spec.reference or spec.model, device, spec.dtype)
@@ -108,15 +119,34 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         found = _measure(chosen, model, lambda done: progress(Stage.EVALUATE, done, n_steps))
         own = _Measured()
         if spec.reference is not None:
+            vocabulary = vocabulary_of(model)
             del model
             own, first = found, len(chosen.evaluators)
-            model = open_model(spec.model, device, spec.dtype)
-            found = _measure(
-                chosen, model, lambda done: progress(Stage.EVALUATE, first + done, n_steps)
-            )
+            with _opened(spec, device, chosen.tokens, vocabulary) as model:
+                engine = model.facts if isinstance(model, ServedModel) else {}
+                found = _measure(
+                    chosen, model, lambda done: progress(Stage.EVALUATE, first + done, n_steps)
+                )
     return Evaluation(
-        asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details
+        *(asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details),
+        engine,
     )
+
+
+@contextmanager
+def _opened(
+    spec: EvaluateSpec, device: str, tokens: TokenSet | None, vocabulary: int | None
+) -> Iterator[nn.Module]:
+    """The model that is measured beside its reference, in this process or in an engine."""
+    if spec.engine not in ENGINES:
+        yield open_model(spec.model, device, spec.dtype)
+        return
+    assert tokens is not None and vocabulary is not None
+    request = EngineRequest(
+        Path(spec.model), spec.dtype, tokens.tokens.shape[1], spec.engine_python
+    )
+    with serving(spec.engine, request, vocabulary) as model:
+        yield model
 
 
 def open_model(name: str, device: str, dtype: str) -> nn.Module:
@@ -166,6 +196,8 @@ def evaluation_text(found: Evaluation, width: int | None = None) -> str:
             f"{n_samples} of {found.tokens.n_available} windows of {seq_len} tokens of "
             f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
         )
+    if found.engine:
+        lines.append(", ".join(f"{name} {value}" for name, value in found.engine.items()))
     lines += [_harness_text(d) for d in found.details.values() if "lm_eval" in d]
     return "\n".join(wrapped(line, width) for line in lines)
 
@@ -186,6 +218,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "dtype": spec.dtype,
         "batch_size": spec.batch_size,
         **({"gguf": found.gguf} if found.gguf else {}),
+        **({"engine": found.engine} if found.engine else {}),
         "versions": versions(),
     }
 
@@ -196,7 +229,7 @@ def _located(
     """The same with GGUF files as the directories that they are decoded to, and what they were."""
     origins: dict[str, Mapping[str, Any]] = {}
     for role, name in (("model", spec.model), ("reference", spec.reference)):
-        if name is None or find_gguf(name) is None:
+        if name is None or find_gguf(name) is None or (role == "model" and spec.engine in ENGINES):
             continue
         location = model_location(name, progress=progress)
         origin = origin_of(Path(location))
@@ -236,6 +269,8 @@ def _check(spec: EvaluateSpec) -> str:
             f"{', '.join(comparing)} asked, which needs the original model, and none is given; "
             "give --reference MODEL, or --tasks perplexity"
         )
+    if spec.engine in ENGINES:
+        _check_engine(spec)
     only = {"shots": spec.shots, "limit": spec.limit, "task-data": spec.task_data}
     given = [f"--{name} {value}" for name, value in only.items() if value is not None]
     if given and not harness_tasks(spec):
@@ -251,6 +286,21 @@ def _check(spec: EvaluateSpec) -> str:
         )
     check_tasks(harness_tasks(spec), spec.task_data)
     return find_device(spec.device)
+
+
+def _check_engine(spec: EvaluateSpec) -> None:
+    """Refuse what an engine's logits do not say."""
+    if spec.reference is None:
+        raise ConfigError(
+            f"--engine {spec.engine} runs the model elsewhere, and its text is read with the "
+            "original's tokenizer; give --reference MODEL"
+        )
+    other = [name for name in spec.names if find(name) not in _BY_LOGITS]
+    if other:
+        raise ConfigError(
+            f"{', '.join(other)} cannot be measured with --engine {spec.engine}, which gives "
+            f"logits; possible are {', '.join(_BY_LOGITS)}; use --engine transformers for others"
+        )
 
 
 def _possible() -> str:
@@ -295,7 +345,11 @@ def _choose(
     tokens = None
     if window_tasks(spec):
         tokens = _windows(spec, spec.reference or spec.model, model)
-        ground = Ground(model, tokens.tokens, spec.batch_size, folder, progress=progress)
+        batch_size = spec.batch_size
+        if spec.engine in ENGINES:  # an engine gives all logits of a batch at once
+            most = windows_at_once(tokens.tokens.shape[1], vocabulary_of(model) or 1)
+            batch_size = min(batch_size, most)
+        ground = Ground(model, tokens.tokens, batch_size, folder, progress=progress)
         asked: dict[str, set[str]] = {}
         for name in window_tasks(spec):
             known = find(name) or name

@@ -73,7 +73,7 @@ def predict_pieces(model: nn.Module, batch: Tensor) -> Iterator[Piece]:
     body = getattr(model, "base_model", model)
     n_windows, seq_len = batch.shape
     everything = (slice(0, n_windows), slice(0, seq_len))
-    cuts = [everything] if body is model else _cuts(_vocabulary(model), n_windows, seq_len)
+    cuts = [everything] if body is model else _cuts(vocabulary_of(model), n_windows, seq_len)
     outputs: list[Any] = []
     for windows, positions in cuts:
         if len(cuts) == 1:
@@ -156,7 +156,7 @@ def _cuts(vocabulary: int | None, n_windows: int, seq_len: int) -> list[Cut]:
     ]
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
     """V by the model's configuration, None where it does not say."""
     config: Any = getattr(model, "config", None)
     if config is None:

@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from alphaquant.specs.check import Natural, Pair, Positive, check
 from alphaquant.specs.texts import BosMode
+
+EngineName = Literal["transformers", "vllm"]
+ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
+"""What --engine takes; the first runs in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,12 @@ class EvaluateSpec:
     """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
     float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16. A packed checkpoint counts as a float32 one."""
+
+    engine: EngineName = "transformers"
+    """What runs the model: transformers, or vllm, which loads it as a server does and gives its
+    own numbers; kl and perplexity, against a reference."""
+    engine_python: Path | None = None
+    """Python of the environment that the engine is installed in; default: this one."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types and counts that make no sense.

@@ -1,0 +1,1 @@
+"""Serving engines as models to measure: what they answer, beside the original."""
