@@ -9,7 +9,7 @@ from alphaquant.models.sites import ExpertsSite, LayerSite, ModelMap
 from alphaquant.models.walk import observe_layer, walk
 from alphaquant.quant import engine
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
-from alphaquant.quant.hessian import HessianBatch, LayerHessians, observer_of
+from alphaquant.quant.hessian import HessianBatch, LayerHessians, accumulate, observer_of
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.shrinkage import Shrinkage
 from alphaquant.spaces.formats import parse_format
@@ -84,6 +84,21 @@ def test_expert_hessians_equal_the_direct_sum(
     assert w13.stacks[2] == (site.gate[2], site.up[2]) and w2.stacks[2] == (site.down[2],)
     expected = "routing_weighted" if exponent else "plain"
     assert set(w13.source) == set(w2.source) == {expected}
+
+
+@pytest.mark.parametrize("width", [1024, 1100])
+@pytest.mark.parametrize("n_tokens", [512, 700])
+def test_half_of_a_wide_sum_is_the_mirror_of_the_other(width: int, n_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    inputs = torch.randn(n_tokens, width, generator=generator)
+    weights = torch.rand(n_tokens, generator=generator)
+    total, direct = torch.zeros(width, width), torch.zeros(width, width, dtype=torch.float64)
+    for factor in (1, 2):  # the second is added to the first
+        accumulate(total, inputs * factor, weights)
+        exact = (inputs * factor).double()
+        direct += (exact * weights.double().unsqueeze(-1)).T @ exact
+    assert torch.equal(total, total.T)
+    assert close(total, direct.float())
 
 
 def test_exponent_zero_and_weights_of_one_equal_the_plain_hessian(
