@@ -32,8 +32,8 @@ from alphaquant.specs.quantizer import QuantSettings
 
 _BLOCK, _LEAST_WIDTH, _LEAST_TOKENS = 256, 1024, 512
 """Rows of a sum that are computed at once where it is computed up to its diagonal, and the inputs
-and tokens from which that pays. One thread of an AVX-512 CPU, 2048 tokens, times of a whole product
-over times of half of one and a copy: 1.02 at 512 inputs, 1.34 at 1024, 1.47 at 2048, 1.51 at 4096;
+and tokens from which that pays. One thread of an AVX-512 CPU, 2048 tokens, time of a whole product
+over that of half of one and a copy: 1.02 at 512 inputs, 1.34 at 1024, 1.47 at 2048, 1.51 at 4096;
 with 256 tokens 1.00 at 2048."""
 
 _HELD_EXPERTS = 4
