@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from alphaquant.costs.shelf import Shelf, Shelved
 from alphaquant.costs.tape import Tape, TracedBatch
+from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerCall, check_walk, walk
 
@@ -145,7 +146,8 @@ def trace_layers(
             None for the system's folder of temporary files.
 
     Yields:
-        Traces from the last layer to the first. Dropping one frees its file.
+        Traces from the last layer to the first. Dropping one frees its file; the layer's own
+        weights are given back when the next is asked for.
 
     Raises:
         ModelError: the model cannot be walked.
@@ -155,6 +157,8 @@ def trace_layers(
     tapes = _run_forward(model_map, batches, (quantities, at_output), folder)
     for layer in reversed(model_map.layers):
         yield _trace_layer(layer, tapes, [len(batch) for batch in batches], folder)
+        layer.release()
+        trim_heap()
 
 
 def _run_forward(

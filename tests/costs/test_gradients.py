@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from alphaquant.costs.gradients import (
 from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape
 from alphaquant.models.mapping import map_model
+from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.sites import ModelMap
+from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 N_DRAWS, SEED = 2, 7
@@ -288,3 +291,16 @@ def test_nothing_is_left_on_the_model() -> None:
     for module in model_map.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert all(p.grad is None for p in model_map.model.parameters())
+
+
+def test_the_way_back_holds_the_weights_of_one_layer(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", num_hidden_layers=4)
+    opened = open_weights(source, "auto", tmp_path / "cache")
+    found = map_model(opened.model, pages=opened.pages)
+    seen = []
+    for trace in trace_layers(found, BATCHES, LABELS):
+        held = [i for i, x in enumerate(found.layers) if x.pages and x.pages.resident_bytes()]
+        assert held == [trace.layer.index]
+        seen.append(trace.layer.index)
+    assert seen == [3, 2, 1, 0]
+    assert all(x.pages and not x.pages.resident_bytes() for x in found.layers)
