@@ -113,6 +113,7 @@ def measure_spectra(
                 )
             variance = float(weight.double().var(correction=0))
             rows.append((plain_alpha(weight), farms_alpha(weight, seed), variance))
+        layer.release()
         progress(Stage.SPECTRA, index + 1, len(model_map.layers))
     # Copied, since safetensors writes the bytes below a transposed array as they lie.
     alpha, alpha_farms, variances = np.array(rows, dtype=np.float64).T.copy()
