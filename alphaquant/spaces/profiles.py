@@ -12,7 +12,9 @@ of an engine was run and what was only read in its source.
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
                   so a layer's experts are one unit; fused qkv_proj, gate_up_proj and the MLA pair
                   fused_qkv_a_proj take one scheme. Two mixes load and compute wrong numbers
-                  without a word: an fp8 row among int8 rows, in experts and in fused linears
+                  without a word: an fp8 row among int8 rows, in experts and in fused linears. Of
+                  fused nvfp4 one global scale is taken for all, with a warning. Experts in fp8
+                  need rounded inputs
     sglang        compressed-tensors, coupled as in vllm. Integer experts need a file whose one
                   format is pack-quantized, so nothing but integers and bf16
     transformers  compressed-tensors: one scheme for all experts of the model, symmetric, never
@@ -74,6 +76,7 @@ class FormatRule:
         cols_multiple: what must divide the inputs.
         inner_multiple: what must divide the inner width of routed experts (outputs of gate and up,
             inputs of down), together with the group; 0 where experts are as other matrices.
+        is_alone: whether only matrices that are not fused with others can have it.
     """
 
     kinds: tuple[str, ...]
@@ -84,6 +87,7 @@ class FormatRule:
     rows_multiple: int = 1
     cols_multiple: int = 1
     inner_multiple: int = 0
+    is_alone: bool = False
 
     def allows(self, fmt: Format) -> bool:
         """Whether a format is in the set, whatever the shape."""
@@ -112,6 +116,7 @@ class FormatRule:
         parts = [", ".join(self.kinds)]
         parts += ["symmetric"] if self.symmetric_only else []
         parts += [" or ".join(self.elements)] if self.elements else []
+        parts += ["where nothing is fused"] if self.is_alone else []
         sizes = ("row" if size == PER_ROW else str(size) for size in self.group_sizes)
         return " ".join(parts) + (f", group {', '.join(sizes)}" if self.group_sizes else "")
 
@@ -181,6 +186,9 @@ _PACKED = FormatRule(
 )
 _SYMMETRIC_INT = FormatRule(ASYMMETRIC_KINDS, symmetric_only=True)
 _MXFP4 = FormatRule(("mxfp4",))
+# vLLM takes one global scale for what it fuses: the largest of q, k, v, and the gate's for gate
+# and up, with no more than a warning; ours are per matrix.
+_NVFP4_ALONE = FormatRule(("nvfp4",), is_alone=True)
 
 _MLPS = ("shared", "dense")
 _FUSED_LINEARS = (
@@ -210,8 +218,8 @@ PROFILES: dict[str, Profile] = {
             "vllm",
             "stock vLLM: one format for the experts of a layer, fused linears tied",
             (Coupling("experts", ("expert",), scope="layer"), *_FUSED_LINEARS),
-            (_PACKED, _FP8_ROW, _BLOCK4, _BF16),
-            (_PACKED, _BLOCK4, _BF16),
+            (_PACKED, _FP8_ROW, _MXFP4, _NVFP4_ALONE, _BF16),
+            (_PACKED, _MXFP4, _BF16),
             "vLLM 0.32.0",
             "run on its CPU engine: couplings, and int4 in groups of 64 and 128, bf16; every other "
             "format and all GPU kernels were read in its source, not run; --kernels marlin keeps "
@@ -342,6 +350,8 @@ def allowed_formats(unit: Unit, menu: Sequence[str], profile: Profile) -> tuple[
 def is_loadable(unit: Unit, fmt: Format, profile: Profile) -> bool:
     """Whether an engine loads a unit in a format."""
     rules = [rule for rule in profile.rules_of(unit.kind) if rule.allows(fmt)]
+    if len(unit.matrices) > 1:
+        rules = [rule for rule in rules if not rule.is_alone]
     return any(all(rule.fits(fmt, matrix) for matrix in unit.matrices) for rule in rules)
 
 
