@@ -3,8 +3,8 @@
 A profile is applied before anything is scored, so that every assignment of a search can be loaded
 by the engine it is meant for. It knows nothing about files; exports write those.
 
-Tensor parallelism is not known here: shapes are checked for one device. `Profile.checked` says what
-of an engine was run and what was only read in its source.
+Tensor parallelism is not known here: shapes are checked for one device. `Profile.checked` says
+what of an engine was run and what was only read in its source.
 
     any           our runtime: a format per matrix of every expert
     kernels       our runtime on GPUs: gate and up of an expert share one, which saves launches
@@ -22,8 +22,8 @@ of an engine was run and what was only read in its source.
                   or wrong without a word; linears are free, symmetric too
 
 Sources: CompressedTensorsMoEMethod.get_moe_method, CompressedTensorsWNA16(MoEMethod), the kernel
-selection of Marlin and Humming in vLLM 0.32.0; srt/layers/quantization/compressed_tensors in SGLang
-0.5.23; integrations/compressed_tensors.py in transformers 5.23.0; compressed-tensors 0.20.0.
+selection of Marlin and Humming in vLLM 0.32.0; srt/layers/quantization/compressed_tensors in
+SGLang 0.5.23; integrations/compressed_tensors.py in transformers 5.23.0; compressed-tensors 0.20.
 """
 
 from collections.abc import Sequence
@@ -133,6 +133,7 @@ class Profile:
         expert_rules: formats of routed experts.
         engine: the engine with the version that it was checked against; empty for our own runtime.
         checked: what of this was run there, and what was only read in its source.
+        export: what `aq-quantize --export` calls its files; empty for our own.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Profile:
     expert_rules: tuple[FormatRule, ...]
     engine: str = ""
     checked: str = ""
+    export: str = ""
 
     def rules_of(self, kind: str) -> tuple[FormatRule, ...]:
         """The rules for one kind of matrix."""
@@ -176,8 +178,8 @@ _MARLIN = FormatRule(
     cols_multiple=128,
     inner_multiple=64,
 )
-# compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1. vLLM slices
-# packed zero points and experts in whole words of 32 bits, so both sides are multiples of 32.
+# compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1. vLLM
+# slices packed zero points and experts in whole words of 32 bits: both sides are multiples of 32.
 _PACKED = FormatRule(
     ASYMMETRIC_KINDS,
     (32, 64, 128, 256, PER_ROW),
@@ -221,9 +223,10 @@ PROFILES: dict[str, Profile] = {
             (_PACKED, _FP8_ROW, _MXFP4, _NVFP4_ALONE, _BF16),
             (_PACKED, _MXFP4, _BF16),
             "vLLM 0.32.0",
-            "run on its CPU engine: couplings, and int4 in groups of 64 and 128, bf16; every other "
-            "format and all GPU kernels were read in its source, not run; --kernels marlin keeps "
-            "to the integers that need no Humming kernels",
+            "run on its CPU engine: couplings, int4 in groups of 64 and 128, and bf16; all other "
+            "formats and GPU kernels were read in its source, not run; --kernels marlin keeps to "
+            "the integers that need no Humming kernels",
+            "compressed-tensors",
         ),
         Profile(
             "sglang",
@@ -233,6 +236,7 @@ PROFILES: dict[str, Profile] = {
             (_MARLIN, _BF16),
             "SGLang 0.5.23",
             "read in its source, not run: it has no engine for CPUs",
+            "compressed-tensors",
         ),
         Profile(
             "transformers",
@@ -241,7 +245,9 @@ PROFILES: dict[str, Profile] = {
             (_SYMMETRIC_INT, _FP8_ROW, _BLOCK4, _BF16),
             (_SYMMETRIC_INT, _FP8_ROW, _MXFP4),
             "transformers 5.23.0 with compressed-tensors 0.20.0",
-            "run on a CPU: every format of its menu, experts and linears",
+            "run on a CPU: every format of its menu, experts and linears; linears in mxfp4 or nvfp4 "
+            "need dtype bfloat16",
+            "compressed-tensors",
         ),
     )
 }

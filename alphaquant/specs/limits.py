@@ -23,9 +23,9 @@ class LimitSpec:
     """Formats and menus to choose from, comma-separated, such as int3-g64-asym,mxfp4; menus:
     default, int, mx, fp, all. auto: the profile's menu."""
     profile: str = "any"
-    """What the result must load in: any (our runtime), kernels (our runtime on GPUs), vllm (checked
-    against 0.32.0), sglang (0.5.23, read only), transformers (5.23.0 with compressed-tensors
-    0.20.0)."""
+    """What the result must load in: any (our runtime), kernels (our runtime on GPUs), vllm
+    (checked against 0.32.0), sglang (0.5.23, read and not run), transformers (5.23.0 with
+    compressed-tensors 0.20.0)."""
     kernels: KernelSet = "all"
     """Of vllm and sglang: all, or marlin, which narrows formats to int4 and int8, symmetric, in
     groups of 32, 64, 128 or rows, and bf16."""

@@ -27,9 +27,16 @@ def mixed_assignment(model_map: ModelMap) -> Assignment:
     return Assignment({m.name: formats[i % len(formats)] for i, m in enumerate(matrices)})
 
 
-def quantize_mixed(model_map: ModelMap) -> dict[int, list[QuantizedMatrix]]:
-    """The matrices of every layer, rounded to nearest in the formats of `mixed_assignment`."""
-    assignment = mixed_assignment(model_map)
+def quantize_mixed(
+    model_map: ModelMap, assignment: Assignment | None = None
+) -> dict[int, list[QuantizedMatrix]]:
+    """The matrices of every layer, rounded to nearest.
+
+    Args:
+        model_map: the model.
+        assignment: their formats; None for `mixed_assignment`.
+    """
+    assignment = mixed_assignment(model_map) if assignment is None else assignment
     names = sorted(set(assignment.formats.values()))
     return {
         layer.index: list(
@@ -41,12 +48,13 @@ def quantize_mixed(model_map: ModelMap) -> dict[int, list[QuantizedMatrix]]:
     }
 
 
-def save_packed(model: nn.Module, folder: Path) -> Path:
-    """Write a packed checkpoint of a model in the formats of `mixed_assignment`.
+def save_packed(model: nn.Module, folder: Path, assignment: Assignment | None = None) -> Path:
+    """Write a packed checkpoint of a model.
 
     Args:
         model: from `tiny_model`, not changed.
         folder: directory to make.
+        assignment: format of every matrix; None for `mixed_assignment`.
 
     Returns:
         The folder.
@@ -54,7 +62,7 @@ def save_packed(model: nn.Module, folder: Path) -> Path:
     model_map = map_model(model)
     with open_part(folder) as part:
         writer = CheckpointWriter(part.checkpoint)
-        for index, items in quantize_mixed(model_map).items():
+        for index, items in quantize_mixed(model_map, assignment).items():
             writer.add_layer(index, items)
         writer.finish(model_map)
         writer.write_json("quantize_report.json", {"matrices": []})
