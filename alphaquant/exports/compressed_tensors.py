@@ -96,7 +96,7 @@ class CompressedTensorsExport:
         served = self._served(assignment, source.model_map)
         for engine, found in served.items():
             if found.loads:
-                check_modules(_modules(out), engine, out)
+                check_files(out, engine)
         return {
             "loads_in": {name: asdict(found) for name, found in served.items()},
             "packing": "integers are dense bit streams, as compressed-tensors 0.18 and later, and "
@@ -197,6 +197,19 @@ def _ignored(model_map: ModelMap, formats: Mapping[str, Format]) -> list[str]:
             kept |= {name, stored.removesuffix(".weight")}
     patterns = name_patterns(plain, formats) if plain else ()
     return [*sorted(kept), *(f"re:{pattern}" for pattern in patterns)]
+
+
+def check_files(out: Path, engine: str) -> None:
+    """Refuse files of compressed-tensors that an engine would not load, or load wrong.
+
+    Args:
+        out: the checkpoint, from anywhere; targets are full names or expressions.
+        engine: name of a profile: `vllm`, `sglang` or `transformers`.
+
+    Raises:
+        StoreError: naming two modules that do not fit together, and the profile to search with.
+    """
+    check_modules(_modules(out), engine, out)
 
 
 def _modules(out: Path) -> dict[str, StoredModule]:

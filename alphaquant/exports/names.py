@@ -65,16 +65,16 @@ def matrix_names(model_map: ModelMap, export: str) -> dict[str, str]:
         export: name of the export, for the message.
 
     Raises:
-        ConfigError: the original checkpoint keeps experts fused, so that no file of this export
-            can name them one by one.
+        ConfigError: the original checkpoint keeps experts fused or calls them in a way that is
+            not known here.
     """
     names = original_names(model_map)
     found = {matrix.name: names.matrix(matrix) for matrix in model_map.inventory.matrices}
     fused = next((name for name, original in found.items() if original is None), None)
     if fused is not None:
         raise ConfigError(
-            f"--export {export}: checkpoints of {model_map.inventory.model_type} keep "
-            f"{fused} in a tensor with other experts, and this export can only name matrices one "
-            "by one; use --export alphaquant, or gguf"
+            f"--export {export}: checkpoints of {model_map.inventory.model_type} have no matrix "
+            f"of the name {fused} or like it, and this export names matrices one by one as they "
+            "have them; use --export alphaquant"
         )
     return {name: original for name, original in found.items() if original is not None}

@@ -220,7 +220,8 @@ def _use(result: SearchResult) -> str:
         parts = [
             "The directory DIR loads with",
             "\n".join(f"    {line}" for line in code),
-            "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of transformers.",
+            "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of "
+            "transformers.",
             said,
         ]
     shown, text = "".join(map(_command, steps)), "\n\n".join(parts)
@@ -231,8 +232,8 @@ def _engine_text(profile: Profile) -> str:
     """What the files of an engine's profile are, and how far that was checked."""
     return (
         f"The directory DIR then holds files that {profile.engine} loads ({profile.checked}). "
-        "Without --export, aq-quantize writes the same numbers as our own packed checkpoint, which "
-        "aq-eval measures."
+        "Without --export, aq-quantize writes the same numbers as our own packed checkpoint, "
+        "which aq-eval measures."
     )
 
 

@@ -245,8 +245,8 @@ PROFILES: dict[str, Profile] = {
             (_SYMMETRIC_INT, _FP8_ROW, _BLOCK4, _BF16),
             (_SYMMETRIC_INT, _FP8_ROW, _MXFP4),
             "transformers 5.23.0 with compressed-tensors 0.20.0",
-            "run on a CPU: every format of its menu, experts and linears; linears in mxfp4 or nvfp4 "
-            "need dtype bfloat16",
+            "run on a CPU: every format of its menu, experts and linears; linears in mxfp4 or "
+            "nvfp4 need dtype bfloat16",
             "compressed-tensors",
         ),
     )
