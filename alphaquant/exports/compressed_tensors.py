@@ -38,7 +38,7 @@ from alphaquant.exports.file_checker import (
 )
 from alphaquant.exports.names import matrix_names, original_names
 from alphaquant.exports.packed import PackedSource
-from alphaquant.exports.shards import ShardWriter, copy_beside, layers_of, write_json
+from alphaquant.exports.shards import ShardWriter, copy_beside, layers_of, write_config
 from alphaquant.exports.targets import name_patterns
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix
@@ -90,7 +90,7 @@ class CompressedTensorsExport:
             "config_groups": groups,
             "ignore": _ignored(source.model_map, formats),
         }
-        write_json(out / "config.json", source.config | {"quantization_config": entry})
+        write_config(source, entry, out)
         copy_beside(source, out)
         assignment = Assignment({n: fmt.name for n, fmt in source.formats.weights.items()})
         served = self._served(assignment, source.model_map)

@@ -78,6 +78,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         part.write_text(text)
 
 
+def write_config(source: PackedSource, entry: Mapping[str, Any], out: Path) -> None:
+    """Write config.json: every key of the source's, and how it is quantized.
+
+    Args:
+        source: the packed checkpoint.
+        entry: `quantization_config`.
+        out: the directory.
+
+    Raises:
+        StoreError: the disk is full, or the directory cannot be written.
+    """
+    config = dict(source.config)
+    # vLLM takes a model without it for one that embeds texts.
+    config["architectures"] = config.get("architectures") or [
+        type(source.model_map.model).__name__
+    ]
+    write_json(out / "config.json", config | {"quantization_config": dict(entry)})
+
+
 def copy_beside(source: PackedSource, out: Path) -> None:
     """Copy the tokenizer, chat template, processors and generation settings.
 

@@ -36,7 +36,7 @@ def logits_of(folder: str, vocabulary: int) -> np.ndarray:
         logprobs_mode="raw_logits",
     )
     wanted = SamplingParams(
-        max_tokens=2, min_tokens=2, prompt_logprobs=vocabulary, detokenize=False, temperature=0
+        max_tokens=2, ignore_eos=True, prompt_logprobs=vocabulary, detokenize=False, temperature=0
     )
     (found,) = engine.generate([{"prompt_token_ids": TOKENS}], wanted, use_tqdm=False)
     assert len(found.outputs[0].token_ids) == 2
