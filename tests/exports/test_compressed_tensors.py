@@ -25,7 +25,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.units import Matrix
-from alphaquant.testing.exported import (
+from alphaquant.testing.packed import (
     SERVED_FAMILIES,
     Choice,
     plan_of,

@@ -15,8 +15,8 @@ from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint_files import read_tensors
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix
-from alphaquant.testing.exported import plan_of, save_export, served_model
 from alphaquant.testing.kernels import pack_drawn
+from alphaquant.testing.packed import plan_of, save_export, served_model
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:

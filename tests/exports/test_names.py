@@ -9,8 +9,8 @@ from safetensors import safe_open
 from alphaquant.errors import ConfigError
 from alphaquant.exports.names import matrix_names, original_names
 from alphaquant.models.mapping import map_model
-from alphaquant.testing.exported import SERVED_FAMILIES
 from alphaquant.testing.models import tiny_model
+from alphaquant.testing.packed import SERVED_FAMILIES
 
 
 @pytest.mark.parametrize("family", [*SERVED_FAMILIES, "deepseek_v2"])

@@ -20,13 +20,13 @@ import torch
 
 from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.units import Matrix
-from alphaquant.testing.exported import (
+from alphaquant.testing.models import VOCABULARY
+from alphaquant.testing.packed import (
     SERVED_FAMILIES,
     relative_difference,
     save_export,
     served_model,
 )
-from alphaquant.testing.models import VOCABULARY
 
 PYTHON = os.environ.get("ALPHAQUANT_VLLM_PYTHON", "")
 TOKENS = torch.arange(3, 67, 2)[None]
