@@ -49,6 +49,7 @@ def searched(spec: SearchSpec) -> dict[str, Any]:
         "bits_per_weight": row["bits_per_weight"],
         "kl": row["kl"],
         "kl_stderr": row["kl_stderr"],
+        "kl_by_domain": {name: part["kl"] for name, part in row["domains"].items()},
         "trials": front["n_trials"],
     }
 

@@ -223,9 +223,9 @@ PROFILES: dict[str, Profile] = {
             (_PACKED, _FP8_ROW, _MXFP4, _NVFP4_ALONE, _BF16),
             (_PACKED, _MXFP4, _BF16),
             "vLLM 0.32.0",
-            "run on its CPU engine: couplings, int4 in groups of 64 and 128, and bf16; all other "
-            "formats and GPU kernels were read in its source, not run; --kernels marlin keeps to "
-            "the integers that need no Humming kernels",
+            "run on its CPU engine: couplings, int4 in groups of 64 and 128, of linears also in "
+            "rows and with zero points, and bf16; all other formats and GPU kernels were read in "
+            "its source, not run; --kernels marlin keeps to what needs no Humming kernels",
             "compressed-tensors",
         ),
         Profile(

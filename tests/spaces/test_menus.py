@@ -32,17 +32,14 @@ def test_stated_menu_is_narrowed_to_what_the_profile_loads() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"])
-@pytest.mark.parametrize("profile", ["vllm", "transformers"])
-def test_engines_have_formats_for_every_budget_from_two_bits_and_a_tenth(
-    profile: str, family: str
-) -> None:
-    found = find_profile(profile)
+def test_engines_have_formats_for_every_budget_from_two_bits_and_a_tenth(family: str) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128}
     sizes |= {"shared_expert_intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 64}
     inventory = map_model(tiny_model(family, **sizes)).inventory
-    for budget in ("2.1bits", "2.5bits", "4.25bits", "8bits"):
-        space = make_space(inventory, found, menu_of("auto", found), parse_budget(budget))
-        assert all(space.allowed(unit) for unit in space.units)
+    for profile in (find_profile("vllm"), find_profile("transformers")):
+        for budget in ("2.1bits", "2.5bits", "4.25bits", "8bits"):
+            space = make_space(inventory, profile, menu_of("auto", profile), parse_budget(budget))
+            assert all(space.allowed(unit) for unit in space.units)
 
 
 def test_the_demo_can_be_searched_for_an_engine_at_two_bits_and_a_tenth() -> None:
