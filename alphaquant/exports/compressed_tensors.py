@@ -79,8 +79,8 @@ class CompressedTensorsExport:
                 not what was planned.
         """
         names = matrix_names(source.model_map, self.name)
-        formats = {names[name]: fmt for name, fmt in source.formats.weights.items()}
         measured = _write_tensors(source, names, out)
+        formats = _named(source, names)
         groups = _config_groups(formats)
         containers = {group["format"] for group in groups.values()}
         entry = {
@@ -168,6 +168,17 @@ def _write_tensors(source: PackedSource, names: Mapping[str, str], out: Path) ->
     writer.add({original.tensor(name): source.tensor(name) for name in source.others()})
     writer.finish()
     return measured
+
+
+def _named(source: PackedSource, names: Mapping[str, str]) -> dict[str, Format]:
+    """Formats by every name that an engine may look for.
+
+    vLLM and SGLang know the original checkpoint's names, transformers those of its own modules;
+    it has none for experts, which it finds by the original names.
+    """
+    weights = source.formats.weights
+    linears = (m.name for m in source.model_map.inventory.matrices if m.kind != "expert")
+    return {names[n]: fmt for n, fmt in weights.items()} | {n: weights[n] for n in linears}
 
 
 def _config_groups(formats: Mapping[str, Format]) -> dict[str, Any]:
