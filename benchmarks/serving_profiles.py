@@ -21,6 +21,7 @@ from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
 from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.teacher import open_teacher, store_teacher
+from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.profiles import PROFILES
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.search import SearchSpec
@@ -66,30 +67,38 @@ class Served:
         self.teacher = open_teacher(work / "teacher.safetensors")
 
     def kl(self, folder: Path) -> dict[str, Any]:
-        """KL of a search's winner, exported and loaded by stock transformers."""
+        """KL of a search's winner, exported and loaded by stock transformers, and of our files."""
         from transformers import AutoModelForCausalLM
 
-        out = folder.with_name(f"{folder.name}-files")
+        files = self._quantized(folder, "compressed-tensors")
+        entry = json.loads((files / "config.json").read_text())["quantization_config"]
+        formats = [group["format"] for group in entry["config_groups"].values()]
+        # compressed-tensors dequantizes four-bit floats of linears into bfloat16
+        dtype = "bfloat16" if any("fp4" in name for name in formats) else "float32"
+        model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype)
+        ours = load(self._quantized(folder, "alphaquant"), dtype=dtype)
+        return {
+            "served_kl": self._measured(model),
+            "own_kl": self._measured(ours),
+            "served_in": dtype,
+        }
+
+    def _quantized(self, folder: Path, export: str) -> Path:
+        """The files of a winner."""
+        out = folder.with_name(f"{folder.name}-{export}")
         if not out.exists():
+            config, model = folder / "best.json", self.model
             quantize(
-                QuantizeSpec(
-                    model=self.model,
-                    config=folder / "best.json",
-                    out=out,
-                    export="compressed-tensors",
-                    cache=self.cache,
+                QuantizeSpec.of(
+                    model=model, config=config, out=out, export=export, cache=self.cache
                 )
             )
-        entry = json.loads((out / "config.json").read_text())["quantization_config"]
-        four_bit_floats = "fp4" in json.dumps(
-            [g["format"] for g in entry["config_groups"].values()]
-        )
-        # compressed-tensors dequantizes four-bit floats of linears into bfloat16
-        dtype = "bfloat16" if four_bit_floats else "float32"
-        model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+        return out
+
+    def _measured(self, model: Any) -> float:
         found = measure_divergence(model.eval(), self.heldout.tokens, self.teacher)
         scores = {score.metric: score for score in found.scores(self.heldout.digest)}
-        return {"served_kl": scores["kl"].value, "served_in": dtype}
+        return scores["kl"].value
 
 
 def table(rows: list[dict[str, Any]]) -> str:
