@@ -107,7 +107,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
         exporter = EXPORTERS.get(spec.export)
         if exporter is not None:
-            exporter.check(plan.assignment, source.map.inventory, source.map.model.config)
+            _check_inputs(spec.export, plan)
+            exporter.check(plan.assignment, source.map)
         progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
         windows = None if tokens is None else tokens.tokens
@@ -318,6 +319,21 @@ def _activations(plan: Plan) -> dict[str, Format]:
         for name, scheme in plan.schemes.items()
         if scheme.activation.is_quantized
     }
+
+
+def _check_inputs(export: str, plan: Plan) -> None:
+    """Refuse rounded inputs, which no file of another engine can ask for.
+
+    Raises:
+        ConfigError: naming a matrix.
+    """
+    rounded = _activations(plan)
+    if rounded:
+        raise ConfigError(
+            f"--export {export}: {len(rounded)} matrices round their inputs, e.g. "
+            f"{next(iter(rounded))}, which only our own runtime does; drop aq from the "
+            "configuration, or use --export alphaquant"
+        )
 
 
 def _check_source(summary: _Summary, source: Source) -> list[str]:

@@ -231,7 +231,8 @@ def _check(spec: SearchSpec) -> _Request:
     Raises:
         AlphaQuantError: a name or number that does not exist.
     """
-    budget, profile = parse_budget(spec.limits.budget), find_profile(spec.limits.profile)
+    budget = parse_budget(spec.limits.budget)
+    profile = find_profile(spec.limits.profile, spec.limits.kernels)
     menu = menu_of(spec.limits.formats, profile)
     make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
     check_grouping(spec.proposals.grouping)

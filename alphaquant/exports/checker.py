@@ -5,6 +5,9 @@ kind into memory of another without an error. So a plan is compared with the cou
 profile before weights are loaded, and each export compares its files once more.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from alphaquant.errors import ConfigError
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
@@ -26,20 +29,73 @@ def check_plan(
     Raises:
         ConfigError: naming the unit, its formats, and the profile to search with.
     """
+    problem = plan_problem(assignment, inventory, profile)
+    if problem is not None:
+        raise ConfigError(f"--export {export}: {problem}; search with --profile {profile.name}")
+
+
+def plan_problem(assignment: Assignment, inventory: Inventory, profile: Profile) -> str | None:
+    """Why an engine would not load a plan, naming a unit; None where it would.
+
+    Args:
+        assignment: format of every matrix.
+        inventory: the model's matrices.
+        profile: what the engine can load.
+    """
     for unit in units_of(inventory, profile):
         names = sorted({assignment.formats[matrix.name] for matrix in unit.matrices})
         if len(names) > 1:
-            raise ConfigError(
-                f"--export {export}: {unit.name} has {', '.join(names)}, and its "
-                f"{len(unit.matrices)} matrices need one format there "
-                f"({_example(unit, assignment)}); search with "
-                f"--profile {profile.name}, or give them one format"
+            return (
+                f"{unit.name} has {', '.join(names)}, and its {len(unit.matrices)} matrices need "
+                f"one format there ({_example(unit, assignment)})"
             )
         if not is_loadable(unit, parse_format(names[0]), profile):
-            raise ConfigError(
-                f"--export {export}: {unit.name} is {names[0]}, which cannot be loaded there; "
-                f"{profile.text}; search with --profile {profile.name}"
-            )
+            return f"{unit.name} is {names[0]}, which cannot be loaded there; {profile.text}"
+    return None
+
+
+@dataclass(frozen=True)
+class Served:
+    """Whether an engine loads a plan.
+
+    Attributes:
+        engine: its name and version.
+        loads: whether it does.
+        reason: what was run there and what was only read, or why it does not.
+    """
+
+    engine: str
+    loads: bool
+    reason: str
+
+
+def served_by(
+    assignment: Assignment, inventory: Inventory, profiles: Iterable[Profile], export: str
+) -> dict[str, Served]:
+    """Which engines load a plan, by profile.
+
+    Args:
+        assignment: format of every matrix.
+        inventory: the model's matrices.
+        profiles: of the engines that read the files of the export, the first is named first.
+        export: name of the export, for the message.
+
+    Raises:
+        ConfigError: none does; the message has the reason of the first.
+    """
+    problems = {p: plan_problem(assignment, inventory, p) for p in profiles}
+    found = {
+        profile.name: Served(profile.engine, problem is None, problem or profile.checked)
+        for profile, problem in problems.items()
+    }
+    if not any(served.loads for served in found.values()):
+        name, first = next(iter(found.items()))
+        raise ConfigError(
+            f"--export {export}: none of {', '.join(found)} loads this. For {name}, "
+            f"{first.reason}; search with --profile {' or '.join(found)}, or use --export "
+            "alphaquant, which holds every mix"
+        )
+    return found
 
 
 def _example(unit: Unit, assignment: Assignment) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alphaquant.exports.packed import PackedSource
+from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.units import Inventory
 
 
 class Exporter(Protocol):
@@ -29,13 +29,12 @@ class Exporter(Protocol):
     def profiles(self) -> tuple[str, ...]:
         """Profiles whose results it can hold; the first is named in messages."""
 
-    def check(self, assignment: Assignment, inventory: Inventory, config: Any) -> None:
-        """Refuse a plan that the files cannot hold, before weights are loaded.
+    def check(self, assignment: Assignment, model_map: ModelMap) -> None:
+        """Refuse a plan that the files cannot hold, before anything is quantized.
 
         Args:
             assignment: format of every matrix.
-            inventory: the model's matrices.
-            config: the model's configuration, of transformers.
+            model_map: the model: its inventory, its modules and its configuration.
 
         Raises:
             ConfigError: naming the matrices, what is possible and the profile to search with.

@@ -6,14 +6,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from alphaquant.exports.compressed_tensors import CompressedTensorsExport
 from alphaquant.exports.contract import Exporter
+from alphaquant.exports.gptq import GptqExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.files import whole_file, writing
 from alphaquant.models.quantization_config import REPORT
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.spaces.json_files import read_object
 
-EXPORTERS: Mapping[str, Exporter] = MappingProxyType({})
+EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
+    {exporter.name: exporter for exporter in (CompressedTensorsExport(), GptqExport())}
+)
 """Every export but our own format, by name."""
 
 

@@ -91,8 +91,9 @@ def _header(result: SearchResult, title: str) -> str:
 def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
-    path = result.folder.path
-    return {name: quantize_command(result.spec.checkpoint.model, path / name) for name in names}
+    path, model = result.folder.path, result.spec.checkpoint.model
+    export = result.space.profile.export
+    return {name: quantize_command(model, path / name, export) for name in names}
 
 
 def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
@@ -208,26 +209,31 @@ def _unbroken(text: str) -> str:
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
-    model = result.spec.checkpoint.model
-    steps = (quantize_command(model, result.folder.path / "best.json"), evaluate_command(model))
-    code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
-    parts = [
-        "The directory DIR loads with",
-        "\n".join(f"    {line}" for line in code),
-        "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of transformers.",
-        f"The profile is {profile.name} ({profile.description}).{_engine_text(profile)}",
-    ]
+    model, best = result.spec.checkpoint.model, result.folder.path / "best.json"
+    said = f"The profile is {profile.name} ({profile.description})."
+    steps = [quantize_command(model, best, profile.export)]
+    if profile.export:
+        parts = [f"{said} {_engine_text(profile)}"]
+    else:
+        steps.append(evaluate_command(model))
+        code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
+        parts = [
+            "The directory DIR loads with",
+            "\n".join(f"    {line}" for line in code),
+            "or, after import alphaquant, with AutoModelForCausalLM.from_pretrained of "
+            "transformers.",
+            said,
+        ]
     shown, text = "".join(map(_command, steps)), "\n\n".join(parts)
     return f"<h2>What to run</h2>{shown}{to_html(text)}"
 
 
 def _engine_text(profile: Profile) -> str:
-    """What a profile does not do yet."""
-    if profile.is_own_runtime:
-        return ""
+    """What the files of an engine's profile are, and how far that was checked."""
     return (
-        " Every format in best.json is one that this engine can load, but aq-quantize writes our "
-        "own checkpoint format and not the engine's."
+        f"The directory DIR then holds files that {profile.engine} loads ({profile.checked}). "
+        "Without --export, aq-quantize writes the same numbers as our own packed checkpoint, "
+        "which aq-eval measures."
     )
 
 

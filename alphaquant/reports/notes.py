@@ -17,6 +17,7 @@ from alphaquant.reports.tables import markdown, with_error
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
+from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.store.folder import CONFIG_FILE, RunFolder
@@ -212,4 +213,5 @@ def _limits_text(spec: SearchSpec) -> str:
 
 
 def _quantize_text(spec: SearchSpec) -> str:
-    return quantize_command(spec.checkpoint.model, CONFIG_FILE)
+    export = find_profile(spec.limits.profile).export
+    return quantize_command(spec.checkpoint.model, CONFIG_FILE, export)

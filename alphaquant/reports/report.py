@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -151,7 +152,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *paragraph(winner_text(result)),
             f"best: {best}",
             *paragraph(f"why: {why_text(result)}"),
-            f"next: {quantize_command(result.spec.checkpoint.model, best)}",
+            f"next: {_quantize_command(result, best)}",
         ]
     )
 
@@ -213,10 +214,23 @@ def report_text(result: SearchResult) -> str:
         "## Calibration coverage",
         sections.coverage_text(result),
         "## Next",
-        f"    {quantize_command(result.spec.checkpoint.model, best)}\n"
-        f"    {evaluate_command(result.spec.checkpoint.model)}",
+        "\n".join(f"    {command}" for command in _next_commands(result, best)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _quantize_command(result: SearchResult, config: Path) -> str:
+    """How to quantize as the result says, into the files of its engine."""
+    return quantize_command(result.spec.checkpoint.model, config, result.space.profile.export)
+
+
+def _next_commands(result: SearchResult, config: Path) -> list[str]:
+    """How to make files of the winner, and to measure ours; engines measure theirs."""
+    evaluate = evaluate_command(result.spec.checkpoint.model)
+    return [
+        _quantize_command(result, config),
+        *([] if result.space.profile.export else [evaluate]),
+    ]
 
 
 def _scores_section(result: SearchResult) -> list[str]:

@@ -12,9 +12,18 @@ def command_text(*parts: str | Path) -> str:
     return shlex.join(str(part) for part in parts)
 
 
-def quantize_command(model: str, config: str | Path) -> str:
-    """How to quantize a model as a configuration says."""
-    return command_text("aq-quantize", "--model", model, "--config", config, "--out", "DIR")
+def quantize_command(model: str, config: str | Path, export: str = "") -> str:
+    """How to quantize a model as a configuration says.
+
+    Args:
+        model: as `--model` takes it.
+        config: the configuration.
+        export: whose files it becomes, empty for ours.
+    """
+    wanted = ["--export", export] if export else []
+    return command_text(
+        "aq-quantize", "--model", model, "--config", config, *wanted, "--out", "DIR"
+    )
 
 
 def evaluate_command(reference: str) -> str:

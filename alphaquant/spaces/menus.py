@@ -7,10 +7,16 @@ REFERENCE_FORMATS = ("int4-g64", "mxfp4")
 """Uniform formats of exactly 4.25 bits that every search is compared with, whatever its menu."""
 
 SERVING_MENU = (
-    *("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-row", "fp8-e4m3-row"),
-    *("mxfp4", "nvfp4", "bf16"),
+    *("int2-row", "int2-g256-asym", "int2-g128", "int2-g128-asym", "int2-g64", "int2-g32"),
+    *("int3-row", "int3-g256-asym", "int3-g128", "int3-g64", "int3-g32"),
+    *("int4-g128", "int4-g128-asym", "int4-g64", "int4-g32"),
+    *("int5-g128", "int6-g128", "int8-g128", "fp8-e4m3-row", "mxfp4", "nvfp4", "bf16"),
 )
-"""Default menu of the profiles of serving engines, narrowed to what each loads."""
+"""Default menu of the profiles of serving engines, narrowed to what each loads.
+
+Units are large there, and a unit of all experts can only step from format to format: so there are
+steps of a quarter of a bit, and rows, which begin at 2 bits.
+"""
 
 
 def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:

@@ -3,24 +3,31 @@
 A profile is applied before anything is scored, so that every assignment of a search can be loaded
 by the engine it is meant for. It knows nothing about files; exports write those.
 
-Sources: vLLM main (CompressedTensorsMoEMethod.get_moe_method, get_moe_quant_method of GPTQ, the
-Marlin shape checks), SGLang 0.4.7 (sglang/srt/layers/quantization), compressed-tensors 0.20 and
-transformers 5.23 (its compressed-tensors integration). Tensor parallelism is not known here:
-shapes are checked for one device.
+Tensor parallelism is not known here: shapes are checked for one device. `Profile.checked` says
+what of an engine was run and what was only read in its source.
 
     any           our runtime: a format per matrix of every expert
     kernels       our runtime on GPUs: gate and up of an expert share one, which saves launches
                   (alphaquant.kernels.moe.launch_triton)
     vllm          compressed-tensors: expert 0 decides for its layer and gate, up, down must agree,
                   so a layer's experts are one unit; fused qkv_proj, gate_up_proj and the MLA pair
-                  fused_qkv_a_proj take one scheme
-    sglang        0.4.7, GPTQ v1: FusedMoE ignores `dynamic` (neither override nor skip), so all
-                  routed experts of the model are one unit and never bf16; fused linears as in vllm
-    transformers  compressed-tensors: one scheme for all experts of the model; linears are free
+                  fused_qkv_a_proj take one scheme. Two mixes load and compute wrong numbers
+                  without a word: an fp8 row among int8 rows, in experts and in fused linears. Of
+                  fused nvfp4 one global scale is taken for all, with a warning. Experts in fp8
+                  need rounded inputs
+    sglang        compressed-tensors, coupled as in vllm. Integer experts need a file whose one
+                  format is pack-quantized, so nothing but integers and bf16
+    transformers  compressed-tensors: one scheme for all experts of the model, symmetric, never
+                  nvfp4 (its global scale is dropped) or bf16; anything else of experts is an error
+                  or wrong without a word; linears are free, symmetric too
+
+Sources: CompressedTensorsMoEMethod.get_moe_method, CompressedTensorsWNA16(MoEMethod), the kernel
+selection of Marlin and Humming in vLLM 0.32.0; srt/layers/quantization/compressed_tensors in
+SGLang 0.5.23; integrations/compressed_tensors.py in transformers 5.23.0; compressed-tensors 0.20.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
@@ -69,6 +76,7 @@ class FormatRule:
         cols_multiple: what must divide the inputs.
         inner_multiple: what must divide the inner width of routed experts (outputs of gate and up,
             inputs of down), together with the group; 0 where experts are as other matrices.
+        is_alone: whether only matrices that are not fused with others can have it.
     """
 
     kinds: tuple[str, ...]
@@ -79,6 +87,7 @@ class FormatRule:
     rows_multiple: int = 1
     cols_multiple: int = 1
     inner_multiple: int = 0
+    is_alone: bool = False
 
     def allows(self, fmt: Format) -> bool:
         """Whether a format is in the set, whatever the shape."""
@@ -107,6 +116,7 @@ class FormatRule:
         parts = [", ".join(self.kinds)]
         parts += ["symmetric"] if self.symmetric_only else []
         parts += [" or ".join(self.elements)] if self.elements else []
+        parts += ["where nothing is fused"] if self.is_alone else []
         sizes = ("row" if size == PER_ROW else str(size) for size in self.group_sizes)
         return " ".join(parts) + (f", group {', '.join(sizes)}" if self.group_sizes else "")
 
@@ -121,6 +131,9 @@ class Profile:
         couplings: matrices that share one format; the first that takes a matrix counts.
         linear_rules: formats of everything but routed experts.
         expert_rules: formats of routed experts.
+        engine: the engine with the version that it was checked against; empty for our own runtime.
+        checked: what of this was run there, and what was only read in its source.
+        export: what `aq-quantize --export` calls its files; empty for our own.
     """
 
     name: str
@@ -128,6 +141,9 @@ class Profile:
     couplings: tuple[Coupling, ...]
     linear_rules: tuple[FormatRule, ...]
     expert_rules: tuple[FormatRule, ...]
+    engine: str = ""
+    checked: str = ""
+    export: str = ""
 
     def rules_of(self, kind: str) -> tuple[FormatRule, ...]:
         """The rules for one kind of matrix."""
@@ -144,7 +160,8 @@ class Profile:
         linears = "; ".join(rule.text for rule in self.linear_rules)
         experts = "; ".join(rule.text for rule in self.expert_rules)
         both = f"experts {experts}; other layers {linears}"
-        return f"profile {self.name} loads {linears if linears == experts else both}"
+        engine = f" ({self.engine})" if self.engine else ""
+        return f"profile {self.name}{engine} loads {linears if linears == experts else both}"
 
 
 _EVERYTHING = (FormatRule(FORMAT_KINDS, needs_whole_groups=False),)
@@ -161,8 +178,19 @@ _MARLIN = FormatRule(
     cols_multiple=128,
     inner_multiple=64,
 )
-# compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1.
-_ANY_INT = FormatRule(ASYMMETRIC_KINDS)
+# compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1. vLLM
+# slices packed zero points and experts in whole words of 32 bits: both sides are multiples of 32.
+_PACKED = FormatRule(
+    ASYMMETRIC_KINDS,
+    (32, 64, 128, 256, PER_ROW),
+    rows_multiple=32,
+    cols_multiple=32,
+)
+_SYMMETRIC_INT = FormatRule(ASYMMETRIC_KINDS, symmetric_only=True)
+_MXFP4 = FormatRule(("mxfp4",))
+# vLLM takes one global scale for what it fuses: the largest of q, k, v, and the gate's for gate
+# and up, with no more than a warning; ours are per matrix.
+_NVFP4_ALONE = FormatRule(("nvfp4",), is_alone=True)
 
 _MLPS = ("shared", "dense")
 _FUSED_LINEARS = (
@@ -192,37 +220,71 @@ PROFILES: dict[str, Profile] = {
             "vllm",
             "stock vLLM: one format for the experts of a layer, fused linears tied",
             (Coupling("experts", ("expert",), scope="layer"), *_FUSED_LINEARS),
-            (_MARLIN, _FP8_ROW, _BLOCK4, _BF16),
-            (_MARLIN, _FP8_ROW, _BLOCK4, _BF16),
+            (_PACKED, _FP8_ROW, _MXFP4, _NVFP4_ALONE, _BF16),
+            (_PACKED, _MXFP4, _BF16),
+            "vLLM 0.32.0",
+            "run on its CPU engine: couplings, int4 in groups of 64 and 128, of linears also in "
+            "rows and with zero points, and bf16; all other formats and GPU kernels were read in "
+            "its source, not run; --kernels marlin keeps to what needs no Humming kernels",
+            "compressed-tensors",
         ),
         Profile(
             "sglang",
-            "stock SGLang 0.4.7: one GPTQ format for all experts, fused linears tied",
-            (Coupling("experts", ("expert",), scope="model"), *_FUSED_LINEARS),
+            "stock SGLang: one format for the experts of a layer, fused linears tied",
+            (Coupling("experts", ("expert",), scope="layer"), *_FUSED_LINEARS),
             (_MARLIN, _BF16),
-            (_MARLIN,),
+            (_MARLIN, _BF16),
+            "SGLang 0.5.23",
+            "read in its source, not run: it has no engine for CPUs",
+            "compressed-tensors",
         ),
         Profile(
             "transformers",
             "stock transformers with compressed-tensors: one format for all experts",
             (Coupling("experts", ("expert",), scope="model"),),
-            (_ANY_INT, _FP8_ROW, _BLOCK4, _BF16),
-            (_ANY_INT, _FP8_ROW, _BLOCK4, _BF16),
+            (_SYMMETRIC_INT, _FP8_ROW, _BLOCK4, _BF16),
+            (_SYMMETRIC_INT, _FP8_ROW, _MXFP4),
+            "transformers 5.23.0 with compressed-tensors 0.20.0",
+            "run on a CPU: every format of its menu, experts and linears; linears in mxfp4 or "
+            "nvfp4 need dtype bfloat16",
+            "compressed-tensors",
         ),
     )
 }
 """Every profile that `--profile` takes."""
 
 
-def find_profile(name: str) -> Profile:
+KERNELS = ("all", "marlin")
+"""What `--kernels` takes."""
+
+_NARROWED = ("vllm", "sglang")
+"""Profiles of engines that choose among kernels."""
+
+
+def find_profile(name: str, kernels: str = "all") -> Profile:
     """The profile of a name.
 
+    Args:
+        name: key in `PROFILES`.
+        kernels: `all`, or `marlin`: only what the Marlin kernels compute, which every engine for
+            NVIDIA GPUs has.
+
     Raises:
-        ConfigError: no profile has this name.
+        ConfigError: no profile has this name, or its engine does not choose among kernels.
     """
     if name not in PROFILES:
         raise ConfigError(f"unknown profile {name!r}; known are {', '.join(PROFILES)}; name one")
-    return PROFILES[name]
+    profile = PROFILES[name]
+    if kernels == "all":
+        return profile
+    if name not in _NARROWED:
+        raise ConfigError(
+            f"--kernels {kernels} with --profile {name}: kernels are chosen in "
+            f"{', '.join(_NARROWED)}; name one of these, or leave --kernels out"
+        )
+    rules = (_MARLIN, _BF16)
+    description = f"{profile.description}; Marlin kernels only"
+    return replace(profile, description=description, linear_rules=rules, expert_rules=rules)
 
 
 def units_of(inventory: Inventory, profile: Profile) -> tuple[Unit, ...]:
@@ -294,6 +356,8 @@ def allowed_formats(unit: Unit, menu: Sequence[str], profile: Profile) -> tuple[
 def is_loadable(unit: Unit, fmt: Format, profile: Profile) -> bool:
     """Whether an engine loads a unit in a format."""
     rules = [rule for rule in profile.rules_of(unit.kind) if rule.allows(fmt)]
+    if len(unit.matrices) > 1:
+        rules = [rule for rule in rules if not rule.is_alone]
     return any(all(rule.fits(fmt, matrix) for matrix in unit.matrices) for rule in rules)
 
 

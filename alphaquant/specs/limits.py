@@ -1,11 +1,13 @@
 """What an assignment may cost and choose from."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
 from alphaquant.specs.check import Positive, check
+
+KernelSet = Literal["all", "marlin"]
 
 _ABOVE_ZERO = Parameter(validator=validators.Number(gt=0))
 
@@ -21,7 +23,12 @@ class LimitSpec:
     """Formats and menus to choose from, comma-separated, such as int3-g64-asym,mxfp4; menus:
     default, int, mx, fp, all. auto: the profile's menu."""
     profile: str = "any"
-    """What the result must load in: any, kernels, vllm, sglang, transformers."""
+    """What the result must load in: any (our runtime), kernels (our runtime on GPUs), vllm
+    (checked against 0.32.0), sglang (0.5.23, read and not run), transformers (5.23.0 with
+    compressed-tensors 0.20.0)."""
+    kernels: KernelSet = "all"
+    """Of vllm and sglang: all, or marlin, which narrows formats to int4 and int8, symmetric, in
+    groups of 32, 64, 128 or rows, and bf16."""
     max_formats_per_layer: Positive | None = None
     """At most so many formats among a layer's routed experts; none by default."""
     layer_minimum_bits: Annotated[float, _ABOVE_ZERO] | None = None

@@ -369,6 +369,38 @@ def test_activations_reach_the_checkpoint_and_the_plan(make: MakeQuantize) -> No
     )
 
 
+def test_an_export_takes_the_place_of_the_packed_checkpoint(make: MakeQuantize) -> None:
+    export = "compressed-tensors"
+    result = quantize(make(INT4, method="rtn", export=export))
+    entry = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == export
+    assert {"tokenizer.json", "SHA256SUMS", "model.safetensors.index.json"} <= {
+        file.name for file in result.path.iterdir()
+    }
+    told = result_json(result)["export"]
+    assert told["format"] == export and told["loads_in"]["vllm"]["engine"] == "vLLM 0.32.0"
+    assert report_of(result.path)["export"] == told
+
+
+def test_rounded_inputs_are_refused_in_an_export_before_anything_is_quantized(
+    make: MakeQuantize, tmp_path: Path
+) -> None:
+    overrides = [{"pattern": "*.self_attn.*", "wq": "int4", "aq": "int8", "group_size": 32}]
+    spec = make({**INT4, "overrides": overrides}, method="rtn", export="compressed-tensors")
+    with pytest.raises(ConfigError, match=r"8 matrices round their inputs.*--export alphaquant"):
+        quantize(spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mix_that_no_engine_loads_is_refused_in_an_export(
+    make: MakeQuantize, tmp_path: Path
+) -> None:
+    mix = {**INT4, "overrides": [{"pattern": "*.experts.1.*", "wq": "int8", "group_size": 32}]}
+    with pytest.raises(ConfigError, match=r"none of vllm, sglang, transformers loads this.*int8"):
+        quantize(make(mix, method="rtn", export="compressed-tensors"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_configuration_of_other_weights_is_warned_of(
     make: MakeQuantize, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -149,14 +149,16 @@ def test_commands_quote_what_a_shell_would_split(found: SearchResult) -> None:
     assert "'my models/$HOME'" in command
 
 
-def test_profiles_of_engines_say_that_their_checkpoints_are_not_written(
+def test_profiles_of_engines_export_their_files_and_say_how_far_that_was_checked(
     found: SearchResult,
 ) -> None:
-    said = "and not the engine&#x27;s"
-    assert said not in report_html(found)
-    space = replace(found.space, profile=find_profile("vllm"))
-    text = report_html(replace(found, space=space))
+    said = "files that vLLM 0.32.0 loads (run on its CPU engine"
+    assert said not in report_html(found) and "--export" not in report_html(found)
+    profile = find_profile("vllm")
+    told = replace(found, space=replace(found.space, profile=profile))
+    text = report_html(told)
     assert said in text and "The profile is vllm (stock vLLM:" in text
+    assert all("--export compressed-tensors" in command for command in commands(told).values())
 
 
 def test_names_that_users_chose_are_escaped(found: SearchResult) -> None:

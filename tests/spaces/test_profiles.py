@@ -16,6 +16,8 @@ from alphaquant.spaces.profiles import (
     units_of,
 )
 from alphaquant.spaces.units import Inventory, Matrix, Unit
+from alphaquant.specs.flat import texts_of
+from alphaquant.specs.limits import LimitSpec
 
 
 def unit_names(model: Inventory, profile: str, layer: int) -> list[str]:
@@ -71,7 +73,7 @@ FREE_EXPERTS = [f"mlp.experts.{i}.{name} 1" for i in range(16) for name in PROJE
         ),
         (
             "sglang",
-            ["self_attn.qkv 3", "self_attn.o_proj 1"]
+            ["self_attn.qkv 3", "self_attn.o_proj 1", "mlp.experts 48"]
             + [f"{SHARED}.w13 2", f"{SHARED}.down_proj 1"],
         ),
         (
@@ -87,9 +89,8 @@ def test_qwen2_moe_has_these_units_in_layer_1(
     assert unit_names(qwen2_moe, profile, 1) == expected
 
 
-@pytest.mark.parametrize("profile", ["sglang", "transformers"])
-def test_all_experts_of_the_model_are_one_unit(olmoe: Inventory, profile: str) -> None:
-    units = [u for u in units_of(olmoe, PROFILES[profile]) if u.kind == "expert"]
+def test_all_experts_of_the_model_are_one_unit_in_transformers(olmoe: Inventory) -> None:
+    units = [u for u in units_of(olmoe, PROFILES["transformers"]) if u.kind == "expert"]
     assert [(u.name, len(u.matrices)) for u in units] == [("model.layers.experts", 12 * 64 * 3)]
     assert units[0].family == "expert.all"
 
@@ -126,34 +127,37 @@ def test_old_expert_names_couple_as_the_new_ones() -> None:
     assert [u.family for u in units] == ["shared.w13", "shared.w2"]
 
 
+OURS = "any kernels"
+ENGINES = "any kernels vllm sglang transformers"
 LOADABLE = {
-    # format: what loads it for a linear layer, what for routed experts
-    "int1-g128": ("any kernels", "any kernels"),
-    "int4-g128": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
-    "int8-g32": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
-    "int8-row": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
-    "int4-g16": ("any kernels transformers", "any kernels transformers"),
-    "int4-g128-asym": ("any kernels transformers", "any kernels transformers"),
-    "int3-g64": ("any kernels transformers", "any kernels transformers"),
-    "int2-g32-asym": ("any kernels transformers", "any kernels transformers"),
-    "fp8-e4m3-row": ("any kernels vllm transformers", "any kernels vllm transformers"),
-    "fp8-e4m3-g128": ("any kernels", "any kernels"),
-    "fp8-e5m2-row": ("any kernels", "any kernels"),
-    "fp4-e2m1-g128": ("any kernels", "any kernels"),
-    "mxfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
-    "nvfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
-    "mxfp6": ("any kernels", "any kernels"),
-    "bf16": ("any kernels vllm sglang transformers", "any kernels vllm transformers"),
+    # format: what loads it for attention's output, what for routed experts
+    "int1-g128": (OURS, OURS),
+    "int4-g128": (ENGINES, ENGINES),
+    "int8-g32": (ENGINES, ENGINES),
+    "int8-row": (ENGINES, ENGINES),
+    "int4-g16": (f"{OURS} transformers", f"{OURS} transformers"),
+    "int4-g128-asym": (f"{OURS} vllm", f"{OURS} vllm"),
+    "int3-g64": (f"{OURS} vllm transformers", f"{OURS} vllm transformers"),
+    "int2-g32-asym": (f"{OURS} vllm", f"{OURS} vllm"),
+    "fp8-e4m3-row": (f"{OURS} vllm transformers", f"{OURS} transformers"),
+    "fp8-e4m3-g128": (OURS, OURS),
+    "fp8-e5m2-row": (OURS, OURS),
+    "fp4-e2m1-g128": (OURS, OURS),
+    "mxfp4": (f"{OURS} vllm transformers", f"{OURS} vllm transformers"),
+    "nvfp4": (f"{OURS} vllm transformers", OURS),
+    "mxfp6": (OURS, OURS),
+    "bf16": (ENGINES, f"{OURS} vllm sglang"),
 }
 
 
 @pytest.mark.parametrize("name", LOADABLE)
 def test_a_format_is_loaded_by_these_profiles(olmoe: Inventory, name: str) -> None:
     found = []
-    for kind in ("attention", "expert"):
+    for projection in ("o_proj", "down_proj"):
         loads = []
         for profile in PROFILES.values():
-            unit = next(u for u in units_of(olmoe, profile) if u.kind == kind)
+            units = units_of(olmoe, profile)
+            unit = next(u for u in units if projection in [m.projection for m in u.matrices])
             if is_loadable(unit, parse_format(name), profile):
                 loads.append(profile.name)
         found.append(" ".join(loads))
@@ -163,26 +167,27 @@ def test_a_format_is_loaded_by_these_profiles(olmoe: Inventory, name: str) -> No
 def test_a_menu_is_narrowed_to_what_some_matrix_can_have() -> None:
     menu = ("int2-g32", "int4-g128", "int4-g128-asym", "mxfp4", "bf16")
     assert narrow_menu(menu, PROFILES["any"]) == menu
-    assert narrow_menu(menu, PROFILES["vllm"]) == ("int4-g128", "mxfp4", "bf16")
+    assert narrow_menu(menu, PROFILES["vllm"]) == menu
     assert narrow_menu(menu, PROFILES["sglang"]) == ("int4-g128", "bf16")
-    assert narrow_menu(menu, PROFILES["transformers"]) == menu
+    symmetric = ("int2-g32", "int4-g128", "mxfp4", "bf16")
+    assert narrow_menu(menu, PROFILES["transformers"]) == symmetric
     assert narrow_menu(MENUS["all"], PROFILES["any"]) == MENUS["all"]
 
 
 def test_an_empty_menu_is_refused_with_what_the_profile_loads() -> None:
     text = (
-        "none of the formats mxfp6, int4-g128-asym can be loaded; profile sglang loads experts "
-        "int4, int8 symmetric, group 32, 64, 128, row; other layers int4, int8 symmetric, group "
-        "32, 64, 128, row; bf16; change --formats, or use --profile any"
+        "none of the formats mxfp6, int4-g128-asym can be loaded; profile sglang (SGLang 0.5.23) "
+        "loads int4, int8 symmetric, group 32, 64, 128, row; bf16; change --formats, or use "
+        "--profile any"
     )
     with pytest.raises(FormatError, match=re.escape(text)):
         narrow_menu(("mxfp6", "int4-g128-asym"), PROFILES["sglang"])
 
 
-def test_experts_of_sglang_are_never_bf16(olmoe: Inventory) -> None:
-    profile = PROFILES["sglang"]
+def test_experts_of_transformers_are_never_bf16_or_nvfp4(olmoe: Inventory) -> None:
+    profile = PROFILES["transformers"]
     units = units_of(olmoe, profile)
-    menu = ("int4-g128", "bf16")
+    menu = ("int4-g128", "nvfp4", "bf16")
     for unit in units:
         expected = menu[:1] if unit.kind == "expert" else menu
         assert allowed_formats(unit, menu, profile) == expected
@@ -191,21 +196,52 @@ def test_experts_of_sglang_are_never_bf16(olmoe: Inventory) -> None:
         allowed_formats(experts, ("bf16",), profile)
 
 
+def test_nvfp4_is_for_what_vllm_does_not_fuse(olmoe: Inventory) -> None:
+    profile = PROFILES["vllm"]
+    loads = {
+        u.name: is_loadable(u, parse_format("nvfp4"), profile) for u in units_of(olmoe, profile)
+    }
+    assert loads["model.layers.0.self_attn.o_proj"]
+    assert not loads["model.layers.0.self_attn.qkv"] and not loads["model.layers.0.mlp.experts"]
+
+
+def test_marlin_kernels_narrow_the_engines_that_have_them() -> None:
+    for name in ("vllm", "sglang"):
+        narrowed = find_profile(name, "marlin")
+        assert narrowed.text == (
+            f"profile {name} ({narrowed.engine}) loads int4, int8 symmetric, group 32, 64, 128, "
+            "row; bf16"
+        )
+        assert narrowed.couplings == find_profile(name).couplings
+    with pytest.raises(ConfigError, match=r"--kernels marlin with --profile any.*vllm, sglang"):
+        find_profile("any", "marlin")
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang", "transformers"])
+def test_help_names_the_version_that_an_engine_was_checked_against(name: str) -> None:
+    profile = PROFILES[name]
+    assert profile.checked and profile.export == "compressed-tensors"
+    shown = " ".join(texts_of(LimitSpec)["profile"].split())
+    assert all(version in shown for version in re.findall(r"[0-9.]+[0-9]", profile.engine))
+
+
 @pytest.mark.parametrize(
     ("profile", "kind", "projection", "rows", "cols", "allowed"),
     [
         # 10944 = 64 * 171: Marlin wants inputs % 128
-        ("vllm", "dense", "down_proj", 256, 10944, "mxfp4 bf16"),
-        ("vllm", "dense", "up_proj", 10944, 256, "int4-g32 int4-g128 mxfp4 bf16"),
-        ("vllm", "dense", "up_proj", 96, 256, "mxfp4 bf16"),
+        ("sglang", "dense", "down_proj", 256, 10944, "bf16"),
+        ("sglang", "dense", "up_proj", 10944, 256, "int4-g32 int4-g128 bf16"),
+        ("sglang", "dense", "up_proj", 96, 256, "bf16"),
+        ("vllm", "dense", "up_proj", 96, 256, "int4-g32 int4-g128 mxfp4 bf16"),
+        ("vllm", "dense", "up_proj", 80, 256, "mxfp4 bf16"),
         ("transformers", "dense", "down_proj", 256, 10944, "int4-g32 mxfp4 bf16"),
         ("any", "dense", "down_proj", 256, 10944, "int4-g32 int4-g128 mxfp4 bf16"),
         ("any", "dense", "down_proj", 7, 33, "int4-g32 int4-g128 mxfp4 bf16"),
         # inner width of experts % max(64, group): outputs of up, inputs of down
-        ("vllm", "expert", "up_proj", 192, 256, "int4-g32 mxfp4 bf16"),
+        ("sglang", "expert", "up_proj", 192, 256, "int4-g32 bf16"),
+        ("sglang", "expert", "down_proj", 256, 192, "int4-g32 bf16"),
+        ("sglang", "expert", "up_proj", 96, 256, "bf16"),
         ("vllm", "expert", "down_proj", 256, 192, "int4-g32 mxfp4 bf16"),
-        ("vllm", "expert", "up_proj", 96, 256, "mxfp4 bf16"),
-        ("sglang", "expert", "down_proj", 256, 192, "int4-g32"),
         ("vllm", "dense", "up_proj", 64, 48, "bf16"),
     ],
 )
@@ -219,7 +255,7 @@ def test_a_shape_narrows_the_formats(
 
 def test_one_matrix_that_does_not_fit_keeps_the_format_from_the_unit() -> None:
     good = Matrix("m.experts.0.up_proj", 128, 256, "expert", 0, 0)
-    bad = replace(good, name="m.experts.1.up_proj", rows=96, expert=1)
+    bad = replace(good, name="m.experts.1.up_proj", rows=80, expert=1)
     fmt = parse_format("int4-g128")
     assert is_loadable(Unit("u", (good,)), fmt, PROFILES["vllm"])
     assert not is_loadable(Unit("u", (good, bad)), fmt, PROFILES["vllm"])
