@@ -1,6 +1,7 @@
 """`quantize`: from a configuration to a packed checkpoint, with the calibration that it names."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -174,9 +175,17 @@ def result_json(result: PipelineResult) -> dict[str, Any]:
         "quantized_bytes": result.quantized_bytes,
         "checkpoint_bytes": result.checkpoint_bytes,
         "fallbacks": dict(result.fallbacks),
-        **({} if result.export is None else {"export": dict(result.export)}),
+        **({} if result.export is None else {"export": _exported(result)}),
         "seconds": round(result.seconds, 1),
     }
+
+
+def _exported(result: PipelineResult) -> dict[str, Any]:
+    """Facts of an export, the command that serves it with the directory."""
+    facts = dict(result.export or {})
+    if "run" in facts:
+        facts["run"] = facts["run"].replace("{directory}", shlex.quote(str(result.path)))
+    return facts
 
 
 def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:

@@ -7,13 +7,16 @@ from types import MappingProxyType
 from typing import Any
 
 from alphaquant.exports.contract import Exporter
+from alphaquant.exports.gguf.writer import GgufExporter
 from alphaquant.exports.packed import open_packed
 from alphaquant.files import whole_file, writing
 from alphaquant.models.quantization_config import REPORT
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.spaces.json_files import read_object
 
-EXPORTERS: Mapping[str, Exporter] = MappingProxyType({})
+EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
+    {exporter.name: exporter for exporter in (GgufExporter(),)}
+)
 """Every export but our own format, by name."""
 
 

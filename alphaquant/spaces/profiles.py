@@ -17,6 +17,8 @@ shapes are checked for one device.
     sglang        0.4.7, GPTQ v1: FusedMoE ignores `dynamic` (neither override nor skip), so all
                   routed experts of the model are one unit and never bf16; fused linears as in vllm
     transformers  compressed-tensors: one scheme for all experts of the model; linears are free
+    gguf          llama.cpp b11549: each projection of a layer's experts is one tensor of one type;
+                  linears are free
 """
 
 from collections.abc import Sequence
@@ -164,6 +166,16 @@ _MARLIN = FormatRule(
 # compressed-tensors has integers, and one bit of them is -1 and 0, not a sign: no int1.
 _ANY_INT = FormatRule(ASYMMETRIC_KINDS)
 
+# llama.cpp b11549: each of these is a type of its own, number for number. A larger group would be
+# written with its scale repeated, so that its bits would be more than ours say.
+_GGUF = (
+    FormatRule(("int1",), (128,), symmetric_only=True),
+    FormatRule(("int2",), (64,), symmetric_only=True),
+    FormatRule(("int4", "int5", "int8"), (32,), symmetric_only=True),
+    FormatRule(("mxfp4",)),
+    _BF16,
+)
+
 _MLPS = ("shared", "dense")
 _FUSED_LINEARS = (
     Coupling("qkv", ("attention",), ("q_proj", "k_proj", "v_proj")),
@@ -208,6 +220,15 @@ PROFILES: dict[str, Profile] = {
             (Coupling("experts", ("expert",), scope="model"),),
             (_ANY_INT, _FP8_ROW, _BLOCK4, _BF16),
             (_ANY_INT, _FP8_ROW, _BLOCK4, _BF16),
+        ),
+        Profile(
+            "gguf",
+            "llama.cpp b11549: one type for each projection of a layer's experts",
+            tuple(
+                Coupling(names[0], ("expert",), names, scope="layer") for names in (GATE, UP, DOWN)
+            ),
+            _GGUF,
+            _GGUF,
         ),
     )
 }

@@ -40,7 +40,7 @@ class ConfiguredTextSpec:
         check(self)
 
 
-ExportName = Literal["alphaquant"]
+ExportName = Literal["alphaquant", "gguf"]
 EXPORT_NAMES: tuple[str, ...] = get_args(ExportName)
 """What --export takes; the first is our own packed checkpoint."""
 
@@ -56,7 +56,7 @@ class QuantizeSpec:
     out: Annotated[Path | None, Parameter(alias="--save")] = None
     """Directory of the packed checkpoint; needed unless --dry-run."""
     export: ExportName = "alphaquant"
-    """What is written: alphaquant (our packed checkpoint)."""
+    """What is written: alphaquant (our packed checkpoint), gguf (a file for llama.cpp)."""
     overwrite: Annotated[bool, Parameter(negative="")] = False
     """Replace a packed checkpoint in out when the new one is complete, and drop an unfinished one
     of another job."""
