@@ -24,13 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ModelError
+from alphaquant.errors import FormatError, ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
+from alphaquant.quant.ggml.encoding import encode
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
@@ -53,7 +54,7 @@ class MatrixRecord:
         matrix: its name.
         format: canonical format name.
         bits_per_weight: stored bits, scales included.
-        method: `gptq`, `rtn` or `none` (bf16).
+        method: `gptq`, `rtn`, `none` (bf16), or `ggml`, llama.cpp's own code.
         fallback: why the method differs from the one asked for, None if it does not.
         hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
             data.
@@ -349,6 +350,8 @@ def _quantize_stacks(
         tasks = [(*done, position) for done in rounded for position in done[0].positions]
         for items in over(lambda task: _pack(stacks, settings, *task), tasks):
             found |= {(item.matrix.name, item.record.format): item for item in items}
+    for item in over(lambda task: _encode(stacks, *task), list(_encodings(asked))):
+        found[item.matrix.name, item.record.format] = item
     for stack, of_stack, weight in zip(stacks.matrices, asked, stacks.weights, strict=True):
         for name, positions in of_stack.items():
             for position in positions:
@@ -364,7 +367,7 @@ def _jobs(stacks: _Stacks, asked: Sequence[Asked]) -> list[_Job]:
     together: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for s, of_stack in enumerate(asked):
         for name, positions in of_stack.items():
-            if parse_format(name).is_quantized:
+            if _is_rounded(name):
                 together.setdefault((name, positions), []).append(s)
     device = stacks.place.device
     return [
@@ -514,6 +517,53 @@ def _records(
         )
         found.append(record)
     return found
+
+
+def _is_rounded(name: str) -> bool:
+    """Whether a format is one that the column loops round to."""
+    fmt = parse_format(name)
+    return fmt.is_quantized and not fmt.is_ggml
+
+
+def _encodings(asked: Sequence[Asked]) -> Iterator[tuple[int, int, Format]]:
+    """What llama.cpp's code makes: number of the stack, position of the matrix, format."""
+    for s, of_stack in enumerate(asked):
+        for name, positions in of_stack.items():
+            if parse_format(name).is_ggml:
+                yield from ((s, position, parse_format(name)) for position in positions)
+
+
+def _encode(stacks: _Stacks, s: int, position: int, fmt: Format) -> QuantizedMatrix:
+    """A matrix in a type of llama.cpp, its inputs weighed by the diagonal of their Hessian."""
+    matrix, weight = stacks.matrices[s][position], stacks.weights[s, stacks.rows_of(position)]
+    if not fmt.fits(matrix.cols):
+        raise FormatError(
+            f"{matrix.name} has {matrix.cols} inputs, and {fmt.name} has blocks of "
+            f"{fmt.group_size}; use a format of smaller blocks for it"
+        )
+    damped = None if stacks.damped is None else stacks.damped.matrix[s].diagonal()
+    codes = encode(fmt.kind, weight, damped)
+    packed = PackedMatrix(fmt, matrix.rows, matrix.cols, {"codes": codes})
+    D = weight - packed.dequantize().to(weight.device)
+    has_data, error = stacks.hessian is not None, None
+    if stacks.hessian is not None:
+        H = stacks.hessian[s]
+        error = float((D @ H * D).sum() / (weight @ H * weight).sum().clamp(min=1e-30))
+    record = MatrixRecord(
+        matrix.name,
+        fmt.name,
+        matrix.storage_bits(fmt) / matrix.n_weights,
+        "ggml",
+        None,
+        stacks.source[s] if has_data else None,
+        stacks.n_tokens[s] if has_data else None,
+        None if stacks.damped is None else float(stacks.damped.damp[s]),
+        float(D.square().sum() / weight.square().sum().clamp(min=1e-30)),
+        error,
+        stacks.shrinkage[s] if has_data else None,
+        stacks.heldout_gain,
+    )
+    return QuantizedMatrix(matrix, packed, record)
 
 
 def _keep(matrix: Matrix, weight: Tensor) -> QuantizedMatrix:

@@ -26,7 +26,14 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
-from alphaquant.spaces.formats import ASYMMETRIC_KINDS, FORMAT_KINDS, PER_ROW, Format, parse_format
+from alphaquant.spaces.formats import (
+    ASYMMETRIC_KINDS,
+    FORMAT_KINDS,
+    GGML_BLOCKS,
+    PER_ROW,
+    Format,
+    parse_format,
+)
 from alphaquant.spaces.units import DOWN, GATE, UP, Inventory, Matrix, Unit
 
 
@@ -93,8 +100,8 @@ class FormatRule:
 
     def fits(self, fmt: Format, matrix: Matrix) -> bool:
         """Whether the engine loads a matrix of this shape in a format of the set."""
-        if not fmt.is_quantized:
-            return True
+        if not fmt.is_quantized or not fmt.fits(matrix.cols):
+            return not fmt.is_quantized
         group = max(1, fmt.group_size)  # PER_ROW is -1: any width is a whole group
         if self.needs_whole_groups and matrix.cols % group:
             return False
@@ -172,7 +179,7 @@ _GGUF = (
     FormatRule(("int1",), (128,), symmetric_only=True),
     FormatRule(("int2",), (64,), symmetric_only=True),
     FormatRule(("int4", "int5", "int8"), (32,), symmetric_only=True),
-    FormatRule(("mxfp4",)),
+    FormatRule(("mxfp4", *GGML_BLOCKS)),
     _BF16,
 )
 

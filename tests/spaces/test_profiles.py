@@ -128,9 +128,12 @@ def test_old_expert_names_couple_as_the_new_ones() -> None:
 
 LOADABLE = {
     # format: what loads it for a linear layer, what for routed experts
-    "int1-g128": ("any kernels", "any kernels"),
+    "int1-g128": ("any kernels gguf", "any kernels gguf"),
     "int4-g128": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
-    "int8-g32": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
+    "int8-g32": (
+        "any kernels vllm sglang transformers gguf",
+        "any kernels vllm sglang transformers gguf",
+    ),
     "int8-row": ("any kernels vllm sglang transformers", "any kernels vllm sglang transformers"),
     "int4-g16": ("any kernels transformers", "any kernels transformers"),
     "int4-g128-asym": ("any kernels transformers", "any kernels transformers"),
@@ -140,10 +143,11 @@ LOADABLE = {
     "fp8-e4m3-g128": ("any kernels", "any kernels"),
     "fp8-e5m2-row": ("any kernels", "any kernels"),
     "fp4-e2m1-g128": ("any kernels", "any kernels"),
-    "mxfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
+    "mxfp4": ("any kernels vllm transformers gguf", "any kernels vllm transformers gguf"),
+    "q4_k": ("any kernels gguf", "any kernels gguf"),
     "nvfp4": ("any kernels vllm transformers", "any kernels vllm transformers"),
     "mxfp6": ("any kernels", "any kernels"),
-    "bf16": ("any kernels vllm sglang transformers", "any kernels vllm transformers"),
+    "bf16": ("any kernels vllm sglang transformers gguf", "any kernels vllm transformers gguf"),
 }
 
 
@@ -229,3 +233,23 @@ def test_our_runtime_loads_the_whole_default_menu_everywhere(inventory: Inventor
     profile = PROFILES["any"]
     for unit in units_of(inventory, profile):
         assert allowed_formats(unit, DEFAULT_MENU, profile) == DEFAULT_MENU
+
+
+def test_llama_cpp_has_one_type_for_each_projection_of_a_layer_s_experts(olmoe: Inventory) -> None:
+    units = units_of(olmoe, PROFILES["gguf"])
+    experts = [unit for unit in units if unit.kind == "expert" and unit.layer == 0]
+    prefix = "model.layers.0.mlp.experts"
+    assert [u.name for u in experts] == [f"{prefix}.{p}_proj" for p in ("gate", "up", "down")]
+    assert all(len(unit.matrices) == 64 for unit in experts)
+    others = [unit for unit in units if unit.kind != "expert"]
+    assert all(len(unit.matrices) == 1 for unit in others)
+
+
+def test_blocks_of_llama_cpp_are_offered_where_they_divide_the_width() -> None:
+    names = ("q_proj", 256), ("k_proj", 128), ("v_proj", 96), ("o_proj", 80)
+    matrices = tuple(Matrix(f"m.{n}", 32, cols, "attention", 0) for n, cols in names)
+    units = units_of(Inventory("llama", matrices), PROFILES["gguf"])
+    menu = ("int1-g128", "q4_k", "int4-g32", "int4-g64", "iq4_nl", "mxfp4", "bf16")
+    found = [allowed_formats(unit, menu, PROFILES["gguf"]) for unit in units]
+    small = ("int4-g32", "iq4_nl", "mxfp4", "bf16")
+    assert found == [("int1-g128", "q4_k", *small), ("int1-g128", *small), small, ("bf16",)]

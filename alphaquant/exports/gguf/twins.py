@@ -3,7 +3,7 @@
     ours                            llama.cpp  block
     int1-g128                       Q1_0       d, 128 bits: 0 is -d, 1 is d
     int2-g64                        Q2_0       d, 64 codes of 2 bits for (code - 1) d
-    int4-g32                        Q4_0       d, 32 nibbles for (code - 8) d: j, j + 16 share a byte
+    int4-g32                        Q4_0       d, 32 nibbles for (code - 8) d: j with j + 16
     int5-g32                        Q5_0       d, 32 fifth bits, nibbles as Q4_0, for (code - 16) d
     int8-g32                        Q8_0       d, 32 signed bytes
     mxfp4                           MXFP4      2^e, 32 elements, j and j + 16 share a byte
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from alphaquant.kernels.packing import unpack_codes
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.spaces.formats import PER_ROW, Format
+from alphaquant.spaces.formats import GGML_BLOCKS, PER_ROW, Format
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ def twin_of(fmt: Format, cols: int) -> Twin | None:
     """
     if not fmt.is_quantized:
         return _PLAIN["BF16"]
+    if fmt.is_ggml:
+        block, n_bytes = GGML_BLOCKS[fmt.kind]
+        return Twin(fmt.kind.upper(), block, n_bytes) if fmt.fits(cols) else None
     twin = _MXFP4 if fmt.name == "mxfp4" else None
     if fmt.family == "int" and fmt.symmetric:
         twin = _INTEGERS.get(fmt.bits)
@@ -101,6 +104,8 @@ def blocks_of(packed: PackedMatrix) -> Tensor:
     fmt, rows, cols = packed.format, packed.rows, packed.cols
     if not fmt.is_quantized:
         return packed.tensors["weight"].contiguous().view(torch.uint8)
+    if fmt.is_ggml:
+        return packed.tensors["codes"]
     twin = twin_of(fmt, cols)
     assert twin is not None, "checked before"
     codes = unpack_codes(packed.tensors["codes"], fmt.bits, cols).view(rows, -1, twin.block)

@@ -1,8 +1,8 @@
 """The tokenizer of a packed checkpoint as metadata of a GGUF file.
 
 llama.cpp has two kinds of byte-pair tokenizers: `gpt2`, over bytes, with merges and the name of
-the rule by which texts are split into words, and `llama`, over characters with bytes to fall back to,
-with a score per token instead of merges.
+the rule by which texts are split into words, and `llama`, over characters with bytes to fall back
+to, with a score per token instead of merges.
 
 The rule is known by its pattern: patterns and names are transformers' own table of what it reads
 from GGUF files, and GPT-2's. A pattern that is not in it is written as `default`, which llama.cpp

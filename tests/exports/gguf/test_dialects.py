@@ -24,7 +24,11 @@ def test_every_dialect_is_run_by_the_tests() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("nemotron_h", {}, "architecture nemotron_h is not written; llama, mixtral, olmoe, .* are"),
+        (
+            "nemotron_h",
+            {},
+            "architecture nemotron_h is not written; llama, mixtral, olmoe, .* are",
+        ),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True .* computes with False"),
         ("olmoe", {"num_key_value_heads": 2}, "fewer heads of keys than of queries"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False .* computes with True"),

@@ -12,8 +12,8 @@ import torch
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.loading import load_tokenizer
-from alphaquant.testing.llama.exported import EXPORTED, add_tokenizer, save_rounded, write_float32
 from alphaquant.testing.llama.client import generate, logits, tokenize
+from alphaquant.testing.llama.exported import EXPORTED, add_tokenizer, save_rounded, write_float32
 
 pytestmark = pytest.mark.skipif(
     find_spec("xllamacpp") is None, reason="xllamacpp (the extra llamacpp) is not installed"
