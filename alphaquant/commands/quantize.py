@@ -25,7 +25,7 @@ from alphaquant.runtime.parts import open_part
 from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
-from alphaquant.spaces.formats import BF16, GGML_BLOCKS, Format
+from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.flat import make
@@ -87,7 +87,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     """
     check_kind(spec, QuantizeSpec, "quantize")
     config = load_config(spec.config)
-    check_formats(s.wq for s in (config.default, *config.overrides) if s.wq in GGML_BLOCKS)
+    check_formats(s.wq for s in (config.default, *config.overrides) if s.wq)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
     check_architecture(spec.model_type)

@@ -1,7 +1,8 @@
 """Blocks of llama.cpp's types as weights, in torch on any device; bit for bit what gguf decodes.
 
 A weight is factor * value - offset. Values are integers or numbers of a table; a factor and an
-offset are shared by the 16 or 32 weights of a part, and are made of a float16 and a small integer:
+offset are shared by the 16 or 32 weights of a part, and are products of a float16 of the block and
+a small integer of the part:
 
     q4_1 q5_1              d                      -m         values 0 .. 2^b - 1
     q2_k                   d * (s & 15)           dmin * (s >> 4)
@@ -35,21 +36,35 @@ NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 @dataclass(frozen=True)
 class Levels:
-    """Decoded blocks.
+    """Decoded blocks: a weight is d * scale * value - dmin * minimum.
 
     Attributes:
         values: float32 [n, weights of a block].
-        factors: float32 [n, P].
-        offsets: float32 [n, P], None where there are none.
+        d: float32 [n, 1], float16 numbers.
+        scales: float32 [n, P], small integers, or what small integers stand for.
+        dmin: float32 [n, 1], float16 numbers; None where there are no offsets.
+        minima: float32 [n, P], likewise.
     """
 
     values: Tensor
-    factors: Tensor
-    offsets: Tensor | None = None
+    d: Tensor
+    scales: Tensor
+    dmin: Tensor | None = None
+    minima: Tensor | None = None
+
+    @property
+    def factors(self) -> Tensor:
+        """What values are multiplied with, float32 [n, P]."""
+        return self.d * self.scales
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """What is taken away then, float32 [n, P]; None for nothing."""
+        return None if self.dmin is None or self.minima is None else self.dmin * self.minima
 
     def weights(self) -> Tensor:
         """Weights, float32 [n, weights of a block]."""
-        n_blocks, n_parts = self.factors.shape
+        n_blocks, n_parts = self.scales.shape
         parts = self.values.view(n_blocks, n_parts, -1) * self.factors.unsqueeze(-1)
         if self.offsets is not None:
             parts = parts - self.offsets.unsqueeze(-1)
@@ -95,22 +110,29 @@ def _words(blocks: Tensor, n_bytes: int) -> Tensor:
 def _q4_1(blocks: Tensor) -> Levels:
     """D 2, m 2, 16 bytes: weights j and j + 16."""
     values = _fields(blocks[:, 4:], 0, 4, mask=15).flatten(1)
-    return Levels(values.float(), _half(blocks, 0), -_half(blocks, 2))
+    return _free_levels(values.float(), blocks)
+
+
+def _free_levels(values: Tensor, blocks: Tensor) -> Levels:
+    """Values of one part whose factor and offset are d and -m."""
+    d, m = _half(blocks, 0), _half(blocks, 2)
+    return Levels(values, d, torch.ones_like(d), m, -torch.ones_like(m))
 
 
 def _q5_1(blocks: Tensor) -> Levels:
     """D 2, m 2, 4 bytes of fifth bits, 16 bytes as q4_1."""
     low = _fields(blocks[:, 8:], 0, 4, mask=15).flatten(1)
     high = _fields(blocks[:, 4:8], *range(8), mask=1).mT.flatten(1)
-    return Levels((low | high << 4).float(), _half(blocks, 0), -_half(blocks, 2))
+    return _free_levels((low | high << 4).float(), blocks)
 
 
 def _q2_k(blocks: Tensor) -> Levels:
     """16 bytes of scale and minimum, 64 of codes (2 bits of 32 bytes are 32 weights), d, dmin."""
     scales = blocks[:, :16]
     codes = _fields(blocks[:, 16:80].reshape(len(blocks), 2, 32), 0, 2, 4, 6, mask=3)
-    factors = _half(blocks, 80) * (scales & 15).float()
-    return Levels(codes.flatten(1).float(), factors, _half(blocks, 82) * (scales >> 4).float())
+    minima = (scales >> 4).float()
+    d, dmin = _half(blocks, 80), _half(blocks, 82)
+    return Levels(codes.flatten(1).float(), d, (scales & 15).float(), dmin, minima)
 
 
 def _q3_k(blocks: Tensor) -> Levels:
@@ -121,7 +143,7 @@ def _q3_k(blocks: Tensor) -> Levels:
     values = low.float() - 4 * (1 - high.float())
     scales = _fields(blocks[:, 96:104], 0, 4, mask=15).flatten(1)
     tops = _fields(blocks[:, 104:108], 0, 2, 4, 6, mask=3).flatten(1)
-    return Levels(values, _half(blocks, 108) * ((scales | tops << 4).float() - 32))
+    return Levels(values, _half(blocks, 108), (scales | tops << 4).float() - 32)
 
 
 def _k_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,8 +161,8 @@ def _q4_k(blocks: Tensor) -> Levels:
     """d, dmin, 12 bytes of scales and minima, 128 of codes (halves of 32 bytes are 32 weights)."""
     scales, minima = _k_scales(blocks[:, 4:16])
     codes = _fields(blocks[:, 16:].reshape(len(blocks), 4, 32), 0, 4, mask=15).flatten(1)
-    factors = _half(blocks, 0) * scales.float()
-    return Levels(codes.float(), factors, _half(blocks, 2) * minima.float())
+    d, dmin = _half(blocks, 0), _half(blocks, 2)
+    return Levels(codes.float(), d, scales.float(), dmin, minima.float())
 
 
 def _q5_k(blocks: Tensor) -> Levels:
@@ -148,8 +170,8 @@ def _q5_k(blocks: Tensor) -> Levels:
     scales, minima = _k_scales(blocks[:, 4:16])
     low = _fields(blocks[:, 48:].reshape(len(blocks), 4, 32), 0, 4, mask=15).flatten(1)
     high = _fields(blocks[:, 16:48], *range(8), mask=1).flatten(1)
-    factors = _half(blocks, 0) * scales.float()
-    return Levels((low | high << 4).float(), factors, _half(blocks, 2) * minima.float())
+    d, dmin = _half(blocks, 0), _half(blocks, 2)
+    return Levels((low | high << 4).float(), d, scales.float(), dmin, minima.float())
 
 
 def _q6_k(blocks: Tensor) -> Levels:
@@ -158,13 +180,14 @@ def _q6_k(blocks: Tensor) -> Levels:
     low = _fields(blocks[:, :128].reshape(n_blocks, 2, 64), 0, 4, mask=15).flatten(1)
     high = _fields(blocks[:, 128:192].reshape(n_blocks, 2, 32), 0, 2, 4, 6, mask=3).flatten(1)
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return Levels((low | high << 4).float() - 32, _half(blocks, 208) * scales)
+    return Levels((low | high << 4).float() - 32, _half(blocks, 208), scales)
 
 
 def _iq4_nl(blocks: Tensor) -> Levels:
     """d, 16 bytes of codes: weights j and j + 16."""
     codes = _fields(blocks[:, 2:], 0, 4, mask=15).flatten(1)
-    return Levels(_nl(codes), _half(blocks, 0))
+    d = _half(blocks, 0)
+    return Levels(_nl(codes), d, torch.ones_like(d))
 
 
 def _iq4_xs(blocks: Tensor) -> Levels:
@@ -173,7 +196,7 @@ def _iq4_xs(blocks: Tensor) -> Levels:
     tops = _fields(blocks[:, 2:4], 0, 2, 4, 6, mask=3).mT.flatten(1)
     scales = _fields(blocks[:, 4:8], 0, 4, mask=15).mT.flatten(1)
     codes = _fields(blocks[:, 8:].reshape(n_blocks, 8, 16), 0, 4, mask=15).flatten(1)
-    return Levels(_nl(codes), _half(blocks, 0) * ((scales | tops << 4).float() - 32))
+    return Levels(_nl(codes), _half(blocks, 0), (scales | tops << 4).float() - 32)
 
 
 def _nl(codes: Tensor) -> Tensor:
@@ -187,17 +210,16 @@ def _iq2_xxs(blocks: Tensor) -> Levels:
     parts = blocks[:, 2:].reshape(n_blocks, 8, 8)
     words = _words(parts[..., 4:].reshape(n_blocks, -1), 4)  # [n, 8]
     values = _vectors("IQ2_XXS", parts[..., :4].reshape(n_blocks, -1).int())
-    scales = (words >> 28).float()
-    return _signed_levels(values, _seven_bits(words), _half(blocks, 0) * (0.5 + scales) * 0.25)
+    scales = (0.5 + (words >> 28).float()) * 0.25
+    return _signed_levels(values, _seven_bits(words), _half(blocks, 0), scales)
 
 
 def _iq2_xs(blocks: Tensor) -> Levels:
     """d, 32 words of 9 bits for a vector and 7 for signs, 8 bytes of two scales each."""
     words = _words(blocks[:, 2:66], 2)
     scales = _fields(blocks[:, 66:], 0, 4, mask=15).mT.flatten(1)
-    factors = _half(blocks, 0) * (0.5 + scales.float()) * 0.25
-    signs = _full_signs(words >> 9)
-    return _signed_levels(_vectors("IQ2_XS", (words & 511).int()), signs, factors)
+    values, signs = _vectors("IQ2_XS", (words & 511).int()), _full_signs(words >> 9)
+    return _signed_levels(values, signs, _half(blocks, 0), (0.5 + scales.float()) * 0.25)
 
 
 def _iq2_s(blocks: Tensor) -> Levels:
@@ -205,16 +227,16 @@ def _iq2_s(blocks: Tensor) -> Levels:
     tops = _fields(blocks[:, 66:74], 0, 2, 4, 6, mask=3).mT.flatten(1)
     scales = _fields(blocks[:, 74:], 0, 4, mask=15).mT.flatten(1)
     values = _vectors("IQ2_S", blocks[:, 2:34].int() | tops.int() << 8)
-    factors = _half(blocks, 0) * (0.5 + scales.float()) * 0.25
-    return _signed_levels(values, blocks[:, 34:66], factors)
+    scales = (0.5 + scales.float()) * 0.25
+    return _signed_levels(values, blocks[:, 34:66], _half(blocks, 0), scales)
 
 
 def _iq3_xxs(blocks: Tensor) -> Levels:
     """d, 64 bytes of vectors, 8 words: four 7-bit signs, a scale."""
     words = _words(blocks[:, 66:], 4)
     values = _vectors("IQ3_XXS", blocks[:, 2:66].int())
-    factors = _half(blocks, 0) * (0.5 + (words >> 28).float()) * 0.5
-    return _signed_levels(values, _seven_bits(words), factors)
+    scales = (0.5 + (words >> 28).float()) * 0.5
+    return _signed_levels(values, _seven_bits(words), _half(blocks, 0), scales)
 
 
 def _iq3_s(blocks: Tensor) -> Levels:
@@ -222,8 +244,8 @@ def _iq3_s(blocks: Tensor) -> Levels:
     tops = _fields(blocks[:, 66:74], *range(8), mask=1).mT.flatten(1)
     scales = _fields(blocks[:, 106:], 0, 4, mask=15).mT.flatten(1)
     values = _vectors("IQ3_S", blocks[:, 2:66].int() | tops.int() << 8)
-    factors = _half(blocks, 0) * (1 + 2 * scales.float())
-    return _signed_levels(values, blocks[:, 74:106], factors)
+    scales = 1 + 2 * scales.float()
+    return _signed_levels(values, blocks[:, 74:106], _half(blocks, 0), scales)
 
 
 def _seven_bits(words: Tensor) -> Tensor:
@@ -238,10 +260,10 @@ def _full_signs(patterns: Tensor) -> Tensor:
     return (patterns | bits.sum(-1) % 2 << 7).to(torch.uint8)
 
 
-def _signed_levels(values: Tensor, signs: Tensor, factors: Tensor) -> Levels:
+def _signed_levels(values: Tensor, signs: Tensor, d: Tensor, scales: Tensor) -> Levels:
     """Values [n, 256] with the signs of bytes [n, 32], a set bit being negative."""
     bits = _fields(signs, *range(8), mask=1).mT.flatten(1)
-    return Levels(values * (1 - 2 * bits.float()), factors)
+    return Levels(values * (1 - 2 * bits.float()), d, scales)
 
 
 def _vectors(name: str, numbers: Tensor) -> Tensor:

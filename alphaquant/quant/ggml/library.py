@@ -24,7 +24,7 @@ def check_formats(names: Iterable[str]) -> None:
     """Refuse types of llama.cpp where what they need is not installed.
 
     Args:
-        names: format names.
+        names: of formats or their kinds.
 
     Raises:
         ModelError: naming the package.

@@ -10,24 +10,11 @@ import torch
 from alphaquant.quant.ggml.decoding import decode
 from alphaquant.quant.ggml.encoding import encode
 from alphaquant.spaces.formats import GGML_BLOCKS, parse_format
+from alphaquant.testing.llama.blocks import drawn_blocks
 
 needs_library = pytest.mark.skipif(
     find_spec("xllamacpp") is None, reason="xllamacpp (the extra llamacpp) is not installed"
 )
-HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
-HALVES |= {"q4_1": (0, 2), "q5_1": (0, 2)}
-"""Bytes of a block at which float16 numbers are; of all other types at 0."""
-
-
-def drawn_blocks(kind: str) -> torch.Tensor:
-    """Any bytes are blocks, but for float16 numbers, which are to be finite."""
-    block, n_bytes = GGML_BLOCKS[kind]
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.randint(0, 256, (64, n_bytes), generator=generator, dtype=torch.uint8)
-    for at in HALVES.get(kind, (0,)):
-        numbers = torch.randn(64, 1, generator=generator).half()
-        blocks[:, at : at + 2] = numbers.view(torch.uint8)
-    return blocks.view(16, 4 * n_bytes)
 
 
 @pytest.mark.parametrize("kind", GGML_BLOCKS)
