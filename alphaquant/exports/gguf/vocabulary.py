@@ -5,8 +5,8 @@ the rule by which texts are split into words, and `llama`, over characters with 
 to, with a score per token instead of merges.
 
 The rule is known by its pattern: patterns and names are transformers' own table of what it reads
-from GGUF files, and GPT-2's. A pattern that is not in it is written as `default`, which llama.cpp
-warns of; the report says so.
+from GGUF files, and GPT-2's. A pattern that is not in it is written as `default`, and the report
+says that texts may be split otherwise (`inexact_split`).
 """
 
 import json
@@ -19,6 +19,7 @@ from alphaquant.errors import ConfigError
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """Kinds of tokens, as llama.cpp numbers them."""
 
+_UNKNOWN = "default"
 _FIRST_CHOICES = ("gpt-2", "llama-bpe", "qwen2", "gpt-4o")
 """Names of rules; of several with one pattern the one that is written."""
 
@@ -68,6 +69,17 @@ def add_vocabulary(writer: Any, directory: Path, n_tokens: int) -> str:
     return told
 
 
+def inexact_split(told: str) -> list[str]:
+    """What to know of a tokenizer that `add_vocabulary` told of, a sentence each."""
+    if not told.endswith(f" {_UNKNOWN}"):
+        return []
+    return [
+        "the rule by which this tokenizer splits texts into words is not in the table of those "
+        "that llama.cpp knows by name: its default is written, so some texts may become other "
+        "tokens"
+    ]
+
+
 def split_rule(rule: Mapping[str, Any]) -> str:
     """llama.cpp's name of how texts are split into words; `default` where none is known.
 
@@ -81,10 +93,10 @@ def split_rule(rule: Mapping[str, Any]) -> str:
     if not patterns:
         uses_own = any(p.get("type") == "ByteLevel" and p.get("use_regex", True) for p in parts)
         has_digits = any(p.get("type") == "Digits" for p in parts)
-        return "gpt-2" if uses_own and not has_digits else "default"
+        return "gpt-2" if uses_own and not has_digits else _UNKNOWN
     names = [name for name, known in GGUF_PRE_TOKENIZER_SPLITS.items() if [known] == patterns]
     chosen = [name for name in _FIRST_CHOICES if name in names]
-    return [*chosen, *names, "default"][0]
+    return [*chosen, *names, _UNKNOWN][0]
 
 
 def _tokens(content: Mapping[str, Any], n_tokens: int) -> tuple[list[str], list[int]]:

@@ -19,7 +19,7 @@ from alphaquant.exports.gguf.dialects import find_dialect, inexact_of
 from alphaquant.exports.gguf.metadata import add_metadata
 from alphaquant.exports.gguf.names import GgufEntry, entries_of
 from alphaquant.exports.gguf.twins import WRITTEN, twin_of
-from alphaquant.exports.gguf.vocabulary import add_vocabulary
+from alphaquant.exports.gguf.vocabulary import add_vocabulary, inexact_split
 from alphaquant.exports.packed import PackedSource
 from alphaquant.files import writing
 from alphaquant.models.gguf.header import NEWER_TYPES, check_package, read_header
@@ -78,7 +78,7 @@ class GgufExporter:
             "tensor_bytes": sum(entry.n_bytes for entry in entries),
             "checked_with": CHECKED_WITH,
             "gguf": version("gguf"),
-            "not_exact": inexact_of(config),
+            "not_exact": [*inexact_of(config), *inexact_split(told)],
             "run": f"llama-server -m {{directory}}/{MODEL_FILE}",
         }
 
