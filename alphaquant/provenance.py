@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -66,6 +67,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "source"
+    with suppress(PackageNotFoundError):  # its types are rounded by its own code
+        found["xllamacpp"] = version("xllamacpp")
     return found
 
 

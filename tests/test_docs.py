@@ -38,7 +38,7 @@ def test_table_of_nominal_bits_is_what_its_command_prints() -> None:
 
 
 def test_every_kind_of_format_is_in_the_table() -> None:
-    assert {parse_format(name).kind for name in parse_menu("all")} == set(FORMAT_KINDS)
+    assert {parse_format(name).kind for name in parse_menu("all,gguf")} == set(FORMAT_KINDS)
 
 
 def test_worked_example_of_the_format_page_is_right() -> None:

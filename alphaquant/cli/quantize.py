@@ -1,6 +1,7 @@
 """`aq-quantize`: the packed checkpoint of a configuration."""
 
 import json
+import sys
 from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
@@ -18,7 +19,8 @@ def command(
 ) -> None:
     """Quantize a model as a configuration says and write a packed checkpoint.
 
-    Prints a JSON summary; quantize_report.json in --out has a row per matrix.
+    Prints a JSON summary, and for an export the command that serves it; quantize_report.json in
+    --out has a row per matrix.
 
     Args:
         spec: What to do.
@@ -36,7 +38,10 @@ def command(
         return
     with Bars() as bars:
         result = commands.quantize(spec, progress=bars)
-    print(json.dumps(commands.result_json(result), indent=1))
+    summary = commands.result_json(result)
+    print(json.dumps(summary, indent=1))
+    if "run" in summary.get("export", {}):
+        say(summary["export"]["run"], sys.stderr)
 
 
 QUANTIZE = Command(

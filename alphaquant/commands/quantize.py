@@ -1,6 +1,7 @@
 """`quantize`: from a configuration to a packed checkpoint, with the calibration that it names."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from alphaquant.models.quantization_config import is_packed
 from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import Bank, bank_key, find_bank
+from alphaquant.quant.ggml.library import check_formats
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
@@ -85,6 +87,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     """
     check_kind(spec, QuantizeSpec, "quantize")
     config = load_config(spec.config)
+    check_formats(s.wq for s in (config.default, *config.overrides) if s.wq)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
     check_architecture(spec.model_type)
@@ -175,9 +178,17 @@ def result_json(result: PipelineResult) -> dict[str, Any]:
         "quantized_bytes": result.quantized_bytes,
         "checkpoint_bytes": result.checkpoint_bytes,
         "fallbacks": dict(result.fallbacks),
-        **({} if result.export is None else {"export": dict(result.export)}),
+        **({} if result.export is None else {"export": _exported(result)}),
         "seconds": round(result.seconds, 1),
     }
+
+
+def _exported(result: PipelineResult) -> dict[str, Any]:
+    """Facts of an export, the command that serves it with the directory."""
+    facts = dict(result.export or {})
+    if "run" in facts:
+        facts["run"] = facts["run"].replace("{directory}", shlex.quote(str(result.path)))
+    return facts
 
 
 def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:

@@ -25,6 +25,7 @@ from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
 from alphaquant.models.mapping import device_of, map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
+from alphaquant.quant.ggml.library import check_formats
 from alphaquant.quant.place import place_of
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.cautions import RARE_TOKENS
@@ -234,6 +235,7 @@ def _check(spec: SearchSpec) -> _Request:
     budget = parse_budget(spec.limits.budget)
     profile = find_profile(spec.limits.profile, spec.limits.kernels)
     menu = menu_of(spec.limits.formats, profile)
+    check_formats(menu)
     make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
     check_grouping(spec.proposals.grouping)
     check_allocators(spec)

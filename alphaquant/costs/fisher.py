@@ -128,7 +128,7 @@ class UnitCosts:
         error: float64 [U, F], squared block-output error per token.
         gemq: float64 [U, F], the same weighted by squared gradients, nats^2 per token; None where
             it was not measured.
-        n_tokens: float64 [U], calibration tokens that reached the unit's least used matrix.
+        n_tokens: float64 [U], calibration tokens that reached the unit, mean over its matrices.
         routing_weight: float64 [U], mean over the unit's matrices.
         active_share: float64 [U], mean over the unit's matrices.
     """
@@ -147,7 +147,8 @@ def unit_costs(table: CostTable, units: Sequence[Unit]) -> UnitCosts:
 
     Products are added before they are squared: two matrices with products (1, -1) and (2, 4) over
     two sequences of one token cost 1/2 (3^2 + 3^2) / 2 = 4.5 together, 0.5 and 5 apart. The other
-    costs are added as they are, of token counts the smallest is taken.
+    costs are added as they are, of token counts the mean is taken: what all experts of a layer
+    cost together is known, though one of them saw no token.
 
     Args:
         table: of all matrices.
@@ -158,7 +159,7 @@ def unit_costs(table: CostTable, units: Sequence[Unit]) -> UnitCosts:
         fisher=coupled_fisher(table.products, rows, table.seq_len),
         token_fisher=np.array([table.token_fisher[r].sum(0) for r in rows]),
         error=np.array([table.error[r].sum(0) for r in rows]),
-        n_tokens=np.array([table.n_tokens[r].min() for r in rows]),
+        n_tokens=np.array([table.n_tokens[r].mean() for r in rows]),
         routing_weight=np.array([table.routing_weight[r].mean() for r in rows]),
         active_share=np.array([table.active_share[r].mean() for r in rows]),
         gemq=None if table.gemq is None else np.array([table.gemq[r].sum(0) for r in rows]),

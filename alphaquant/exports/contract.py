@@ -48,7 +48,8 @@ class Exporter(Protocol):
             out: the directory.
 
         Returns:
-            Facts for the report, ready for JSON: versions, what is not exact, what to run.
+            Facts for the report, ready for JSON: versions, what is not exact, and as `run` the
+            command that serves the files, with `{directory}` where they are.
 
         Raises:
             StoreError: the disk is full, or the packed checkpoint is damaged.

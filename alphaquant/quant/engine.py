@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
@@ -24,13 +24,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ModelError
+from alphaquant.errors import FormatError, ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
+from alphaquant.quant.ggml.encoding import encode
+from alphaquant.quant.ggml.improving import improve
+from alphaquant.quant.ggml.ladders import LADDERS
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
@@ -41,6 +44,8 @@ from alphaquant.specs.quantizer import QuantSettings
 
 _ROWS = 512
 """Rows that are rounded together: enough for products at full speed, few enough for caches."""
+_ENCODED_WEIGHTS = 2**22
+"""Weights that are put into a type of llama.cpp together, 16 MiB and a few times that."""
 _MOSTLY_DIAGONAL = 0.5
 """Shrinkage beyond which the objective says too little of the Hessian itself; at 1 nothing."""
 
@@ -53,7 +58,8 @@ class MatrixRecord:
         matrix: its name.
         format: canonical format name.
         bits_per_weight: stored bits, scales included.
-        method: `gptq`, `rtn` or `none` (bf16).
+        method: `gptq`, `rtn`, `none` (bf16), `ggml` (llama.cpp's own code) or `descent`, ours from
+            there on.
         fallback: why the method differs from the one asked for, None if it does not.
         hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
             data.
@@ -349,6 +355,10 @@ def _quantize_stacks(
         tasks = [(*done, position) for done in rounded for position in done[0].positions]
         for items in over(lambda task: _pack(stacks, settings, *task), tasks):
             found |= {(item.matrix.name, item.record.format): item for item in items}
+    for items in over(
+        lambda task: _encode(stacks, settings, *task), list(_encodings(stacks, asked))
+    ):
+        found |= {(item.matrix.name, item.record.format): item for item in items}
     for stack, of_stack, weight in zip(stacks.matrices, asked, stacks.weights, strict=True):
         for name, positions in of_stack.items():
             for position in positions:
@@ -364,7 +374,7 @@ def _jobs(stacks: _Stacks, asked: Sequence[Asked]) -> list[_Job]:
     together: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for s, of_stack in enumerate(asked):
         for name, positions in of_stack.items():
-            if parse_format(name).is_quantized:
+            if _is_rounded(name):
                 together.setdefault((name, positions), []).append(s)
     device = stacks.place.device
     return [
@@ -514,6 +524,84 @@ def _records(
         )
         found.append(record)
     return found
+
+
+def _is_rounded(name: str) -> bool:
+    """Whether a format is one that the column loops round to."""
+    fmt = parse_format(name)
+    return fmt.is_quantized and not fmt.is_ggml
+
+
+def _encodings(
+    stacks: _Stacks, asked: Sequence[Asked]
+) -> Iterator[tuple[Format, int, tuple[int, ...]]]:
+    """What llama.cpp's code starts with: format, position of the matrix, numbers of the stacks."""
+    together: dict[tuple[str, int], list[int]] = {}
+    for s, of_stack in enumerate(asked):
+        for name, positions in of_stack.items():
+            if parse_format(name).is_ggml:
+                for position in positions:
+                    together.setdefault((name, position), []).append(s)
+    for (name, position), numbers in together.items():
+        n_most = max(1, _ENCODED_WEIGHTS // stacks.matrices[0][position].n_weights)
+        for start in range(0, len(numbers), n_most):
+            yield parse_format(name), position, tuple(numbers[start : start + n_most])
+
+
+def _encode(
+    stacks: _Stacks, settings: QuantSettings, fmt: Format, position: int, numbers: tuple[int, ...]
+) -> list[QuantizedMatrix]:
+    """Matrices in a type of llama.cpp: by its own code, then by descent where there is data.
+
+    Its code gets the diagonal of a matrix's Hessian, descent all of it.
+    """
+    index = torch.tensor(numbers, device=stacks.weights.device)
+    weights = stacks.weights[index][:, stacks.rows_of(position)]
+    matrices = [stacks.matrices[s][position] for s in numbers]
+    first = matrices[0]
+    if not fmt.fits(first.cols):
+        raise FormatError(
+            f"{first.name} has {first.cols} inputs, and {fmt.name} has blocks of "
+            f"{fmt.group_size}; use a format of smaller blocks for it"
+        )
+    H = None if stacks.damped is None else stacks.damped.matrix[index]
+    rows = [None] * len(numbers) if H is None else H.diagonal(dim1=-2, dim2=-1)
+    codes = torch.stack([encode(fmt.kind, w, d) for w, d in zip(weights, rows, strict=True)])
+    if H is not None:
+        codes = improve(fmt.kind, codes, weights, H, settings.refine_sweeps)
+    is_ours = H is not None and fmt.kind in LADDERS and settings.refine_sweeps > 0
+    found = []
+    for matrix, own, weight, s in zip(matrices, codes, weights, numbers, strict=True):
+        packed = PackedMatrix(fmt, matrix.rows, matrix.cols, {"codes": own.clone()})
+        record = _encoded_record(stacks, packed, matrix, weight, s)
+        record = replace(record, method="descent" if is_ours else "ggml")
+        found.append(QuantizedMatrix(matrix, packed, record))
+    return found
+
+
+def _encoded_record(
+    stacks: _Stacks, packed: PackedMatrix, matrix: Matrix, weight: Tensor, s: int
+) -> MatrixRecord:
+    """How far a matrix of llama.cpp's type is from what it was."""
+    D = weight - packed.dequantize().to(weight.device)
+    has_data, error = stacks.hessian is not None, None
+    if stacks.hessian is not None:
+        H = stacks.hessian[s]
+        error = float((D @ H * D).sum() / (weight @ H * weight).sum().clamp(min=1e-30))
+    return MatrixRecord(
+        matrix.name,
+        packed.format.name,
+        matrix.storage_bits(packed.format) / matrix.n_weights,
+        "ggml",
+        None,
+        stacks.source[s] if has_data else None,
+        stacks.n_tokens[s] if has_data else None,
+        None if stacks.damped is None else float(stacks.damped.damp[s]),
+        float(D.square().sum() / weight.square().sum().clamp(min=1e-30)),
+        error,
+        stacks.shrinkage[s] if has_data else None,
+        stacks.heldout_gain,
+    )
 
 
 def _keep(matrix: Matrix, weight: Tensor) -> QuantizedMatrix:

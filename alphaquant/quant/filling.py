@@ -17,6 +17,7 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import LayerHessians, observer_of
+from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 
 
@@ -40,7 +41,7 @@ def fill_bank(
         tokens: calibration windows, int64 [N, T].
         format_names: canonical names.
         settings: those of the bank's key.
-        wanted: which (matrix, format name) pairs; all by default.
+        wanted: which (matrix, format name) pairs; all by default. None that does not fit.
         batch_size: windows per forward pass.
         progress: called with ("hessians" or "bank", layers done, layers).
 
@@ -76,6 +77,8 @@ def _missing(bank: Bank, format_names: Sequence[str], wanted: Wanted) -> Missing
     }
     for matrix in bank.inventory.matrices:
         for name in format_names:
+            if not parse_format(name).fits(matrix.cols):
+                continue
             if wanted(matrix, name) and matrix.name not in held[name, matrix.layer]:
                 of_layer = lacking.setdefault(matrix.layer, {})
                 of_layer[name] = of_layer.get(name, frozenset()) | {matrix.name}

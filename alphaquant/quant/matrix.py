@@ -15,6 +15,7 @@ from alphaquant.errors import StoreError
 from alphaquant.kernels.grids import E8M0_BIAS, from_e8m0
 from alphaquant.kernels.packing import look_up, make_table, pack_codes, unpack_codes
 from alphaquant.quant.codecs import make_grid, rebuild
+from alphaquant.quant.ggml.decoding import decode
 from alphaquant.spaces.formats import Format, parse_format
 
 
@@ -89,7 +90,8 @@ class PackedMatrix:
         rows: outputs.
         cols: inputs.
         tensors: `codes` uint8 [rows, row bytes], `scales` [rows, G], optional `zeros` uint8
-            [bytes] and `global_scale` float32 [1]; for bf16 only `weight` bfloat16 [rows, cols].
+            [bytes] and `global_scale` float32 [1]; for bf16 only `weight` bfloat16 [rows, cols],
+            for llama.cpp's types only `codes`, their blocks.
     """
 
     format: Format
@@ -114,6 +116,8 @@ class PackedMatrix:
         """
         if not self.format.is_quantized:
             return self.tensors["weight"].to(torch.float32)
+        if self.format.is_ggml:
+            return decode(self.format.kind, self.tensors["codes"])
         values, scales, zeros = self._values(), self._scales(), self._zeros()
         size = self.format.columns_per_scale(self.cols)
         n_even = self.cols // size * size  # the last group may be shorter
@@ -131,6 +135,8 @@ class PackedMatrix:
         """What `dequantize` gives, code by code: its reference."""
         if not self.format.is_quantized:
             return self.tensors["weight"].to(torch.float32)
+        if self.format.is_ggml:
+            return decode(self.format.kind, self.tensors["codes"])
         codes = unpack_codes(self.tensors["codes"], self.format.bits, self.cols)
         values = make_grid(self.format).to_values(codes)
         zeros = None
@@ -193,6 +199,8 @@ def packed_shapes(
     """Shape and dtype of every tensor that a packed [rows, cols] matrix has."""
     if not fmt.is_quantized:
         return {"weight": ((rows, cols), torch.bfloat16)}
+    if fmt.is_ggml:
+        return {"codes": ((rows, fmt.row_bytes(cols)), torch.uint8)}
     scale_dtype = {"float16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": ((rows, fmt.row_bytes(cols)), torch.uint8),

@@ -218,6 +218,8 @@ def _why_not_matrix(linear: PackedLinear) -> str | None:
     fmt = linear.format
     if not fmt.is_quantized:
         return None
+    if fmt.is_ggml:
+        return f"{fmt.name} is a type of llama.cpp; kernels have no order for its blocks"
     try:
         layout_of(fmt.code)
         span_of(fmt.columns_per_scale(linear.cols), linear.cols)

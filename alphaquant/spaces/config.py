@@ -188,6 +188,7 @@ def resolve(config: Config, inventory: Inventory, *, strict: bool = False) -> Pl
         if hits not in folded:
             folded[hits] = _fold(config, hits, matrix.name)
         schemes[matrix.name] = folded[hits].scheme
+        _check_width(matrix, folded[hits].scheme.weight_format)
         if folded[hits].ignored_group_size is not None:
             ignored.append(f"{folded[hits].ignored_group_size} on {matrix.name}")
     kept = [_kept_text(config, index, names) for index, names in matches.kept.items()]
@@ -196,6 +197,14 @@ def resolve(config: Config, inventory: Inventory, *, strict: bool = False) -> Pl
         tuple(config.overrides[index].pattern for index in matches.unmatched),
         (*unmatched, *kept, *_group_size_texts(ignored), *_nothing_texts(config, schemes)),
     )
+
+
+def _check_width(matrix: Matrix, fmt: Format) -> None:
+    if not fmt.fits(matrix.cols):
+        raise ConfigError(
+            f"{matrix.name} has {matrix.cols} inputs, and {fmt.name} has blocks of "
+            f"{fmt.group_size}; give it a format of smaller blocks, such as iq4_nl"
+        )
 
 
 def config_from_assignment(
@@ -349,8 +358,8 @@ def _group_size_texts(ignored: Sequence[str]) -> list[str]:
     if not ignored:
         return []
     return [
-        f"group_size is ignored for {len(ignored)} matrices in mxfp and nvfp formats, whose "
-        f"blocks are fixed at 32 and 16, e.g. {ignored[0]}; leave it out"
+        f"group_size is ignored for {len(ignored)} matrices in formats whose blocks are fixed "
+        f"(mxfp, nvfp, llama.cpp's), e.g. {ignored[0]}; leave it out"
     ]
 
 
@@ -397,10 +406,14 @@ def _scheme_fields(fmt: Format, default: Format) -> dict[str, object]:
         fields["group_size"] = fmt.group_size
     if fmt.family == "int" and not (fmt.symmetric and default.symmetric):
         fields["symmetric"] = fmt.symmetric
-    if fmt.element and not (_has_usual_element(fmt) and _has_usual_element(default)):
+    if (
+        fmt.element
+        and not fmt.is_ggml
+        and not (_has_usual_element(fmt) and _has_usual_element(default))
+    ):
         fields["extra"] = {"format": fmt.element}
     return fields
 
 
 def _has_usual_element(fmt: Format) -> bool:
-    return not fmt.element or fmt.element == elements_of(fmt.kind)[0]
+    return not fmt.element or fmt.is_ggml or fmt.element == elements_of(fmt.kind)[0]

@@ -9,6 +9,7 @@ Name grammar (`parse_format`)::
     int<2|3|4|5|6|8>[-g<N>|-row][-asym]              int4-g128   int3-g64-asym   int8-row
     fp<4|6|8>[-<element>][-g<N>|-row]                fp8-e4m3-g128   fp6-e2m3-g64   fp4-g32
     mxfp<4|6|8>[-<element>]   nvfp4   bf16           mxfp4   mxfp6-e2m3
+    a type of llama.cpp                              q4_k   iq3_s   q4_1   (see GGML_BLOCKS)
 
 Absent parts: group 128 for int and fp (32 for mxfp, 16 for nvfp4), symmetric, elements e2m1 /
 e3m2 / e4m3. int1 is a sign: codes 0 and 1 stand for -scale and +scale, so it has no zero, no zero
@@ -22,13 +23,18 @@ per row, a short last group allowed::
     zeros   ceil(R * G * bits / 8) bytes    asymmetric only, one stream for the matrix
     global  4 bytes float32                 nvfp4 only
 
+and of a type of llama.cpp::
+
+    codes   R x C / block * bytes of a block        its blocks, scales and all; block divides C
+
 Worked example, R = 256, C = 128: `int3-g64-asym` has 256 * 48 bytes of codes, 256 * 2 * 2 bytes of
 scales and 256 * 2 * 3 / 8 = 192 bytes of zeros, 13504 bytes = 108032 bits, 3.297 bits per weight
 = 3 + (16 + 3) / 64. `int1-g64` has 256 * 16 bytes of codes and 256 * 2 * 2 of scales, 5120 bytes
-= 40960 bits, 1.25 bits per weight = 1 + 16 / 64.
+= 40960 bits, 1.25 bits per weight = 1 + 16 / 64. `q4_k` fits 256 inputs, not 128: 256 rows of them
+are 256 * 144 bytes, 4.5 bits per weight = 8 * 144 / 256.
 
 Sources: OCP Microscaling Formats (MX) v1.0, sections 5.1-5.4 (elements, E8M0); OCP 8-bit floating
-point (OFP8) v1.0, table 1.
+point (OFP8) v1.0, table 1; ggml-common.h of llama.cpp b11549 (its blocks).
 """
 
 import re
@@ -85,17 +91,52 @@ _DEFAULT_ELEMENT = {4: "e2m1", 6: "e3m2", 8: "e4m3"}
 _INT_BITS = (1, 2, 3, 4, 5, 6, 8)
 _FLOAT_BITS = (4, 6, 8)
 
+GGML_BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "iq2_xxs": (256, 66),
+        "iq2_xs": (256, 74),
+        "iq2_s": (256, 82),
+        "q2_k": (256, 84),
+        "iq3_xxs": (256, 98),
+        "iq3_s": (256, 110),
+        "q3_k": (256, 110),
+        "iq4_xs": (256, 136),
+        "q4_k": (256, 144),
+        "iq4_nl": (32, 18),
+        "q4_1": (32, 20),
+        "q5_k": (256, 176),
+        "q5_1": (32, 24),
+        "q6_k": (256, 210),
+    }
+)
+"""Types of llama.cpp that are none of ours: weights and bytes of a block."""
+
+GGML_TWINS: Mapping[str, str] = MappingProxyType(
+    {
+        "q1_0": "int1-g128",
+        "q2_0": "int2-g64",
+        "q4_0": "int4-g32",
+        "q5_0": "int5-g32",
+        "q8_0": "int8-g32",
+    }
+)
+"""Types of llama.cpp that are ours, number for number: they go by our names."""
+
 FORMAT_KINDS: tuple[str, ...] = (
     *(f"int{b}" for b in _INT_BITS),
     *(f"fp{b}" for b in _FLOAT_BITS),
     *(f"mxfp{b}" for b in _FLOAT_BITS),
     "nvfp4",
+    *GGML_BLOCKS,
     "bf16",
 )
 """Every name that a configuration's `wq` may hold."""
 
-ACTIVATION_KINDS: tuple[str, ...] = tuple(kind for kind in FORMAT_KINDS if kind != "int1")
-"""Every name that `aq` may hold: signs alone cannot store the zeros and sizes of a token."""
+ACTIVATION_KINDS: tuple[str, ...] = tuple(
+    kind for kind in FORMAT_KINDS if kind != "int1" and kind not in GGML_BLOCKS
+)
+"""Every name that `aq` may hold: signs alone cannot store the zeros and sizes of a token, and
+llama.cpp's types are for weights."""
 
 ASYMMETRIC_KINDS: tuple[str, ...] = tuple(f"int{b}" for b in _INT_BITS if b > 1)
 """Kinds that can have a zero point. One bit cannot: its two levels would be zero and one sign.
@@ -120,7 +161,8 @@ class Family:
     Attributes:
         scale: how a scale is stored: `float16`, `e8m0` (a power of two), `e4m3`; empty for none.
         scale_bits: bits of one scale.
-        block: inputs per scale where that is part of the format; None where it is chosen.
+        block: inputs per scale where that is part of the format, 0 where each format of the family
+            has its own; None where it is chosen.
         global_bits: bits of a factor for the whole matrix.
     """
 
@@ -136,6 +178,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "fp": Family("float16", 16),
         "mxfp": Family("e8m0", 8, block=32),
         "nvfp": Family("e4m3", 8, block=16, global_bits=32),
+        "ggml": Family("", 0, block=0),
         "bf16": Family("", 0),
     }
 )
@@ -147,11 +190,13 @@ class Format:
     """How the numbers of one matrix are stored.
 
     Attributes:
-        family: `int`, `fp`, `mxfp`, `nvfp` or `bf16`.
-        bits: bits of one code (16 for bf16).
-        group_size: consecutive inputs that share one scale; `PER_ROW` for one scale per row.
+        family: `int`, `fp`, `mxfp`, `nvfp`, `ggml` or `bf16`.
+        bits: bits of one code (16 for bf16), rounded down for llama.cpp's types.
+        group_size: consecutive inputs that share one scale; `PER_ROW` for one scale per row; of
+            llama.cpp's types a block.
         symmetric: whether integers have no zero point; always true outside `int`.
-        element: name in `ELEMENTS` for floating-point codes, empty otherwise.
+        element: name in `ELEMENTS` for floating-point codes, in `GGML_BLOCKS` for a type of
+            llama.cpp, empty otherwise.
     """
 
     family: str
@@ -163,7 +208,9 @@ class Format:
     @property
     def kind(self) -> str:
         """The name without group, symmetry and element, as `wq` holds it: `int4`, `mxfp6`."""
-        return "bf16" if self.family == "bf16" else f"{self.family}{self.bits}"
+        if self.family in ("bf16", "ggml"):
+            return self.element or self.family
+        return f"{self.family}{self.bits}"
 
     @property
     def name(self) -> str:
@@ -183,6 +230,11 @@ class Format:
     def is_quantized(self) -> bool:
         """False for bf16 only."""
         return self.family != "bf16"
+
+    @property
+    def is_ggml(self) -> bool:
+        """Whether it is a type of llama.cpp, whose blocks are stored as they are."""
+        return self.family == "ggml"
 
     @property
     def shared(self) -> Family:
@@ -209,8 +261,14 @@ class Format:
             return 0
         return 1 if self.group_size == PER_ROW else ceil(cols / self.group_size)
 
+    def fits(self, cols: int) -> bool:
+        """Whether `cols` inputs can be stored: llama.cpp's types have whole blocks only."""
+        return not self.is_ggml or cols % self.group_size == 0
+
     def row_bytes(self, cols: int) -> int:
         """Bytes of the codes of one row of `cols` inputs."""
+        if self.is_ggml:
+            return ceil(cols / self.group_size) * GGML_BLOCKS[self.element][1]
         return ceil(cols * self.bits / 8)
 
     def zero_bytes(self, rows: int, cols: int) -> int:
@@ -232,6 +290,8 @@ class Format:
         """Bits per weight where the group divides the width; per-row, per-matrix parts are 0."""
         if self.group_size == PER_ROW:
             return float(self.bits)
+        if self.is_ggml:
+            return 8 * GGML_BLOCKS[self.element][1] / self.group_size
         zero_bits = 0 if self.symmetric else self.bits
         return self.bits + (self.shared.scale_bits + zero_bits) / self.group_size
 
@@ -257,6 +317,13 @@ def parse_format(name: str) -> Format:
     Raises:
         FormatError: the name does not follow the grammar.
     """
+    if name in GGML_BLOCKS:
+        return make_format(name)
+    if name in GGML_TWINS:
+        raise FormatError(
+            f"{name!r} is {GGML_TWINS[name]} here, number for number; known kinds are "
+            f"{', '.join(FORMAT_KINDS)}: use {GGML_TWINS[name]}"
+        )
     match = _NAME.fullmatch(name)
     if match is None or match["kind"] not in FORMAT_KINDS:
         kind, *rest = name.split("-")
@@ -292,9 +359,24 @@ def make_format(
         FormatError: unknown kind, a group size that cannot be, or an element or zero point that
             the kind cannot have.
     """
-    possible = elements_of(kind)
+    _refuse_parts(kind, symmetric, element)
+    if kind in GGML_BLOCKS:
+        block, n_bytes = GGML_BLOCKS[kind]
+        return Format("ggml", 8 * n_bytes // block, block, True, kind)
     family = kind.rstrip("0123456789")
     bits = int(kind.removeprefix(family))
+    if family == "bf":
+        return BF16
+    fixed = FAMILIES[family].block
+    n_shared = _group_size(kind, group_size) if fixed is None else fixed
+    if family == "int":
+        return Format(family, bits, n_shared, symmetric)
+    return Format(family, bits, n_shared, True, element or _DEFAULT_ELEMENT[bits])
+
+
+def _refuse_parts(kind: str, symmetric: bool, element: str | None) -> None:
+    """Refuse a zero point or an element that a kind cannot have."""
+    possible = elements_of(kind)
     if not symmetric and kind not in ASYMMETRIC_KINDS:
         raise FormatError(
             f"{kind} has no zero point; only int formats of 2 bits and more can be asymmetric: "
@@ -303,13 +385,6 @@ def make_format(
     if element is not None and element not in possible:
         change = f"use {' or '.join(possible)}" if possible else "drop the element"
         raise FormatError(f"{kind} cannot store {element} elements; {change}")
-    if family == "bf":
-        return BF16
-    fixed = FAMILIES[family].block
-    n_shared = _group_size(kind, group_size) if fixed is None else fixed
-    if family == "int":
-        return Format(family, bits, n_shared, symmetric)
-    return Format(family, bits, n_shared, True, element or _DEFAULT_ELEMENT[bits])
 
 
 def is_group_size(value: int) -> bool:
@@ -325,7 +400,7 @@ def elements_of(kind: str) -> tuple[str, ...]:
     """
     if kind not in FORMAT_KINDS:
         raise FormatError(f"unknown format {kind!r}; known are {', '.join(FORMAT_KINDS)}")
-    if kind.startswith(("int", "bf")):
+    if kind.startswith(("int", "bf")) or kind in GGML_BLOCKS:
         return ()
     bits = int(kind[-1])
     default = _DEFAULT_ELEMENT[bits]
@@ -358,9 +433,13 @@ Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform 
 end above them.
 """
 
+GGUF_MENU: tuple[str, ...] = (*GGML_BLOCKS, *GGML_TWINS.values(), "mxfp4", "bf16")
+"""Every type of llama.cpp, its own and those that are ours."""
+
 MENUS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT_MENU,
     "int": _INT_MENU,
+    "gguf": GGUF_MENU,
     "mx": ("mxfp4", "mxfp6", "mxfp8"),
     "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
     "all": (

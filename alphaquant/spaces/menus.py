@@ -27,5 +27,7 @@ def menu_of(formats: str, profile: Profile) -> tuple[str, ...]:
     """
     if formats != "auto":
         return narrow_menu(parse_menu(formats), profile)
+    if profile.name == "gguf":
+        return narrow_menu(parse_menu("gguf"), profile)
     default = DEFAULT_MENU if profile.is_own_runtime else SERVING_MENU
     return narrow_menu(parse_menu(",".join(default)), profile)

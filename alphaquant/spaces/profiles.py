@@ -20,6 +20,7 @@ what of an engine was run and what was only read in its source.
     transformers  compressed-tensors: one scheme for all experts of the model, symmetric, never
                   nvfp4 (its global scale is dropped) or bf16; anything else of experts is an error
                   or wrong without a word; linears are free, symmetric too
+    gguf          each projection of a layer's experts is one tensor of one type; linears are free
 
 Sources: CompressedTensorsMoEMethod.get_moe_method, CompressedTensorsWNA16(MoEMethod), the kernel
 selection of Marlin and Humming in vLLM 0.32.0; srt/layers/quantization/compressed_tensors in
@@ -31,7 +32,14 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
-from alphaquant.spaces.formats import ASYMMETRIC_KINDS, FORMAT_KINDS, PER_ROW, Format, parse_format
+from alphaquant.spaces.formats import (
+    ASYMMETRIC_KINDS,
+    FORMAT_KINDS,
+    GGML_BLOCKS,
+    PER_ROW,
+    Format,
+    parse_format,
+)
 from alphaquant.spaces.units import DOWN, GATE, UP, Inventory, Matrix, Unit
 
 
@@ -100,8 +108,8 @@ class FormatRule:
 
     def fits(self, fmt: Format, matrix: Matrix) -> bool:
         """Whether the engine loads a matrix of this shape in a format of the set."""
-        if not fmt.is_quantized:
-            return True
+        if not fmt.is_quantized or not fmt.fits(matrix.cols):
+            return not fmt.is_quantized
         group = max(1, fmt.group_size)  # PER_ROW is -1: any width is a whole group
         if self.needs_whole_groups and matrix.cols % group:
             return False
@@ -192,6 +200,16 @@ _MXFP4 = FormatRule(("mxfp4",))
 # and up, with no more than a warning; ours are per matrix.
 _NVFP4_ALONE = FormatRule(("nvfp4",), is_alone=True)
 
+# llama.cpp b11549: each of these is a type of its own, number for number. A larger group would be
+# written with its scale repeated, so that its bits would be more than ours say.
+_GGUF = (
+    FormatRule(("int1",), (128,), symmetric_only=True),
+    FormatRule(("int2",), (64,), symmetric_only=True),
+    FormatRule(("int4", "int5", "int8"), (32,), symmetric_only=True),
+    FormatRule(("mxfp4", *GGML_BLOCKS)),
+    _BF16,
+)
+
 _MLPS = ("shared", "dense")
 _FUSED_LINEARS = (
     Coupling("qkv", ("attention",), ("q_proj", "k_proj", "v_proj")),
@@ -248,6 +266,18 @@ PROFILES: dict[str, Profile] = {
             "run on a CPU: every format of its menu, experts and linears; linears in mxfp4 or "
             "nvfp4 need dtype bfloat16",
             "compressed-tensors",
+        ),
+        Profile(
+            "gguf",
+            "llama.cpp: one type for each projection of a layer's experts",
+            tuple(
+                Coupling(names[0], ("expert",), names, scope="layer") for names in (GATE, UP, DOWN)
+            ),
+            _GGUF,
+            _GGUF,
+            "llama.cpp b11549",
+            "run on a CPU: every type of its menu",
+            "gguf",
         ),
     )
 }

@@ -40,7 +40,7 @@ class ConfiguredTextSpec:
         check(self)
 
 
-ExportName = Literal["alphaquant", "compressed-tensors", "gptq"]
+ExportName = Literal["alphaquant", "compressed-tensors", "gptq", "gguf"]
 EXPORT_NAMES: tuple[str, ...] = get_args(ExportName)
 """What --export takes; the first is our own packed checkpoint."""
 
@@ -57,7 +57,8 @@ class QuantizeSpec:
     """Directory of the packed checkpoint; needed unless --dry-run."""
     export: ExportName = "alphaquant"
     """What is written: alphaquant (our packed checkpoint), compressed-tensors (vLLM, SGLang,
-    transformers; search with their profile), gptq (vLLM; --profile vllm --kernels marlin)."""
+    transformers; search with their profile), gptq (vLLM; --profile vllm --kernels marlin), gguf (a
+    file for llama.cpp; --profile gguf)."""
     overwrite: Annotated[bool, Parameter(negative="")] = False
     """Replace a packed checkpoint in out when the new one is complete, and drop an unfinished one
     of another job."""

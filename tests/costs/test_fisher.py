@@ -490,7 +490,11 @@ def test_products_of_coupled_matrices_are_added_before_they_are_squared(case: Co
     assert costs.token_fisher.tolist() == [[0.5], [5.0], [5.5]]
     assert costs.gemq is not None
     assert costs.gemq.tolist() == [[0.125], [2.0], [2.125]]
-    assert costs.n_tokens.tolist() == [7.0, 5.0, 5.0]
+    assert costs.n_tokens.tolist() == [
+        7.0,
+        5.0,
+        6.0,
+    ]  # the mean: a unit with an unseen expert counts
     assert costs.routing_weight.tolist() == [0.25, 0.75, 0.5]
     assert costs.active_share.tolist() == [1.0, 0.5, 0.75]
 

@@ -84,8 +84,9 @@ def test_absent_fields_are_bf16_and_the_format_s_group(llama: Inventory) -> None
     name = "model.layers.0.mlp.up_proj"
     assert resolve(parse_config("{}"), llama).schemes[name].weight_format == BF16
     assert resolve(parse_config("{}"), llama).schemes[name].activation == BF16
-    groups = {kind: plan(llama, wq=kind).schemes[name].weight_format for kind in FORMAT_KINDS}
-    assert groups == {kind: make_format(kind) for kind in FORMAT_KINDS}
+    kinds = [kind for kind in FORMAT_KINDS if make_format(kind).fits(128)]
+    groups = {kind: plan(llama, wq=kind).schemes[name].weight_format for kind in kinds}
+    assert groups == {kind: make_format(kind) for kind in kinds}
     assert weights(plan(llama, wq="int8", group_size=-1), name) == "int8-row"
 
 
@@ -523,3 +524,21 @@ def test_a_configuration_that_changes_nothing_is_warned_of(data: Any, llama: Inv
 def test_bf16_on_purpose_is_not_warned_of(llama: Inventory) -> None:
     for default in ({"wq": "bf16"}, {"skip": True}):
         assert resolve(parse_config(json.dumps({"default": default})), llama).warnings == ()
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(llama: Inventory) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"layers.0.mlp.down_proj has 128 inputs, and q4_k has blocks of 256; give",
+    ):
+        plan(llama, wq="q4_k")
+    found = plan(llama, {"pattern": "*.down_proj", "wq": "q4_1"}, wq="q4_k")
+    assert weights(found, "model.layers.0.mlp.down_proj") == "q4_1"
+    assert weights(found, "model.layers.0.mlp.up_proj") == "q4_k"
+
+
+def test_types_of_llama_cpp_come_back_from_a_configuration(llama: Inventory) -> None:
+    kinds = {"down_proj": "iq4_nl", "up_proj": "iq3_s", "gate_proj": "mxfp6-e2m3"}
+    formats = {m.name: kinds.get(m.projection, "q3_k") for m in llama.matrices}
+    made = config_from_assignment(Assignment(formats), llama)
+    assert resolve(made, llama).assignment.formats == formats

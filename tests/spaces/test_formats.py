@@ -2,6 +2,7 @@
 
 import re
 from math import ceil
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from alphaquant.spaces.formats import (
     DEFAULT_MENU,
     ELEMENTS,
     FORMAT_KINDS,
+    GGML_TWINS,
     MENUS,
     PER_ROW,
     Format,
@@ -28,7 +30,10 @@ KINDS = [
     *("int1", "int2", "int3", "int4", "int5", "int6", "int8"),
     *("fp4", "fp6", "fp8"),
     *("mxfp4", "mxfp6", "mxfp8"),
-    *("nvfp4", "bf16"),
+    "nvfp4",
+    *("iq2_xxs", "iq2_xs", "iq2_s", "q2_k", "iq3_xxs", "iq3_s", "q3_k"),
+    *("iq4_xs", "q4_k", "iq4_nl", "q4_1", "q5_k", "q5_1", "q6_k"),
+    "bf16",
 ]
 
 
@@ -42,9 +47,9 @@ def any_format(draw: st.DrawFn) -> Format:
     return make_format(kind, group_size, symmetric=symmetric, element=element)
 
 
-def test_the_kinds_are_the_13_promised_ones_int1_and_int5() -> None:
+def test_the_kinds_are_the_13_promised_ones_int1_int5_and_llama_cpp_s() -> None:
     assert list(FORMAT_KINDS) == KINDS
-    assert list(ACTIVATION_KINDS) == KINDS[1:]
+    assert list(ACTIVATION_KINDS) == [*KINDS[1:14], "bf16"]
     assert list(ASYMMETRIC_KINDS) == KINDS[1:7]
 
 
@@ -172,7 +177,8 @@ def test_storage_is_whole_bytes_and_never_below_the_codes(
     bits = fmt.storage_bits(rows, cols)
     assert bits % 8 == 0
     assert bits >= rows * cols * fmt.bits
-    assert fmt.row_bytes(cols) == ceil(cols * fmt.bits / 8)
+    if not fmt.is_ggml:
+        assert fmt.row_bytes(cols) == ceil(cols * fmt.bits / 8)
 
 
 @pytest.mark.parametrize("name", ["int7", "int4_g128", "INT4", "int4-64", "", "mxfp4-asym-g32"])
@@ -277,3 +283,24 @@ def test_every_menu_holds_canonical_names(menu: str) -> None:
 def test_a_menu_without_formats_is_refused(text: str, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         parse_menu(text)
+
+
+def test_a_type_of_llama_cpp_has_the_bits_of_its_blocks_where_they_fit() -> None:
+    fmt = parse_format("q4_k")
+    assert (fmt.nominal_bits, fmt.has_groups, fmt.is_ggml) == (4.5, False, True)
+    assert fmt.storage_bits(256, 256) == 8 * 256 * 144  # the header's example
+    assert [fmt.fits(cols) for cols in (256, 128, 1408)] == [True, False, False]
+    assert parse_format("iq4_nl").fits(1408)
+    assert parse_format("int4-g128").fits(1)
+
+
+def test_a_type_that_is_ours_goes_by_our_name() -> None:
+    for name, ours in GGML_TWINS.items():
+        with pytest.raises(FormatError, match=f"'{name}' is {ours} here.*: use {ours}"):
+            parse_format(name)
+
+
+@pytest.mark.parametrize("change", [{"symmetric": False}, {"element": "e2m1"}])
+def test_a_type_of_llama_cpp_has_no_variants(change: Any) -> None:
+    with pytest.raises(FormatError, match="q4_k (has no zero point|cannot store e2m1)"):
+        make_format("q4_k", **change)

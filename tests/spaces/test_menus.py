@@ -7,7 +7,7 @@ from alphaquant.errors import FormatError
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.spaces.budget import parse_budget
-from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
 from alphaquant.spaces.menus import SERVING_MENU, menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
@@ -48,3 +48,8 @@ def test_the_demo_can_be_searched_for_an_engine_at_two_bits_and_a_tenth() -> Non
         profile = find_profile(name)
         space = make_space(inventory, profile, menu_of("auto", profile), parse_budget("2.1bits"))
         assert space.reach_bits[0] <= 2.1 * inventory.n_weights
+
+
+def test_the_menu_of_llama_cpp_is_all_of_its_types() -> None:
+    assert menu_of("auto", find_profile("gguf")) == parse_menu("gguf")
+    assert menu_of("int4-g128,q4_k", find_profile("gguf")) == ("q4_k",)

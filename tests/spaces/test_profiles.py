@@ -131,9 +131,9 @@ OURS = "any kernels"
 ENGINES = "any kernels vllm sglang transformers"
 LOADABLE = {
     # format: what loads it for attention's output, what for routed experts
-    "int1-g128": (OURS, OURS),
+    "int1-g128": (f"{OURS} gguf", f"{OURS} gguf"),
     "int4-g128": (ENGINES, ENGINES),
-    "int8-g32": (ENGINES, ENGINES),
+    "int8-g32": (f"{ENGINES} gguf", f"{ENGINES} gguf"),
     "int8-row": (ENGINES, ENGINES),
     "int4-g16": (f"{OURS} transformers", f"{OURS} transformers"),
     "int4-g128-asym": (f"{OURS} vllm", f"{OURS} vllm"),
@@ -143,10 +143,11 @@ LOADABLE = {
     "fp8-e4m3-g128": (OURS, OURS),
     "fp8-e5m2-row": (OURS, OURS),
     "fp4-e2m1-g128": (OURS, OURS),
-    "mxfp4": (f"{OURS} vllm transformers", f"{OURS} vllm transformers"),
+    "mxfp4": (f"{OURS} vllm transformers gguf", f"{OURS} vllm transformers gguf"),
     "nvfp4": (f"{OURS} vllm transformers", OURS),
     "mxfp6": (OURS, OURS),
-    "bf16": (ENGINES, f"{OURS} vllm sglang"),
+    "q4_k": (f"{OURS} gguf", f"{OURS} gguf"),
+    "bf16": (f"{ENGINES} gguf", f"{OURS} vllm sglang gguf"),
 }
 
 
@@ -265,3 +266,23 @@ def test_our_runtime_loads_the_whole_default_menu_everywhere(inventory: Inventor
     profile = PROFILES["any"]
     for unit in units_of(inventory, profile):
         assert allowed_formats(unit, DEFAULT_MENU, profile) == DEFAULT_MENU
+
+
+def test_llama_cpp_has_one_type_for_each_projection_of_a_layer_s_experts(olmoe: Inventory) -> None:
+    units = units_of(olmoe, PROFILES["gguf"])
+    experts = [unit for unit in units if unit.kind == "expert" and unit.layer == 0]
+    prefix = "model.layers.0.mlp.experts"
+    assert [u.name for u in experts] == [f"{prefix}.{p}_proj" for p in ("gate", "up", "down")]
+    assert all(len(unit.matrices) == 64 for unit in experts)
+    others = [unit for unit in units if unit.kind != "expert"]
+    assert all(len(unit.matrices) == 1 for unit in others)
+
+
+def test_blocks_of_llama_cpp_are_offered_where_they_divide_the_width() -> None:
+    names = ("q_proj", 256), ("k_proj", 128), ("v_proj", 96), ("o_proj", 80)
+    matrices = tuple(Matrix(f"m.{n}", 32, cols, "attention", 0) for n, cols in names)
+    units = units_of(Inventory("llama", matrices), PROFILES["gguf"])
+    menu = ("int1-g128", "q4_k", "int4-g32", "int4-g64", "iq4_nl", "mxfp4", "bf16")
+    found = [allowed_formats(unit, menu, PROFILES["gguf"]) for unit in units]
+    small = ("int4-g32", "iq4_nl", "mxfp4", "bf16")
+    assert found == [("int1-g128", "q4_k", *small), ("int1-g128", *small), small, ("bf16",)]

@@ -168,7 +168,7 @@ def _decoded(header: GgufHeader, tensor: GgufTensor) -> np.ndarray[Any, Any]:
     n_rows = int(np.prod(tensor.shape[:-1]))
     try:
         found = dequantize(data.reshape(n_rows, -1), GGMLQuantizationType[tensor.type])
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:
         raise ModelError(
             f"{header.path}: tensor {tensor.name} is of type {tensor.type}, which gguf cannot "
             "decode; give the original checkpoint"

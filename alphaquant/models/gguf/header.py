@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from alphaquant.errors import ModelError
 
@@ -32,6 +33,9 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS |= {12: "d"}
 """Numbers of value types and how `struct` calls them."""
+
+NEWER_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType({42: ("Q2_0", 64, 18)})
+"""Types of ggml.h that gguf 0.19 does not know: number -> name, weights and bytes of a block."""
 
 
 @dataclass(frozen=True)
@@ -214,16 +218,7 @@ class _Reader:
     def _tensor(
         self, name: str, shape: tuple[int, ...], kind: int, offset: int, first: int
     ) -> GgufTensor:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        try:
-            named = GGMLQuantizationType(kind)
-        except ValueError as error:
-            raise ModelError(
-                f"{self._path}: tensor {name} is of ggml type {kind}, which the installed gguf "
-                "does not know; install a newer one, or give another file"
-            ) from error
-        n_block, block_bytes = GGML_QUANT_SIZES[named]
+        type_name, n_block, block_bytes = self._sizes(name, kind)
         if not shape or shape[-1] % n_block:
             raise _damaged(
                 self._path, f"tensor {name} has shape {list(shape)}, in blocks of {n_block}"
@@ -234,7 +229,22 @@ class _Reader:
             raise _damaged(
                 self._path, f"tensor {name} ends at byte {end}, the file at {len(self._data)}"
             )
-        return GgufTensor(name, shape, named.name, first + offset, n_bytes)
+        return GgufTensor(name, shape, type_name, first + offset, n_bytes)
+
+    def _sizes(self, name: str, kind: int) -> tuple[str, int, int]:
+        """Name of a type, weights and bytes of its blocks."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if kind in NEWER_TYPES:
+            return NEWER_TYPES[kind]
+        try:
+            named = GGMLQuantizationType(kind)
+        except ValueError as error:
+            raise ModelError(
+                f"{self._path}: tensor {name} is of ggml type {kind}, which the installed gguf "
+                "does not know; install a newer one, or give another file"
+            ) from error
+        return named.name, *GGML_QUANT_SIZES[named]
 
 
 def _damaged(path: Path, reason: str) -> ModelError:

@@ -1,0 +1,1 @@
+"""llama.cpp as a client of our files, and tiny checkpoints to write such files of."""
