@@ -60,11 +60,9 @@ class PackedLinear(nn.Module):
         A linear of plain numbers has a buffer of that name. It is made anew every time it is
         asked for, so writing it changes nothing.
         """
-        if name != "weight":
+        if name != "weight" or not self._is_coded():
             return super().__getattr__(name)
-        plain, stored = self._plain(), next(iter(self._buffers.values()), None)
-        if plain is not None:
-            return plain
+        stored = next(iter(self._buffers.values()), None)
         if stored is None or stored.is_meta:
             return torch.empty(self.rows, self.cols, dtype=self.dtype, device="meta")
         return self.dequantized(self.dtype)
@@ -87,16 +85,15 @@ class PackedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
-        plain = self._plain()
-        if plain is not None and plain.dtype == dtype:
-            return plain
+        if not self._is_coded() and self.get_buffer("weight").dtype == dtype:
+            return self.get_buffer("weight")
         if self.cache is None:
             return self.stored().dequantize().to(dtype)
         return self.cache.weight(id(self), self.stored(), dtype)
 
-    def _plain(self) -> Tensor | None:
-        """The weight where it is stored as it is, None where it is in codes."""
-        return None if self.format.is_quantized else self._buffers["weight"]
+    def _is_coded(self) -> bool:
+        """Whether the weight is stored otherwise than as it is."""
+        return self.format.is_quantized
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., cols] -> [..., rows] in the inputs' dtype."""
@@ -245,9 +242,10 @@ def restore_dtypes(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         buffers: its buffers before that, by name.
     """
     for name, before in buffers.items():
-        after = module.get_buffer(name)
+        after = module._buffers[name]  # `get_buffer` would find a property of that name
+        assert after is not None
         if after.dtype != before.dtype:
-            setattr(module, name, before.to(after.device))
+            module._buffers[name] = before.to(after.device)
 
 
 def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:

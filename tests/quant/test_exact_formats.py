@@ -10,7 +10,7 @@ from alphaquant.models.quantized.ct_forms import Fp4Form, NaiveForm, PackedIntFo
 from alphaquant.models.quantized.word_forms import AwqForm, GptqForm
 from alphaquant.quant.exact_formats import exact_packed
 from alphaquant.quant.matrix import check_packed
-from alphaquant.testing.foreign_checkpoints import Layout, awq, compressed, fp8, gptq, int8
+from alphaquant.testing.foreign.encoders import Layout, awq, compressed, fp8, gptq, int8
 
 WEIGHT = torch.randn(64, 160, generator=torch.Generator().manual_seed(3)) * 0.05
 

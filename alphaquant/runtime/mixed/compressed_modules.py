@@ -61,8 +61,8 @@ class CompressedLinear(PackedLinear):
         """Take a weight, on the device where the replaced one was."""
         self.form = weight.form
         self._buffers.clear()
-        for name, tensor in weight.to(self.device).tensors.items():
-            self.register_buffer(name, tensor)
+        # Not by `register_buffer`, which refuses the name of the property `weight`.
+        self._buffers.update(weight.to(self.device).tensors)
         if self.cache is not None:
             self.cache.drop(id(self))
 
@@ -79,8 +79,8 @@ class CompressedLinear(PackedLinear):
         """
         return exact_packed(self.stored())
 
-    def _plain(self) -> Tensor | None:
-        return self._buffers.get("weight") if self.form.code_bits() == 16 else None
+    def _is_coded(self) -> bool:
+        return self.form.code_bits() < 16
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         """As of `PackedLinear`; an empty one remembers where its weight goes."""

@@ -16,7 +16,7 @@ from alphaquant.models.quantized.foreign_files import ForeignCheckpoint, open_fo
 from alphaquant.models.quantized.stated import METHODS
 from alphaquant.spaces.units import Matrix
 from alphaquant.testing.checkpoints import save_tiny
-from alphaquant.testing.foreign_checkpoints import (
+from alphaquant.testing.foreign.encoders import (
     CT_SCHEMES,
     Layout,
     awq,

@@ -17,7 +17,7 @@ from alphaquant.models.quantized import word_forms
 from alphaquant.models.quantized.byte_forms import ByteForm
 from alphaquant.models.quantized.compressed import CompressedWeight, Form, GroupedCodes
 from alphaquant.models.quantized.word_forms import AwqForm, GptqForm
-from alphaquant.testing.foreign_checkpoints import Encoded, Layout, awq, fp8, gptq, int8
+from alphaquant.testing.foreign.encoders import Encoded, Layout, awq, fp8, gptq, int8
 
 WEIGHT = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.05
 V1, V2 = GptqForm(4, 128, is_v1=True), GptqForm(4, 128, is_v1=False)
