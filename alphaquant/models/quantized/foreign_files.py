@@ -106,7 +106,7 @@ class ForeignCheckpoint:
         Raises:
             ModelError: a file is damaged, or a number in it cannot be.
         """
-        tensors = {end: self._tensor(f"{found.module}.{end}") for end in found.parts}
+        tensors = {end: self.tensor(f"{found.module}.{end}") for end in found.parts}
         self._check_shape(found, tensors)
         self._check_groups(found, tensors)
         return CompressedWeight(found.form, found.rows, found.cols, tensors)
@@ -168,7 +168,12 @@ class ForeignCheckpoint:
                 "config.json do not belong together, or are of another layout"
             )
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its full name.
+
+        Raises:
+            ModelError: its file is damaged.
+        """
         header = self.headers[name]
         try:
             with safe_open(header.file, framework="pt") as opened:
