@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from alphaquant.specs.check import Natural, Pair, Positive, check
 from alphaquant.specs.texts import BosMode
@@ -12,7 +15,8 @@ class EvaluateSpec:
     """What is measured, and on what."""
 
     model: str
-    """Packed checkpoint, local directory, GGUF file, hub id, or demo."""
+    """Packed checkpoint, local directory, GGUF file, mixed_precision YAML file, hub id, or
+    demo."""
     reference: str | None = None
     """The original model, measured too; needed for kl and drift."""
     tasks: str | None = None
@@ -45,6 +49,10 @@ class EvaluateSpec:
     """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
     float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16. A packed checkpoint counts as a float32 one."""
+
+    allow_missing: Annotated[bool, Parameter(negative="")] = False
+    """Of a mixed_precision file: weights that are not found stay as in its base model, each with a
+    warning, instead of being an error."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types and counts that make no sense.
