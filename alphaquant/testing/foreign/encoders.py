@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,11 +210,12 @@ def compressed(scheme: str) -> Layout:
 
 
 def _compressed_by_library(weight: Tensor, group: Mapping[str, Any]) -> Encoded:
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    # By name: the library ships no types.
+    compressors: Any = import_module("compressed_tensors.compressors.base")
+    quantization: Any = import_module("compressed_tensors.quantization")
+    fitting: Any = import_module("compressed_tensors.quantization.utils")
 
-    scheme: Any = QuantizationScheme(**group)
+    scheme = quantization.QuantizationScheme(**group)
     args, factor = scheme.weights, None
     tensors: dict[str, Tensor] = {"weight": weight}
     width = args.group_size or weight.shape[1]
@@ -222,15 +224,15 @@ def _compressed_by_library(weight: Tensor, group: Mapping[str, Any]) -> Encoded:
     if args.strategy == "tensor":
         low, high = low.amin().reshape(1), high.amax().reshape(1)
     if args.strategy == "tensor_group":
-        factor = generate_gparam(weight.min()[None], weight.max()[None]).reshape(1)
+        factor = fitting.generate_gparam(weight.min()[None], weight.max()[None]).reshape(1)
         tensors["weight_global_scale"] = factor
-    scale, zero = calculate_qparams(low, high, args, global_scale=factor)
+    scale, zero = fitting.calculate_qparams(low, high, args, global_scale=factor)
     if args.type == "int":
         scale = scale.bfloat16()
     tensors["weight_scale"] = scale
     if not args.symmetric:
         tensors["weight_zero_point"] = zero
-    library: Any = BaseCompressor.get_value_from_registry(scheme.format)
+    library = compressors.BaseCompressor.get_value_from_registry(scheme.format)
     stored = library.compress(tensors, scheme)
     right = library.decompress(dict(stored), scheme)["weight"]
     return Encoded({name: t.contiguous() for name, t in stored.items()}, right.float())
