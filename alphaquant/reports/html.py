@@ -20,7 +20,7 @@ from alphaquant.reports.cautions import cautions
 from alphaquant.reports.front import config_name
 from alphaquant.reports.markup import to_html
 from alphaquant.reports.plots import figures, interval_half
-from alphaquant.reports.shell import evaluate_command, quantize_command
+from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.profiles import Profile
@@ -92,7 +92,7 @@ def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
     path = result.folder.path
-    return {name: quantize_command(result.spec.checkpoint.model, path / name) for name in names}
+    return {name: use_command(result.spec, path / name) for name in names}
 
 
 def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
@@ -209,7 +209,7 @@ def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
     model = result.spec.checkpoint.model
-    steps = (quantize_command(model, result.folder.path / "best.json"), evaluate_command(model))
+    steps = (use_command(result.spec, result.folder.path / "best.json"), evaluate_command(model))
     code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
     parts = [
         "The directory DIR loads with",

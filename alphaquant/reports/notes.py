@@ -12,7 +12,7 @@ import optuna
 from optuna_dashboard import get_note, save_note
 
 from alphaquant.reports.bitmaps import bits_by_role
-from alphaquant.reports.shell import quantize_command
+from alphaquant.reports.shell import use_command
 from alphaquant.reports.tables import markdown, with_error
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
@@ -212,4 +212,4 @@ def _limits_text(spec: SearchSpec) -> str:
 
 
 def _quantize_text(spec: SearchSpec) -> str:
-    return quantize_command(spec.checkpoint.model, CONFIG_FILE)
+    return use_command(spec, CONFIG_FILE)

@@ -18,7 +18,7 @@ from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.cautions import source_cautions
 from alphaquant.reports.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.reports.html import report_html
-from alphaquant.reports.shell import evaluate_command, quantize_command
+from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.tables import aligned, columns, narrowed, with_error, wrapped
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
@@ -54,7 +54,7 @@ def write_report(result: SearchResult) -> None:
 
 def config_text(result: SearchResult, row: HeldoutRow) -> str:
     """A configuration with the numbers of its trial, if it was one, and of the gate."""
-    data, assignment = result.provenance.data, _assignment(result, row)
+    data, assignment = result.provenance.data, assignment_of(result, row)
     trial = _trial(result, row)
     summary: dict[str, Any] = {
         "budget": result.spec.limits.budget,
@@ -151,7 +151,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *paragraph(winner_text(result)),
             f"best: {best}",
             *paragraph(f"why: {why_text(result)}"),
-            f"next: {quantize_command(result.spec.checkpoint.model, best)}",
+            f"next: {use_command(result.spec, best)}",
         ]
     )
 
@@ -213,7 +213,7 @@ def report_text(result: SearchResult) -> str:
         "## Calibration coverage",
         sections.coverage_text(result),
         "## Next",
-        f"    {quantize_command(result.spec.checkpoint.model, best)}\n"
+        f"    {use_command(result.spec, best)}\n"
         f"    {evaluate_command(result.spec.checkpoint.model)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -224,7 +224,8 @@ def _scores_section(result: SearchResult) -> list[str]:
     return ["## Other scores of published trials", text] if text else []
 
 
-def _assignment(result: SearchResult, row: HeldoutRow) -> Assignment:
+def assignment_of(result: SearchResult, row: HeldoutRow) -> Assignment:
+    """The assignment of a published row."""
     if row.trial is None:
         return uniform_assignment(result.space.inventory, row.name)
     return result.folder.load_assignment(row.digest)

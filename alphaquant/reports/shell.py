@@ -3,6 +3,8 @@
 import shlex
 from pathlib import Path
 
+from alphaquant.specs.search import SearchSpec
+
 
 def command_text(*parts: str | Path) -> str:
     """A command that a POSIX shell takes as it was meant, whatever stands in its parts.
@@ -15,6 +17,20 @@ def command_text(*parts: str | Path) -> str:
 def quantize_command(model: str, config: str | Path) -> str:
     """How to quantize a model as a configuration says."""
     return command_text("aq-quantize", "--model", model, "--config", config, "--out", "DIR")
+
+
+def use_command(spec: SearchSpec, config: str | Path) -> str:
+    """What makes a model of a result: quantizing it, or putting candidates together.
+
+    Args:
+        spec: of the search.
+        config: its configuration; the `mixed_precision` file of candidates is beside it.
+    """
+    model = spec.checkpoint.model
+    if spec.limits.candidates is None:
+        return quantize_command(model, config)
+    mixed = Path(config).with_suffix(".yaml")
+    return command_text("aq-eval", "--model", mixed, "--reference", model)
 
 
 def evaluate_command(reference: str) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
+from alphaquant.errors import ConfigError
 from alphaquant.specs.check import Positive, check
 
 _ABOVE_ZERO = Parameter(validator=validators.Number(gt=0))
@@ -22,6 +23,10 @@ class LimitSpec:
     default, int, mx, fp, all. auto: the profile's menu."""
     profile: str = "any"
     """What the result must load in: any, kernels, vllm, sglang, transformers."""
+    candidates: str | None = None
+    """Directories of checkpoints of the model that are quantized already (gptq, awq, fp8,
+    compressed-tensors), comma-separated: the search is among their matrices and the original's;
+    none by default."""
     max_formats_per_layer: Positive | None = None
     """At most so many formats among a layer's routed experts; none by default."""
     layer_minimum_bits: Annotated[float, _ABOVE_ZERO] | None = None
@@ -33,6 +38,17 @@ class LimitSpec:
         """Refuse wrong types and counts that make no sense.
 
         Raises:
-            ConfigError: naming the field.
+            ConfigError: naming the field, or formats beside candidates.
         """
         check(self)
+        if self.candidates is not None and self.formats != "auto":
+            raise ConfigError(
+                f"formats is {self.formats!r}, and candidates have formats of their own; leave "
+                "formats out, or candidates"
+            )
+
+    @property
+    def candidate_names(self) -> tuple[str, ...]:
+        """The directories in `candidates`."""
+        names = (name.strip() for name in (self.candidates or "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
