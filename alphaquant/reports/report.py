@@ -72,9 +72,18 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "calibration": data["calibration"],
         "evaluation": data["search"],
         "quantization": asdict(result.spec.quantizer),
+        **_candidates(result),
         "versions": result.provenance.versions,
     }
     return dump_config(config_from_assignment(assignment, result.space.inventory, summary))
+
+
+def _candidates(result: SearchResult) -> dict[str, Any]:
+    """Which checkpoints a search was among, and the bank that holds their matrices."""
+    names = result.spec.limits.candidate_names
+    if not names:
+        return {}
+    return {"candidates": {"directories": list(names), "bank": result.provenance.bank}}
 
 
 def front_json(result: SearchResult) -> dict[str, Any]:
