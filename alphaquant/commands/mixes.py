@@ -7,7 +7,7 @@ model's, so they are not named; a result of bf16 alone has no file.
 
 from pathlib import Path
 
-from alphaquant.quant.candidates import ORIGINAL
+from alphaquant.quant.foreign.candidates import ORIGINAL
 from alphaquant.reports.front import config_name
 from alphaquant.reports.report import assignment_of
 from alphaquant.runtime.mixed.mapping_file import MixedPrecisionConfig

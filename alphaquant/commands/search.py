@@ -27,7 +27,7 @@ from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
 from alphaquant.models.mapping import device_of, map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
-from alphaquant.quant.candidates import Candidates, find_candidates
+from alphaquant.quant.foreign.candidates import Candidates, find_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.cautions import RARE_TOKENS

@@ -23,9 +23,9 @@ from alphaquant.models.mapping import device_of
 from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
-from alphaquant.quant.candidates import Candidates, store_candidates
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray, FloatArray

@@ -11,7 +11,7 @@ from typing import Any
 from alphaquant.evaluators.scores import ScorePlan, plan_scores
 from alphaquant.evaluators.teacher import TOP_K, store_teacher
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
-from alphaquant.quant.candidates import Candidates
+from alphaquant.quant.foreign.candidates import Candidates
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet

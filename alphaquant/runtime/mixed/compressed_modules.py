@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alphaquant.models.quantized.compressed import CompressedWeight, Form
 from alphaquant.models.sites import ExpertsSite
-from alphaquant.quant.exact_formats import exact_packed
+from alphaquant.quant.foreign.exact_formats import exact_packed
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.modules import PackedExperts, PackedLinear
 from alphaquant.spaces.formats import BF16, Format

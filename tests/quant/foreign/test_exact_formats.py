@@ -8,7 +8,7 @@ from alphaquant.models.quantized.byte_forms import ByteForm
 from alphaquant.models.quantized.compressed import CompressedWeight, Form, PlainForm
 from alphaquant.models.quantized.ct_forms import Fp4Form, NaiveForm, PackedIntForm
 from alphaquant.models.quantized.word_forms import AwqForm, GptqForm
-from alphaquant.quant.exact_formats import exact_packed
+from alphaquant.quant.foreign.exact_formats import exact_packed
 from alphaquant.quant.matrix import check_packed
 from alphaquant.testing.foreign.encoders import Layout, awq, compressed, fp8, gptq, int8
 
