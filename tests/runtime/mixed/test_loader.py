@@ -1,5 +1,6 @@
 """One model from five checkpoints: every weight, every byte, every refusal."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -382,3 +383,33 @@ def test_a_model_of_another_class_is_refused(sources: Sources, tmp_path: Path) -
         loader.load_model_weights(model)
     with pytest.raises(ModelError, match="made for OlmoeForCausalLM"):
         replace_all_with_mixed_precision(model, loader)
+
+
+def test_ranks_of_experts_add_up(sources: Sources) -> None:
+    """Capability 98: each rank holds a part, and the sum is what one process computes."""
+    model, _ = load_mixed_precision(sources.config, dtype="float32")
+    whole = model.get_submodule(EXPERTS[0])
+    assert isinstance(whole, CompressedExperts)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(10, 128, generator=generator)
+    ids = torch.randint(0, 4, (10, 2), generator=generator)
+    weights = torch.rand(10, 2, generator=generator)
+    expected = whole(hidden, ids, weights)
+    parts = []
+    for owned in (range(0, 1), range(1, 4)):
+        part = copy.deepcopy(whole)
+        part.keep_experts(owned)
+        parts.append(part(hidden, ids, weights))
+    torch.testing.assert_close(parts[0] + parts[1], expected)
+    assert all(float(part.abs().max()) > 0 for part in parts)
+
+
+def test_a_failure_names_layer_expert_and_forms(sources: Sources) -> None:
+    """Capability 99."""
+    model, _ = load_mixed_precision(sources.config, dtype="float32")
+    linear = compressed_linears(model)[f"{EXPERTS[0]}.0.gate_proj"]
+    linear._buffers["weight_scale_inv"] = torch.ones(0, 3)
+    with pytest.raises(RuntimeError) as caught:
+        logits(model)
+    notes = " ".join(caught.value.__notes__)
+    assert f"in {EXPERTS[0]}, expert 0 (gate, up, down: fp8 128x128, fp8 128x128" in notes
