@@ -85,8 +85,9 @@ class PackedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
-        if not self._is_coded() and self.get_buffer("weight").dtype == dtype:
-            return self.get_buffer("weight")
+        plain = None if self._is_coded() else self._buffers.get("weight")
+        if plain is not None and plain.dtype == dtype:
+            return plain
         if self.cache is None:
             return self.stored().dequantize().to(dtype)
         return self.cache.weight(id(self), self.stored(), dtype)

@@ -78,16 +78,9 @@ def gptq(
         size = weight.shape[1] if group == -1 else group
         found = _round(weight.numpy()[:, order], bits, size, symmetric)
         back = np.argsort(order)
-        zeros = found.zeros.astype(np.int64)
-        if version == 1 and not made_by.startswith("gptqmodel"):
-            zeros = (zeros - 1) % 2**bits
-        qzeros = _words(zeros.T, bits)
-        if version == 1 and made_by.startswith("gptqmodel"):
-            ones = sum(1 << shift for shift in range(0, 32, bits))
-            qzeros = ((qzeros.astype(np.int64) - ones) % 2**32).astype(np.uint32)
         tensors = {
             "qweight": _int32(_words(found.codes[:, back], bits).T),
-            "qzeros": _int32(qzeros),
+            "qzeros": _int32(_gptq_zeros(found.zeros.T, bits, version, made_by)),
             "scales": torch.from_numpy(found.scales.T.copy()),
             "g_idx": torch.from_numpy((back // size).astype(np.int32)),
         }
@@ -103,6 +96,16 @@ def gptq(
         "meta": {"quantizer": [made_by]},
     }
     return Layout(config, encode)
+
+
+def _gptq_zeros(zeros: Any, bits: int, version: int, made_by: str) -> Any:
+    """Words of zero points [G, N], less one in version 1, code by code or word by word."""
+    if version == 2:
+        return _words(zeros, bits)
+    if not made_by.startswith("gptqmodel"):
+        return _words((zeros - 1) % 2**bits, bits)
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return ((_words(zeros, bits).astype(np.int64) - ones) % 2**32).astype(np.uint32)
 
 
 def awq(group: int = 32) -> Layout:
