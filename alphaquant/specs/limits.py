@@ -24,9 +24,8 @@ class LimitSpec:
     profile: str = "any"
     """What the result must load in: any, kernels, vllm, sglang, transformers."""
     candidates: str | None = None
-    """Directories of checkpoints of the model that are quantized already (gptq, awq, fp8,
-    compressed-tensors), comma-separated: the search is among their matrices and the original's;
-    none by default."""
+    """Checkpoints of the model that others quantized, directories with commas between them: the
+    search is among their matrices and the original's; none by default."""
     max_formats_per_layer: Positive | None = None
     """At most so many formats among a layer's routed experts; none by default."""
     layer_minimum_bits: Annotated[float, _ABOVE_ZERO] | None = None
