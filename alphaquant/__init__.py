@@ -9,6 +9,8 @@ torch nor optuna:
     quantize     write the packed checkpoint of a configuration, of a `QuantizeSpec`
     load         load a packed checkpoint
     evaluate     measure a model, usually against its unquantized reference, of an `EvaluateSpec`
+    load_mixed_precision  one model from several checkpoints, of a mixed_precision YAML file; with
+        `MixedPrecisionConfig`, `TrueMixedPrecisionLoader`, `replace_all_with_mixed_precision`
 
 `alphaquant.search` is also the package of search algorithms. So that neither hides the other, the
 package is made callable when it is imported; type checkers do not see that and know
@@ -28,13 +30,17 @@ from alphaquant.import_hook import after_import
 
 __all__ = [
     "EvaluateSpec",
+    "MixedPrecisionConfig",
     "QuantizeSpec",
     "SearchSpec",
+    "TrueMixedPrecisionLoader",
     "__version__",
     "evaluate",
     "load",
+    "load_mixed_precision",
     "plan_search",
     "quantize",
+    "replace_all_with_mixed_precision",
     "run_search",
     "search",
 ]
@@ -48,6 +54,12 @@ _TARGETS = {
     "load": "alphaquant.runtime.checkpoint:load",
     "evaluate": "alphaquant.commands.evaluate:evaluate",
     "EvaluateSpec": "alphaquant.specs.evaluate:EvaluateSpec",
+    "MixedPrecisionConfig": "alphaquant.runtime.mixed.mapping_file:MixedPrecisionConfig",
+    "TrueMixedPrecisionLoader": "alphaquant.runtime.mixed.loader:TrueMixedPrecisionLoader",
+    "load_mixed_precision": "alphaquant.runtime.mixed.loader:load_mixed_precision",
+    "replace_all_with_mixed_precision": (
+        "alphaquant.runtime.mixed.loader:replace_all_with_mixed_precision"
+    ),
 }
 
 

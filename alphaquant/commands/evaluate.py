@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -27,6 +27,8 @@ from alphaquant.provenance import versions
 from alphaquant.reports.tables import fitted, wrapped
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.integrity import verify_checksums
+from alphaquant.runtime.mixed.loader import MixedStatistics, load_mixed_precision
+from alphaquant.runtime.mixed.mapping_file import MixedPrecisionConfig
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.studies.inputs import (
@@ -61,6 +63,7 @@ class Evaluation:
         details: tables behind the scores, by evaluator.
         reference_details: those of the reference.
         engine: what ran the model, where it was not this process.
+        mixed: what was loaded of `model` and `reference`, those that were mixed_precision files.
     """
 
     spec: EvaluateSpec
@@ -71,6 +74,7 @@ class Evaluation:
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
+    mixed: Mapping[str, MixedStatistics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,10 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         harness = _harness(spec)
         served = spec.engine in ENGINES
         if spec.reference is not None and not served and not is_packed(spec.model):
-            load_skeleton(model_location(spec.model))  # a wrong name is told before the long work
+            load_skeleton(located(spec.model))  # a wrong name is told before the long work
         progress(Stage.LOAD, 0, 1)
-        model = open_model(spec.reference or spec.model, device, spec.dtype)
+        mixed: dict[str, MixedStatistics] = {}
+        model = open_model(spec, "model" if spec.reference is None else "reference", device, mixed)
         chosen = _choose(spec, model, harness, folder, progress)
         progress(Stage.LOAD, 1, 1)
         n_steps = len(chosen.evaluators) * (1 if spec.reference is None else 2)
@@ -122,24 +127,28 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
             vocabulary = vocabulary_of(model)
             del model
             own, first = found, len(chosen.evaluators)
-            with _opened(spec, device, chosen.tokens, vocabulary) as model:
+            with _opened(spec, device, chosen.tokens, vocabulary, mixed) as model:
                 engine = model.facts if isinstance(model, ServedModel) else {}
                 found = _measure(
                     chosen, model, lambda done: progress(Stage.EVALUATE, first + done, n_steps)
                 )
     return Evaluation(
         *(asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details),
-        engine,
+        *(engine, mixed),
     )
 
 
 @contextmanager
 def _opened(
-    spec: EvaluateSpec, device: str, tokens: TokenSet | None, vocabulary: int | None
+    spec: EvaluateSpec,
+    device: str,
+    tokens: TokenSet | None,
+    vocabulary: int | None,
+    mixed: dict[str, MixedStatistics],
 ) -> Iterator[nn.Module]:
     """The model that is measured beside its reference, in this process or in an engine."""
     if spec.engine not in ENGINES:
-        yield open_model(spec.model, device, spec.dtype)
+        yield open_model(spec, "model", device, mixed)
         return
     assert tokens is not None and vocabulary is not None
     request = EngineRequest(
@@ -149,18 +158,48 @@ def _opened(
         yield model
 
 
-def open_model(name: str, device: str, dtype: str) -> nn.Module:
-    """A packed checkpoint or any model that transformers loads.
+def open_model(
+    spec: EvaluateSpec, role: Literal["model", "reference"], device: str, mixed: dict[str, Any]
+) -> nn.Module:
+    """A packed checkpoint, a mixed_precision file, or any model that transformers loads.
 
     Packed ones run in plain torch everywhere, so that scores are those of the search's trials.
 
+    Args:
+        spec: what to measure.
+        role: which of its two models.
+        device: `cpu`, `cuda`, ...
+        mixed: gets the statistics of a mixed_precision file, by role.
+
     Raises:
+        ModelError: a weight of a mixed_precision file is not found, and it does not allow that.
         StoreError: a file of a packed checkpoint is not what was written.
     """
+    name = spec.model if role == "model" or spec.reference is None else spec.reference
+    if is_mixed(name):
+        loaded = load_mixed_precision(name, device, spec.dtype, allow_missing=spec.allow_missing)
+        mixed[role] = loaded.statistics
+        return loaded.model
     if is_packed(name):
         verify_checksums(Path(name))
-        return load(name, device, dtype, kernels=False)
-    return load_model(model_location(name), device, dtype, quantized=True)
+        return load(name, device, spec.dtype, kernels=False)
+    return load_model(model_location(name), device, spec.dtype, quantized=True)
+
+
+def is_mixed(name: str) -> bool:
+    """Whether a name is that of a mixed_precision file."""
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
+def located(name: str) -> str:
+    """Where the configuration and the tokenizer of a model are.
+
+    Raises:
+        ConfigError: a mixed_precision file cannot be read.
+    """
+    if is_mixed(name):
+        return str(MixedPrecisionConfig.from_yaml(name).base_model_path)
+    return model_location(name)
 
 
 def window_tasks(spec: EvaluateSpec) -> list[str]:
@@ -198,8 +237,18 @@ def evaluation_text(found: Evaluation, width: int | None = None) -> str:
         )
     if found.engine:
         lines.append(", ".join(f"{name} {value}" for name, value in found.engine.items()))
+    lines += [_mixed_text(role, part) for role, part in found.mixed.items()]
     lines += [_harness_text(d) for d in found.details.values() if "lm_eval" in d]
     return "\n".join(wrapped(line, width) for line in lines)
+
+
+def _mixed_text(role: str, found: MixedStatistics) -> str:
+    """What of a mixed_precision file is in a model."""
+    forms = ", ".join(f"{count} {name}" for name, count in sorted(found["forms"].items()))
+    return (
+        f"{role}: loaded {found['loaded']} of {found['total']} weights, matrices {forms}; "
+        f"{found['memory_saved_mb']:.2f} MiB less than in bfloat16"
+    )
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
@@ -213,6 +262,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "reference_scores": [asdict(s) for s in found.reference_scores],
         "details": found.details,
         "reference_details": found.reference_details,
+        **({"mixed_precision": found.mixed} if found.mixed else {}),
         "data": None if found.tokens is None else found.tokens.provenance(),
         "task_data": None if spec.task_data is None else str(spec.task_data),
         "dtype": spec.dtype,
@@ -313,7 +363,7 @@ def _harness(spec: EvaluateSpec) -> HarnessEvaluator | None:
     tasks = harness_tasks(spec)
     if not tasks:
         return None
-    tokenizer = load_tokenizer(model_location(spec.reference or spec.model))
+    tokenizer = load_tokenizer(located(spec.reference or spec.model))
     request = HarnessRequest(tasks, None, spec.shots, spec.limit, spec.batch_size)
     return open_harness(request, tokenizer, spec.bos, spec.task_data)
 
@@ -327,7 +377,7 @@ def _windows(spec: EvaluateSpec, name: str, model: nn.Module) -> TokenSet:
         asked = SEQ_LEN if limit is None else min(SEQ_LEN, int(limit))
     seq_len = seq_len_of(name, model, asked)
     request = TextRequest(spec.data, "heldout", spec.samples, seq_len, spec.seed, spec.bos)
-    return load_windows(request, name, model, load_tokenizer(model_location(name)))
+    return load_windows(request, name, model, load_tokenizer(located(name)))
 
 
 def _choose(

@@ -23,7 +23,7 @@ from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
 from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
-from alphaquant.spaces.assignment import BitCount
+from alphaquant.spaces.assignment import Assignment, BitCount
 from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
@@ -68,11 +68,14 @@ class _Summary:
         settings: how its matrices were quantized.
         calibration: provenance of the calibration windows, see `TokenSet.provenance`.
         model_digest: of the weights, None if not stated.
+        candidates: name of the bank with the candidates that it was searched among; None where
+            its formats are made here.
     """
 
     settings: QuantSettings
     calibration: Mapping[str, Any]
     model_digest: str | None
+    candidates: str | None = None
 
 
 def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
@@ -118,7 +121,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         return quantize_to_checkpoint(
             PackingJob(
                 *(source.map, plan.assignment, settings, windows, _activations(plan)),
-                bank=None if tokens is None else _bank(spec, source, tokens, settings),
+                bank=_bank(spec, summary, source, tokens, settings, plan.assignment),
             ),
             part,
             facts=facts | {"architecture": architecture.name},
@@ -206,7 +209,9 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
             )
     digest = summary.get("model_digest")
     settings = _read_settings(quantization, path)
-    return _Summary(settings, calibration, digest if isinstance(digest, str) else None)
+    candidates = _part(summary, "candidates", {"bank": str}, path).get("bank")
+    stated = digest if isinstance(digest, str) else None
+    return _Summary(settings, calibration, stated, candidates)
 
 
 def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
@@ -304,11 +309,42 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
 
 
 def _bank(
-    spec: QuantizeSpec, source: Source, tokens: TokenSet, settings: QuantSettings
+    spec: QuantizeSpec,
+    summary: _Summary,
+    source: Source,
+    tokens: TokenSet | None,
+    settings: QuantSettings,
+    assignment: Assignment,
 ) -> Bank | None:
-    """What a search of this model with these settings and windows left in the cache."""
-    key = bank_key(source.digest, tokens.digest, settings)
-    return find_bank(cache_dir(spec.cache) / "banks", key, source.map.inventory)
+    """What a search of this model with these settings and windows left in the cache.
+
+    Raises:
+        ConfigError: the configuration is of candidates, and their matrices are not there.
+    """
+    root, inventory = cache_dir(spec.cache) / "banks", source.map.inventory
+    if summary.candidates is None:
+        if tokens is None:
+            return None
+        return find_bank(root, bank_key(source.digest, tokens.digest, settings), inventory)
+    bank = find_bank(root, summary.candidates, inventory)
+    if bank is None or bank.facts.get("model_digest") != source.digest:
+        raise ConfigError(
+            f"{spec.config} is a mix of candidates, and their matrices are not in {root} "
+            f"({summary.candidates}); search again with this --cache, load the .yaml beside it, "
+            "or remove summary.candidates: then its formats are quantized here"
+        )
+    lacking = [
+        matrix.name
+        for matrix in inventory.matrices
+        if matrix.name not in bank.matrices(assignment.formats[matrix.name], matrix.layer)
+    ]
+    if lacking:
+        raise ConfigError(
+            f"{spec.config}: no candidate has {lacking[0]} in {assignment.formats[lacking[0]]} "
+            f"({len(lacking)} such matrices); keep the formats of the search, or remove "
+            "summary.candidates"
+        )
+    return bank
 
 
 def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:

@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import optuna
 import torch
 
+from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
 from alphaquant.models.mapping import device_of, map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions
+from alphaquant.quant.foreign.candidates import Candidates, find_candidates
 from alphaquant.quant.ggml.library import check_formats
 from alphaquant.quant.place import place_of
 from alphaquant.quant.swap import Swapper
@@ -36,9 +39,11 @@ from alphaquant.search.groups import check_grouping
 from alphaquant.search.sampler import make_sampler
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
+from alphaquant.spaces.formats import parse_menu
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import Profile, find_profile
 from alphaquant.spaces.space import SearchSpace, make_space
+from alphaquant.spaces.units import Inventory
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
@@ -145,7 +150,7 @@ def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
     config: Any = model_map.model.config
     dtype = working_dtype(asked.model, config, request.device, asked.dtype)
     found = config.dtype if isinstance(dtype, str) else dtype
-    space = make_space(model_map.inventory, request.profile, request.menu, request.budget)
+    space, _ = _space(spec, request, model_map.inventory)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
     machine = Machine(torch.device(request.device), found or torch.float32, progress)
@@ -167,13 +172,13 @@ def _search(
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)
-    space = make_space(source.map.inventory, request.profile, request.menu, request.budget)
+    space, candidates = _space(spec, request, source.map.inventory)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
     spec = _sized(spec, source, space, clock)
     for line in size_lines(spec):
         tell(line)
-    inputs = load_inputs(spec, source, clock)
+    inputs = replace(load_inputs(spec, source, clock), candidates=candidates)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
             logger.warning("%s", space.idle_budget)
@@ -202,7 +207,29 @@ def _search(
         scores=inputs.scores,
         original_perplexity=prepared.teachers.heldout.teacher.perplexity,
     )
-    return _decorated(_write(result, clock), inputs)
+    return _decorated(_write(result, clock, inputs.source.map.source), inputs)
+
+
+class _Space(NamedTuple):
+    """A space, and the candidates that it is of, if any."""
+
+    space: SearchSpace
+    candidates: Candidates | None = None
+
+
+def _space(spec: SearchSpec, request: _Request, inventory: Inventory) -> _Space:
+    """Units with the formats that they may take: those of the menu, or of the candidates.
+
+    Raises:
+        AlphaQuantError: nothing reaches the budget, or a candidate cannot be one.
+    """
+    names = spec.limits.candidate_names
+    if not names:
+        return _Space(make_space(inventory, request.profile, request.menu, request.budget))
+    found = find_candidates(names, inventory)
+    menu = parse_menu(",".join(found.menu))
+    space = make_space(inventory, request.profile, menu, request.budget, found.held)
+    return _Space(space, found)
 
 
 def _sized(spec: SearchSpec, source: Source, space: SearchSpace, clock: StageClock) -> SearchSpec:
@@ -372,10 +399,12 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
     )
 
 
-def _write(result: SearchResult, clock: StageClock) -> SearchResult:
+def _write(result: SearchResult, clock: StageClock, base: Path | None) -> SearchResult:
     """Write all files; the seconds in them include writing the configurations."""
     clock(Stage.REPORT, 0, 1)
     write_configs(result)
+    if result.space.held is not None:
+        write_mixes(result, base)
     clock(Stage.REPORT, 1, 1)
     clock.stop()
     result = replace(result, seconds=dict(clock.seconds))

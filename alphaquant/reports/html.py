@@ -20,7 +20,7 @@ from alphaquant.reports.cautions import cautions
 from alphaquant.reports.front import config_name
 from alphaquant.reports.markup import to_html
 from alphaquant.reports.plots import figures, interval_half
-from alphaquant.reports.shell import evaluate_command, quantize_command
+from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.profiles import Profile
@@ -91,9 +91,8 @@ def _header(result: SearchResult, title: str) -> str:
 def commands(result: SearchResult) -> dict[str, str]:
     """The command that quantizes to each published point, by its configuration's file."""
     names = [config_name(row) for row in result.gate.points]
-    path, model = result.folder.path, result.spec.checkpoint.model
-    export = result.space.profile.export
-    return {name: quantize_command(model, path / name, export) for name in names}
+    path = result.folder.path
+    return {name: use_command(result.spec, path / name) for name in names}
 
 
 def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
@@ -209,13 +208,13 @@ def _unbroken(text: str) -> str:
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
-    model, best = result.spec.checkpoint.model, result.folder.path / "best.json"
+    best = result.folder.path / "best.json"
     said = f"The profile is {profile.name} ({profile.description})."
-    steps = [quantize_command(model, best, profile.export)]
+    steps = [use_command(result.spec, best)]
     if profile.export:
         parts = [f"{said} {_engine_text(profile)}"]
     else:
-        steps.append(evaluate_command(model))
+        steps.append(evaluate_command(result.spec.checkpoint.model))
         code = ["import alphaquant", 'model = alphaquant.load("DIR")  # a transformers model']
         parts = [
             "The directory DIR loads with",

@@ -12,12 +12,11 @@ import optuna
 from optuna_dashboard import get_note, save_note
 
 from alphaquant.reports.bitmaps import bits_by_role
-from alphaquant.reports.shell import quantize_command
+from alphaquant.reports.shell import use_command
 from alphaquant.reports.tables import markdown, with_error
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import counting_rule
 from alphaquant.spaces.config import config_from_assignment, dump_config
-from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.store.folder import CONFIG_FILE, RunFolder
@@ -213,5 +212,4 @@ def _limits_text(spec: SearchSpec) -> str:
 
 
 def _quantize_text(spec: SearchSpec) -> str:
-    export = find_profile(spec.limits.profile).export
-    return quantize_command(spec.checkpoint.model, CONFIG_FILE, export)
+    return use_command(spec, CONFIG_FILE)

@@ -19,7 +19,7 @@ from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.cautions import source_cautions
 from alphaquant.reports.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.reports.html import report_html
-from alphaquant.reports.shell import evaluate_command, quantize_command
+from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.tables import aligned, columns, narrowed, with_error, wrapped
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
@@ -55,7 +55,7 @@ def write_report(result: SearchResult) -> None:
 
 def config_text(result: SearchResult, row: HeldoutRow) -> str:
     """A configuration with the numbers of its trial, if it was one, and of the gate."""
-    data, assignment = result.provenance.data, _assignment(result, row)
+    data, assignment = result.provenance.data, assignment_of(result, row)
     trial = _trial(result, row)
     summary: dict[str, Any] = {
         "budget": result.spec.limits.budget,
@@ -73,9 +73,18 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "calibration": data["calibration"],
         "evaluation": data["search"],
         "quantization": asdict(result.spec.quantizer),
+        **_candidates(result),
         "versions": result.provenance.versions,
     }
     return dump_config(config_from_assignment(assignment, result.space.inventory, summary))
+
+
+def _candidates(result: SearchResult) -> dict[str, Any]:
+    """Which checkpoints a search was among, and the bank that holds their matrices."""
+    names = result.spec.limits.candidate_names
+    if not names:
+        return {}
+    return {"candidates": {"directories": list(names), "bank": result.provenance.bank}}
 
 
 def front_json(result: SearchResult) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *paragraph(winner_text(result)),
             f"best: {best}",
             *paragraph(f"why: {why_text(result)}"),
-            f"next: {_quantize_command(result, best)}",
+            f"next: {use_command(result.spec, best)}",
         ]
     )
 
@@ -219,16 +228,11 @@ def report_text(result: SearchResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _quantize_command(result: SearchResult, config: Path) -> str:
-    """How to quantize as the result says, into the files of its engine."""
-    return quantize_command(result.spec.checkpoint.model, config, result.space.profile.export)
-
-
 def _next_commands(result: SearchResult, config: Path) -> list[str]:
     """How to make files of the winner, and to measure ours; engines measure theirs."""
     evaluate = evaluate_command(result.spec.checkpoint.model)
     return [
-        _quantize_command(result, config),
+        use_command(result.spec, config),
         *([] if result.space.profile.export else [evaluate]),
     ]
 
@@ -238,7 +242,8 @@ def _scores_section(result: SearchResult) -> list[str]:
     return ["## Other scores of published trials", text] if text else []
 
 
-def _assignment(result: SearchResult, row: HeldoutRow) -> Assignment:
+def assignment_of(result: SearchResult, row: HeldoutRow) -> Assignment:
+    """The assignment of a published row."""
     if row.trial is None:
         return uniform_assignment(result.space.inventory, row.name)
     return result.folder.load_assignment(row.digest)

@@ -22,16 +22,28 @@ written to are dequantized again. What writes through `.data` is not counted: ca
 """
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from alphaquant.errors import BudgetError, ConfigError
-from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.spaces.budget import parse_budget
 
 _MAX_USES = 256
+
+
+class StoredWeight(Protocol):
+    """A weight in few bits: a `PackedMatrix`, or the `CompressedWeight` of another tool."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it is made from."""
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [rows, cols]."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class _Entry:
         """Bytes that the weight keeps in memory."""
         return self.weight.untyped_storage().nbytes()
 
-    def is_of(self, packed: PackedMatrix, dtype: torch.dtype) -> bool:
+    def is_of(self, packed: StoredWeight, dtype: torch.dtype) -> bool:
         """Whether the weight is what `packed` gives in a dtype now."""
         sources = tuple(packed.tensors.values())
         return (
@@ -81,7 +93,7 @@ class DequantCache:
     def __reduce__(self) -> tuple[type["DequantCache"], tuple[int]]:
         return DequantCache, (self.max_bytes,)
 
-    def weight(self, key: int, packed: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    def weight(self, key: int, packed: StoredWeight, dtype: torch.dtype) -> Tensor:
         """`packed.dequantize()` in a dtype, kept from before or made now.
 
         Args:

@@ -7,6 +7,7 @@ Letters: n tokens, k experts per token, E experts, H hidden size, I expert width
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, ModelMap
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.activations import fake_quantize
-from alphaquant.runtime.dequant_cache import DequantCache, parse_cache_size
+from alphaquant.runtime.dequant_cache import DequantCache, StoredWeight, parse_cache_size
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Matrix
 
@@ -56,14 +57,14 @@ class PackedLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """`weight` for model code that asks for it: dequantized, in the model's dtype.
 
-        A linear whose format is bf16 has a buffer of that name. It is made anew every time it is
+        A linear of plain numbers has a buffer of that name. It is made anew every time it is
         asked for, so writing it changes nothing.
         """
-        if name != "weight" or not self.format.is_quantized:
+        if name != "weight" or not self._is_coded():
             return super().__getattr__(name)
-        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
-        if device.type == "meta":
-            return torch.empty(self.rows, self.cols, dtype=self.dtype, device=device)
+        stored = next(iter(self._buffers.values()), None)
+        if stored is None or stored.is_meta:
+            return torch.empty(self.rows, self.cols, dtype=self.dtype, device="meta")
         return self.dequantized(self.dtype)
 
     def packed(self) -> PackedMatrix:
@@ -73,13 +74,27 @@ class PackedLinear(nn.Module):
             self.format, self.rows, self.cols, {n: self.get_buffer(n) for n in names}
         )
 
+    def stored(self) -> StoredWeight:
+        """The weight as its buffers have it."""
+        return self.packed()
+
+    @property
+    def storage(self) -> str:
+        """How it is stored, for people."""
+        return self.format.name
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight, [rows, cols] on the device of the packed tensors; not to be written to."""
-        if not self.format.is_quantized and dtype == torch.bfloat16:
-            return self.get_buffer("weight")
+        plain = None if self._is_coded() else self._buffers.get("weight")
+        if plain is not None and plain.dtype == dtype:
+            return plain
         if self.cache is None:
-            return self.packed().dequantize().to(dtype)
-        return self.cache.weight(id(self), self.packed(), dtype)
+            return self.stored().dequantize().to(dtype)
+        return self.cache.weight(id(self), self.stored(), dtype)
+
+    def _is_coded(self) -> bool:
+        """Whether the weight is stored otherwise than as it is."""
+        return self.format.is_quantized
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., cols] -> [..., rows] in the inputs' dtype."""
@@ -102,7 +117,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and format."""
         activation = f", inputs {self.activation.name}" if self.activation.is_quantized else ""
-        return f"{self.cols} -> {self.rows}, {self.format.name}{activation}"
+        return f"{self.cols} -> {self.rows}, {self.storage}{activation}"
 
 
 class PackedExpert(nn.Module):
@@ -139,6 +154,10 @@ class PackedExperts(nn.Module):
             formats: of its matrices and their inputs.
         """
         super().__init__()
+        self._take(site, partial(_empty, formats))
+
+    def _take(self, site: ExpertsSite, linear_of: Callable[[Matrix], PackedLinear]) -> None:
+        """Become the experts of a site, with a linear for each of their matrices."""
         self.num_experts = site.n_experts
         self.owned = range(site.n_experts)
         self.reduce: Callable[[Tensor], Tensor] | None = None
@@ -147,7 +166,7 @@ class PackedExperts(nn.Module):
         for name in site.bias_names:
             self.register_parameter(name, site.module.get_parameter(name))
         for e in range(site.n_experts):
-            *gate, up, down = (_empty(formats, m) for m in site.matrices(e))
+            *gate, up, down = (linear_of(matrix) for matrix in site.matrices(e))
             self.add_module(str(e), PackedExpert(gate[0] if gate else None, up, down))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,7 +227,7 @@ class PackedExperts(nn.Module):
                 gate_up = gate_up + bias
             y: Tensor = expert.down_proj(self.site.apply_gate(gate_up))
         except Exception as error:
-            formats = ", ".join(part.format.name for part in expert.linears())
+            formats = ", ".join(part.storage for part in expert.linears())
             parts = "up, down" if expert.gate_proj is None else "gate, up, down"
             error.add_note(f"in {self.site.name}, expert {index} ({parts}: {formats})")
             raise
@@ -224,9 +243,10 @@ def restore_dtypes(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         buffers: its buffers before that, by name.
     """
     for name, before in buffers.items():
-        after = module.get_buffer(name)
+        after = module._buffers[name]  # `get_buffer` would find a property of that name
+        assert after is not None
         if after.dtype != before.dtype:
-            setattr(module, name, before.to(after.device))
+            module._buffers[name] = before.to(after.device)
 
 
 def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:

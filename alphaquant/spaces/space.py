@@ -3,10 +3,11 @@
 It holds what a search may choose from and nothing of how it chooses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from alphaquant.errors import FormatError
 from alphaquant.spaces.budget import Budget, achievable_range, check_reachable, idle_text
 from alphaquant.spaces.profiles import (
     Profile,
@@ -27,6 +28,8 @@ class SearchSpace:
         units: what gets one format each, in model order.
         menu: names of the candidate formats that the profile loads.
         budget: how large the result may be.
+        held: where matrices are in the formats in which they exist already, by matrix and format;
+            None where every one can be made.
     """
 
     inventory: Inventory
@@ -34,6 +37,7 @@ class SearchSpace:
     units: tuple[Unit, ...]
     menu: tuple[str, ...]
     budget: Budget
+    held: Mapping[str, Mapping[str, str]] | None = None
 
     @property
     def profile_name(self) -> str:
@@ -61,7 +65,24 @@ class SearchSpace:
         shape = (unit.kind, tuple(_facts(m) for m in unit.matrices))
         if shape not in self._allowed:
             self._allowed[shape] = allowed_formats(unit, self.menu, self.profile)
-        return self._allowed[shape]
+        return self._held_of(unit, self._allowed[shape])
+
+    def _held_of(self, unit: Unit, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some formats in which all matrices of a unit exist.
+
+        Raises:
+            FormatError: there is none.
+        """
+        held = self.held
+        if held is None:
+            return names
+        found = tuple(n for n in names if all(n in held[m.name] for m in unit.matrices))
+        if not found:
+            raise FormatError(
+                f"the candidates have {unit.name} in no format that profile {self.profile.name} "
+                f"loads ({', '.join(names)}); use --profile any, or give other candidates"
+            )
+        return found
 
     @cached_property
     def _allowed(self) -> dict[tuple[object, ...], tuple[str, ...]]:
@@ -74,7 +95,11 @@ def _facts(matrix: Matrix) -> tuple[object, ...]:
 
 
 def make_space(
-    inventory: Inventory, profile: Profile, menu: Sequence[str], budget: Budget
+    inventory: Inventory,
+    profile: Profile,
+    menu: Sequence[str],
+    budget: Budget,
+    held: Mapping[str, Mapping[str, str]] | None = None,
 ) -> SearchSpace:
     """Build a space in which every unit has a format and the budget can be reached.
 
@@ -83,13 +108,14 @@ def make_space(
         profile: what the serving engine can load.
         menu: names of the candidate formats.
         budget: how large the result may be.
+        held: where matrices are that exist already; None where every format can be made.
 
     Raises:
         FormatError: the profile loads no format of the menu, or none for some unit.
         BudgetError: the smallest formats take more than the budget.
     """
     space = SearchSpace(
-        inventory, profile, units_of(inventory, profile), narrow_menu(menu, profile), budget
+        inventory, profile, units_of(inventory, profile), narrow_menu(menu, profile), budget, held
     )
     check_reachable(budget, inventory, *space.reach_bits)
     return space

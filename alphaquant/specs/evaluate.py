@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from cyclopts import Parameter
 
 from alphaquant.specs.check import Natural, Pair, Positive, check
 from alphaquant.specs.texts import BosMode
@@ -17,7 +19,8 @@ class EvaluateSpec:
     """What is measured, and on what."""
 
     model: str
-    """Packed checkpoint, local directory, GGUF file, hub id, or demo."""
+    """Packed checkpoint, local directory, GGUF file, mixed_precision YAML file, hub id, or
+    demo."""
     reference: str | None = None
     """The original model, measured too; needed for kl and drift."""
     tasks: str | None = None
@@ -56,6 +59,9 @@ class EvaluateSpec:
     own numbers; kl and perplexity, against a reference."""
     engine_python: Path | None = None
     """Python of the environment that the engine is installed in; default: this one."""
+    allow_missing: Annotated[bool, Parameter(negative="")] = False
+    """Of a mixed_precision file: weights that are not found stay as in its base model, each with a
+    warning, instead of being an error."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types and counts that make no sense.

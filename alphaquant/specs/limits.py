@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from alphaquant.errors import ConfigError
 from alphaquant.specs.check import Positive, check
 
 KernelSet = Literal["all", "marlin"]
@@ -25,10 +26,13 @@ class LimitSpec:
     profile: str = "any"
     """What the result must load in: any (our runtime), kernels (our runtime on GPUs), vllm
     (checked against 0.32.0), sglang (0.5.23, read and not run), transformers (5.23.0 with
-    compressed-tensors 0.20.0)."""
+    compressed-tensors 0.20.0), gguf (llama.cpp b11549)."""
     kernels: KernelSet = "all"
     """Of vllm and sglang: all, or marlin, which narrows formats to int4 and int8, symmetric, in
     groups of 32, 64, 128 or rows, and bf16."""
+    candidates: str | None = None
+    """Checkpoints of the model that others quantized, directories with commas between them: the
+    search is among their matrices and the original's; none by default."""
     max_formats_per_layer: Positive | None = None
     """At most so many formats among a layer's routed experts; none by default."""
     layer_minimum_bits: Annotated[float, _ABOVE_ZERO] | None = None
@@ -40,6 +44,17 @@ class LimitSpec:
         """Refuse wrong types and counts that make no sense.
 
         Raises:
-            ConfigError: naming the field.
+            ConfigError: naming the field, or formats beside candidates.
         """
         check(self)
+        if self.candidates is not None and self.formats != "auto":
+            raise ConfigError(
+                f"formats is {self.formats!r}, and candidates have formats of their own; leave "
+                "formats out, or candidates"
+            )
+
+    @property
+    def candidate_names(self) -> tuple[str, ...]:
+        """The directories in `candidates`."""
+        names = (name.strip() for name in (self.candidates or "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))

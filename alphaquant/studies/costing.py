@@ -25,12 +25,13 @@ from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray, FloatArray
 from alphaquant.search.shortlist import complete_costs, shortlist
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.formats import BF16, parse_format
 from alphaquant.spaces.menus import REFERENCE_FORMATS
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.quantizer import QuantSettings, settings_of
@@ -82,6 +83,9 @@ def fill_and_measure(
         StoreError: a file of the bank or of the costs is damaged.
     """
     names = bank_formats(space)
+    if inputs.candidates is not None:
+        bank = open_candidate_bank(spec, inputs, inputs.candidates, clock)
+        return bank, measure_unit_costs(spec, inputs, space, bank, clock)
     if not is_short(spec, space):
         bank = open_filled_bank(spec, inputs, names, clock)
         return bank, measure_unit_costs(spec, inputs, space, bank, clock)
@@ -97,6 +101,8 @@ def fill_and_measure(
 
 def is_short(spec: SearchSpec, space: SearchSpace) -> bool:
     """Whether the bank of a search holds only what can win."""
+    if space.held is not None:
+        return False
     if spec.proposals.bank == "auto":
         return space.inventory.n_weights >= _SHORT_WEIGHTS and bool(_common(space))
     return spec.proposals.bank == "short"
@@ -106,8 +112,14 @@ def check_bank(spec: SearchSpec, space: SearchSpace) -> None:
     """Refuse a short bank where no format can be an anchor, before anything is measured.
 
     Raises:
-        ConfigError: it was asked for, and no format of the menu is allowed for all units.
+        ConfigError: it was asked for, and no format of the menu is allowed for all units, or all
+            are there already.
     """
+    if spec.proposals.bank == "short" and space.held is not None:
+        raise ConfigError(
+            "--bank short quantizes a part of the formats, and --candidates are quantized "
+            "already; leave one of the two out"
+        )
     if spec.proposals.bank == "short" and not _common(space):
         raise ConfigError(
             "a short bank needs a format that every matrix can have, and no format of the menu "
@@ -213,8 +225,11 @@ def _pairs(space: SearchSpace, names: Sequence[str], listed: BoolArray) -> Wante
 
 
 def bank_formats(space: SearchSpace) -> tuple[str, ...]:
-    """What the bank holds: the menu and the formats to compare with, by nominal bits."""
-    names = {*space.menu, *REFERENCE_FORMATS}
+    """What the bank holds: the menu and the formats to compare with, by nominal bits.
+
+    Of candidates the menu alone: nothing is quantized.
+    """
+    names = {*space.menu, *(REFERENCE_FORMATS if space.held is None else ())}
     return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))
 
 
@@ -241,6 +256,37 @@ def open_filled_bank(
         clock,
         wanted,
     )
+    clock(Stage.BANK, n_layers, n_layers)
+    return bank
+
+
+def open_candidate_bank(
+    spec: SearchSpec, inputs: Inputs, candidates: Candidates, clock: StageClock
+) -> Bank:
+    """The bank of a search among candidates: their matrices, and the original's in bf16.
+
+    Raises:
+        ModelError: a file of a candidate is damaged.
+        StoreError: a file of the bank is damaged.
+    """
+    source, settings = inputs.source, settings_of(spec.quantizer)
+    n_layers = len(source.map.layers)
+    clock(Stage.BANK, 0, n_layers)
+    facts = {
+        **source.facts(),
+        "calibration": inputs.calibration.provenance(),
+        "candidates": sorted(candidates.checkpoints),
+        "candidate_files": candidates.digest,
+        "versions": versions(),
+    }
+    weights = f"{source.digest}+{candidates.digest}"
+    key = bank_key(weights, inputs.calibration.digest, settings)
+    root = cache_dir(spec.run.cache) / "banks"
+    bank = open_bank(root, key, source.map.inventory, facts)
+    store_candidates(bank, source.map, candidates)
+    tokens = inputs.calibration.tokens
+    fill_bank(bank, source.map, tokens, [BF16.name], settings, progress=clock)
+    bank.verify(candidates.menu)
     clock(Stage.BANK, n_layers, n_layers)
     return bank
 

@@ -1,6 +1,7 @@
 """The program of a search: which trials, in which order.
 
     uniform      the uniform formats that can win: a study never ends below uniform
+    candidates   the checkpoints of --candidates as they are, of those that fit
     default      the theory's knobs at the budget
     allocators   those that were asked for, published and plain ones
     sizes        the default knobs at sizes over the whole menu: a front early
@@ -117,6 +118,7 @@ def run_program(run: Run) -> Findings:
     """All steps of a search."""
     measure_planned(run)
     run_uniform(run)
+    run_candidates(run)
     if run.spec.proposals.allocator is not None:
         run_named_allocator(run)
         return Findings(run.loop.limit_reason or "--allocator has no further trials")
@@ -146,6 +148,7 @@ def measure_planned(run: Run) -> None:
 def _planned(run: Run) -> Iterator[Proposal | None]:
     """What the steps before the probe propose, in their order; None for what is measured first."""
     yield from _uniform(run)
+    yield from _candidates(run)
     named = run.spec.proposals.allocator
     if named is not None:
         yield None if named == EVOLUTION else run.proposer.allocator(named)
@@ -174,6 +177,19 @@ def _uniform(run: Run) -> Iterator[Proposal]:
     ]
     for column in sorted(sorted(fitting, key=lambda column: predicted[column])[:N_UNIFORM]):
         proposal = run.proposer.uniform(space.menu[column])
+        if proposal is not None:
+            yield proposal
+
+
+def run_candidates(run: Run) -> None:
+    """Every candidate as it is that fits: a study never ends below them."""
+    for proposal in _candidates(run):
+        run.fixed(proposal)
+
+
+def _candidates(run: Run) -> Iterator[Proposal]:
+    for directory in run.spec.limits.candidate_names:
+        proposal = run.proposer.candidate(directory)
         if proposal is not None:
             yield proposal
 

@@ -11,6 +11,7 @@ from typing import Any
 from alphaquant.evaluators.scores import ScorePlan, plan_scores
 from alphaquant.evaluators.teacher import TOP_K, store_teacher
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
+from alphaquant.quant.foreign.candidates import Candidates
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import SOURCE_STEPS, Source, cache_dir, read_text
 from alphaquant.studies.objective import EvaluationSet
@@ -31,6 +32,7 @@ class Inputs:
         evaluation: what the search sees.
         heldout: for the gate.
         scores: what is measured on the evaluation text besides bits and KL.
+        candidates: checkpoints to choose from; None where formats are made.
     """
 
     source: Source
@@ -38,6 +40,7 @@ class Inputs:
     evaluation: TokenSet
     heldout: TokenSet
     scores: ScorePlan = field(default_factory=ScorePlan)
+    candidates: Candidates | None = None
 
     def text_facts(self) -> dict[str, Mapping[str, Any]]:
         """Provenance of the texts, by role."""
@@ -52,6 +55,7 @@ class Inputs:
             "evaluation_text": self.evaluation.digest,
             "heldout_text": self.heldout.digest,
             **self.scores.facts(),
+            **({} if self.candidates is None else {"candidate_files": self.candidates.digest}),
         }
 
 

@@ -23,7 +23,7 @@ from alphaquant.search.side.constraints import SideConstraints, is_kept, solve_c
 from alphaquant.search.solver import Solution, solve
 from alphaquant.spaces.assignment import Assignment, assignment_from_units, uniform_assignment
 from alphaquant.spaces.budget import parse_byte_budget
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.formats import BF16, parse_format
 from alphaquant.spaces.profiles import is_loadable
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.limits import LimitSpec
@@ -32,6 +32,9 @@ from alphaquant.studies.loop import Proposal
 
 UNIFORM = "uniform:"
 """Start of the origin of uniform trials."""
+
+CANDIDATE = "candidate:"
+"""Start of the origin of candidates as they are."""
 
 ALLOCATOR = "allocator:"
 """Start of the origin of allocators' trials."""
@@ -107,6 +110,27 @@ class Proposer:
             self.problem, formats=(format_name,), bits=bits, allowed=np.ones_like(bits, dtype=bool)
         )
         return is_kept(alone, np.zeros(n_units, dtype=np.int64), self.constraints)
+
+    def candidate(self, directory: str) -> Proposal | None:
+        """A candidate as it is, the original where it has nothing.
+
+        None where that is over the budget, breaks a coupling or a side constraint.
+        """
+        held = self.space.held
+        assert held is not None, "there are candidates"
+        formats = {
+            name: next((f for f, place in own.items() if place == directory), BF16.name)
+            for name, own in held.items()
+        }
+        for unit in self.space.units:
+            if len({formats[matrix.name] for matrix in unit.matrices}) > 1:
+                return None
+        assignment = Assignment(formats)
+        choice = self.choice(assignment)
+        if choice is None or not is_kept(self.problem, choice, self.constraints):
+            return None
+        is_within = assignment.storage_bits(self.space.inventory) <= self.limit_bits
+        return Proposal(assignment, CANDIDATE + directory) if is_within else None
 
     def allocator(self, name: str) -> Proposal | None:
         """An allocator's choice; None where it does not keep the side constraints."""

@@ -15,8 +15,10 @@ from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_t
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.evaluators.base import Score
 from alphaquant.evaluators.registry import EVALUATORS
+from alphaquant.runtime.mixed.mapping_file import MixedPrecisionConfig
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.testing.checkpoints import save_tiny
+from alphaquant.testing.foreign.encoders import gptq, save_foreign
 
 MEASURED = {name: entry for name, entry in EVALUATORS.items() if not entry.counts}
 
@@ -240,3 +242,43 @@ def test_reference_with_another_vocabulary_is_refused(spec: EvaluateSpec, tmp_pa
     other = save_tiny(tmp_path / "other", "llama", vocab_size=4100)
     with pytest.raises(AlphaQuantError, match="4100"):
         evaluate(replace(spec, reference=str(other)))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A mixed_precision file: attention of a tiny model's first layer in GPTQ."""
+    base = save_tiny(tmp_path / "base")
+    save_foreign(base, tmp_path / "gptq", gptq(4, 8), lambda m: ".0.self_attn.q" in m)
+    file = tmp_path / "mix.yaml"
+    mapping = {"model.layers.0.self_attn.q_proj.weight": "gptq_int4"}
+    config = MixedPrecisionConfig(base, {"gptq_int4": tmp_path / "gptq"}, mapping)
+    file.write_text(config.to_yaml())
+    return file
+
+
+def test_a_mixed_precision_file_is_measured_beside_its_base(
+    spec: EvaluateSpec, mixed: Path
+) -> None:
+    """Capability 86: the statistics stand beside the scores."""
+    base = str(mixed.parent / "base")
+    found = evaluate(replace(spec, model=str(mixed), reference=base, tasks="kl"))
+    assert values_of(found.scores)["kl"] > 0
+    content = evaluation_json(found)["mixed_precision"]["model"]
+    assert content["loaded"] == content["total"] == 1
+    assert "model: loaded 1 of 1 weights, matrices 1 gptq v1 4 bits g8" in evaluation_text(found)
+    alone = evaluate(replace(spec, model=str(mixed), reference=None))
+    assert values_of(alone.scores).keys() == {"perplexity"}
+
+
+def test_missing_weights_of_a_mixed_precision_file_are_an_error_unless_allowed(
+    spec: EvaluateSpec, mixed: Path
+) -> None:
+    """Capability 87."""
+    text = mixed.read_text() + "    model.layers.0.self_attn.z_proj.weight: gptq_int4\n"
+    mixed.write_text(text)
+    asked = replace(spec, model=str(mixed), reference=None)
+    with pytest.raises(ModelError, match=r"1 of 2 weights.*z_proj"):
+        evaluate(asked)
+    found = evaluate(replace(asked, allow_missing=True))
+    assert found.mixed["model"]["loaded"] == 1
+    assert list(found.mixed["model"]["failed"]) == ["model.layers.0.self_attn.z_proj.weight"]

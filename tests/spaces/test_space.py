@@ -78,3 +78,24 @@ def test_feasible_is_what_the_engine_loads(olmoe: Inventory) -> None:
 def test_a_baseline_outside_the_menu_can_be_feasible(olmoe: Inventory) -> None:
     space = space_of(olmoe, "any", "4.25bits", "int3-g128", "int4-g128")
     assert is_feasible(space, uniform_assignment(olmoe, "mxfp4"))
+
+
+def test_units_take_only_formats_in_which_all_their_matrices_exist(olmoe: Inventory) -> None:
+    menu, odd = ("int4-g128", "int8-g128", "bf16"), olmoe.matrices[0].name
+    held = {m.name: dict.fromkeys(menu, "here") for m in olmoe.matrices}
+    held[odd] = {"bf16": ""}
+    space = make_space(olmoe, PROFILES["any"], menu, parse_budget("5bits"), held)
+    allowed = {unit.name: space.allowed(unit) for unit in space.units}
+    assert allowed.pop(odd) == ("bf16",)
+    assert set(allowed.values()) == {menu}
+    coupled = make_space(olmoe, PROFILES["vllm"], menu, parse_budget("6bits"), held)
+    first = next(unit for unit in coupled.units if odd in {m.name for m in unit.matrices})
+    assert len(first.matrices) > 1
+    assert coupled.allowed(first) == ("bf16",)
+
+
+def test_a_unit_that_exists_in_no_format_is_refused(olmoe: Inventory) -> None:
+    held = {m.name: {"int4-g128": "here"} for m in olmoe.matrices}
+    held[olmoe.matrices[0].name] = {"int2-g128": "here"}
+    with pytest.raises(FormatError, match="the candidates have .* in no format that profile any"):
+        make_space(olmoe, PROFILES["any"], ("int4-g128",), parse_budget("5bits"), held)
