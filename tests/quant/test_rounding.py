@@ -6,7 +6,7 @@ from torch import Tensor
 
 from alphaquant.errors import ModelError
 from alphaquant.quant import rounding
-from alphaquant.quant.codecs import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.quant.hessian import accumulate
 from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import (
