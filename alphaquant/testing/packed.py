@@ -10,14 +10,25 @@ from torch import nn
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.matrix import PackedMatrix, pack_bf16
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.checkpoint import CheckpointWriter
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.runtime.parts import open_part
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import MENUS
+from alphaquant.spaces.formats import MENUS, parse_format
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.testing.formats import draw_weights
 
 _RTN = QuantSettings(method="rtn")
+
+
+def draw_packed(name: str, rows: int, cols: int) -> PackedMatrix:
+    """A random matrix in a format, rounded to nearest; the same for the same sizes."""
+    weight, fmt = draw_weights(rows, cols), parse_format(name)
+    if not fmt.is_quantized:
+        return pack_bf16(weight)
+    return quantize_rtn(weight[None], fmt, "minmax").pack_all()[0]
 
 
 def mixed_assignment(model_map: ModelMap) -> Assignment:
