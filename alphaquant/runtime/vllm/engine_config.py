@@ -19,13 +19,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from alphaquant.errors import ModelError
 from alphaquant.models.quantization_config import QUANT_METHOD, PackedFormats, read_formats
 from alphaquant.runtime.vllm.engine_names import (
+    RENAMED,
     formats_of,
     rename_matrices,
     shard_names,
     substituted,
 )
-from alphaquant.runtime.vllm.ordered_layers import Checked
-from alphaquant.runtime.vllm.stored_files import check_stored
 from alphaquant.spaces.formats import Format
 
 VERSIONS = ("0.32", "0.33")
@@ -73,7 +72,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
             )
         self.formats: Mapping[str, Format] = formats.weights
         self.model_type = ""
-        self.checked: Checked = set()
+        self.checked: set[tuple[str, Format]] = set()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PackedConfig":
@@ -114,6 +113,8 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
         Raises:
             StoreError: a file or tensor is missing or damaged.
         """
+        from alphaquant.runtime.vllm.stored_files import check_stored
+
         if Path(model_name).is_dir():
             check_stored(Path(model_name), self.formats)
         self.model_type = getattr(hf_config, "model_type", "")
@@ -126,8 +127,6 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
     def get_checkpoint_weight_mapper(self) -> Any:
         """Renames tensors that are read, before the model class does; see `engine_names`."""
         from vllm.model_executor.models.utils import WeightsMapper
-
-        from alphaquant.runtime.vllm.engine_names import RENAMED
 
         return WeightsMapper(orig_to_new_substr=dict(RENAMED.get(self.model_type, {})))
 
