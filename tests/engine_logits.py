@@ -48,7 +48,11 @@ def run(model, tokens, options):
     engine = LLM(model=model, **{**defaults, **options})
     seconds = time.perf_counter() - started
     params = SamplingParams(
-        prompt_logprobs=n_vocabulary, max_tokens=N_GREEDY, temperature=0, detokenize=False
+        prompt_logprobs=n_vocabulary,
+        max_tokens=N_GREEDY,
+        temperature=0,
+        detokenize=False,
+        ignore_eos=True,
     )
     (output,) = engine.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
     logits = torch.zeros(len(tokens) - 1, n_vocabulary)
