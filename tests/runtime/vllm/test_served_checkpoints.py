@@ -360,6 +360,7 @@ def test_importing_the_plug_in_needs_nothing_but_the_engine(
     engine: Engine, tmp_path: Path
 ) -> None:
     code = """
+import sys
 import alphaquant.runtime.vllm.plugin
 print([name for name in ("torch", "vllm", "transformers", "triton") if name in sys.modules])
 alphaquant.runtime.vllm.plugin.register()
