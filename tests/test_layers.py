@@ -185,7 +185,7 @@ def layer_violations(sources: Mapping[str, str]) -> list[str]:
 
 
 def outside_violations(sources: Mapping[str, str]) -> list[str]:
-    """Packages that a part may not use; triton outside *_triton.py."""
+    """Packages that a part may not use; triton outside *_triton.py, vllm outside its plug-in."""
     messages = []
     for found in all_imports(sources):
         package = found.target.split(".")[0]
@@ -196,6 +196,8 @@ def outside_violations(sources: Mapping[str, str]) -> list[str]:
             messages.append(f"{found.where}: may not import {package}")
         if package == "triton" and not found.module.endswith("_triton"):
             messages.append(f"{found.where}: triton belongs into a *_triton.py file")
+        if package == "vllm" and not found.module.startswith("alphaquant.runtime.vllm."):
+            messages.append(f"{found.where}: vllm belongs into alphaquant.runtime.vllm")
     return messages
 
 
@@ -421,6 +423,8 @@ def test_version_may_be_imported_anywhere() -> None:
         ("kernels.packing", "import triton.language as tl", 1),
         ("kernels.packing", "import transformers", 1),
         ("models.mapping", "import transformers", 0),
+        ("runtime.vllm.plugin", "from vllm.config import VllmConfig", 0),
+        ("runtime.pipeline", "def f():\n    import vllm", 1),
     ],
 )
 def test_outside_check_sees_a_forbidden_package(module: str, source: str, n_messages: int) -> None:

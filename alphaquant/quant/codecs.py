@@ -31,7 +31,7 @@ from torch import Tensor
 from alphaquant.errors import FormatError
 from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, power_of_two
 from alphaquant.spaces.formats import ELEMENTS, Format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 
 _F16_MAX = 65504.0
 _F16_TINY = 2.0**-24

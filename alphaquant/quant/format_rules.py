@@ -22,7 +22,7 @@ from alphaquant.quant.codecs import (
     make_grid,
 )
 from alphaquant.spaces.formats import Format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 
 SIGN, INTEGER, ZERO_POINT, FLOAT, MX, NV = range(6)
 """Kinds of rules; those up to `ZERO_POINT` round to integers."""

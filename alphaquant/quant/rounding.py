@@ -33,7 +33,7 @@ from alphaquant.quant.factor import MAX_DAMP_RETRIES
 from alphaquant.quant.factor import dampen as dampen_one
 from alphaquant.quant.matrix import RoundedBatch
 from alphaquant.spaces.formats import Format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 
 # Weights near the end of bfloat16's range saturate; their errors must not become infinite.
 _ERROR_MAX = 2.0**100

@@ -23,7 +23,7 @@ from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.kernel_use import use_kernels, use_kernels_where_possible
 from alphaquant.runtime.modules import PackedExpert, PackedExperts, PackedLinear
 from alphaquant.spaces.formats import BF16, Format, parse_format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 
 
 class MixedPrecisionEPMoE(nn.Module):

@@ -215,17 +215,26 @@ def _why_not_expert(expert: PackedExpert) -> str | None:
 
 
 def _why_not_matrix(linear: PackedLinear) -> str | None:
-    fmt = linear.format
+    return why_no_kernel(linear.format, linear.cols, _device(linear))
+
+
+def why_no_kernel(fmt: Format, cols: int, device: torch.device) -> str | None:
+    """Why no kernel multiplies by a matrix of a format; None if one does.
+
+    Args:
+        fmt: the format.
+        cols: inputs of the matrix.
+        device: where it is.
+    """
     if not fmt.is_quantized:
         return None
     if fmt.is_ggml:
         return f"{fmt.name} is a type of llama.cpp; kernels have no order for its blocks"
     try:
         layout_of(fmt.code)
-        span_of(fmt.columns_per_scale(linear.cols), linear.cols)
+        span_of(fmt.columns_per_scale(cols), cols)
     except FormatError as error:
         return str(error)
-    device = _device(linear)
     if fmt.shared.scale == "e4m3" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _E4M3_CAPABILITY:
@@ -280,26 +289,42 @@ def _check(
     Raises:
         ModelError: it gives other numbers.
     """
-    limit = _ALLOWED_ERROR[dtype]
     for places, trial in _trials(module, made, dtype):
         if checked.issuperset(places):
             continue
         checked.update(places)
         names = ", ".join(place.format.name for place in places)
         kernel = f"{name}: the kernel of {names} on {_device(module)}"
-        advice = "load with kernels=False, and report this"
-        try:
-            found, expected = trial()
-        except Exception as problem:
-            what = f"{type(problem).__name__}: {problem}"
-            raise ModelError(f"{kernel} fails with {what}; {advice}") from problem
-        error = float((found.float() - expected).abs().max())
-        largest = float(expected.abs().max())
-        if not error <= limit * largest:
-            raise ModelError(
-                f"{kernel} gives other numbers than torch: {error:.3g} off beside outputs up to "
-                f"{largest:.3g} in {dtype}, where {limit:.3g} of these is allowed; {advice}"
-            )
+        check_trial(kernel, dtype, trial, "load with kernels=False, and report this")
+
+
+def check_trial(
+    kernel: str, dtype: torch.dtype, trial: Callable[[], tuple[Tensor, Tensor]], advice: str
+) -> None:
+    """Compare what a kernel gives with what is expected.
+
+    Args:
+        kernel: what is tried and where, for messages.
+        dtype: of the inputs, bfloat16, float16 or float32.
+        trial: gives the kernel's outputs and the expected ones in float32.
+        advice: what to do where they differ, for messages.
+
+    Raises:
+        ModelError: it fails or gives other numbers.
+    """
+    limit = _ALLOWED_ERROR[dtype]
+    try:
+        found, expected = trial()
+    except Exception as problem:
+        what = f"{type(problem).__name__}: {problem}"
+        raise ModelError(f"{kernel} fails with {what}; {advice}") from problem
+    error = float((found.float() - expected).abs().max())
+    largest = float(expected.abs().max())
+    if not error <= limit * largest:
+        raise ModelError(
+            f"{kernel} gives other numbers than torch: {error:.3g} off beside outputs up to "
+            f"{largest:.3g} in {dtype}, where {limit:.3g} of these is allowed; {advice}"
+        )
 
 
 def _trials(

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from alphaquant.specs.check import Natural, Positive, Share, check, whole
+from alphaquant.specs.scale_search import ScaleSearch
 
 Method = Literal["gptq", "rtn"]
-ScaleSearch = Literal["minmax", "mse", "hessian"]
 
 _STATIC_GROUPS = Parameter(alias="--static_groups", negative="--no-static-groups")
 

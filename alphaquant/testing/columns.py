@@ -24,7 +24,7 @@ from alphaquant.quant.columns.state import Block, Groups, Rounding
 from alphaquant.quant.factor import Factor, factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.spaces.formats import parse_format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.testing.formats import draw_weights
 
 FORMATS: tuple[str, ...] = (

@@ -25,7 +25,7 @@ from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import Factor, hessian_error, quantize_gptq, quantize_rtn
 from alphaquant.quant.rounding import factorize as plain_factorize
 from alphaquant.spaces.formats import ASYMMETRIC_KINDS, MENUS, Format, parse_format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 
 _GROUPS = ("g32", "g64", "g128", "g256", "row")
 _INT_KINDS = ("int1", "int2", "int3", "int4", "int5", "int6", "int8")

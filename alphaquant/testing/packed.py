@@ -17,16 +17,27 @@ from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.matrix import PackedMatrix, pack_bf16
+from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.checkpoint import CheckpointWriter
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.runtime.parts import open_part
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import MENUS
+from alphaquant.spaces.formats import MENUS, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.testing.formats import draw_weights
 from alphaquant.testing.models import tiny_model
 
 _RTN = QuantSettings(method="rtn")
+
+
+def draw_packed(name: str, rows: int, cols: int) -> PackedMatrix:
+    """A random matrix in a format, rounded to nearest; the same for the same sizes."""
+    weight, fmt = draw_weights(rows, cols), parse_format(name)
+    if not fmt.is_quantized:
+        return pack_bf16(weight)
+    return quantize_rtn(weight[None], fmt, "minmax").pack_all()[0]
 
 
 def mixed_assignment(model_map: ModelMap) -> Assignment:

@@ -8,7 +8,7 @@ import torch
 
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.testing.formats import (
     CHECKS,
     FORMATS,

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from alphaquant.errors import ModelError
 from alphaquant.quant import rounding
-from alphaquant.quant.codecs import ScaleSearch
 from alphaquant.quant.hessian import accumulate
 from alphaquant.quant.refine import refine
 from alphaquant.quant.rounding import (
@@ -20,6 +19,7 @@ from alphaquant.quant.rounding import (
     quantize_rtn,
 )
 from alphaquant.spaces.formats import parse_format
+from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.testing.formats import QUANTIZED, SEARCHES, draw_weights
 
 N_LAYERS, ROWS, COLS, TOKENS = 20, 12, 160, 320

@@ -16,7 +16,7 @@ from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.spaces.formats import parse_format
-from alphaquant.specs.quantizer import ScaleSearch
+from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.testing.columns import (
     CHECKS,
     FORMATS,

@@ -1,0 +1,1 @@
+"""Packed checkpoints in stock vLLM: a plug-in that is found by its entry point."""

@@ -1,0 +1,175 @@
+"""The quantization that vLLM finds in config.json, and which of its layers run how.
+
+Order of calls, of vLLM 0.32 and 0.33: `from_config` (the entry of config.json),
+`maybe_update_config` (the folder and the model's type), `apply_vllm_mapper` (names of the model
+class), `get_quant_method` for every layer while the model is built.
+
+What is not packed stays vLLM's: embeddings, heads, routers, norms, and layers whose matrices are
+all bf16, which its own kernels run.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from alphaquant.errors import ModelError
+from alphaquant.models.quantization_config import QUANT_METHOD, PackedFormats, read_formats
+from alphaquant.runtime.vllm.engine_names import (
+    RENAMED,
+    formats_of,
+    rename_matrices,
+    shard_names,
+    substituted,
+)
+from alphaquant.spaces.formats import Format
+
+VERSIONS = ("0.32", "0.33")
+"""Of vLLM, whose interfaces for layers of experts are internal and change."""
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM that the plug-in was not made for.
+
+    Raises:
+        ModelError: another version than `VERSIONS`.
+    """
+    if ".".join(version.split(".")[:2]) not in VERSIONS:
+        raise ModelError(
+            f"vLLM {version} is installed, and packed checkpoints are served by vLLM "
+            f"{' and '.join(VERSIONS)}; install one of these"
+        )
+
+
+class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not there to be checked
+    """`quantization_config` of a packed checkpoint.
+
+    Attributes:
+        formats: of the matrices, by the names that vLLM uses.
+        model_type: of the model, as in config.json.
+        checked: formats whose kernels were compared in this process.
+    """
+
+    def __init__(self, formats: PackedFormats) -> None:
+        """Take the formats.
+
+        Args:
+            formats: as config.json has them.
+
+        Raises:
+            ModelError: inputs of matrices are to be rounded, for which vLLM has no place.
+        """
+        super().__init__()
+        rounded = sorted(formats.activations)
+        if rounded:
+            raise ModelError(
+                f"inputs of {len(rounded)} matrices are rounded, e.g. of {rounded[0]} to "
+                f"{formats.activations[rounded[0]].name}; vLLM serves packed weights alone: "
+                "quantize without aq, or run it with alphaquant.load"
+            )
+        self.formats: Mapping[str, Format] = formats.weights
+        self.model_type = ""
+        self.checked: set[tuple[str, Format]] = set()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PackedConfig":
+        """Read the entry of config.json.
+
+        Raises:
+            StoreError: it is of another version, or damaged.
+            ModelError: of vLLM's version, or as in `__init__`.
+        """
+        import vllm
+
+        check_version(vllm.__version__)
+        return cls(read_formats(config, "the model"))
+
+    def get_name(self) -> str:
+        """`alphaquant`."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Every dtype that vLLM computes in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The least that vLLM itself runs on; older GPUs than 8.0 compute in plain torch."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Check the files of a local checkpoint, and use vLLM's names.
+
+        Raises:
+            StoreError: a file or tensor is missing or damaged.
+        """
+        from alphaquant.runtime.vllm.stored_files import check_stored
+
+        if Path(model_name).is_dir():
+            check_stored(Path(model_name), self.formats)
+        self.model_type = getattr(hf_config, "model_type", "")
+        self.formats = rename_matrices(self.formats, lambda n: substituted(n, self.model_type))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename matrices as the model class renames tensors."""
+        self.formats = rename_matrices(self.formats, hf_to_vllm_mapper.map_name)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Renames tensors that are read, before the model class does; see `engine_names`."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_substr=dict(RENAMED.get(self.model_type, {})))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """How a layer is loaded and run; None leaves it to vLLM.
+
+        Raises:
+            ModelError: the layer cannot be served as it is packed.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if isinstance(layer, RoutedExperts):
+            return self._of_experts(layer)
+        if isinstance(layer, LinearBase):
+            return self._of_linear(prefix) or UnquantizedLinearMethod()
+        if prefix in self.formats:
+            raise ModelError(
+                f"{prefix} is packed as {self.formats[prefix].name}, and vLLM's plug-in serves "
+                "packed linears and experts; quantize without it"
+            )
+        return None
+
+    def _of_linear(self, prefix: str) -> Any:
+        from alphaquant.runtime.vllm.linear_method import PackedLinearMethod
+
+        names = shard_names(prefix, self.packed_modules_mapping)
+        formats = formats_of(names, self.formats, prefix)
+        if formats is None or not any(fmt.is_quantized for fmt in formats):
+            return None
+        return PackedLinearMethod(dict(zip(names, formats, strict=True)), self.checked)
+
+    def _of_experts(self, layer: Any) -> Any:
+        from alphaquant.runtime.vllm.experts_method import (
+            PackedExpertsMethod,
+            check_servable,
+            expert_names,
+        )
+
+        names = expert_names(layer)
+        formats = formats_of(names, self.formats, layer.layer_name)
+        if formats is None or not any(fmt.is_quantized for fmt in formats):
+            return None
+        check_servable(layer)
+        known = dict(zip(names, formats, strict=True))
+        return PackedExpertsMethod(layer.moe_config, known, self.checked)
