@@ -14,7 +14,12 @@ from alphaquant.models.gguf.converted import origin_of
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.models.promises import zero_experts
-from alphaquant.models.quantization_config import PackedFormats, is_packed, read_formats
+from alphaquant.models.quantization_config import (
+    PackedFormats,
+    is_made_by_us,
+    is_packed,
+    read_formats,
+)
 from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, no_progress
 from alphaquant.spaces.config import Config, Plan, ResolvedScheme, load_config, resolve
@@ -122,6 +127,9 @@ def read_statement(path: Path) -> Statement:
         entry = read_object(path / "config.json")["quantization_config"]
         return Statement(path, read_formats(entry, str(path)), _packed_summary(path), str(path))
     file = path / _BEST if path.is_dir() else path
+    config_file = path / "config.json"
+    if is_made_by_us(path) and config_file.exists():  # an export: another tool's plan
+        file = config_file
     if path.is_dir() and not file.exists():
         raise ConfigError(
             f"{path} is a directory without {_BEST}, and no packed checkpoint; give a "

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alphaquant.commands.statements import Skeleton, read_statement
 from alphaquant.errors import ConfigError
 from alphaquant.exports.compressed_tensors import CompressedTensorsExport
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import REPORT
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.checkpoint_files import read_tensors
+from alphaquant.spaces.foreign import Foreign
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
@@ -176,6 +178,17 @@ def test_every_key_of_the_source_s_configuration_stays(tmp_path: Path) -> None:
     assert {file.name for file in out.glob("*.safetensors")} == {
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
     }
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_the_files_say_the_plan_that_they_were_made_of(family: str, tmp_path: Path) -> None:
+    model = served_model(family)
+    out = save_export(model, tmp_path, layered, "compressed-tensors")
+    statement = read_statement(out)
+    assert isinstance(statement.content, Foreign)
+    expected, inventory = plan_of(model, layered), map_model(model).inventory
+    plan = statement.plan_on(Skeleton("m", inventory, None))
+    assert dict(plan.assignment.formats) == dict(expected.formats)
 
 
 def refusal(choose: Choice, family: str = "olmoe") -> str:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alphaquant.commands.statements import Skeleton, read_statement
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.exports.gptq import GptqExport, gptq_tensors, quantization_entry, scheme_in
 from alphaquant.models.mapping import map_model
@@ -64,6 +65,13 @@ def test_vllm_finds_the_scheme_of_every_module_under_its_own_names(tmp_path: Pat
     stored = read_tensors(out)
     assert stored["model.layers.1.mlp.experts.3.up_proj.weight"].dtype == torch.bfloat16
     assert "model.layers.0.mlp.gate.weight" in stored
+
+
+def test_the_files_say_the_plan_that_they_were_made_of(tmp_path: Path) -> None:
+    model = served_model("mixtral")
+    statement = read_statement(save_export(model, tmp_path, mixed, "gptq"))
+    plan = statement.plan_on(Skeleton("m", map_model(model).inventory, None))
+    assert dict(plan.assignment.formats) == dict(plan_of(model, mixed).formats)
 
 
 def test_the_format_of_most_matrices_is_not_named(tmp_path: Path) -> None:
