@@ -26,6 +26,7 @@ import torch
 from release import run_facts
 from torch import Tensor
 
+from alphaquant.evaluators.engines.llama_cpp import logits
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
 from alphaquant.exports.writing import export_packed
 from alphaquant.reports.tables import markdown
@@ -35,7 +36,6 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.config import load_config, resolve
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.inputs import Source, load_source, read_text
-from alphaquant.testing.llama.client import logits
 
 logger = logging.getLogger("llama_cpp")
 

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from alphaquant.specs.check import Natural, Pair, Positive, check
 from alphaquant.specs.texts import BosMode
 
-EngineName = Literal["transformers", "vllm"]
+EngineName = Literal["transformers", "vllm", "llama.cpp"]
 ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 """What --engine takes; the first runs in this process."""
 
@@ -55,10 +55,10 @@ class EvaluateSpec:
     float16. A packed checkpoint counts as a float32 one."""
 
     engine: EngineName = "transformers"
-    """What runs the model: transformers, or vllm, which loads it as a server does and gives its
-    own numbers; kl and perplexity, against a reference."""
+    """What runs the model: transformers, or vllm or llama.cpp, which load it as their servers do
+    and give their own numbers; kl and perplexity, against a reference."""
     engine_python: Path | None = None
-    """Python of the environment that the engine is installed in; default: this one."""
+    """Python of the environment that vllm is installed in; default: this one."""
     allow_missing: Annotated[bool, Parameter(negative="")] = False
     """Of a mixed_precision file: weights that are not found stay as in its base model, each with a
     warning, instead of being an error."""

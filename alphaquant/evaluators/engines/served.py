@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.evaluators.engines.llama_cpp import open_llama_cpp
 from alphaquant.evaluators.engines.protocol import Engine, EngineRequest, Opening
 from alphaquant.evaluators.engines.vllm_process import open_vllm
 from alphaquant.evaluators.predictions import MOST_BYTES
@@ -75,7 +76,7 @@ class Answer:
     logits: Tensor
 
 
-ENGINES: Mapping[str, Opening] = MappingProxyType({"vllm": open_vllm})
+ENGINES: Mapping[str, Opening] = MappingProxyType({"vllm": open_vllm, "llama.cpp": open_llama_cpp})
 """How each engine is started, by the name that `--engine` takes."""
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from alphaquant.evaluators.engines.llama_cpp import generate, logits, tokenize
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.loading import load_tokenizer
-from alphaquant.testing.llama.client import generate, logits, tokenize
 from alphaquant.testing.llama.exported import EXPORTED, add_tokenizer, save_rounded, write_float32
 
 pytestmark = pytest.mark.skipif(

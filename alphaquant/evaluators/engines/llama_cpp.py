@@ -1,6 +1,4 @@
-"""llama.cpp as a client, for tests and benchmarks: the logits of a GGUF file, and what it writes.
-
-    rows = logits("model.gguf", [1, 5, 9])      # float32 [3, V]
+"""llama.cpp: the logits of a GGUF file, and what it writes.
 
 Through the C interface of llama.h, release b11549 (xllamacpp 2026.10.11549). Structures that are
 passed by value are read as numbers; those that are set are found by their places, which are
@@ -9,16 +7,22 @@ that a file of float32 computes what transformers does to 1e-6.
 """
 
 import ctypes
+import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from alphaquant.errors import ModelError
+from alphaquant.evaluators.engines.protocol import EngineRequest
 from alphaquant.quant.ggml.library import open_library
 
 _N_CTX, _N_BATCH, _N_UBATCH, _THREADS, _FLASH, _KV_TYPES = 0, 1, 2, (7, 8), 13, (26, 27)
@@ -105,14 +109,17 @@ def _model(file: str | Path) -> Iterator[int]:
     """A loaded model.
 
     Raises:
-        RuntimeError: llama.cpp does not load the file.
+        ModelError: llama.cpp does not load the file.
     """
     llama = _llama()
     model = llama.llama_model_load_from_file(
         str(file).encode(), llama.llama_model_default_params()
     )
     if not model:
-        raise RuntimeError(f"llama.cpp does not load {file}: {'; '.join(_errors())}")
+        raise ModelError(
+            f"llama.cpp does not load {file} ({'; '.join(_errors())}); give a GGUF file that "
+            "aq-quantize --export gguf wrote, or another release of xllamacpp"
+        )
     try:
         yield model
     finally:
@@ -149,7 +156,10 @@ def _decode(context: int, tokens: Sequence[int], start: int) -> None:
     failed = llama.llama_decode(context, batch)
     llama.llama_batch_free(batch)
     if failed:
-        raise RuntimeError(f"llama_decode returned {failed}")
+        raise ModelError(
+            f"llama.cpp cannot run a window of {len(tokens)} tokens (llama_decode returned "
+            f"{failed}); give a smaller --seq-len"
+        )
 
 
 def _row(model: int, context: int, index: int) -> npt.NDArray[np.float32]:
@@ -157,6 +167,58 @@ def _row(model: int, context: int, index: int) -> npt.NDArray[np.float32]:
     n_tokens = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     found = llama.llama_get_logits_ith(context, index)
     return np.ctypeslib.as_array(found, (n_tokens,)).copy()
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A loaded file; see `alphaquant.evaluators.engines.protocol.Engine`.
+
+    Attributes:
+        model: llama.cpp's pointer.
+        n_threads: that compute.
+        facts: engine, version, how it computes.
+    """
+
+    model: int
+    n_threads: int = 1
+    facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def logits(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Of every position of a window, int64 [T] -> float32 [T, V].
+
+        Raises:
+            ModelError: it does not run.
+        """
+        with _context(self.model, len(tokens), self.n_threads) as context:
+            _decode(context, [int(t) for t in tokens], 0)
+            return np.stack([_row(self.model, context, i) for i in range(len(tokens))])
+
+
+@contextmanager
+def open_llama_cpp(request: EngineRequest) -> Iterator[LlamaCpp]:
+    """Load a GGUF file in this process.
+
+    Args:
+        request: a file, or the directory of an export.
+
+    Raises:
+        ModelError: xllamacpp is not installed, there is no such file, or it does not load.
+    """
+    open_library()  # says what to install
+    files = [request.model] if request.model.is_file() else sorted(request.model.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(
+            f"--engine llama.cpp: {request.model} holds {len(files)} GGUF files, and one is run; "
+            "give the file, or the directory that aq-quantize --export gguf wrote"
+        )
+    facts = {
+        "engine": "llama.cpp",
+        "version": f"xllamacpp {version('xllamacpp')}",
+        "file": files[0].name,
+        "keys and values": "float32",
+    }
+    with _model(files[0]) as model:
+        yield LlamaCpp(model, len(os.sched_getaffinity(0)), MappingProxyType(facts))
 
 
 def logits(
@@ -170,15 +232,11 @@ def logits(
         n_threads: that compute.
 
     Raises:
-        RuntimeError: the file does not load, or does not run.
+        ModelError: the file does not load, or does not run.
     """
-    rows = []
     with _model(file) as model:
-        for tokens in windows:
-            with _context(model, len(tokens), n_threads) as context:
-                _decode(context, tokens, 0)
-                rows.append(np.stack([_row(model, context, i) for i in range(len(tokens))]))
-    return np.stack(rows)
+        engine = LlamaCpp(model, n_threads)
+        return np.stack([engine.logits(np.array(tokens)) for tokens in windows])
 
 
 def generate(file: str | Path, tokens: Sequence[int], n_new: int) -> list[int]:
