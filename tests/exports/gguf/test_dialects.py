@@ -1,5 +1,6 @@
 """What llama.cpp would not compute the same way is refused by name."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +25,6 @@ def test_every_dialect_is_run_by_the_tests() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        (
-            "nemotron_h",
-            {},
-            "architecture nemotron_h is not written; llama, mixtral, olmoe, .* are",
-        ),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True .* computes with False"),
         ("olmoe", {"num_key_value_heads": 2}, "fewer heads of keys than of queries"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False .* computes with True"),
@@ -43,6 +39,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"--export gguf: .*{said}"):
         find_dialect(config_of(family, **changes))
+
+
+def test_an_architecture_that_is_not_written_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match="architecture mamba is not written; llama, mixtral, ol"):
+        find_dialect(SimpleNamespace(model_type="mamba"))
 
 
 def test_a_range_that_llama_cpp_rounds_is_told() -> None:

@@ -13,7 +13,7 @@ from alphaquant.models.loading import load_model
 from alphaquant.testing.llama.exported import add_tokenizer, save_rounded
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen3_moe"])
 def test_a_file_is_converted_back_to_the_dequantized_model(family: str, tmp_path: Path) -> None:
     formats = {"down_proj": "mxfp4", "q_proj": "int8-g32"}
     model: Any = save_rounded(
