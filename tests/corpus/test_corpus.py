@@ -28,7 +28,7 @@ SECONDS = 60
 """What takes longer hangs; most take a tenth of a second."""
 
 
-@pytest.mark.timeout(SECONDS)
+@pytest.mark.timeout(SECONDS, func_only=True)  # inputs are made once, and may be compiled first
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_command_ends_in_one_line_or_in_the_right_result(
     case: Case,
@@ -46,7 +46,7 @@ def test_command_ends_in_one_line_or_in_the_right_result(
         assert after == before, "an input was changed, or something was left behind"
 
 
-@pytest.mark.timeout(SECONDS)
+@pytest.mark.timeout(SECONDS, func_only=True)  # inputs are made once, and may be compiled first
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
 def test_call_raises_one_sentence_or_returns_what_is_right(case: Call, place: Place) -> None:
     prepare(case, place)

@@ -16,8 +16,8 @@ from typing import Any
 from alphaquant.errors import ConfigError, ModelError, StoreError
 from alphaquant.exports.checker import check_plan
 from alphaquant.exports.gguf.dialects import find_dialect, inexact_of
+from alphaquant.exports.gguf.entries import GgufEntry, entries_of
 from alphaquant.exports.gguf.metadata import add_metadata
-from alphaquant.exports.gguf.names import GgufEntry, entries_of
 from alphaquant.exports.gguf.twins import WRITTEN, twin_of
 from alphaquant.exports.gguf.vocabulary import add_vocabulary, inexact_split
 from alphaquant.exports.packed import PackedSource

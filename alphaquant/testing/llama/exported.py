@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alphaquant.demo import model_path
 from alphaquant.exports.gguf.dialects import find_dialect
-from alphaquant.exports.gguf.names import GgufEntry, entries_of
+from alphaquant.exports.gguf.entries import GgufEntry, entries_of
 from alphaquant.exports.gguf.twins import plain_twin
 from alphaquant.exports.gguf.writer import write_file
 from alphaquant.exports.packed import open_packed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alphaquant.errors import ConfigError, StoreError
-from alphaquant.exports.gguf.names import interleave_halves
+from alphaquant.exports.gguf.entries import interleave_halves
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.gguf.header import GgufTensor, read_header
