@@ -54,7 +54,7 @@ def test_a_file_of_float32_computes_what_the_model_computes(family: str, tmp_pat
 
 
 FIRST = ("llama", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Architectures that every run loads quantized; the others differ in what float32 shows already."""
+"""Architectures that every run loads quantized; float32 shows what the others differ in."""
 
 
 @pytest.mark.parametrize(
