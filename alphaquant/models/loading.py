@@ -11,7 +11,7 @@ from torch import nn
 from alphaquant.errors import AlphaQuantError, ModelError
 from alphaquant.models.pages.memory import GIB, total_memory
 from alphaquant.models.quantization_config import QUANT_METHOD
-from alphaquant.models.source_files import check_source, locate
+from alphaquant.models.source_files import check_blocks, check_source, locate
 from alphaquant.models.zero_rows import read_missing_rows
 
 COMFORTABLE = 4
@@ -190,7 +190,8 @@ def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     gpt-oss is published in mxfp4 only, DeepSeek-V3 in fp8 blocks only.
 
     Raises:
-        ModelError: the checkpoint is quantized in another way, and `refuse` is on.
+        ModelError: the checkpoint is quantized in another way, and `refuse` is on; or fp8 blocks
+            do not divide its weights.
     """
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
@@ -201,6 +202,9 @@ def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     if method == "mxfp4":
         return Mxfp4Config(dequantize=True)
     if method == "fp8":
+        if Path(name).is_dir() and stated.get("weight_block_size"):
+            rows, cols = stated["weight_block_size"]
+            check_blocks(Path(name), (rows, cols))
         return FineGrainedFP8Config(dequantize=True)
     if not refuse:
         return None

@@ -28,7 +28,10 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _MOST_MODULES = 10_000
 """Layers, or experts of a layer; published models have less than a tenth of it."""
 
-_SCALES = ("_scale_inv", "_blocks", "_scales")
+BLOCK_SCALES = "_scale_inv"
+"""End of the name of the scales of fp8 blocks."""
+
+_SCALES = (BLOCK_SCALES, "_blocks", "_scales")
 """Ends of names that belong to published mxfp4 and fp8 weights, which are dequantized."""
 
 
@@ -116,6 +119,39 @@ def weight_files(directory: Path) -> list[Path]:
             raise ModelError(f"{index} names {name}, which is not there; fetch it, or the index")
         files.append(directory / name)
     return files
+
+
+def check_blocks(directory: Path, block: tuple[int, int]) -> None:
+    """Refuse weights in fp8 blocks that transformers would dequantize with other blocks.
+
+    transformers 5.23 (`Fp8Dequantize`) divides a weight by the size of its grid of scales instead
+    of by the block that the configuration states. Where the last block is short, as it is for 192
+    rows in blocks of 128, that is an error at best and wrong numbers at worst: two blocks of 96.
+
+    Args:
+        directory: of the checkpoint.
+        block: rows and columns that share a scale.
+
+    Raises:
+        ModelError: naming a weight, its shape and its grid.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                shapes[name] = opened.get_slice(name).get_shape()
+    for name, grid in shapes.items():
+        shape = shapes.get(name.removesuffix(BLOCK_SCALES), [])
+        if not name.endswith(BLOCK_SCALES) or len(shape) < 2 or len(grid) < 2:
+            continue
+        for n, n_blocks, size in zip(shape[-2:], grid[-2:], block, strict=True):
+            if n_blocks > 1 and n != n_blocks * size:
+                raise ModelError(
+                    f"{directory}: {name.removesuffix(BLOCK_SCALES)} has {n} rows or columns in "
+                    f"{n_blocks} blocks of {size}, the last one short, and transformers would "
+                    "dequantize it with blocks of equal size; convert the checkpoint to bfloat16 "
+                    "with its publisher's script, and give that"
+                )
 
 
 def with_source(model_map: ModelMap, name: str | Path) -> ModelMap:

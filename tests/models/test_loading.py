@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.models import loading
-from alphaquant.models.loading import load_model, load_tokenizer
+from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
+from alphaquant.models.source_files import check_blocks
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.checkpoints import save_tiny
@@ -109,6 +110,37 @@ def test_the_fp8_blocks_of_deepseek_v3_load(tmp_path: Path) -> None:
         # transformers multiplies in bfloat16 or float32; the model here was rounded once.
         assert torch.allclose(found.view(name), weight, rtol=2**-7, atol=0), name
     assert torch.allclose(loaded(TOKENS).logits, model(TOKENS).logits, atol=0.1)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(128, True), (256, True), (100, True), (192, False)])
+def test_fp8_blocks_of_which_the_last_is_short_are_refused(
+    tmp_path: Path, rows: int, fits: bool
+) -> None:
+    weight = torch.zeros(rows, 256, dtype=FP8)
+    scales = torch.ones(-(-rows // 128), 2)
+    save_file(
+        {"a.weight": weight, "a.weight_scale_inv": scales, "b.weight": torch.zeros(3)},
+        tmp_path / "model.safetensors",
+    )
+    if fits:
+        check_blocks(tmp_path, (128, 128))
+        return
+    says = r"a\.weight has 192 rows or columns in 2 blocks of 128, the last one short"
+    with pytest.raises(ModelError, match=says):
+        check_blocks(tmp_path, (128, 128))
+
+
+def test_a_published_checkpoint_with_a_short_block_is_refused_when_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=192)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    tensors = {name: torch.zeros(192, 64, dtype=FP8), f"{name}_scale_inv": torch.ones(2, 1)}
+    entry = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    folder = publish(model, tmp_path / "published", tensors, entry)
+    for load in (load_model, load_skeleton):
+        with pytest.raises(ModelError, match=r"192 rows or columns in 2 blocks of 128.*bfloat16"):
+            load(folder)
 
 
 def test_our_own_packed_checkpoints_are_no_source(tmp_path: Path) -> None:
