@@ -34,6 +34,19 @@ def check_plan(
         raise ConfigError(f"--export {export}: {problem}; search with --profile {profile.name}")
 
 
+def check_quantized(assignment: Assignment, export: str) -> None:
+    """Refuse a plan without a quantized matrix.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not any(parse_format(name).is_quantized for name in assignment.formats.values()):
+        raise ConfigError(
+            f"--export {export}: every matrix is bf16, so there is nothing to quantize; serve the "
+            "original checkpoint, or use another configuration"
+        )
+
+
 def plan_problem(assignment: Assignment, inventory: Inventory, profile: Profile) -> str | None:
     """Why an engine would not load a plan, naming a unit; None where it would.
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphaquant.errors import ConfigError, StoreError
-from alphaquant.exports.checker import Served, served_by
+from alphaquant.errors import StoreError
+from alphaquant.exports.checker import Served, check_quantized, served_by
 from alphaquant.exports.compressed_layout import (
     MIXED,
     compressed_tensors,
@@ -44,7 +44,7 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.checkpoint_files import StoredTensor
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import BF16, Format, parse_format
+from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.profiles import find_profile
 
 _HEAD = "lm_head"
@@ -63,11 +63,7 @@ class CompressedTensorsExport:
         Raises:
             ConfigError: naming a unit and the profile to search with, or the model.
         """
-        if not any(parse_format(name).is_quantized for name in assignment.formats.values()):
-            raise ConfigError(
-                f"--export {self.name}: every matrix is bf16, so there is nothing to quantize; "
-                "serve the original checkpoint, or use another configuration"
-            )
+        check_quantized(assignment, self.name)
         self._served(assignment, model_map)
         matrix_names(model_map, self.name)
 

@@ -29,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ConfigError
-from alphaquant.exports.checker import Served, served_by
+from alphaquant.exports.checker import Served, check_quantized, served_by
 from alphaquant.exports.file_checker import (
     check_modules,
     is_expert,
@@ -46,7 +45,7 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.checkpoint_files import StoredTensor
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.spaces.formats import Format
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.units import GATE, UP
 
@@ -71,11 +70,7 @@ class GptqExport:
         Raises:
             ConfigError: naming a unit and the profile to search with, or the model.
         """
-        if not any(parse_format(name).is_quantized for name in assignment.formats.values()):
-            raise ConfigError(
-                f"--export {self.name}: every matrix is bf16, so there is nothing to quantize; "
-                "serve the original checkpoint, or use another configuration"
-            )
+        check_quantized(assignment, self.name)
         self._served(assignment, model_map)
         matrix_names(model_map, self.name)
 
