@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
 "$pip" install -q torch==2.13.0 2>/dev/null
-"$pip" install -q transformers==5.23.0 loguru==0.7.3 2>/dev/null
+"$pip" install -q transformers==5.23.0 loguru==0.7.3 psutil==7.2.2 2>/dev/null
 "$pip" install -q --no-deps --target "$work/older" compressed-tensors==0.17.0 2>/dev/null
 "$pip" install -q --no-deps --target "$work/newer" compressed-tensors==0.20.1 2>/dev/null
 cat >"$work/run.py" <<'PY'

@@ -155,7 +155,8 @@ def test_profiles_of_engines_export_their_files_and_say_how_far_that_was_checked
     said = "files that vLLM 0.32.0 loads (run on its CPU engine"
     assert said not in report_html(found) and "--export" not in report_html(found)
     profile = find_profile("vllm")
-    told = replace(found, space=replace(found.space, profile=profile))
+    spec = replaced(found.spec, profile="vllm")
+    told = replace(found, space=replace(found.space, profile=profile), spec=spec)
     text = report_html(told)
     assert said in text and "The profile is vllm (stock vLLM:" in text
     assert all("--export compressed-tensors" in command for command in commands(told).values())

@@ -146,7 +146,8 @@ LOADABLE = {
     "mxfp4": (f"{OURS} vllm transformers gguf", f"{OURS} vllm transformers gguf"),
     "nvfp4": (f"{OURS} vllm transformers", OURS),
     "mxfp6": (OURS, OURS),
-    "q4_k": (f"{OURS} gguf", f"{OURS} gguf"),
+    "q4_1": (f"{OURS} gguf", f"{OURS} gguf"),
+    "q4_k": (f"{OURS} gguf", ""),  # blocks of 256, experts of 128
     "bf16": (f"{ENGINES} gguf", f"{OURS} vllm sglang gguf"),
 }
 

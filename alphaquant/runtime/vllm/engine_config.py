@@ -25,6 +25,7 @@ from alphaquant.runtime.vllm.engine_names import (
     shard_names,
     substituted,
 )
+from alphaquant.runtime.vllm.slices import check_formats
 from alphaquant.spaces.formats import Format
 
 VERSIONS = ("0.32", "0.33")
@@ -60,16 +61,10 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
             formats: as config.json has them.
 
         Raises:
-            ModelError: inputs of matrices are to be rounded, for which vLLM has no place.
+            ModelError: something in it is not served here.
         """
         super().__init__()
-        rounded = sorted(formats.activations)
-        if rounded:
-            raise ModelError(
-                f"inputs of {len(rounded)} matrices are rounded, e.g. of {rounded[0]} to "
-                f"{formats.activations[rounded[0]].name}; vLLM serves packed weights alone: "
-                "quantize without aq, or run it with alphaquant.load"
-            )
+        check_formats(formats)
         self.formats: Mapping[str, Format] = formats.weights
         self.model_type = ""
         self.checked: set[tuple[str, Format]] = set()

@@ -5,8 +5,10 @@ from math import gcd
 import pytest
 import torch
 
+from alphaquant.errors import ModelError
+from alphaquant.models.quantization_config import PackedFormats
 from alphaquant.quant.matrix import PackedMatrix, check_packed
-from alphaquant.runtime.vllm.slices import Slice, part_of
+from alphaquant.runtime.vllm.slices import Slice, check_formats, part_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import QUANTIZED
 from alphaquant.testing.packed import draw_packed
@@ -71,3 +73,14 @@ def test_groups_of_a_rank_are_as_long_as_they_can_be(
 
 def test_parts_of_ranks_follow_one_another() -> None:
     assert [part_of(12, rank, 3) for rank in range(3)] == [range(4), range(4, 8), range(8, 12)]
+
+
+def test_what_the_plug_in_does_not_serve_is_named() -> None:
+    int4, q4_k, int8 = (parse_format(name) for name in ("int4-g32", "q4_k", "int8-row"))
+    check_formats(PackedFormats({"a": int4}))
+    with pytest.raises(ModelError, match="1 matrices are in types of llama.cpp, e.g. b in q4_k"):
+        check_formats(PackedFormats({"a": int4, "b": q4_k}))
+    with pytest.raises(
+        ModelError, match="inputs of 1 matrices are rounded, e.g. of a to int8-row"
+    ):
+        check_formats(PackedFormats({"a": int4}, {"a": int8}))
