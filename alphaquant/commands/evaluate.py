@@ -114,7 +114,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         harness = _harness(spec)
         served = spec.engine in ENGINES
         if spec.reference is not None and not served and not is_packed(spec.model):
-            load_skeleton(located(spec.model))  # a wrong name is told before the long work
+            # A wrong name is told before the long work.
+            load_skeleton(located(spec.model), quantized=True)
         progress(Stage.LOAD, 0, 1)
         mixed: dict[str, MixedStatistics] = {}
         model = open_model(spec, "model" if spec.reference is None else "reference", device, mixed)

@@ -68,7 +68,8 @@ def load_model(
             str(name),
             dtype=wanted,
             trust_remote_code=trust_remote_code,
-            quantization_config=dequantizing,
+            # None would leave what another tool quantized packed, and its weights random.
+            **({} if dequantizing is None else {"quantization_config": dequantizing}),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them
         )
@@ -249,11 +250,15 @@ def named_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def load_skeleton(name: str | Path) -> nn.Module:
+def load_skeleton(name: str | Path, *, quantized: bool = False) -> nn.Module:
     """The model without weights (meta device): enough for its inventory.
 
+    Args:
+        name: local directory or hub id.
+        quantized: whether it may be quantized by another tool, as in `load_model`.
+
     Raises:
-        ModelError: no configuration can be found or read.
+        ModelError: no configuration can be found or read, or it is quantized already.
     """
     from transformers import AutoConfig
 
@@ -263,7 +268,8 @@ def load_skeleton(name: str | Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(str(name))
         stated = getattr(config, "quantization_config", None) or {}
-        _dequantizing(config, name, refuse=stated.get("quant_method") != QUANT_METHOD)
+        is_own = stated.get("quant_method") == QUANT_METHOD
+        _dequantizing(config, name, refuse=not quantized and not is_own)
         with torch.device("meta"):
             model: nn.Module = auto_class(config).from_config(config)
     except (ModelError, MemoryError):

@@ -17,10 +17,11 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.source_files import check_blocks
 from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.models import tiny_model, tiny_tokens
-from alphaquant.testing.packed import save_packed
+from alphaquant.testing.packed import save_export, save_packed, served_model
 
 TOKENS = tiny_tokens(2, 9)
 FP8 = torch.float8_e4m3fn
@@ -138,9 +139,9 @@ def test_a_published_checkpoint_with_a_short_block_is_refused_when_it_is_loaded(
     tensors = {name: torch.zeros(192, 64, dtype=FP8), f"{name}_scale_inv": torch.ones(2, 1)}
     entry = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     folder = publish(model, tmp_path / "published", tensors, entry)
-    for load in (load_model, load_skeleton):
+    for loading_function in (load_model, load_skeleton):
         with pytest.raises(ModelError, match=r"192 rows or columns in 2 blocks of 128.*bfloat16"):
-            load(folder)
+            loading_function(folder)
 
 
 def test_our_own_packed_checkpoints_are_no_source(tmp_path: Path) -> None:
@@ -224,3 +225,20 @@ def test_a_bfloat16_model_computes_as_it_is_stored_where_float32_would_fill_a_qu
     said = [r.message for r in caplog.records if r.name == loading.__name__]
     assert bool(said) == (found == torch.bfloat16)
     assert all("computes in bfloat16" in line and "--dtype float32" in line for line in said)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "llama"])
+def test_what_compressed_tensors_decompresses_is_not_missing(family: str, tmp_path: Path) -> None:
+    out = save_export(
+        served_model(family), tmp_path, lambda matrix: "int4-g32", "compressed-tensors"
+    )
+    found: Any = load_model(out, quantized=True)
+    expected: Any = load(tmp_path / "packed")
+    assert torch.allclose(found(TOKENS).logits, expected(TOKENS).logits, atol=0.05)
+    file = next(out.glob("*00001*.safetensors"))
+    tensors = load_file(file)
+    lost = next(name for name in tensors if name.endswith("q_proj.weight_scale"))
+    save_file({k: t for k, t in tensors.items() if k != lost}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"q_proj"):
+        load_model(out, quantized=True)
