@@ -18,6 +18,9 @@ from alphaquant.errors import ConfigError
 _LITE = (26, 27)
 """Layers of DeepSeek-V2-Lite and of another model without `q_lora_rank`."""
 
+_LAYERS_OF_27B = 62
+"""Of the Gemma 3 whose attention llama.cpp scales by hidden / heads, not by the head's width."""
+
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 """What llama.cpp takes whatever a file says (with 16 and 2 its logits are off by 0.3)."""
 
@@ -35,6 +38,8 @@ class Dialect:
             for rotations of neighbouring numbers have them.
         norm_shift: what is added to norms.
         ropes: kinds of rotary embedding whose scaling is carried over.
+        full_every: of so many layers the last attends to everything, the others within a window; 0
+            where there is no such rule.
         needs: field of the configuration -> the values for which both compute the same.
     """
 
@@ -42,6 +47,7 @@ class Dialect:
     is_permuted: bool = False
     norm_shift: float = 0.0
     ropes: tuple[str, ...] = _PLAIN_ROPE
+    full_every: int = 0
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -53,7 +59,15 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
     {
         "llama": Dialect("llama", is_permuted=True, ropes=(*_PLAIN_ROPE, "llama3"), needs=_LLAMA),
         "mixtral": Dialect("llama", is_permuted=True, needs={**_SILU, "sliding_window": _NONE}),
-        "olmoe": Dialect("olmoe", needs={**_SILU, "norm_topk_prob": (False,), "clip_qkv": _NONE}),
+        "olmoe": Dialect(
+            "olmoe",
+            needs={
+                **_SILU,
+                "norm_topk_prob": (False,),
+                "clip_qkv": _NONE,
+                "attention_bias": (False,),
+            },
+        ),
         "qwen2": Dialect("qwen2", needs={**_SILU, **_FULL_ATTENTION}),
         "qwen2_moe": Dialect(
             "qwen2moe",
@@ -80,12 +94,24 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
         "deepseek_v2": Dialect(
             "deepseek2",
             ropes=(*_PLAIN_ROPE, "yarn"),
-            needs={**_SILU, "attention_bias": (False,), "topk_method": ("greedy",)},
+            needs={
+                **_SILU,
+                "attention_bias": (False,),
+                "topk_method": ("greedy",),
+                # transformers does not normalize, whatever it says; llama.cpp does
+                "norm_topk_prob": (False,),
+            },
         ),
-        "gpt_oss": Dialect("gpt-oss", ropes=(*_PLAIN_ROPE, "yarn")),
+        "gpt_oss": Dialect(
+            "gpt-oss",
+            ropes=(*_PLAIN_ROPE, "yarn"),
+            full_every=2,
+            needs={"attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+        ),
         "gemma3_text": Dialect(
             "gemma3",
             norm_shift=1.0,
+            full_every=6,
             needs={
                 "hidden_activation": ("gelu_pytorch_tanh",),
                 "attention_bias": (False,),
@@ -151,11 +177,33 @@ def _check_shapes(dialect: Dialect, config: Any) -> None:
             f"{n_layers} layers and no q_lora_rank; llama.cpp takes a model for one without where "
             f"it has {' or '.join(map(str, _LITE))} layers"
         )
+    problem = problem or _attention_problem(dialect, config)
     if problem:
         raise ConfigError(
             f"--export gguf: this {config.model_type} model has {problem}; leave --export out for "
             "our own checkpoint"
         )
+
+
+def _attention_problem(dialect: Dialect, config: Any) -> str:
+    """Which layers have windows, and Gemma's scale of attention, are fixed in llama.cpp."""
+    every, n_layers = dialect.full_every, config.num_hidden_layers
+    if every:
+        fixed = ["full" if i % every == every - 1 else "sliding" for i in range(n_layers)]
+        if list(config.layer_types) != [f"{kind}_attention" for kind in fixed]:
+            return (
+                f"layer_types {', '.join(config.layer_types)}; llama.cpp has sliding_attention in "
+                f"all but the last of every {every} layers"
+            )
+    if dialect.name == "gemma3":
+        is_27b = n_layers == _LAYERS_OF_27B
+        width = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+        if config.query_pre_attn_scalar != width:
+            return (
+                f"query_pre_attn_scalar {config.query_pre_attn_scalar}, and llama.cpp computes "
+                f"with {width}"
+            )
+    return ""
 
 
 def _check_rope(dialect: Dialect, kind: str, rope: Mapping[str, Any]) -> None:

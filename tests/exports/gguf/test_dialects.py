@@ -13,6 +13,8 @@ from alphaquant.testing.models import tiny_model
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
 YARN["original_max_position_embeddings"] = 16
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
 
 def config_of(family: str, **changes: Any) -> Any:
     return tiny_model(family, **{**EXPORTED.get(family, {}), **changes}).config
@@ -32,6 +34,16 @@ def test_every_dialect_is_run_by_the_tests() -> None:
         ("deepseek_v2", {"q_lora_rank": None}, "2 layers and no q_lora_rank; .* 26 or 27 layers"),
         ("qwen3", {"rope_parameters": YARN}, "rope_type 'yarn' .* not carried over; default"),
         ("gpt_oss", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "beta_fast is 16.0 .* 32.0"),
+        # Each of these loads without a word; the relative differences of logits that it gives:
+        ("gpt_oss", {"swiglu_limit": 0.01}, "swiglu_limit is 0.01 .* with 7.0"),  # 0.95
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0 .* with 1.702"),  # 0.13
+        ("gpt_oss", {"layer_types": [FULL, FULL]}, "layer_types full.* every 2 layers"),  # 0.91
+        ("gemma3_text", {"layer_types": [*[SLIDING] * 2, FULL] * 2}, "every 6 layers"),  # 0.32
+        ("gemma3_text", {"query_pre_attn_scalar": 8}, "scalar 8, and .* with 32"),  # 0.51
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True .* False"),  # 0.07
+        # These llama.cpp does not load:
+        ("gpt_oss", {"attention_bias": False}, "attention_bias is False .* True"),
+        ("olmoe", {"attention_bias": True}, "attention_bias is True .* False"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
