@@ -27,7 +27,7 @@ from release import run_facts
 from torch import Tensor
 
 from alphaquant.evaluators.engines.llama_cpp import logits
-from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
+from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.writing import export_packed
 from alphaquant.reports.tables import markdown
 from alphaquant.runtime.checkpoint import load
@@ -90,7 +90,7 @@ class Bench:
             packed, out = Path(folder) / "packed", Path(folder) / "out"
             quantize_to_checkpoint(job, packed, facts={}, tokenizer=self.source.tokenizer)
             out.mkdir()
-            export_packed(GgufExporter(), packed, out)
+            export_packed(GgufExport(), packed, out)
             report = json.loads((packed / "quantize_report.json").read_text())
             errors = [row["output_error"] for row in report["matrices"]]
             model = load(packed, "cpu", "float32")

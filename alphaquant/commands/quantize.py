@@ -15,6 +15,7 @@ from alphaquant.models.architectures import check_architecture, choose_architect
 from alphaquant.models.loading import load_skeleton, named_dtype
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
+from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import Bank, bank_key, find_bank
@@ -61,6 +62,15 @@ class DryRun:
 
 
 @dataclass(frozen=True)
+class _Resolved:
+    """A configuration on a model without weights, and what the user should know of both."""
+
+    model_map: ModelMap
+    plan: Plan
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Summary:
     """What `aq-search` wrote into a configuration so that its trial can be made again.
 
@@ -89,8 +99,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     check_kind(spec, QuantizeSpec, "quantize")
-    config = load_config(spec.config)
-    check_formats(s.wq for s in (config.default, *config.overrides) if s.wq)
+    config = _load_config(spec.config)
     summary = _read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
     check_architecture(spec.model_type)
@@ -103,6 +112,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
         progress(Stage.LOAD, 0, 1)
+        exporter = EXPORTERS.get(spec.export)
+        if exporter is not None:
+            _resolve_skeleton(spec, config, progress)
         source = load_source(spec.model, device, spec.dtype, cache=spec.cache, progress=progress)
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
@@ -111,10 +123,6 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         for warning in warnings:
             logger.warning("%s", warning)
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
-        exporter = EXPORTERS.get(spec.export)
-        if exporter is not None:
-            _check_inputs(spec.export, plan)
-            exporter.check(plan.assignment, source.map)
         progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
         windows = None if tokens is None else tokens.tokens
@@ -139,10 +147,35 @@ def dry_run(spec: QuantizeSpec, *, progress: Progress = no_progress) -> DryRun:
         progress: called with a stage's name, steps done, steps; a GGUF file is converted first.
 
     Raises:
-        AlphaQuantError: a bad configuration or model.
+        AlphaQuantError: a bad configuration or model, or a plan that the export cannot hold.
     """
-    config = load_config(spec.config)
+    check_kind(spec, QuantizeSpec, "dry_run")
+    config = _load_config(spec.config)
     _settings(spec, _read_summary(config.summary or {}, spec.config))
+    found = _resolve_skeleton(spec, config, progress)
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    inventory = found.model_map.inventory
+    return DryRun(found.plan, inventory, found.plan.assignment.count_bits(inventory))
+
+
+def _load_config(path: Path) -> Config:
+    """A configuration whose formats can be made here.
+
+    Raises:
+        ConfigError: it has mistakes, or types of llama.cpp without llama.cpp's library.
+    """
+    config = load_config(path)
+    check_formats(s.wq for s in (config.default, *config.overrides) if s.wq)
+    return config
+
+
+def _resolve_skeleton(spec: QuantizeSpec, config: Config, progress: Progress) -> _Resolved:
+    """Apply a configuration to a model without weights, and check that the export can hold it.
+
+    Raises:
+        AlphaQuantError: a bad model, or a plan that does not fit it or the export.
+    """
     location = model_location(spec.model, spec.cache, progress)
     if is_packed(location):  # whose skeleton could be had all the same
         raise ModelError(
@@ -152,11 +185,13 @@ def dry_run(spec: QuantizeSpec, *, progress: Progress = no_progress) -> DryRun:
     skeleton = load_skeleton(location)
     architecture = choose_architecture(skeleton, spec.model_type)
     model_map = with_source(map_model(skeleton), location)
-    inventory = model_map.inventory
-    plan = resolve(config, inventory, strict=spec.strict)
-    for warning in (*plan.warnings, *architecture.warnings, *model_notes(model_map)):
-        logger.warning("%s", warning)
-    return DryRun(plan, inventory, plan.assignment.count_bits(inventory))
+    plan = resolve(config, model_map.inventory, strict=spec.strict)
+    exporter = EXPORTERS.get(spec.export)
+    if exporter is not None:
+        _check_inputs(spec.export, plan)
+        exporter.check(plan.assignment, model_map)
+    warnings = (*plan.warnings, *architecture.warnings, *model_notes(model_map))
+    return _Resolved(model_map, plan, warnings)
 
 
 def plan_text(found: DryRun) -> str:

@@ -5,14 +5,24 @@ kind into memory of another without an error. So a plan is compared with the cou
 profile before weights are loaded, and each export compares its files once more.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
 
 from alphaquant.errors import ConfigError
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import Profile, is_loadable, units_of
 from alphaquant.spaces.units import Inventory, Unit
+
+_SERVERS: Mapping[str, str] = MappingProxyType(
+    {
+        "vllm": "vllm serve {directory}",
+        "sglang": "python -m sglang.launch_server --model-path {directory}",
+    }
+)
+"""Profile -> the command that serves files; transformers has none for these."""
 
 
 def check_plan(
@@ -31,7 +41,7 @@ def check_plan(
     """
     problem = plan_problem(assignment, inventory, profile)
     if problem is not None:
-        raise ConfigError(f"--export {export}: {problem}; search with --profile {profile.name}")
+        raise ConfigError(f"--export {export}: {problem}; search with {profile.option}")
 
 
 def check_quantized(assignment: Assignment, export: str) -> None:
@@ -63,7 +73,11 @@ def plan_problem(assignment: Assignment, inventory: Inventory, profile: Profile)
                 f"one format there ({_example(unit, assignment)})"
             )
         if not is_loadable(unit, parse_format(names[0]), profile):
-            return f"{unit.name} is {names[0]}, which cannot be loaded there; {profile.text}"
+            first = unit.matrices[0]
+            return (
+                f"{unit.name} is {names[0]}, {first.rows} x {first.cols}, which cannot be loaded "
+                f"there; {profile.text}, in shapes that its groups and kernels divide"
+            )
     return None
 
 
@@ -97,6 +111,7 @@ def served_by(
         ConfigError: none does; the message has the reason of the first.
     """
     problems = {p: plan_problem(assignment, inventory, p) for p in profiles}
+    options = " or ".join(profile.option for profile in problems)
     found = {
         profile.name: Served(profile.engine, problem is None, problem or profile.checked)
         for profile, problem in problems.items()
@@ -105,10 +120,25 @@ def served_by(
         name, first = next(iter(found.items()))
         raise ConfigError(
             f"--export {export}: none of {', '.join(found)} loads this. For {name}, "
-            f"{first.reason}; search with --profile {' or '.join(found)}, or use --export "
-            "alphaquant, which holds every mix"
+            f"{first.reason}; search with {options}, or use --export alphaquant, which holds "
+            "every mix"
         )
     return found
+
+
+def served_facts(served: Mapping[str, Served]) -> dict[str, Any]:
+    """What the report says of engines.
+
+    Args:
+        served: by profile.
+
+    Returns:
+        As `loads_in` whether each loads the files, and as `run` the command of the first server
+        that does, with `{directory}` where they are; without it where none serves them.
+    """
+    facts: dict[str, Any] = {"loads_in": {name: asdict(found) for name, found in served.items()}}
+    run = next((_SERVERS[n] for n, s in served.items() if s.loads and n in _SERVERS), None)
+    return facts if run is None else {**facts, "run": run}
 
 
 def _example(unit: Unit, assignment: Assignment) -> str:

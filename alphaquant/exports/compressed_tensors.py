@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alphaquant.errors import StoreError
-from alphaquant.exports.checker import Served, check_quantized, served_by
+from alphaquant.exports.checker import Served, check_quantized, served_by, served_facts
 from alphaquant.exports.compressed_layout import (
     MIXED,
     compressed_tensors,
@@ -38,7 +38,7 @@ from alphaquant.exports.file_checker import (
 )
 from alphaquant.exports.names import matrix_names, original_names
 from alphaquant.exports.packed import PackedSource
-from alphaquant.exports.shards import ShardWriter, copy_beside, layers_of, write_config
+from alphaquant.exports.shards import copy_beside, write_config, write_layers
 from alphaquant.exports.targets import name_patterns
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix
@@ -75,7 +75,13 @@ class CompressedTensorsExport:
                 not what was planned.
         """
         names = matrix_names(source.model_map, self.name)
-        measured = _write_tensors(source, names, out)
+        measured = _Measured()
+
+        def tensors_of(matrix: PackedMatrix) -> dict[str, Tensor]:
+            measured.look_at(matrix)
+            return compressed_tensors(matrix)
+
+        n_bytes = write_layers(source, names, tensors_of, out)
         formats = _named(source, names)
         groups = _config_groups(formats)
         containers = {group["format"] for group in groups.values()}
@@ -88,13 +94,13 @@ class CompressedTensorsExport:
         }
         write_config(source, entry, out)
         copy_beside(source, out)
-        assignment = Assignment({n: fmt.name for n, fmt in source.formats.weights.items()})
-        served = self._served(assignment, source.model_map)
+        served = self._served(source.assignment, source.model_map)
         for engine, found in served.items():
             if found.loads:
                 check_files(out, engine)
         return {
-            "loads_in": {name: asdict(found) for name, found in served.items()},
+            **served_facts(served),
+            "tensor_bytes": n_bytes,
             "packing": "integers are dense bit streams, as compressed-tensors 0.18 and later, and "
             "vLLM 0.32.0, read them",
             **asdict(measured),
@@ -146,24 +152,6 @@ class _Measured:
             back = stored.reciprocal().double().reciprocal()
             worst = (back / stored.double() - 1.0).abs().max()
             self.global_scale_rounding = max(self.global_scale_rounding, float(worst))
-
-
-def _write_tensors(source: PackedSource, names: Mapping[str, str], out: Path) -> _Measured:
-    """Write every tensor, a layer at a time, then what stays."""
-    layers = list(layers_of(source.model_map.inventory.matrices))
-    writer, measured = ShardWriter(out, len(layers) + 1), _Measured()
-    for layer in layers:
-        tensors = {}
-        for matrix in layer:
-            packed = source.matrix(matrix.name)
-            measured.look_at(packed)
-            for part, tensor in compressed_tensors(packed).items():
-                tensors[f"{names[matrix.name]}.{part}"] = tensor
-        writer.add(tensors)
-    original = original_names(source.model_map)
-    writer.add({original.tensor(name): source.tensor(name) for name in source.others()})
-    writer.finish()
-    return measured
 
 
 def _named(source: PackedSource, names: Mapping[str, str]) -> dict[str, Format]:

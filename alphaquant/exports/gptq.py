@@ -21,7 +21,7 @@ Source: AutoGPTQConfig and get_dynamic_override of vLLM 0.32.0; letters: N outpu
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaquant.exports.checker import Served, check_quantized, served_by
+from alphaquant.exports.checker import Served, check_quantized, served_by, served_facts
 from alphaquant.exports.file_checker import (
     check_modules,
     is_expert,
     quantization_of,
     read_modules,
 )
-from alphaquant.exports.names import matrix_names, original_names
+from alphaquant.exports.names import matrix_names
 from alphaquant.exports.packed import PackedSource
-from alphaquant.exports.shards import ShardWriter, copy_beside, layers_of, write_config
+from alphaquant.exports.shards import copy_beside, write_config, write_layers
 from alphaquant.exports.targets import name_patterns
 from alphaquant.kernels.packing import pack_codes, unpack_codes
 from alphaquant.models.sites import ModelMap
@@ -81,26 +81,13 @@ class GptqExport:
             StoreError: the disk is full, or the packed checkpoint is damaged.
         """
         names = matrix_names(source.model_map, self.name)
-        layers = list(layers_of(source.model_map.inventory.matrices))
-        writer = ShardWriter(out, len(layers) + 1)
-        for layer in layers:
-            writer.add(
-                {
-                    f"{names[matrix.name]}.{part}": tensor
-                    for matrix in layer
-                    for part, tensor in gptq_tensors(source.matrix(matrix.name)).items()
-                }
-            )
-        original = original_names(source.model_map)
-        writer.add({original.tensor(name): source.tensor(name) for name in source.others()})
-        writer.finish()
+        n_bytes = write_layers(source, names, gptq_tensors, out)
         formats = {names[name]: fmt for name, fmt in source.formats.weights.items()}
         entry = quantization_entry(formats)
         write_config(source, entry, out)
         copy_beside(source, out)
-        assignment = Assignment({n: fmt.name for n, fmt in source.formats.weights.items()})
-        served = self._served(assignment, source.model_map)
-        return {"loads_in": {name: asdict(found) for name, found in served.items()}}
+        served = self._served(source.assignment, source.model_map)
+        return {**served_facts(served), "tensor_bytes": n_bytes}
 
     def verify(self, out: Path) -> None:
         """Check the files as vLLM would read them.

@@ -16,6 +16,7 @@ from alphaquant.models.quantization_config import PackedFormats, read_formats
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.checkpoint_files import damaged, tensor_files
+from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.json_files import read_object
 
 
@@ -42,6 +43,11 @@ class PackedSource:
         """Formats of the matrices, their inputs, and what is carried along."""
         entry = read_object(self.directory / "config.json")["quantization_config"]
         return read_formats(entry, str(self.directory))
+
+    @property
+    def assignment(self) -> Assignment:
+        """The plan that it was made of."""
+        return Assignment({name: fmt.name for name, fmt in self.formats.weights.items()})
 
     @cached_property
     def places(self) -> Mapping[str, Path]:

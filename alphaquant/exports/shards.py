@@ -6,7 +6,7 @@ first, because their names have it: `model-00002-of-00017.safetensors`.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alphaquant.exports.names import original_names
 from alphaquant.exports.packed import PackedSource
 from alphaquant.files import whole_file, writing
 from alphaquant.models.quantization_config import REPORT
+from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.runtime.checkpoint_files import INDEX
 from alphaquant.runtime.integrity import CHECKSUMS
 from alphaquant.spaces.units import Matrix
@@ -67,6 +69,42 @@ class ShardWriter:
         write_json(self.folder / INDEX, index)
 
 
+def write_layers(
+    source: PackedSource,
+    names: Mapping[str, str],
+    tensors_of: Callable[[PackedMatrix], Mapping[str, Tensor]],
+    out: Path,
+) -> int:
+    """Write every tensor of a checkpoint: a file per layer, then one with what is not quantized.
+
+    Args:
+        source: the packed checkpoint.
+        names: original name of every matrix.
+        tensors_of: the tensors of a matrix, by the last part of their names.
+        out: the directory.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        StoreError: the disk is full, or the packed checkpoint is damaged.
+    """
+    layers = list(_layers_of(source.model_map.inventory.matrices))
+    writer = ShardWriter(out, len(layers) + 1)
+    for layer in layers:
+        writer.add(
+            {
+                f"{names[matrix.name]}.{part}": tensor
+                for matrix in layer
+                for part, tensor in tensors_of(source.matrix(matrix.name)).items()
+            }
+        )
+    original = original_names(source.model_map)
+    writer.add({original.tensor(name): source.tensor(name) for name in source.others()})
+    writer.finish()
+    return writer.n_bytes
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file of text, whole or not at all.
 
@@ -109,7 +147,7 @@ def copy_beside(source: PackedSource, out: Path) -> None:
                 shutil.copy(file, out / file.name)
 
 
-def layers_of(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
+def _layers_of(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
     """Matrices a layer at a time, in order."""
     layers: dict[int, list[Matrix]] = {}
     for matrix in matrices:

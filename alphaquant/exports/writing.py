@@ -8,7 +8,7 @@ from typing import Any
 
 from alphaquant.exports.compressed_tensors import CompressedTensorsExport
 from alphaquant.exports.contract import Exporter
-from alphaquant.exports.gguf.writer import GgufExporter
+from alphaquant.exports.gguf.writer import GgufExport
 from alphaquant.exports.gptq import GptqExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.files import whole_file, writing
@@ -19,7 +19,7 @@ from alphaquant.spaces.json_files import read_object
 EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
     {
         exporter.name: exporter
-        for exporter in (CompressedTensorsExport(), GptqExport(), GgufExporter())
+        for exporter in (CompressedTensorsExport(), GptqExport(), GgufExport())
     }
 )
 """Every export but our own format, by name."""

@@ -43,8 +43,8 @@ class Part:
     Attributes:
         asked: the target as it was asked for.
         target: the same, without links.
-        overwrite: whether a packed checkpoint there, or an unfinished one of another job, may be
-            replaced.
+        overwrite: whether a packed checkpoint or an export there, or an unfinished checkpoint of
+            another job, may be replaced.
     """
 
     asked: Path
@@ -197,7 +197,8 @@ def open_part(
 
     Args:
         target: directory to make.
-        overwrite: replace a packed checkpoint there, or an unfinished one of another job.
+        overwrite: replace a packed checkpoint or an export there, or an unfinished one of another
+            job.
         job: see `Part.claim`.
 
     Raises:
@@ -225,7 +226,7 @@ def check_target(path: Path, overwrite: bool = False) -> Part:
 
     Args:
         path: as asked for.
-        overwrite: whether a packed checkpoint there may be replaced.
+        overwrite: whether a packed checkpoint or an export there may be replaced.
 
     Raises:
         StoreError: naming what is in the way.
@@ -274,13 +275,13 @@ def _check_place(path: Path, target: Path) -> None:
 
 
 def _check_free(path: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to write where something else is; `overwrite` replaces packed checkpoints only."""
+    """Refuse to write where something else is; `overwrite` replaces what we wrote only."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_made_by_us(target):
         raise StoreError(
-            f"{path} exists and is no packed checkpoint; give another --out (--overwrite replaces "
-            "packed checkpoints only)"
+            f"{path} exists and is no packed checkpoint and no export of one; give another --out "
+            "(--overwrite replaces only these)"
         )
     if not overwrite:
         raise StoreError(

@@ -142,6 +142,7 @@ class Profile:
         engine: the engine with the version that it was checked against; empty for our own runtime.
         checked: what of this was run there, and what was only read in its source.
         export: what `aq-quantize --export` calls its files; empty for our own.
+        kernels: what `--kernels` narrowed it to.
     """
 
     name: str
@@ -152,6 +153,13 @@ class Profile:
     engine: str = ""
     checked: str = ""
     export: str = ""
+    kernels: str = "all"
+
+    @property
+    def option(self) -> str:
+        """How to ask for it: `--profile vllm --kernels marlin`."""
+        kernels = "" if self.kernels == "all" else f" --kernels {self.kernels}"
+        return f"--profile {self.name}{kernels}"
 
     def rules_of(self, kind: str) -> tuple[FormatRule, ...]:
         """The rules for one kind of matrix."""
@@ -314,7 +322,13 @@ def find_profile(name: str, kernels: str = "all") -> Profile:
         )
     rules = (_MARLIN, _BF16)
     description = f"{profile.description}; Marlin kernels only"
-    return replace(profile, description=description, linear_rules=rules, expert_rules=rules)
+    return replace(
+        profile,
+        description=description,
+        linear_rules=rules,
+        expert_rules=rules,
+        kernels=kernels,
+    )
 
 
 def units_of(inventory: Inventory, profile: Profile) -> tuple[Unit, ...]:

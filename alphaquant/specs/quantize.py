@@ -60,8 +60,8 @@ class QuantizeSpec:
     transformers; search with their profile), gptq (vLLM; --profile vllm --kernels marlin), gguf (a
     file for llama.cpp; --profile gguf)."""
     overwrite: Annotated[bool, Parameter(negative="")] = False
-    """Replace a packed checkpoint in out when the new one is complete, and drop an unfinished one
-    of another job."""
+    """Replace a packed checkpoint or an export in out when the new one is complete, and drop an
+    unfinished one of another job."""
     strict: Annotated[bool, Parameter(negative="")] = False
     """A pattern that matches nothing is an error."""
     model_type: Annotated[str, Parameter(alias="--model_type")] = "auto"

@@ -1,6 +1,7 @@
 """`aq-quantize --export gguf` from its command line: what it writes, says and refuses."""
 
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def test_the_last_line_is_the_command_that_serves_the_file(
     assert done.code == 0, done.err
     out = tmp_path / "out"
     assert done.err.splitlines()[-1] == f"llama-server -m {out}/model.gguf"
+    assert not list(tmp_path.glob("*.part"))
     summary = json.loads(done.out)
     assert summary["export"]["tokenizer"] == "gpt2 split as gpt-2"
     assert summary["export"]["types"]["Q4_0"] == 2 * 7
@@ -41,6 +43,15 @@ def test_the_last_line_is_the_command_that_serves_the_file(
     assert files == ["SHA256SUMS", "model.gguf", "quantize_report.json"]
     assert read_header(out / "model.gguf").architecture == "olmoe"
     assert json.loads((out / "quantize_report.json").read_text())["export"]["format"] == "gguf"
+
+
+def test_that_command_quotes_a_directory_with_spaces(
+    run: Any, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    done = run("aq-quantize", *options(model, folder, {"default": {"wq": "bf16"}}))
+    assert shlex.split(done.err.splitlines()[-1])[2:] == [f"{folder}/out/model.gguf"]
 
 
 def test_a_plan_that_has_no_twin_is_refused_before_anything_is_written(

@@ -15,6 +15,7 @@ from alphaquant.errors import ConfigError, DataError, ModelError, StoreError
 from alphaquant.quant import layerwise
 from alphaquant.runtime import pipeline
 from alphaquant.runtime.checkpoint import quantized_bytes
+from alphaquant.runtime.checkpoint_files import read_tensors
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.studies.result import SearchResult
 
@@ -379,7 +380,46 @@ def test_an_export_takes_the_place_of_the_packed_checkpoint(make: MakeQuantize) 
     }
     told = result_json(result)["export"]
     assert told["format"] == export and told["loads_in"]["vllm"]["engine"] == "vLLM 0.32.0"
-    assert report_of(result.path)["export"] == told
+    assert told.pop("run") == f"vllm serve {result.path}"
+    stored = report_of(result.path)["export"]
+    assert stored.pop("run") == "vllm serve {directory}"
+    assert stored == told
+    tensors = read_tensors(result.path).values()
+    assert told["tensor_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("export", ["compressed-tensors", "gptq", "gguf"])
+def test_a_plan_that_an_export_cannot_hold_is_refused_before_weights_are_loaded(
+    export: str, make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix = {**INT4, "overrides": [{"pattern": "*.experts.1.*", "wq": "int8", "group_size": 32}]}
+    monkeypatch.setattr("alphaquant.commands.quantize.load_source", None)
+    spec = make(mix, method="rtn", export=export)
+    for ask in (dry_run, quantize):
+        with pytest.raises(ConfigError, match=f"--export {export}: .*int4-g32"):
+            ask(spec)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_was_finished_before_an_export_failed_is_exported_by_the_next_run(
+    make: MakeQuantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make(INT4, method="rtn", export="gguf")
+
+    def fail(*args: Any) -> Any:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alphaquant.exports.gguf.writer.write_file", fail)
+        with pytest.raises(StoreError, match="disk is full"):
+            quantize(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_layers", lambda *args, **kwargs: iter(()))
+        result = quantize(spec)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+    assert (result.path / "model.gguf").exists()
+    again = make(INT4, method="rtn", export="compressed-tensors", overwrite=True)
+    assert not (quantize(again).path / "model.gguf").exists()
 
 
 def test_rounded_inputs_are_refused_in_an_export_before_anything_is_quantized(

@@ -67,7 +67,8 @@ _INTEGERS: Mapping[int, Twin] = MappingProxyType(
 _MXFP4 = Twin("MXFP4", 32, 17)
 
 WRITTEN = (
-    "bf16, mxfp4, int1-g128, int2-g64, int4-g32, int5-g32, int8-g32 (or the same in larger groups)"
+    "bf16, mxfp4, int1-g128, int2-g64, int4-g32, int5-g32, int8-g32 (or the same in larger "
+    f"groups), {', '.join(GGML_BLOCKS)}"
 )
 """What is exact, for messages."""
 

@@ -33,8 +33,8 @@ CHECKED_WITH = "llama.cpp b11549"
 
 
 @dataclass(frozen=True)
-class GgufExporter:
-    """An `Exporter` of GGUF files."""
+class GgufExport:
+    """The exporter; see `alphaquant.exports.contract.Exporter`."""
 
     name: str = "gguf"
     profiles: tuple[str, ...] = ("gguf",)
@@ -56,7 +56,7 @@ class GgufExporter:
                 raise ConfigError(
                     f"--export gguf: {matrix.name} ({matrix.rows} x {matrix.cols}) is {fmt.name}, "
                     f"which no type of llama.cpp holds exactly in this width; {WRITTEN} are; "
-                    "search with --profile gguf"
+                    "search with --profile gguf, or use --export alphaquant, which holds every mix"
                 )
 
     def write(self, source: PackedSource, out: Path) -> dict[str, Any]:

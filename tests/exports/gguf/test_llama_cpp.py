@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alphaquant.evaluators.engines.llama_cpp import generate, logits, tokenize
-from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
+from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.loading import load_tokenizer
 from alphaquant.testing.llama.exported import EXPORTED, add_tokenizer, save_rounded, write_float32
@@ -39,7 +39,7 @@ def distance(file: Path, model: Any) -> float:
 
 def export(packed: Path, out: Path) -> Path:
     out.mkdir()
-    exporter = GgufExporter()
+    exporter = GgufExport()
     exporter.write(open_packed(packed), out)
     exporter.verify(out)
     return out / MODEL_FILE

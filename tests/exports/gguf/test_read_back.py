@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
+from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.gguf.converted import converted
 from alphaquant.models.loading import load_model
@@ -24,7 +24,7 @@ def test_a_file_is_converted_back_to_the_dequantized_model(family: str, tmp_path
     )
     add_tokenizer(tmp_path / "packed")
     (tmp_path / "out").mkdir()
-    GgufExporter().write(open_packed(tmp_path / "packed"), tmp_path / "out")
+    GgufExport().write(open_packed(tmp_path / "packed"), tmp_path / "out")
     found: Any = load_model(converted(tmp_path / "out" / MODEL_FILE, tmp_path / "cache"))
     assert type(found) is type(model)
     own = found.state_dict()

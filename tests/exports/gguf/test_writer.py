@@ -7,7 +7,7 @@ import torch
 
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.exports.gguf.entries import interleave_halves
-from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExporter
+from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.gguf.header import GgufTensor, read_header
 from alphaquant.models.mapping import map_model
@@ -27,7 +27,7 @@ def plan_of(format_of: dict[str, str], **changes: int) -> None:
         return next(ends, "int4-g32")
 
     matrices = model_map.inventory.matrices
-    GgufExporter().check(Assignment({m.name: format_for(m) for m in matrices}), model_map)
+    GgufExport().check(Assignment({m.name: format_for(m) for m in matrices}), model_map)
 
 
 def test_a_projection_of_a_layer_has_a_type_of_its_own() -> None:
@@ -60,8 +60,8 @@ def test_a_width_that_blocks_do_not_divide_is_refused() -> None:
 def tensors_of(folder: Path, family: str) -> dict[str, GgufTensor]:
     save_rounded(family, folder / "packed", lambda matrix: "int4-g32")
     (folder / "out").mkdir()
-    facts = GgufExporter().write(open_packed(folder / "packed"), folder / "out")
-    GgufExporter().verify(folder / "out")
+    facts = GgufExport().write(open_packed(folder / "packed"), folder / "out")
+    GgufExport().verify(folder / "out")
     header = read_header(folder / "out" / MODEL_FILE)
     assert facts["architecture"] == header.architecture
     assert facts["tensor_bytes"] == sum(t.n_bytes for t in header.tensors)
@@ -84,7 +84,7 @@ def test_a_file_that_was_cut_is_found(tmp_path: Path) -> None:
     file = tmp_path / "out" / MODEL_FILE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(StoreError, match="damaged or incomplete.*run the same command again"):
-        GgufExporter().verify(tmp_path / "out")
+        GgufExport().verify(tmp_path / "out")
 
 
 def test_halves_of_every_head_take_turns() -> None:
