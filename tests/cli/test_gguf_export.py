@@ -2,11 +2,14 @@
 
 import json
 import shlex
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from alphaquant.models.gguf.header import read_header
 from alphaquant.quant.ggml import library
@@ -52,6 +55,34 @@ def test_that_command_quotes_a_directory_with_spaces(
     folder.mkdir()
     done = run("aq-quantize", *options(model, folder, {"default": {"wq": "bf16"}}))
     assert shlex.split(done.err.splitlines()[-1])[2:] == [f"{folder}/out/model.gguf"]
+
+
+def test_tensors_that_the_model_does_not_load_are_left_out_and_told(
+    run: Any, model: Path, tmp_path: Path
+) -> None:
+    source, extra = tmp_path / "source", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    shutil.copytree(model, source)
+    (file,) = source.glob("*.safetensors")
+    save_file({**load_file(file), extra: torch.ones(4)}, file, {"format": "pt"})
+    done = run("aq-quantize", *options(source, tmp_path, {"default": {"wq": "bf16"}}))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["export"]["left_out"] == [extra]
+    header = read_header(tmp_path / "out" / "model.gguf")
+    assert not [t.name for t in header.tensors if "rot" in t.name]
+
+
+def test_a_tokenizer_that_is_not_written_is_refused_before_weights_are_loaded(
+    run: Any, model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "model": {**content["model"], "type": "Unigram"}}))
+    given = options(source, tmp_path, {"default": {"wq": "bf16"}})
+    done = run("aq-quantize", *given, "--dry-run")
+    assert done.code == 1
+    assert f"{file} is of type Unigram, and BPE is written" in done.err
 
 
 def test_a_plan_that_has_no_twin_is_refused_before_anything_is_written(

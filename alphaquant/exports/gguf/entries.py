@@ -71,10 +71,11 @@ class _Naming:
         self.table = get_tensor_name_map(kind, int(self.config.num_hidden_layers))
 
     def plain(self) -> Iterator[GgufEntry]:
-        """What is not quantized by us."""
+        """What is not quantized by us, and is a part of the model."""
         is_tied = getattr(self.config, "tie_word_embeddings", False)
+        left_out = {*self.source.formats.carried, *(["lm_head.weight"] if is_tied else [])}
         for name in self.source.others():
-            if is_tied and name == "lm_head.weight":
+            if name in left_out:
                 continue
             yield from self._plain(name, self.source.tensor(name))
 

@@ -16,10 +16,13 @@ from typing import Any
 
 from alphaquant.errors import ConfigError
 
+TOKENIZER = "tokenizer.json"
+
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """Kinds of tokens, as llama.cpp numbers them."""
 
 _UNKNOWN = "default"
+_NO_TOKENIZER = "none"
 _FIRST_CHOICES = ("gpt-2", "llama-bpe", "qwen2", "gpt-4o")
 """Names of rules; of several with one pattern the one that is written."""
 
@@ -40,17 +43,12 @@ def add_vocabulary(writer: Any, directory: Path, n_tokens: int) -> str:
     """
     import gguf
 
-    file = directory / "tokenizer.json"
+    file = directory / TOKENIZER
     if not file.exists():
-        writer.add_tokenizer_model("none")
-        return "none"
-    content = json.loads(file.read_text(encoding="utf-8"))
+        writer.add_tokenizer_model(_NO_TOKENIZER)
+        return _NO_TOKENIZER
+    content = read_tokenizer(file)
     model = content["model"]
-    if model.get("type") != "BPE":
-        raise ConfigError(
-            f"--export gguf: {file.name} is of type {model.get('type')}, and BPE is written; "
-            "leave --export out for our own checkpoint"
-        )
     words, kinds = _tokens(content, n_tokens)
     is_bytes = not model.get("byte_fallback")
     writer.add_tokenizer_model("gpt2" if is_bytes else "llama")
@@ -69,8 +67,26 @@ def add_vocabulary(writer: Any, directory: Path, n_tokens: int) -> str:
     return told
 
 
+def read_tokenizer(file: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json.
+
+    Raises:
+        ConfigError: it is of a kind that llama.cpp has not.
+    """
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    kind = content["model"].get("type")
+    if kind != "BPE":
+        raise ConfigError(
+            f"--export gguf: {file} is of type {kind}, and BPE is written; leave --export out for "
+            "our own checkpoint"
+        )
+    return content
+
+
 def inexact_split(told: str) -> list[str]:
     """What to know of a tokenizer that `add_vocabulary` told of, a sentence each."""
+    if told == _NO_TOKENIZER:
+        return ["the model has no tokenizer.json: servers take numbers of tokens and no texts"]
     if not told.endswith(f" {_UNKNOWN}"):
         return []
     return [

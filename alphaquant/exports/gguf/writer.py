@@ -19,7 +19,12 @@ from alphaquant.exports.gguf.dialects import find_dialect, inexact_of
 from alphaquant.exports.gguf.entries import GgufEntry, entries_of
 from alphaquant.exports.gguf.metadata import add_metadata
 from alphaquant.exports.gguf.twins import WRITTEN, twin_of
-from alphaquant.exports.gguf.vocabulary import add_vocabulary, inexact_split
+from alphaquant.exports.gguf.vocabulary import (
+    TOKENIZER,
+    add_vocabulary,
+    inexact_split,
+    read_tokenizer,
+)
 from alphaquant.exports.packed import PackedSource
 from alphaquant.files import writing
 from alphaquant.models.gguf.header import NEWER_TYPES, check_package, read_header
@@ -43,12 +48,14 @@ class GgufExport:
         """Refuse a plan that the file cannot hold exactly, before weights are loaded.
 
         Raises:
-            ConfigError: the architecture is not written, experts of a stack differ, or a matrix
-                is in a format without an exact twin.
+            ConfigError: the architecture or the tokenizer is not written, experts of a stack
+                differ, or a matrix is in a format without an exact twin.
         """
         check_package()
         model: Any = model_map.model
         find_dialect(model.config)
+        if model_map.source is not None and (model_map.source / TOKENIZER).exists():
+            read_tokenizer(model_map.source / TOKENIZER)
         check_plan(assignment, model_map.inventory, _couplings(), self.name)
         for matrix in model_map.inventory.matrices:
             fmt = parse_format(assignment.formats[matrix.name])
@@ -80,6 +87,7 @@ class GgufExport:
             "checked_with": CHECKED_WITH,
             "gguf": version("gguf"),
             "not_exact": [*inexact_of(config), *inexact_split(told)],
+            "left_out": list(source.formats.carried),
             "run": f"llama-server -m {{directory}}/{MODEL_FILE}",
         }
 

@@ -13,6 +13,10 @@ from alphaquant.evaluators.engines.llama_cpp import generate, logits, tokenize
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.loading import load_tokenizer
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import menu_of
+from alphaquant.spaces.profiles import find_profile
+from alphaquant.spaces.units import Matrix
 from alphaquant.testing.llama.exported import EXPORTED, add_tokenizer, save_rounded, write_float32
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +74,26 @@ def test_a_quantized_file_computes_what_its_dequantized_model_computes(
     file = export(tmp_path / "packed", tmp_path / "out")
     assert distance(file, model) < INPUTS_ROUNDED
     assert len(generate(file, TOKENS, 4)) == 4
+
+
+def test_every_type_of_the_menu_is_computed(tmp_path: Path) -> None:
+    menu = menu_of("auto", find_profile("gguf"))
+    wide, narrow = (
+        [name for name in menu if parse_format(name).fits(width)] for width in (256, 128)
+    )
+    assert set(wide) == set(menu) and len(narrow) > 5
+    taken = iter(range(1000))
+
+    def format_of(matrix: Matrix) -> str:
+        kinds = wide if matrix.cols == 256 else narrow
+        return kinds[next(taken) % len(kinds)]
+
+    layers = -(-len(menu) // 6)  # six matrices of a layer are 256 wide, one 128
+    model = save_rounded("llama", tmp_path / "packed", format_of, num_hidden_layers=layers)
+    file = export(tmp_path / "packed", tmp_path / "out")
+    named = open_packed(tmp_path / "packed").formats.weights.values()
+    assert {fmt.name for fmt in named} == set(menu)
+    assert distance(file, model) < INPUTS_ROUNDED
 
 
 ROPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -40,3 +40,7 @@ def test_any_other_rule_is_told_to_be_unknown(rule: dict[str, Any]) -> None:
     told = f"gpt2 split as {split_rule(rule)}"
     assert "may become other tokens" in inexact_split(told)[0]
     assert inexact_split("gpt2 split as qwen2") == inexact_split("llama") == []
+
+
+def test_a_file_without_a_tokenizer_is_told() -> None:
+    assert "no tokenizer.json" in inexact_split("none")[0]
