@@ -49,8 +49,8 @@ from alphaquant.models.quantization_config import (
 )
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.source_files import read_carried
-from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.runtime.checkpoint_files import (
     INDEX,
     damaged,
