@@ -12,7 +12,8 @@ from typing import Any
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.architectures import check_architecture, choose_architecture
-from alphaquant.models.loading import load_skeleton, named_dtype
+from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.models.sites import ModelMap

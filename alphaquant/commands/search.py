@@ -23,7 +23,8 @@ import torch
 from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.evaluators.scores import check_scores
-from alphaquant.models.loading import load_skeleton, named_dtype, working_dtype
+from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.loading import load_skeleton, working_dtype
 from alphaquant.models.mapping import device_of, map_model
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.provenance import Provenance, device_facts, versions

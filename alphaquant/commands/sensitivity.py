@@ -22,7 +22,7 @@ from alphaquant.costs.experts import (
 from alphaquant.costs.fisher import CostSettings, measure_costs
 from alphaquant.errors import StoreError
 from alphaquant.files import whole_file
-from alphaquant.models.loading import named_dtype
+from alphaquant.models.dtypes import named_dtype
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import Bank

@@ -26,8 +26,9 @@ from alphaquant.errors import DataError, ModelError
 from alphaquant.gptq.config import GPTQConfig, choose_formats, read_layer_config
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import HessianBatch, accumulate
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.formats import FORMAT_KINDS, Format, parse_format
 from alphaquant.spaces.units import Inventory, Matrix
 

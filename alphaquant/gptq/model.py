@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from alphaquant.errors import DataError, ModelError
 from alphaquant.gptq.config import GPTQConfig, LayerConfig, choose_formats, read_layer_config
 from alphaquant.models.mapping import map_model
-from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.layerwise import quantize_layers
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.assignment import Assignment
 
 _DEFAULT = GPTQConfig()

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from alphaquant.errors import AlphaQuantError, ModelError
+from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.memory import GIB, total_memory
 from alphaquant.models.quantization_config import QUANT_METHOD
+from alphaquant.models.quantized.foreign_files import open_foreign
 from alphaquant.models.source_files import check_blocks, check_source, locate
 from alphaquant.models.zero_rows import read_missing_rows
 
@@ -60,6 +63,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
         dequantizing = _dequantizing(config, name, refuse=not quantized)
+        _check_experts(config, Path(name))
         wanted = working_dtype(name, config, device, dtype)
         auto = auto_class(config)
         if through is not None and isinstance(wanted, torch.dtype):
@@ -215,6 +219,31 @@ def _dequantizing(config: Any, name: str | Path, *, refuse: bool) -> Any:
     )
 
 
+def _check_experts(config: Any, directory: Path) -> None:
+    """Refuse experts of compressed-tensors that transformers would load wrongly without a word.
+
+    transformers 5.23 (`CompressedTensorsDequantize`) stacks the experts of a layer from a list of
+    codes and a list of scales: where one scale is missing, every later expert gets its
+    neighbour's, and the last one is memory that nobody wrote. Words of another layout are read as
+    if they were dense. Of linears it reports both.
+
+    Raises:
+        ModelError: naming one.
+    """
+    stated = getattr(config, "quantization_config", None) or {}
+    if stated.get("quant_method") != "compressed-tensors" or not directory.is_dir():
+        return
+    with torch.device("meta"):
+        skeleton: nn.Module = auto_class(config).from_config(config)
+    experts = [m for m in map_model(skeleton).inventory.matrices if m.expert is not None]
+    if not experts:
+        return
+    checkpoint = open_foreign(directory)
+    for matrix in experts:
+        if checkpoint.has(matrix):  # a whole expert that is missing is reported
+            checkpoint.find(matrix)
+
+
 def stated_text(stated: Any) -> str:
     """How a quantization_config says that a model is quantized."""
     method = stated.get("quant_method")
@@ -236,18 +265,6 @@ def check_device(name: str) -> None:
         raise ModelError(
             f"device {name!r} cannot be used ({said}); use cpu, cuda or auto"
         ) from error
-
-
-def named_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The floating-point dtype of a name such as `bfloat16`, or a dtype itself.
-
-    Raises:
-        ModelError: there is none.
-    """
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"unknown dtype {name!r}; use auto, float32, bfloat16 or float16")
-    return dtype
 
 
 def load_skeleton(name: str | Path, *, quantized: bool = False) -> nn.Module:

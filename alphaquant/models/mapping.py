@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.layouts.standard import LAYOUTS
-from alphaquant.models.loading import named_dtype
 from alphaquant.models.pages.private_maps import ModelPages
 from alphaquant.models.probe import Probe, probe_model
 from alphaquant.models.promises import promises_experts

@@ -16,156 +16,32 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from alphaquant.errors import FormatError, ModelError
+from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
-from alphaquant.quant.ggml.encoding import encode
-from alphaquant.quant.ggml.improving import improve
-from alphaquant.quant.ggml.ladders import LADDERS
+from alphaquant.quant.ggml.quantizing import encode_some, encodings
 from alphaquant.quant.hessian import HessianBatch
-from alphaquant.quant.matrix import PackedMatrix, RoundedBatch, pack_bf16
+from alphaquant.quant.matrix import RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
+from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix, Stacks, some
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
 _ROWS = 512
 """Rows that are rounded together: enough for products at full speed, few enough for caches."""
-_ENCODED_WEIGHTS = 2**22
-"""Weights that are put into a type of llama.cpp together, 16 MiB and a few times that."""
-_MOSTLY_DIAGONAL = 0.5
-"""Shrinkage beyond which the objective says too little of the Hessian itself; at 1 nothing."""
-
-
-@dataclass(frozen=True)
-class MatrixRecord:
-    """How one matrix was quantized; a row of `quantize_report.json`.
-
-    Attributes:
-        matrix: its name.
-        format: canonical format name.
-        bits_per_weight: stored bits, scales included.
-        method: `gptq`, `rtn`, `none` (bf16), `ggml` (llama.cpp's own code) or `descent`, ours from
-            there on.
-        fallback: why the method differs from the one asked for, None if it does not.
-        hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
-            data.
-        n_tokens: calibration tokens that reached it, None without data.
-        damp: damping fraction used, retries included.
-        weight_error: |W - Q|^2 / |W|^2.
-        output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
-        shrinkage: how far the Hessian was drawn toward its diagonal, 0 to 1; None without data.
-        heldout_gain: what that made of the error on held-back tokens, as a factor, measured on
-            matrices of its kind; None where it was not tried.
-    """
-
-    matrix: str
-    format: str
-    bits_per_weight: float
-    method: str
-    fallback: str | None = None
-    hessian: str | None = None
-    n_tokens: int | None = None
-    damp: float | None = None
-    weight_error: float = 0.0
-    output_error: float | None = None
-    shrinkage: float | None = None
-    heldout_gain: float | None = None
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """A packed matrix, which one it is, and how it was made."""
-
-    matrix: Matrix
-    packed: PackedMatrix
-    record: MatrixRecord
-
-
-@dataclass(frozen=True)
-class _Stacks:
-    """Stacks of one shape with what is known of their inputs.
-
-    Attributes:
-        matrices: of each stack, in the order of their rows.
-        weights: float32 [S, N, K].
-        hessian: float32 [S, K, K], sums over tokens; None without data.
-        damped: drawn toward their diagonals, damped, with their factors; None for rounding to
-            nearest.
-        shrinkage: how far each was drawn, 0 to 1.
-        heldout_gain: what that made of the error on held-back tokens.
-        source: how each Hessian was made.
-        n_tokens: how many the matrices of each stack saw.
-        place: where all of that is.
-    """
-
-    matrices: tuple[tuple[Matrix, ...], ...]
-    weights: Tensor
-    hessian: Tensor | None
-    damped: DampedHessian | None
-    shrinkage: tuple[float, ...]
-    heldout_gain: float | None
-    source: tuple[str, ...]
-    n_tokens: tuple[int, ...]
-    place: Place
-
-    @cached_property
-    def signals(self) -> Tensor:
-        """tr(W H W') of every row, [S, N], with data."""
-        assert self.hessian is not None
-        return ((self.weights @ self.hessian) * self.weights).sum(-1)
-
-    def rows_of(self, position: int) -> slice:
-        """Rows of the matrices at a position of every stack."""
-        sizes = [m.rows for m in self.matrices[0]]
-        start = sum(sizes[:position])
-        return slice(start, start + sizes[position])
-
-    def output_errors(self, index: Tensor, rounding: Rounding) -> Tensor:
-        """tr(D H D') of every row of some stacks, [S, N], with data.
-
-        Args:
-            index: int64 [S], the stacks.
-            rounding: of these.
-        """
-        assert self.hessian is not None
-        D = rounding.delta  # [S, K, N]
-        hessian = _some(self.hessian, index)
-        shrinkage = torch.tensor(self.shrinkage, dtype=torch.float32)[index.cpu()]
-        is_diagonal = shrinkage > _MOSTLY_DIAGONAL
-        measured = told = None
-        if self.damped is None or bool(is_diagonal.any()):
-            measured = ((hessian @ D) * D).sum(-2)
-        if self.damped is not None and not bool(is_diagonal.all()):
-            # The objective is of the matrix with a larger diagonal and smaller correlations.
-            kept = (1 - shrinkage).to(D.device).unsqueeze(-1)
-            damped = _some(self.damped.matrix.diagonal(dim1=-2, dim2=-1), index)
-            added = damped - kept * hessian.diagonal(dim1=-2, dim2=-1)  # [S, K]
-            extra = (added.unsqueeze(-2) @ D.square()).squeeze(-2)
-            told = (rounding.objective - extra).clamp(min=0) / kept
-        if told is None or measured is None:
-            found = measured if told is None else told
-            assert found is not None
-            return found
-        return torch.where(is_diagonal.to(D.device).unsqueeze(-1), measured, told)
-
-
-def _some(x: Tensor, index: Tensor) -> Tensor:
-    """Some stacks, int64 [n], of a tensor; all of them without a copy."""
-    return x if len(index) == len(x) else x[index]
 
 
 Wanted = Callable[[Matrix, str], bool]
@@ -295,7 +171,7 @@ def _gather(
     asked: Mapping[int, Asked],
     how: tuple[QuantSettings, Shrinkage],
     place: Place,
-) -> _Stacks:
+) -> Stacks:
     """The stacks of a batch that are asked for, with their factors where those are needed."""
     (settings, shrinkage), numbers = how, list(asked)
     matrices = tuple(batch.stacks[b] for b in numbers)
@@ -316,7 +192,7 @@ def _gather(
             names = [" + ".join(m.name for m in stack) for stack in matrices]
             shrunk = shrink(hessian, torch.tensor(amounts, dtype=torch.float64))
             damped = factorize(shrunk, settings.percdamp, orders, *names)
-    return _Stacks(
+    return Stacks(
         matrices,
         weights.view(len(matrices), -1, weights.shape[-1]),
         hessian,
@@ -345,19 +221,18 @@ class _Job:
 
 
 def _quantize_stacks(
-    stacks: _Stacks, asked: Sequence[Asked], settings: QuantSettings, over: Map
+    stacks: Stacks, asked: Sequence[Asked], settings: QuantSettings, over: Map
 ) -> Iterator[QuantizedMatrix]:
     """Quantize the matrices of stacks, each in the formats that are asked for."""
     jobs, found = _jobs(stacks, asked), dict[tuple[str, str], QuantizedMatrix]()
     # On a CPU all together, so that there is work for every thread; on a GPU all are large.
-    for some in [[job] for job in jobs] if stacks.place.is_batched else [jobs]:
-        rounded = _round_jobs(stacks, some, settings, over)
+    for group in [[job] for job in jobs] if stacks.place.is_batched else [jobs]:
+        rounded = _round_jobs(stacks, group, settings, over)
         tasks = [(*done, position) for done in rounded for position in done[0].positions]
         for items in over(lambda task: _pack(stacks, settings, *task), tasks):
             found |= {(item.matrix.name, item.record.format): item for item in items}
-    for items in over(
-        lambda task: _encode(stacks, settings, *task), list(_encodings(stacks, asked))
-    ):
+    encoded = over(lambda t: encode_some(stacks, settings, *t), list(encodings(stacks, asked)))
+    for items in encoded:
         found |= {(item.matrix.name, item.record.format): item for item in items}
     for stack, of_stack, weight in zip(stacks.matrices, asked, stacks.weights, strict=True):
         for name, positions in of_stack.items():
@@ -369,7 +244,7 @@ def _quantize_stacks(
                     yield _keep(matrix, weight[stacks.rows_of(position)])
 
 
-def _jobs(stacks: _Stacks, asked: Sequence[Asked]) -> list[_Job]:
+def _jobs(stacks: Stacks, asked: Sequence[Asked]) -> list[_Job]:
     """What is rounded together: all stacks that ask for the same in a format."""
     together: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for s, of_stack in enumerate(asked):
@@ -401,7 +276,7 @@ class _Part:
 
 
 def _round_jobs(
-    stacks: _Stacks, jobs: Sequence[_Job], settings: QuantSettings, over: Map
+    stacks: Stacks, jobs: Sequence[_Job], settings: QuantSettings, over: Map
 ) -> list[tuple[_Job, Rounding]]:
     """Round jobs, each in parts."""
     inverses: dict[tuple[Block, ...], list[list[Tensor]]] = {}
@@ -415,7 +290,7 @@ def _round_jobs(
 
 
 def _parts(
-    stacks: _Stacks,
+    stacks: Stacks,
     job: _Job,
     settings: QuantSettings,
     inverses: dict[tuple[Block, ...], list[list[Tensor]]],
@@ -429,7 +304,7 @@ def _parts(
         inverses: of all stacks by blocks; what is not yet known is added.
     """
     fmt, is_whole = job.fmt, len(job.index) == len(stacks.matrices)
-    weights = _some(stacks.weights, job.index)
+    weights = some(stacks.weights, job.index)
     damped = stacks.damped
     if damped is not None and not is_whole:
         damped = damped.stacks(job.index)
@@ -467,13 +342,13 @@ def _round(part: _Part, settings: QuantSettings) -> Rounding:
 
 
 def _pack(
-    stacks: _Stacks, settings: QuantSettings, job: _Job, rounding: Rounding, position: int
+    stacks: Stacks, settings: QuantSettings, job: _Job, rounding: Rounding, position: int
 ) -> list[QuantizedMatrix]:
     """Pack the matrices at a position of a job's stacks; write down how each was made."""
     sizes = [stacks.matrices[0][p].rows for p in job.positions]
     before = sum(sizes[: job.positions.index(position)])
     own = rounding.rows(slice(before, before + stacks.matrices[0][position].rows))
-    weights = _some(stacks.weights[:, stacks.rows_of(position)], job.index)
+    weights = some(stacks.weights[:, stacks.rows_of(position)], job.index)
     fmt, zeros, shared = job.fmt, None, None
     values = own.centred
     if not fmt.symmetric:
@@ -488,7 +363,7 @@ def _pack(
 
 
 def _records(
-    stacks: _Stacks,
+    stacks: Stacks,
     settings: QuantSettings,
     job: _Job,
     position: int,
@@ -497,32 +372,19 @@ def _records(
 ) -> list[MatrixRecord]:
     """How each matrix at a position of a job's stacks was made."""
     is_nearest = stacks.damped is None
-    has_data = stacks.hessian is not None
     energy = weights.square().sum((-1, -2)).clamp(min=1e-30)  # [S]
     weight_errors = (rounding.delta.square().sum((-1, -2)) / energy).tolist()
     outputs: list[float] | None = None
-    if has_data:
-        signals = _some(stacks.signals[:, stacks.rows_of(position)], job.index).sum(-1)
+    if stacks.hessian is not None:
+        signals = some(stacks.signals[:, stacks.rows_of(position)], job.index).sum(-1)
         errors = stacks.output_errors(job.index, rounding).sum(-1)
         outputs = (errors / signals.clamp(min=1e-30)).tolist()
     found = []
     for i, s in enumerate(job.index.tolist()):
         matrix = stacks.matrices[s][position]
-        record = MatrixRecord(
-            matrix.name,
-            job.fmt.name,
-            matrix.storage_bits(job.fmt) / matrix.n_weights,
-            "rtn" if is_nearest else "gptq",
-            "no_tokens" if settings.method == "gptq" and is_nearest else None,
-            stacks.source[s] if has_data else None,
-            stacks.n_tokens[s] if has_data else None,
-            None if stacks.damped is None else float(stacks.damped.damp[s]),
-            weight_errors[i],
-            None if outputs is None else outputs[i],
-            stacks.shrinkage[s] if has_data else None,
-            stacks.heldout_gain,
-        )
-        found.append(record)
+        lost = weight_errors[i], None if outputs is None else outputs[i]
+        method = "rtn" if is_nearest else "gptq"
+        found.append(stacks.record(s, matrix, job.fmt, method, lost, settings))
     return found
 
 
@@ -530,78 +392,6 @@ def _is_rounded(name: str) -> bool:
     """Whether a format is one that the column loops round to."""
     fmt = parse_format(name)
     return fmt.is_quantized and not fmt.is_ggml
-
-
-def _encodings(
-    stacks: _Stacks, asked: Sequence[Asked]
-) -> Iterator[tuple[Format, int, tuple[int, ...]]]:
-    """What llama.cpp's code starts with: format, position of the matrix, numbers of the stacks."""
-    together: dict[tuple[str, int], list[int]] = {}
-    for s, of_stack in enumerate(asked):
-        for name, positions in of_stack.items():
-            if parse_format(name).is_ggml:
-                for position in positions:
-                    together.setdefault((name, position), []).append(s)
-    for (name, position), numbers in together.items():
-        n_most = max(1, _ENCODED_WEIGHTS // stacks.matrices[0][position].n_weights)
-        for start in range(0, len(numbers), n_most):
-            yield parse_format(name), position, tuple(numbers[start : start + n_most])
-
-
-def _encode(
-    stacks: _Stacks, settings: QuantSettings, fmt: Format, position: int, numbers: tuple[int, ...]
-) -> list[QuantizedMatrix]:
-    """Matrices in a type of llama.cpp: by its own code, then by descent where there is data.
-
-    Its code gets the diagonal of a matrix's Hessian, descent all of it.
-    """
-    index = torch.tensor(numbers, device=stacks.weights.device)
-    weights = stacks.weights[index][:, stacks.rows_of(position)]
-    matrices = [stacks.matrices[s][position] for s in numbers]
-    first = matrices[0]
-    if not fmt.fits(first.cols):
-        raise FormatError(
-            f"{first.name} has {first.cols} inputs, and {fmt.name} has blocks of "
-            f"{fmt.group_size}; use a format of smaller blocks for it"
-        )
-    H = None if stacks.damped is None else stacks.damped.matrix[index]
-    rows = [None] * len(numbers) if H is None else H.diagonal(dim1=-2, dim2=-1)
-    codes = torch.stack([encode(fmt.kind, w, d) for w, d in zip(weights, rows, strict=True)])
-    if H is not None:
-        codes = improve(fmt.kind, codes, weights, H, settings.refine_sweeps)
-    is_ours = H is not None and fmt.kind in LADDERS and settings.refine_sweeps > 0
-    found = []
-    for matrix, own, weight, s in zip(matrices, codes, weights, numbers, strict=True):
-        packed = PackedMatrix(fmt, matrix.rows, matrix.cols, {"codes": own.clone()})
-        record = _encoded_record(stacks, packed, matrix, weight, s)
-        record = replace(record, method="descent" if is_ours else "ggml")
-        found.append(QuantizedMatrix(matrix, packed, record))
-    return found
-
-
-def _encoded_record(
-    stacks: _Stacks, packed: PackedMatrix, matrix: Matrix, weight: Tensor, s: int
-) -> MatrixRecord:
-    """How far a matrix of llama.cpp's type is from what it was."""
-    D = weight - packed.dequantize().to(weight.device)
-    has_data, error = stacks.hessian is not None, None
-    if stacks.hessian is not None:
-        H = stacks.hessian[s]
-        error = float((D @ H * D).sum() / (weight @ H * weight).sum().clamp(min=1e-30))
-    return MatrixRecord(
-        matrix.name,
-        packed.format.name,
-        matrix.storage_bits(packed.format) / matrix.n_weights,
-        "ggml",
-        None,
-        stacks.source[s] if has_data else None,
-        stacks.n_tokens[s] if has_data else None,
-        None if stacks.damped is None else float(stacks.damped.damp[s]),
-        float(D.square().sum() / weight.square().sum().clamp(min=1e-30)),
-        error,
-        stacks.shrinkage[s] if has_data else None,
-        stacks.heldout_gain,
-    )
 
 
 def _keep(matrix: Matrix, weight: Tensor) -> QuantizedMatrix:

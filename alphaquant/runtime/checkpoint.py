@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.files import sha256_of, whole_file, writing
+from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.loading import (
     auto_class,
     check_device,
     model_problem,
-    named_dtype,
     register_architectures,
 )
 from alphaquant.models.mapping import checkpoint_dtype, kept_state, map_model, stored_dtype
@@ -49,8 +49,8 @@ from alphaquant.models.quantization_config import (
 )
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.source_files import read_carried
-from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.runtime.checkpoint_files import (
     INDEX,
     damaged,

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
-from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.matrix import PackedMatrix, pack_bf16
 from alphaquant.quant.rounding import quantize_rtn
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.runtime.checkpoint import CheckpointWriter
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.runtime.parts import open_part

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, FormatError, ModelError
 from alphaquant.gptq import GPTQMoE
-from alphaquant.quant.engine import QuantizedMatrix
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.formats import parse_format
 
 # The example of alphaquant/gptq/expert.py.

@@ -13,7 +13,7 @@ from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelErro
 from alphaquant.gptq import GPTQConfig, get_layers_for_model, gptq_quantize_model
 from alphaquant.gptq.model import stack_windows
 from alphaquant.models.mapping import map_model
-from alphaquant.quant.engine import QuantizedMatrix
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 INT4 = {"default": {"wq": "int4", "group_size": 32}}

@@ -21,7 +21,12 @@ from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.models import tiny_model, tiny_tokens
-from alphaquant.testing.packed import save_export, save_packed, served_model
+from alphaquant.testing.packed import (
+    relative_difference,
+    save_export,
+    save_packed,
+    served_model,
+)
 
 TOKENS = tiny_tokens(2, 9)
 FP8 = torch.float8_e4m3fn
@@ -227,6 +232,13 @@ def test_a_bfloat16_model_computes_as_it_is_stored_where_float32_would_fill_a_qu
     assert all("computes in bfloat16" in line and "--dtype float32" in line for line in said)
 
 
+EXPERT_SCALES = {
+    "olmoe": ("experts.1.up_proj.weight_scale",),
+    "mixtral": ("experts.1.w3.weight_scale",),
+}
+"""What transformers does not miss: it gives every later expert its neighbour's."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "llama"])
 def test_what_compressed_tensors_decompresses_is_not_missing(family: str, tmp_path: Path) -> None:
@@ -235,10 +247,12 @@ def test_what_compressed_tensors_decompresses_is_not_missing(family: str, tmp_pa
     )
     found: Any = load_model(out, quantized=True)
     expected: Any = load(tmp_path / "packed")
-    assert torch.allclose(found(TOKENS).logits, expected(TOKENS).logits, atol=0.05)
+    # float16 scales; an expert in another's place gives 0.1 and more
+    assert relative_difference(found(TOKENS).logits, expected(TOKENS).logits) < 1e-3
     file = next(out.glob("*00001*.safetensors"))
     tensors = load_file(file)
-    lost = next(name for name in tensors if name.endswith("q_proj.weight_scale"))
-    save_file({k: t for k, t in tensors.items() if k != lost}, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"q_proj"):
-        load_model(out, quantized=True)
+    for end in ("q_proj.weight_scale", *EXPERT_SCALES.get(family, ())):
+        lost = next(name for name in tensors if name.endswith(end))
+        save_file({k: t for k, t in tensors.items() if k != lost}, file, {"format": "pt"})
+        with pytest.raises(ModelError, match=lost.rpartition(".")[0]):
+            load_model(out, quantized=True)

@@ -11,9 +11,9 @@ from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import map_model
 from alphaquant.quant import engine
 from alphaquant.quant.columns.column_loops import NumbaLoops
-from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.place import Place
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.quantizer import QuantSettings

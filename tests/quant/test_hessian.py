@@ -8,10 +8,11 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite, LayerSite, ModelMap
 from alphaquant.models.walk import observe_layer, walk
 from alphaquant.quant import engine
-from alphaquant.quant.engine import QuantizedMatrix, quantize_layer
+from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import HessianBatch, LayerHessians, accumulate, observer_of
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.shrinkage import Shrinkage
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens

@@ -10,7 +10,7 @@ Letters: N outputs, K inputs, G groups of inputs per output.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ class Part:
         shapes: those it may have.
         dtypes: those it may have, as safetensors calls them.
         is_required: whether it must be there.
+        other_layouts: what a file is whose tensor has one of these shapes, and what to do.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: frozenset[str]
     is_required: bool = True
+    other_layouts: Mapping[tuple[int, ...], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ nvfp4-pack-quantized: `weight_packed` uint8 [N, K / 2] with the even input in th
 `weight_scale` float8_e4m3 [N, K / 16], `weight_global_scale` float32 [1], which divides.
 mxfp4-pack-quantized: the same with `weight_scale` uint8 [N, K / 32], powers of two from 2^-127.
 
-Words of compressed-tensors 0.20 are dense. Releases that left the last bits of a word unused with
-3, 5, 6 and 7 bits made tensors of another shape, which are refused. Source: compressed-tensors
-0.20, `compressors/`.
+Words are dense from compressed-tensors 0.18 on. Releases up to 0.17 put whole codes into a word
+and left its last bits unused: 128 codes of 3 bits are 12 words now, and were 13, ten codes in
+each. Nothing else tells the two apart, so those are refused by the shape. Source:
+compressed-tensors 0.20, `compressors/`.
 """
 
 from collections.abc import Mapping
@@ -40,6 +41,10 @@ from alphaquant.models.quantized.compressed import (
 )
 from alphaquant.models.quantized.word_forms import WORD, unpack_words
 
+_SPARSE_WORDS = (
+    "these are words of compressed-tensors 0.17 and older, which leave their last bits unused; "
+    "quantize it again with 0.18 or later"
+)
 _INT32, _INT8, _BYTE = frozenset(("I32",)), frozenset(("I8",)), frozenset(("U8",))
 
 
@@ -74,8 +79,11 @@ class PackedIntForm(Form):
     def parts(self, rows: int, cols: int) -> dict[str, Part]:
         """Codes, scales, zero points, and what is beside them."""
         n_groups = n_even_groups(cols, self.group_size)
+        words, sparse = -(-cols * self.bits // WORD), -(-cols // (WORD // self.bits))
         found = {
-            "weight_packed": Part(((rows, -(-cols * self.bits // WORD)),), _INT32),
+            "weight_packed": Part(
+                ((rows, words),), _INT32, other_layouts={(rows, sparse): _SPARSE_WORDS}
+            ),
             "weight_scale": Part(((rows, n_groups),), FLOATS),
             "weight_shape": Part(((2,),), frozenset(("I64", "I32")), is_required=False),
         }

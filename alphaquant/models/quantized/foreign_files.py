@@ -82,6 +82,10 @@ class ForeignCheckpoint:
     stated: Stated | None
     headers: Mapping[str, Header] = field(repr=False)
 
+    def has(self, matrix: Matrix) -> bool:
+        """Whether a module of this name is there."""
+        return any(name in self._ends for name in (matrix.name, *matrix.aliases))
+
     def find(self, matrix: Matrix) -> Found:
         """Where a matrix is, with its shapes and dtypes checked.
 
@@ -162,10 +166,13 @@ class ForeignCheckpoint:
     def _check_header(self, name: str, wanted: Part, header: Header, form: Form) -> None:
         if header.shape not in wanted.shapes or header.dtype not in wanted.dtypes:
             shapes = " or ".join(str(list(shape)) for shape in wanted.shapes)
+            why = wanted.other_layouts.get(
+                header.shape,
+                "the files and config.json do not belong together, or are of another layout",
+            )
             raise ModelError(
                 f"{self.directory}: {name} is {header.dtype} {list(header.shape)}; {form.name} "
-                f"has {' or '.join(sorted(wanted.dtypes))} {shapes} there: the files and "
-                "config.json do not belong together, or are of another layout"
+                f"has {' or '.join(sorted(wanted.dtypes))} {shapes} there: {why}"
             )
 
     def tensor(self, name: str) -> Tensor:

@@ -206,7 +206,8 @@ def _scheme_form(group: Mapping[str, Any], shared: str) -> Form:
     size, symmetric = weights.get("group_size"), weights.get("symmetric", True)
     strategy = weights.get("strategy") or ("group" if size else "tensor")
     per_row = -1 if strategy != "group" else int(size)
-    if packing == "pack-quantized" and kind == "int" and strategy in ("group", "channel"):
+    is_packed = packing == "pack-quantized" and kind == "int" and bits in range(1, 9)
+    if is_packed and strategy in ("group", "channel"):
         ordered = weights.get("actorder") in ("group", True)
         return PackedIntForm(int(bits), per_row, symmetric is not False, ordered)
     fp4 = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}.get(packing)

@@ -22,9 +22,9 @@ from alphaquant.models.quantized.compressed import PlainForm
 from alphaquant.models.quantized.foreign_files import ForeignCheckpoint, open_foreign
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
-from alphaquant.quant.engine import MatrixRecord
 from alphaquant.quant.foreign.exact_formats import exact_packed
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.stacks import MatrixRecord
 from alphaquant.spaces.formats import BF16
 from alphaquant.spaces.units import Inventory, Matrix
 

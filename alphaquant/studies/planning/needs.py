@@ -135,6 +135,11 @@ class Needs:
         return min(n_anchors + listed, len(names))
 
     @property
+    def ggml_formats(self) -> tuple[str, ...]:
+        """Types of llama.cpp in the bank, whose quantizers are slower than the measured ones."""
+        return tuple(n for n in bank_formats(self.space) if parse_format(n).is_ggml)
+
+    @property
     def n_rounds(self) -> int:
         """Rounds in which the bank is filled and costs are measured."""
         return 2 if is_short(self.spec, self.space) else 1

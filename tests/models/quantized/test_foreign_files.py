@@ -212,6 +212,23 @@ def test_groups_that_do_not_exist_are_told(base: Path, tmp_path: Path) -> None:
         read(open_foreign(tmp_path), FIRST, right[FIRST])
 
 
+@pytest.mark.parametrize(("bits", "words"), [(3, 13), (5, 22), (6, 26)])
+def test_words_of_an_older_compressed_tensors_are_told(
+    base: Path, tmp_path: Path, bits: int, words: int
+) -> None:
+    """128 codes; see findings/compressed_tensors_three_bits_of_an_older_release.sh."""
+    right = save_foreign(base, tmp_path, compressed("int4-g32"), is_first_layer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"]["num_bits"] = bits
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{FIRST}.weight_packed"] = torch.zeros(128, words, dtype=torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"words of compressed-tensors 0\.17 and older.*again"):
+        open_foreign(tmp_path).find(matrix_of(FIRST, right[FIRST]))
+
+
 def test_a_stated_shape_of_another_model_is_told(base: Path, tmp_path: Path) -> None:
     right = save_foreign(base, tmp_path, compressed("int4-g32"), is_first_layer)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -269,6 +286,11 @@ COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "p
         (
             COMPRESSED | {"config_groups": {"a": GROUP | {"format": "marlin-24"}}},
             "int of 4 bits by group in marlin-24 are not read",
+        ),
+        (
+            COMPRESSED
+            | {"config_groups": {"a": GROUP | {"weights": GROUP["weights"] | {"num_bits": 64}}}},
+            "int of 64 bits by group in pack-quantized are not read",
         ),
     ],
 )

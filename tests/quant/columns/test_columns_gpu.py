@@ -11,10 +11,10 @@ import torch
 from alphaquant.models.mapping import map_model
 from alphaquant.quant.columns.column_loops import NumbaLoops, triton_loops
 from alphaquant.quant.descent import ColumnPlan, Rounder
-from alphaquant.quant.engine import QuantizedMatrix
 from alphaquant.quant.factor import factorize
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.layerwise import quantize_layers
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings

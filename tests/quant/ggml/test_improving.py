@@ -122,6 +122,7 @@ def test_the_engine_improves_where_it_has_data_and_an_unseen_expert_is_kept() ->
             assert item.packed.dequantize().shape == (16, 256)
     assert [r.method for r in records[0]] == ["ggml", "ggml", "ggml"]
     assert [r.method for r in records[2]] == ["descent", "descent", "ggml"]
+    assert [r.fallback for r in records[2]] == [None, None, "no_tokens"]
     for plain, ours in zip(records[0][:2], records[2][:2], strict=True):
         assert plain.output_error is not None and ours.output_error is not None
         assert ours.output_error < 0.8 * plain.output_error

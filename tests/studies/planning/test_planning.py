@@ -240,3 +240,15 @@ def test_durations_have_a_unit(text: str, seconds: float) -> None:
 def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="give a duration such as 600s, 90min or 2h"):
         SearchSpec.of(budget="4bits", time_limit=text)
+
+
+@pytest.mark.parametrize(
+    ("formats", "said"),
+    [("q4_k,int4-g64", "1 of the formats are llama.cpp's and counted as ours"), ("int4-g64", "")],
+)
+def test_a_plan_says_that_the_time_of_llama_cpp_s_types_is_not_counted(
+    make_needs: MakeNeeds, formats: str, said: str
+) -> None:
+    text = plan_text(plan_stages(make_needs(formats=formats), RATES, has_copy=True))
+    assert ("llama.cpp" in text) == bool(said)
+    assert said in text
