@@ -112,10 +112,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         folder = Path(scratch)
         engine: Mapping[str, Any] = {}
         harness = _harness(spec)
-        served = spec.engine in ENGINES
-        if spec.reference is not None and not served and not is_packed(spec.model):
-            # A wrong name is told before the long work.
-            load_skeleton(located(spec.model), quantized=True)
+        if spec.reference is not None:
+            _check_names(spec)
         progress(Stage.LOAD, 0, 1)
         mixed: dict[str, MixedStatistics] = {}
         model = open_model(spec, "model" if spec.reference is None else "reference", device, mixed)
@@ -139,6 +137,24 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
     )
 
 
+def _check_names(spec: EvaluateSpec) -> None:
+    """Refuse a wrong name of the model before its reference is measured, which takes long.
+
+    Raises:
+        ModelError: there is no such model, or no such engine.
+    """
+    if spec.engine in ENGINES:
+        ENGINES[spec.engine].check(_engine_model(spec), spec.engine_python)
+    is_hub_id = not Path(spec.model).exists()
+    if is_hub_id or not (spec.engine in ENGINES or is_packed(spec.model)):
+        load_skeleton(located(spec.model), quantized=True)
+
+
+def _engine_model(spec: EvaluateSpec) -> Path:
+    """What an engine loads: files and directories as they are."""
+    return Path(spec.model if Path(spec.model).exists() else located(spec.model))
+
+
 @contextmanager
 def _opened(
     spec: EvaluateSpec,
@@ -152,9 +168,8 @@ def _opened(
         yield open_model(spec, "model", device, mixed)
         return
     assert tokens is not None and vocabulary is not None
-    request = EngineRequest(
-        Path(spec.model), spec.dtype, tokens.tokens.shape[1], spec.engine_python
-    )
+    model_path = _engine_model(spec)
+    request = EngineRequest(model_path, spec.dtype, tokens.tokens.shape[1], spec.engine_python)
     with serving(spec.engine, request, vocabulary) as model:
         yield model
 
@@ -322,6 +337,11 @@ def _check(spec: EvaluateSpec) -> str:
         )
     if spec.engine in ENGINES:
         _check_engine(spec)
+    if spec.engine_python is not None and spec.engine != "vllm":
+        raise ConfigError(
+            f"--engine-python {spec.engine_python} given, and --engine {spec.engine} runs in this "
+            "process; leave it out, or give --engine vllm"
+        )
     only = {"shots": spec.shots, "limit": spec.limit, "task-data": spec.task_data}
     given = [f"--{name} {value}" for name, value in only.items() if value is not None]
     if given and not harness_tasks(spec):
@@ -345,6 +365,11 @@ def _check_engine(spec: EvaluateSpec) -> None:
         raise ConfigError(
             f"--engine {spec.engine} runs the model elsewhere, and its text is read with the "
             "original's tokenizer; give --reference MODEL"
+        )
+    if is_mixed(spec.model):
+        raise ConfigError(
+            f"--engine {spec.engine} loads checkpoints, and {spec.model} is a mixed_precision "
+            "file, which our own loader reads; use --engine transformers"
         )
     other = [name for name in spec.names if find(name) not in _BY_LOGITS]
     if other:
