@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from alphaquant.commands.searched import is_same_text, read_searched, searched_text
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
 from alphaquant.evaluators.engines.protocol import EngineRequest
@@ -64,6 +65,7 @@ class Evaluation:
         reference_details: those of the reference.
         engine: what ran the model, where it was not this process.
         mixed: what was loaded of `model` and `reference`, those that were mixed_precision files.
+        searched: what its search measured of `model`, if its files say, see `read_searched`.
     """
 
     spec: EvaluateSpec
@@ -75,6 +77,7 @@ class Evaluation:
     reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     mixed: Mapping[str, MixedStatistics] = field(default_factory=dict)
+    searched: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
                 )
     return Evaluation(
         *(asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details),
-        *(engine, mixed),
+        *(engine, mixed, read_searched(asked.model)),
     )
 
 
@@ -251,6 +254,8 @@ def evaluation_text(found: Evaluation, width: int | None = None) -> str:
             f"{n_samples} of {found.tokens.n_available} windows of {seq_len} tokens of "
             f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
         )
+    if found.searched is not None and any(score.metric == "kl" for score in found.scores):
+        lines.append(searched_text(found.searched, found.tokens))
     if found.engine:
         lines.append(", ".join(f"{name} {value}" for name, value in found.engine.items()))
     lines += [_mixed_text(role, part) for role, part in found.mixed.items()]
@@ -285,8 +290,16 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "batch_size": spec.batch_size,
         **({"gguf": found.gguf} if found.gguf else {}),
         **({"engine": found.engine} if found.engine else {}),
+        **_searched_json(found),
         "versions": versions(),
     }
+
+
+def _searched_json(found: Evaluation) -> dict[str, Any]:
+    if found.searched is None:
+        return {}
+    is_same = is_same_text(found.searched, found.tokens)
+    return {"searched": {**found.searched, "is_same_text": is_same}}
 
 
 def _located(
