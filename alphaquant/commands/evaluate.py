@@ -148,14 +148,14 @@ def _check_names(spec: EvaluateSpec) -> None:
     """
     if spec.engine in ENGINES:
         ENGINES[spec.engine].check(_engine_model(spec), spec.engine_python)
-    is_hub_id = not Path(spec.model).exists()
-    if is_hub_id or not (spec.engine in ENGINES or is_packed(spec.model)):
+    is_local = Path(spec.model).exists()
+    if not is_local or not (spec.engine in ENGINES or is_packed(spec.model)):
         load_skeleton(located(spec.model), quantized=True)
 
 
 def _engine_model(spec: EvaluateSpec) -> Path:
     """What an engine loads: files and directories as they are."""
-    return Path(spec.model if Path(spec.model).exists() else located(spec.model))
+    return Path(located(spec.model) if spec.model == DEMO else spec.model)
 
 
 @contextmanager
