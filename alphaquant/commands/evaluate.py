@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from alphaquant.commands.searched import is_same_text, read_searched, searched_text
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
 from alphaquant.evaluators.engines.protocol import EngineRequest
@@ -64,6 +65,7 @@ class Evaluation:
         reference_details: those of the reference.
         engine: what ran the model, where it was not this process.
         mixed: what was loaded of `model` and `reference`, those that were mixed_precision files.
+        searched: what its search measured of `model`, if its files say, see `read_searched`.
     """
 
     spec: EvaluateSpec
@@ -75,6 +77,7 @@ class Evaluation:
     reference_details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     mixed: Mapping[str, MixedStatistics] = field(default_factory=dict)
+    searched: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
         folder = Path(scratch)
         engine: Mapping[str, Any] = {}
         harness = _harness(spec)
-        served = spec.engine in ENGINES
-        if spec.reference is not None and not served and not is_packed(spec.model):
-            # A wrong name is told before the long work.
-            load_skeleton(located(spec.model), quantized=True)
+        if spec.reference is not None:
+            _check_names(spec)
         progress(Stage.LOAD, 0, 1)
         mixed: dict[str, MixedStatistics] = {}
         model = open_model(spec, "model" if spec.reference is None else "reference", device, mixed)
@@ -135,8 +136,26 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = no_progress) -> Evaluat
                 )
     return Evaluation(
         *(asked, found.scores, own.scores, chosen.tokens, origins, found.details, own.details),
-        *(engine, mixed),
+        *(engine, mixed, read_searched(asked.model)),
     )
+
+
+def _check_names(spec: EvaluateSpec) -> None:
+    """Refuse a wrong name of the model before its reference is measured, which takes long.
+
+    Raises:
+        ModelError: there is no such model, or no such engine.
+    """
+    if spec.engine in ENGINES:
+        ENGINES[spec.engine].check(_engine_model(spec), spec.engine_python)
+    is_local = Path(spec.model).exists()
+    if not is_local or not (spec.engine in ENGINES or is_packed(spec.model)):
+        load_skeleton(located(spec.model), quantized=True)
+
+
+def _engine_model(spec: EvaluateSpec) -> Path:
+    """What an engine loads: files and directories as they are."""
+    return Path(located(spec.model) if spec.model == DEMO else spec.model)
 
 
 @contextmanager
@@ -152,9 +171,8 @@ def _opened(
         yield open_model(spec, "model", device, mixed)
         return
     assert tokens is not None and vocabulary is not None
-    request = EngineRequest(
-        Path(spec.model), spec.dtype, tokens.tokens.shape[1], spec.engine_python
-    )
+    model_path = _engine_model(spec)
+    request = EngineRequest(model_path, spec.dtype, tokens.tokens.shape[1], spec.engine_python)
     with serving(spec.engine, request, vocabulary) as model:
         yield model
 
@@ -236,6 +254,8 @@ def evaluation_text(found: Evaluation, width: int | None = None) -> str:
             f"{n_samples} of {found.tokens.n_available} windows of {seq_len} tokens of "
             f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
         )
+    if found.searched is not None and any(score.metric == "kl" for score in found.scores):
+        lines.append(searched_text(found.searched, found.tokens))
     if found.engine:
         lines.append(", ".join(f"{name} {value}" for name, value in found.engine.items()))
     lines += [_mixed_text(role, part) for role, part in found.mixed.items()]
@@ -270,8 +290,16 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "batch_size": spec.batch_size,
         **({"gguf": found.gguf} if found.gguf else {}),
         **({"engine": found.engine} if found.engine else {}),
+        **_searched_json(found),
         "versions": versions(),
     }
+
+
+def _searched_json(found: Evaluation) -> dict[str, Any]:
+    if found.searched is None:
+        return {}
+    is_same = is_same_text(found.searched, found.tokens)
+    return {"searched": {**found.searched, "is_same_text": is_same}}
 
 
 def _located(
@@ -322,6 +350,11 @@ def _check(spec: EvaluateSpec) -> str:
         )
     if spec.engine in ENGINES:
         _check_engine(spec)
+    if spec.engine_python is not None and spec.engine != "vllm":
+        raise ConfigError(
+            f"--engine-python {spec.engine_python} given, and --engine {spec.engine} runs in this "
+            "process; leave it out, or give --engine vllm"
+        )
     only = {"shots": spec.shots, "limit": spec.limit, "task-data": spec.task_data}
     given = [f"--{name} {value}" for name, value in only.items() if value is not None]
     if given and not harness_tasks(spec):
@@ -345,6 +378,11 @@ def _check_engine(spec: EvaluateSpec) -> None:
         raise ConfigError(
             f"--engine {spec.engine} runs the model elsewhere, and its text is read with the "
             "original's tokenizer; give --reference MODEL"
+        )
+    if is_mixed(spec.model):
+        raise ConfigError(
+            f"--engine {spec.engine} loads checkpoints, and {spec.model} is a mixed_precision "
+            "file, which our own loader reads; use --engine transformers"
         )
     other = [name for name in spec.names if find(name) not in _BY_LOGITS]
     if other:

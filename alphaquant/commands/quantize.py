@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alphaquant.commands.searched import Made, searched_scores
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.architectures import check_architecture, choose_architecture
@@ -126,6 +127,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
         progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
+        is_changed = settings != summary.settings or bool(_activations(plan))
+        facts["searched"] = _searched(config, plan, source, tokens, is_changed)
         windows = None if tokens is None else tokens.tokens
         return quantize_to_checkpoint(
             PackingJob(
@@ -322,6 +325,15 @@ def _facts(
         "calibration": None if tokens is None else tokens.provenance(),
         "warnings": warnings,
     }
+
+
+def _searched(
+    config: Config, plan: Plan, source: Source, tokens: TokenSet | None, is_changed: bool
+) -> dict[str, Any] | None:
+    """What the configuration's search measured, where its trial is made again as it was."""
+    calibration = None if tokens is None else tokens.digest
+    made = Made(plan.assignment.digest, source.digest, calibration, is_changed)
+    return searched_scores(config.summary or {}, made)
 
 
 def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:

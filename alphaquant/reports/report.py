@@ -72,6 +72,7 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         "model_digest": result.provenance.model_digest,
         "calibration": data["calibration"],
         "evaluation": data["search"],
+        "heldout_text": data["heldout"],
         "quantization": asdict(result.spec.quantizer),
         **_candidates(result),
         "versions": result.provenance.versions,

@@ -56,7 +56,8 @@ class EvaluateSpec:
 
     engine: EngineName = "transformers"
     """What runs the model: transformers, or vllm or llama.cpp, which load it as their servers do
-    and give their own numbers; kl and perplexity, against a reference."""
+    and give their own numbers; kl and perplexity, against a reference. --device and, with
+    llama.cpp, --dtype are the reference's alone: an engine runs where and as it is installed."""
     engine_python: Path | None = None
     """Python of the environment that vllm is installed in; default: this one."""
     allow_missing: Annotated[bool, Parameter(negative="")] = False

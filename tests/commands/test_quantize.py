@@ -61,6 +61,10 @@ def test_bytes_on_disk_are_those_that_the_summary_says(
     assert result.checkpoint_bytes == summary["checkpoint_bytes"]
     assert report_of(spec.out)["calibration"] == summary["calibration"]
     assert report_of(spec.out)["assignment_digest"] == summary["assignment_digest"]
+    (row,) = summary["heldout"]
+    scores = ("kl", "kl_stderr", "same_top", "perplexity")
+    expected = {**{name: row[name] for name in scores}, "text": summary["heldout_text"]}
+    assert report_of(spec.out)["searched"] == expected
     assert not list(tmp_path.glob("*.part"))
 
 

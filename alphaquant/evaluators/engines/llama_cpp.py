@@ -25,6 +25,7 @@ from alphaquant.errors import ModelError
 from alphaquant.evaluators.engines.protocol import EngineRequest
 from alphaquant.quant.ggml.library import open_library
 
+_RELEASE = "2026.10.11549"
 _N_CTX, _N_BATCH, _N_UBATCH, _THREADS, _FLASH, _KV_TYPES = 0, 1, 2, (7, 8), 13, (26, 27)
 """Places of 32-bit numbers in llama_context_params."""
 _F32, _F16 = 0, 1
@@ -130,7 +131,11 @@ def _model(file: str | Path) -> Iterator[int]:
 def _context(model: int, n_tokens: int, n_threads: int) -> Iterator[int]:
     llama = _llama()
     params = llama.llama_context_default_params()
-    assert [params.numbers[i] for i in _KV_TYPES] == [_F16, _F16], "another llama.h"
+    if [params.numbers[i] for i in _KV_TYPES] != [_F16, _F16]:
+        raise ModelError(
+            f"xllamacpp {version('xllamacpp')} has other structures than {_RELEASE}, which this "
+            f"was written for; install xllamacpp=={_RELEASE}"
+        )
     for place in (_N_CTX, _N_BATCH, _N_UBATCH):
         params.numbers[place] = max(n_tokens, 32)
     for place in _THREADS:
@@ -139,7 +144,11 @@ def _context(model: int, n_tokens: int, n_threads: int) -> Iterator[int]:
         params.numbers[place] = _F32
     params.numbers[_FLASH] = 0
     context = llama.llama_init_from_model(model, params)
-    assert context, "llama.cpp makes no context"
+    if not context:
+        raise ModelError(
+            f"llama.cpp makes no context of {n_tokens} tokens ({'; '.join(_errors())}); give a "
+            "smaller --seq-len, or a machine with more memory"
+        )
     try:
         yield context
     finally:
@@ -194,6 +203,30 @@ class LlamaCpp:
             return np.stack([_row(self.model, context, i) for i in range(len(tokens))])
 
 
+def check_llama_cpp(model: Path, python: Path | None = None) -> None:
+    """Refuse what is no file, and an environment without llama.cpp.
+
+    Args:
+        model: a GGUF file, or the directory of an export.
+        python: None; llama.cpp runs in this process.
+
+    Raises:
+        ModelError: xllamacpp is not installed, or there is no such file.
+    """
+    open_library()  # says what to install
+    _file_of(model)
+
+
+def _file_of(model: Path) -> Path:
+    files = [model] if model.is_file() else sorted(model.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(
+            f"--engine llama.cpp: {model} holds {len(files)} GGUF files, and one is run; "
+            "give the file, or the directory that aq-quantize --export gguf wrote"
+        )
+    return files[0]
+
+
 @contextmanager
 def open_llama_cpp(request: EngineRequest) -> Iterator[LlamaCpp]:
     """Load a GGUF file in this process.
@@ -202,22 +235,17 @@ def open_llama_cpp(request: EngineRequest) -> Iterator[LlamaCpp]:
         request: a file, or the directory of an export.
 
     Raises:
-        ModelError: xllamacpp is not installed, there is no such file, or it does not load.
+        ModelError: as in `check_llama_cpp`, or it does not load.
     """
-    open_library()  # says what to install
-    files = [request.model] if request.model.is_file() else sorted(request.model.glob("*.gguf"))
-    if len(files) != 1:
-        raise ModelError(
-            f"--engine llama.cpp: {request.model} holds {len(files)} GGUF files, and one is run; "
-            "give the file, or the directory that aq-quantize --export gguf wrote"
-        )
+    check_llama_cpp(request.model)
+    file = _file_of(request.model)
     facts = {
         "engine": "llama.cpp",
         "version": f"xllamacpp {version('xllamacpp')}",
-        "file": files[0].name,
+        "file": file.name,
         "keys and values": "float32",
     }
-    with _model(files[0]) as model:
+    with _model(file) as model:
         yield LlamaCpp(model, len(os.sched_getaffinity(0)), MappingProxyType(facts))
 
 

@@ -3,7 +3,7 @@
 Letters: T tokens of a window, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,3 +53,17 @@ class Opening(Protocol):
         Raises:
             ModelError: it is not installed, or does not load the model.
         """
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine that can be asked for.
+
+    Attributes:
+        open: starts it.
+        check: refuses at once what `open` would refuse after the original was measured; takes
+            `EngineRequest.model` and `EngineRequest.python`.
+    """
+
+    open: Opening
+    check: Callable[[Path, Path | None], None]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
-from alphaquant.evaluators.engines.llama_cpp import open_llama_cpp
-from alphaquant.evaluators.engines.protocol import Engine, EngineRequest, Opening
-from alphaquant.evaluators.engines.vllm_process import open_vllm
+from alphaquant.evaluators.engines.llama_cpp import check_llama_cpp, open_llama_cpp
+from alphaquant.evaluators.engines.protocol import Engine, EngineEntry, EngineRequest
+from alphaquant.evaluators.engines.vllm_process import check_vllm, open_vllm
 from alphaquant.evaluators.predictions import MOST_BYTES
 
 
@@ -76,8 +76,13 @@ class Answer:
     logits: Tensor
 
 
-ENGINES: Mapping[str, Opening] = MappingProxyType({"vllm": open_vllm, "llama.cpp": open_llama_cpp})
-"""How each engine is started, by the name that `--engine` takes."""
+ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
+    {
+        "vllm": EngineEntry(open_vllm, check_vllm),
+        "llama.cpp": EngineEntry(open_llama_cpp, check_llama_cpp),
+    }
+)
+"""The engines beside transformers, by the name that `--engine` takes."""
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def serving(name: str, request: EngineRequest, vocabulary: int) -> Iterator[Serv
     Raises:
         ModelError: the engine is not installed or does not load the model.
     """
-    with ENGINES[name](request) as engine:
+    with ENGINES[name].open(request) as engine:
         yield ServedModel(engine, vocabulary)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,9 @@ from alphaquant.evaluators.engines.protocol import EngineRequest
 WORKER = Path(__file__).with_name("vllm_worker.py")
 _LAST_LINES = 3
 """Of the engine's own log, in an error."""
+_MOST_SECONDS = 60
+"""For an interpreter to say whether it has vLLM. The engine itself has no limit: a large model
+loads for long, and Ctrl-C ends both processes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Vllm:
     """
 
     folder: Path
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     answers: IO[str]
     facts: Mapping[str, Any]
 
@@ -53,6 +56,51 @@ class Vllm:
         answer = _hear(self.process, self.answers, self.folder)
         found: np.ndarray = np.load(self.folder / answer["logits"])
         return found
+
+
+def check_vllm(model: Path, python: Path | None = None) -> None:
+    """Refuse an environment without vLLM; whether it loads the model, only it knows.
+
+    Args:
+        model: what it will load.
+        python: of its environment, None for this one.
+
+    Raises:
+        ModelError: the model is a directory without config.json; the interpreter cannot be run,
+            or has no vLLM.
+    """
+    if model.is_dir() and not (model / "config.json").is_file():
+        raise ModelError(
+            f"--engine vllm: {model} has no config.json; give the directory that aq-quantize "
+            "wrote, without --export or with --export compressed-tensors or gptq"
+        )
+    interpreter = str(python or sys.executable)
+    command = [interpreter, "-c", "from importlib.util import find_spec as f; print(f('vllm'))"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=_MOST_SECONDS, env=_environment()
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _no_python(python, error) from error
+    if not found.stdout.startswith("ModuleSpec"):
+        said = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
+        why = "" if found.stdout else f" ({said[0]})"
+        raise ModelError(
+            f"{interpreter} has no vLLM{why}; give the python of the environment that vLLM is "
+            "installed in as --engine-python, docs/vllm.md says how to make one"
+        )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but modules beside the worker or in the working directory are none of vLLM's."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
+def _no_python(python: Path | None, error: Exception) -> ModelError:
+    return ModelError(
+        f"--engine-python {python} cannot be run ({error}); give the python of the environment "
+        "that vLLM is installed in"
+    )
 
 
 @contextmanager
@@ -77,7 +125,7 @@ def open_vllm(request: EngineRequest) -> Iterator[Vllm]:
 @contextmanager
 def _started(
     python: Path | None, folder: Path
-) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
+) -> Iterator[tuple["subprocess.Popen[bytes]", IO[str]]]:
     """The worker's process, and the end of a pipe that it writes answers to."""
     reading, writing = os.pipe()
     command = [str(python or sys.executable), str(WORKER), str(folder), str(writing)]
@@ -88,15 +136,12 @@ def _started(
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                text=True,
+                bufsize=0,  # nothing is left to be written to a process that has stopped
                 pass_fds=[writing],
-                env={**os.environ, "PYTHONSAFEPATH": "1"},  # modules beside the worker are ours
+                env=_environment(),
             )
         except OSError as error:
-            raise ModelError(
-                f"--engine-python {python} cannot be run ({error}); give the python of the "
-                "environment that vLLM is installed in"
-            ) from error
+            raise _no_python(python, error) from error
         finally:
             os.close(writing)
         try:
@@ -108,16 +153,13 @@ def _started(
             process.stdin.close()
 
 
-def _tell(process: "subprocess.Popen[str]", words: Mapping[str, Any]) -> None:
+def _tell(process: "subprocess.Popen[bytes]", words: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(words) + "\n")
-        process.stdin.flush()
-    except OSError:  # it has stopped; what is heard next says why
-        pass
+    with suppress(BrokenPipeError):  # it has stopped, so `_hear`, which follows, raises
+        process.stdin.write(json.dumps(words).encode() + b"\n")
 
 
-def _hear(process: "subprocess.Popen[str]", answers: IO[str], folder: Path) -> dict[str, Any]:
+def _hear(process: "subprocess.Popen[bytes]", answers: IO[str], folder: Path) -> dict[str, Any]:
     """The next answer.
 
     Raises:

@@ -16,13 +16,15 @@ from typing import Any
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TORCHDYNAMO_DISABLE": "1",
 }
-"""Of the engine, where the environment does not say otherwise: one process, so that the model can
-be reached, and no compiling, which takes longer than a short text."""
+"""Of the engine, where the environment does not say otherwise: a window as long as the model takes
+and one token more, which is never run; no compiling, which takes longer than a short text."""
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Whatever the environment says: the model is reached in this process."""
 
 
 def main(folder: Path, pipe: Any) -> None:
@@ -30,6 +32,7 @@ def main(folder: Path, pipe: Any) -> None:
     asked = json.loads(sys.stdin.readline())
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ.update(ONE_PROCESS)
     try:
         import numpy as np
         import vllm
@@ -92,4 +95,6 @@ def tell(pipe: Any, **words: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w"))
+    number = int(sys.argv[2])
+    os.set_inheritable(number, False)  # what vLLM starts must not keep the pipe open
+    main(Path(sys.argv[1]), os.fdopen(number, "w"))

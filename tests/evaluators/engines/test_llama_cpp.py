@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alphaquant.errors import ModelError
+from alphaquant.evaluators.engines import llama_cpp
 from alphaquant.evaluators.engines.llama_cpp import open_llama_cpp
 from alphaquant.evaluators.engines.protocol import EngineRequest
 from alphaquant.exports.gguf.writer import MODEL_FILE
@@ -40,6 +41,19 @@ def test_directory_without_one_file_is_refused(tmp_path: Path) -> None:
         says = f"holds {n_files} GGUF files, and one is run; give the file"
         with pytest.raises(ModelError, match=says):
             open_llama_cpp(EngineRequest(tmp_path, "auto", 24)).__enter__()
+
+
+def test_library_with_other_structures_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_rounded("olmoe", tmp_path / "packed", lambda matrix: "bf16")
+    write_float32(tmp_path / "packed", tmp_path / MODEL_FILE)
+    monkeypatch.setattr(llama_cpp, "_KV_TYPES", (0, 1))  # numbers of tokens
+    with (
+        pytest.raises(ModelError, match=r"has other structures than .*install xllamacpp=="),
+        open_llama_cpp(EngineRequest(tmp_path, "auto", 24)) as engine,
+    ):
+        engine.logits(np.arange(3, 27))
 
 
 def test_file_that_is_none_is_told_in_its_words(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """An engine's logits measured as a model's, and what is refused."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from alphaquant.commands import evaluate as command
 from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_text
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.engines import served
-from alphaquant.evaluators.engines.protocol import EngineRequest
+from alphaquant.evaluators.engines.protocol import EngineEntry, EngineRequest
 from alphaquant.evaluators.engines.served import ServedModel, windows_at_once
 from alphaquant.models.loading import load_model
 from alphaquant.specs.evaluate import EvaluateSpec
@@ -49,8 +50,9 @@ def other(monkeypatch: pytest.MonkeyPatch) -> list[EngineRequest]:
         asked.append(request)
         yield Other(load_model(str(request.model)))
 
+    entry = EngineEntry(opened, lambda model, python: None)
     for module in (served, command):
-        monkeypatch.setattr(module, "ENGINES", MappingProxyType({"vllm": opened}))
+        monkeypatch.setattr(module, "ENGINES", MappingProxyType({"vllm": entry}))
     return asked
 
 
@@ -100,6 +102,8 @@ def test_model_of_another_vocabulary_is_refused() -> None:
         ({"reference": None}, "--engine vllm runs the model elsewhere.*give --reference MODEL"),
         ({"tasks": "drift"}, "drift cannot be measured with --engine vllm.*kl, perplexity"),
         ({"tasks": "kl,mmlu"}, "mmlu cannot be measured with --engine vllm"),
+        ({"engine": "transformers"}, "--engine-python .*python3 given.*or give --engine vllm"),
+        ({"engine": "llama.cpp"}, "--engine-python .*python3 given, and --engine llama.cpp runs"),
     ],
 )
 def test_what_logits_do_not_say_is_refused(
@@ -107,6 +111,43 @@ def test_what_logits_do_not_say_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         evaluate(EvaluateSpec(**{**vars(spec), **changes}))
+
+
+def test_mixed_precision_file_is_refused(spec: EvaluateSpec, tmp_path: Path) -> None:
+    file = tmp_path / "mix.yaml"
+    file.write_text("base_model_path: here\n")
+    with pytest.raises(ConfigError, match="mix.yaml is a mixed_precision file"):
+        evaluate(replace(spec, model=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engine_python": Path(sys.executable)}, "has no vLLM; give the python"),
+        ({"engine_python": Path("/bin/false")}, r"/bin/false has no vLLM \(exit code 1\); give"),
+        ({"engine_python": Path("/none/python")}, "--engine-python /none/python cannot be run"),
+        ({"model": "/none/export"}, "/none/export"),
+        ({"model": "/usr"}, "--engine vllm: /usr has no config.json; give the directory"),
+        ({"engine": "llama.cpp", "engine_python": None}, "holds 0 GGUF files|xllamacpp"),
+    ],
+)
+def test_what_an_engine_lacks_is_told_before_the_original_is_measured(
+    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    def measured(*arguments: Any) -> nn.Module:
+        raise AssertionError("the original is loaded")
+
+    monkeypatch.setattr(command, "open_model", measured)
+    if "model" in changes and changes["model"] != "/usr":  # its engine is found
+        entry = EngineEntry(served.ENGINES["vllm"].open, lambda model, python: None)
+        monkeypatch.setattr(command, "ENGINES", MappingProxyType({"vllm": entry}))
+    with pytest.raises(ModelError, match=says):
+        evaluate(replace(spec, **changes))
+
+
+def test_demo_is_the_directory_of_the_demo_for_an_engine(spec: EvaluateSpec) -> None:
+    assert (command._engine_model(replace(spec, model="demo")) / "config.json").is_file()
+    assert command._engine_model(spec) == Path(spec.model)
 
 
 def test_logits_of_few_windows_are_in_memory_at_once() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from alphaquant.evaluators.engines.vllm_process import open_vllm
 
 STAND_IN = '''
 """LLM of vLLM as far as the worker uses it: logits of token t at position p are 10 t + p + v."""
-import sys
+import os, subprocess, sys
 from types import SimpleNamespace
 import numpy as np
 __version__ = "0.0.stand-in"
@@ -32,6 +33,10 @@ class LLM:
             raise ValueError("no such\\nformat")
         if model.endswith("killed"):
             print("out of memory", file=sys.stderr); sys.exit(137)
+        if model.endswith("outlived"):
+            subprocess.Popen(["sleep", "20"], close_fds=False); sys.exit(3)
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
         config = SimpleNamespace(dtype=f"{dtype} of {max_model_len}")
         self.llm_engine, self.model = SimpleNamespace(model_config=config), Model()
     def apply_model(self, function): function(self.model)
@@ -69,11 +74,32 @@ def test_logits_are_in_the_order_of_the_window(stand_in: None, tokens: list[int]
     [
         ("broken", "broken does not load: no such format"),
         ("killed", "vllm stopped with exit code 137; its last words: out of memory"),
+        ("outlived", "vllm stopped with exit code 3"),  # by a process that it started
     ],
 )
 def test_engine_that_does_not_start_says_why(stand_in: None, name: str, says: str) -> None:
+    started = time.monotonic()
     with pytest.raises(ModelError, match=says), open_vllm(EngineRequest(Path(name), "auto", 16)):
         pass
+    assert time.monotonic() - started < 15  # the process that outlives it takes 20
+
+
+def test_engine_that_dies_between_windows_is_an_error(stand_in: None) -> None:
+    with (
+        pytest.raises(ModelError, match="vllm stopped with exit code -9"),
+        open_vllm(EngineRequest(Path("model"), "auto", 16)) as engine,
+    ):
+        engine.process.kill()
+        engine.process.wait()
+        engine.logits(np.array([3, 1, 2]))
+
+
+def test_one_process_is_asked_for_whatever_the_environment_says(
+    stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with open_vllm(EngineRequest(Path("model"), "auto", 16)) as engine:
+        assert engine.logits(np.array([3, 1, 2])).shape == (3, 5)
 
 
 def test_environment_without_the_engine_is_named() -> None:
