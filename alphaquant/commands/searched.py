@@ -79,8 +79,9 @@ def read_searched(model: str) -> dict[str, Any] | None:
     except (OSError, JsonError):  # other people's models have none, or another file of that name
         return None
     found = report.get("searched")
-    has_text = isinstance(found, dict) and isinstance(found.get("text"), dict)
-    return found if has_text and _has_scores(found) else None
+    if not isinstance(found, dict) or not isinstance(found.get("text"), dict):
+        return None
+    return found if _has_scores(found) else None
 
 
 def searched_text(found: Mapping[str, Any], tokens: TokenSet | None) -> str:
