@@ -2,8 +2,8 @@
 """The column loops of GPTQ and of coordinate descent on a CPU, compiled with numba.
 
 They do what `rounding.quantize_gptq` and `refine.refine` do inside one block of columns; products
-between blocks are `descent.py`'s. Compiled once per machine and cached beside this file, or where
-NUMBA_CACHE_DIR says.
+between blocks are `descent.py`'s. Compiled once per machine (16 s) and cached beside this file, or
+where NUMBA_CACHE_DIR says.
 
 Everything is transposed, [columns, rows] and contiguous, so that neighbouring numbers belong to
 neighbouring rows, which are independent: they are the lanes of a vector. A tile of 64 rows of the
@@ -22,11 +22,14 @@ H the diagonal block of the Hessian, R = H D the block's rows of the residual, D
 from math import copysign
 
 import numpy as np
-from numba import njit, uint64
+from numba import int64, njit, uint64
 
 from alphaquant.quant.format_rules import FLOAT, INTEGER, MX, SIGN, ZERO_POINT
 
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+# Only the three entry points are called from Python and cached; with wrappers and files for every
+# function, and variants for literal numbers, compiling took 24 s instead of 16.
+_INNER = {**_OPTIONS, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _TILE = 64
 _PANEL = 16
 _STEP = 8
@@ -45,7 +48,7 @@ _TINY = np.float32(np.finfo(np.float32).tiny)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _round_float(t, power, m, high, least, step):
     """Numbers t[:m] to the nearest small floats, ties to even, saturating; in place."""
     bits, power_bits = t.view(np.uint32), power.view(np.uint32)
@@ -58,7 +61,7 @@ def _round_float(t, power, m, high, least, step):
         t[n] = np.rint(t[n] / width) * width
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _snap(t, power, m, rule):
     """Scaled numbers t[:m], zero point added, to grid values; in place."""
     if rule.kind == SIGN:
@@ -72,7 +75,7 @@ def _snap(t, power, m, rule):
         _round_float(t, power, m, rule.high, rule.least, rule.step)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _round_half(t, power, m):
     """Scales t[:m] to float16, neither zero nor infinite; 1 for zeros (`codecs.round_scale`)."""
     asked = t.copy()
@@ -82,7 +85,7 @@ def _round_half(t, power, m):
             t[n] = _ONE if asked[n] == _ZERO else np.float32(copysign(_HALF_TINY, asked[n]))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _statistics(x, base, stride, n_columns, m, rule, first, second):
     """What scales are made of: `first` and, with zero points, `second`, by row.
 
@@ -114,7 +117,7 @@ def _statistics(x, base, stride, n_columns, m, rule, first, second):
             first[n] = first[n] / np.float32(n_columns)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _candidate(factor, first, second, shared, m, rule, scale, zero, power):
     """Scales and zero points of one candidate (`codecs.*Codec.candidates`)."""
     if rule.kind == SIGN:
@@ -150,7 +153,7 @@ def _candidate(factor, first, second, shared, m, rule, scale, zero, power):
             scale[n] = max(scale[n], _E4M3_TINY) * shared[n]
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _squared_error(
     x, base, stride, importance, i, n_columns, m, rule, scale, zero, error, t, power
 ):
@@ -175,7 +178,7 @@ def _squared_error(
                 error[n] += weight * off * off
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _least_squares(
     x, base, stride, importance, i, n_columns, m, rule, scale, zero, fitted, t, power
 ):
@@ -197,7 +200,7 @@ def _least_squares(
     _round_half(fitted, power, m)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fit(x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero):
     """Choose scales and zeros of a group of columns, by row (`codecs.fit`)."""
     t = np.empty(_TILE, dtype=np.float32)
@@ -258,14 +261,14 @@ def fit_group(x, importance, n_rows, rule, shared, scales, zeros):
         scale = np.empty(_TILE, dtype=np.float32)
         zero = np.empty(_TILE, dtype=np.float32)
         _fit(
-            x, uint64(start), stride, importance, 0, len(importance), m, rule, shared[rows],
+            x, uint64(start), stride, importance, int64(0), len(importance), m, rule, shared[rows],
             scale, zero,
         )  # fmt: skip
         scales[rows] = scale[:m]
         zeros[rows] = zero[:m]
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _spread(tile, changes, first, stop, j, matrix, width, row, m):
     """tile[j] -= sum over k of changes[k] * matrix[row + k, j], k in first .. stop - 1."""
     to = uint64(j * _TILE)
@@ -301,7 +304,7 @@ def _spread(tile, changes, first, stop, j, matrix, width, row, m):
         k += 1
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _load(tile, x, start, stride, n_columns, m):
     """Copy m rows, from `start` on, of columns that are `stride` apart into a tile."""
     for k in range(n_columns):
@@ -342,7 +345,7 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
     for start in range(0, n_rows, _TILE):
         m = min(_TILE, n_rows - start)
         _load(tile, ahead, start, stride, n_columns, m)
-        first = 0
+        first = int64(0)
         while first < n_columns:
             if begins[first] > 0:
                 _fit(
@@ -358,8 +361,8 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
                 stop += 1
             for k in range(first, stop):
                 own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
-                _load(scale, scales, groups[k] * n_rows + start, stride, 1, m)
-                _load(zero, zeros, groups[k] * n_rows + start, stride, 1, m)
+                _load(scale, scales, groups[k] * n_rows + start, stride, int64(1), m)
+                _load(zero, zeros, groups[k] * n_rows + start, stride, int64(1), m)
                 for n in range(m):
                     t[n] = tile[own + uint64(n)] / scale[n] + zero[n]
                 _snap(t, power, m, rule)
@@ -416,7 +419,7 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
         m = min(_TILE, n_rows - start)
         _load(tile, residual, start, stride, n_columns, m)
         totals[:] = _ZERO
-        run = 0
+        run = int64(0)
         while run < n_columns:
             end = ends[run]
             if len(products) > 0:
@@ -427,8 +430,8 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
                 stop = min(first + _PANEL, end)
                 for k in range(first, stop):
                     own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
-                    _load(scale, scales, groups[k] * n_rows + start, stride, 1, m)
-                    _load(zero, zeros, groups[k] * n_rows + start, stride, 1, m)
+                    _load(scale, scales, groups[k] * n_rows + start, stride, int64(1), m)
+                    _load(zero, zeros, groups[k] * n_rows + start, stride, int64(1), m)
                     curvature = hessian[k * n_columns + k]
                     for n in range(m):
                         q = centred[at + uint64(n)] * scale[n]
@@ -455,7 +458,7 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
             run = end
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fit_run(tile, totals, products, run, end, group, start, m, stride, scales, centred, delta,
              power):  # fmt: skip
     """The best scale for a group's codes, where it helps after rounding to float16.
