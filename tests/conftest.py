@@ -27,6 +27,7 @@ import functools
 import gc
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -42,6 +43,8 @@ import pytest
 import torch
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from cyclopts import App
+from cyclopts.argument import ArgumentCollection
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from torch import nn
@@ -72,6 +75,8 @@ from alphaquant.studies.store.folder import RunFolder
 from alphaquant.studies.trials import Proposer, constraints_of
 from alphaquant.studies.truth import ChoiceTruth
 from alphaquant.testing.checkpoints import save_texts, save_tiny
+from alphaquant.texts import sources
+from alphaquant.texts.tokens import Tokens, encode
 
 MakeSpec = Callable[..., SearchSpec]
 
@@ -146,6 +151,8 @@ def read_once() -> Iterator[None]:
         mock.patch.object(flat, "texts_of", functools.cache(flat.texts_of)),
         mock.patch.object(pydantic, "TypeAdapter", functools.cache(pydantic.TypeAdapter)),
         mock.patch.object(ScriptDirectory, "from_config", _scripts()),
+        mock.patch.object(sources, "encode", _encoded()),
+        mock.patch.object(App, "assemble_argument_collection", _assembled()),
     ):
         yield
 
@@ -162,6 +169,46 @@ def _scripts() -> Callable[[Config], ScriptDirectory]:
         return read[place]
 
     return known
+
+
+def _encoded() -> Callable[[str, Any], Tokens]:
+    """Long texts, those of the demo: a third of a second each, for every model and search."""
+    read: dict[tuple[str, str], Tokens] = {}
+
+    def known(text: str, tokenizer: Any) -> Tokens:
+        rust = getattr(tokenizer, "backend_tokenizer", None)
+        if rust is None or len(text) < 100_000:
+            return encode(text, tokenizer)
+        key = (text, rust.to_str())
+        if key not in read:
+            read[key] = encode(text, tokenizer)
+        return read[key]
+
+    return known
+
+
+def _assembled() -> Callable[..., ArgumentCollection]:
+    """The options of a command, which are assembled seven times before it begins."""
+    made: dict[tuple[Any, ...], ArgumentCollection] = {}
+    assemble = App.assemble_argument_collection
+
+    def known(app: App, **how: Any) -> ArgumentCollection:
+        command: Any = app.default_command
+        key = (command.__code__, app.help_flags, app.version_flags, *how.items())
+        if key not in made:
+            made[key] = assemble(app, **how)
+        return _without_tokens(made[key])
+
+    return known
+
+
+def _without_tokens(options: ArgumentCollection) -> ArgumentCollection:
+    """Options as before words of a command line were sorted into them."""
+    copies = {id(option): copy(option) for option in options}
+    for option in copies.values():
+        option.tokens = []
+        option.children = ArgumentCollection([copies[id(child)] for child in option.children])
+    return ArgumentCollection(copies.values())
 
 
 @pytest.fixture(scope="session", autouse=True)
