@@ -9,7 +9,7 @@ are drawn, not measured. Letters: B matrices, N rows, K columns, G groups per ro
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def draw_weights(rows: int, cols: int, seed: int = 0) -> Tensor:
 def check_storage(fmt: Format, search: ScaleSearch) -> None:
     """Packed bytes are those that `storage_bits` counts; what is packed comes back bit for bit."""
     for rows, cols in SHAPES:
-        rounded = quantize_rtn(draw_weights(rows, cols)[None], fmt, search)
+        rounded = _nearest(rows, cols, fmt, search)
         packed = rounded.pack(0, slice(None))
         check_packed(packed, "matrix", fmt.name)
         assert 8 * packed.n_bytes == fmt.storage_bits(rows, cols), (fmt.name, rows, cols)
@@ -96,7 +96,7 @@ def check_dequantization(fmt: Format, search: ScaleSearch) -> None:
     """Codes that are looked up give the weights that they give one by one, whatever the codes."""
     generator = torch.Generator().manual_seed(3)
     for rows, cols in SHAPES:
-        packed = quantize_rtn(draw_weights(rows, cols)[None], fmt, search).pack(0, slice(None))
+        packed = _nearest(rows, cols, fmt, search).pack(0, slice(None))
         tensors = dict(packed.tensors)
         for name in {"codes", "zeros"} & tensors.keys():
             shape = tensors[name].shape
@@ -108,17 +108,17 @@ def check_dequantization(fmt: Format, search: ScaleSearch) -> None:
 
 def check_grid(fmt: Format, search: ScaleSearch) -> None:
     """Values are on the grid, weights are (value - zero) * scale, scales are valid and stored."""
-    rounded = quantize_rtn(draw_weights(4, 171)[None], fmt, search)
+    rounded = _nearest(4, 171, fmt, search)
     grid = make_grid(fmt)
     on_grid = grid.to_values(torch.arange(2**fmt.bits, dtype=torch.uint8))
     assert bool(torch.isin(rounded.values, on_grid).all()), fmt.name
     assert float(rounded.values.max()) <= grid.high and float(rounded.values.min()) >= grid.low
     size = rounded.values.shape[-1] if fmt.group_size < 0 else fmt.group_size
     weights = rounded.weights()[0]
-    for column in range(rounded.values.shape[-1]):
-        zero = 0.0 if rounded.zeros is None else rounded.zeros[0, :, column // size]
-        made = (rounded.values[0, :, column] - zero) * rounded.scales[0, :, column // size]
-        assert torch.equal(weights[:, column], made), (fmt.name, column)
+    group = torch.arange(rounded.values.shape[-1]) // size  # of each column
+    zeros = 0.0 if rounded.zeros is None else rounded.zeros[0][:, group]
+    made = (rounded.values[0] - zeros) * rounded.scales[0][:, group]
+    assert torch.equal(weights, made), fmt.name
     _assert_valid_scales(rounded)
 
 
@@ -260,6 +260,11 @@ def round_in_blocks(
         None if fmt.symmetric else torch.stack([r.zeros.T for r in found]),
         scale.expand(-1, weight.shape[1]) if fmt.shared.global_bits else None,
     )
+
+
+@lru_cache(16)
+def _nearest(rows: int, cols: int, fmt: Format, search: ScaleSearch) -> RoundedBatch:
+    return quantize_rtn(draw_weights(rows, cols)[None], fmt, search)
 
 
 @cache

@@ -1,6 +1,7 @@
 """The bank: what is written, what is resumed, and what is not believed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -43,11 +44,18 @@ def model_map() -> ModelMap:
     return map_model(tiny_model("qwen2_moe"))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, model_map: ModelMap) -> Path:
+    """Where a bank is that tests copy."""
+    root = tmp_path_factory.mktemp("made")
+    assert make(root, model_map)[1] == len(FORMATS) * 2
+    return root
+
+
 @pytest.fixture
-def bank(tmp_path: Path, model_map: ModelMap) -> Bank:
-    bank, n_written = make(tmp_path, model_map)
-    assert n_written == len(FORMATS) * 2
-    return bank
+def bank(made: Path, tmp_path: Path, model_map: ModelMap) -> Bank:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return open_bank(tmp_path, "key", model_map.inventory, {"model": "tiny"})
 
 
 def test_every_matrix_is_there_in_every_format_with_its_bytes(

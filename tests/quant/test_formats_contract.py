@@ -31,15 +31,18 @@ FAMILIES = {
     "mxfp wide mantissa": ["mxfp4", "mxfp6-e2m3", "mxfp8"],
 }
 
-ROWS = ("int1-row", "int4-row", "int4-row-asym", "fp8-e4m3-row")
-"""Formats of one group per row that stand for the others."""
+LONG = (
+    *("int1-row", "int4-row", "int4-row-asym", "fp8-e4m3-row"),
+    *("int4-g64", "int2-g64-asym", "fp4-e2m1-g64"),
+)
+"""Formats of long groups that stand for the others."""
 
 STORAGE = (check_storage, check_dequantization)
 
 
 def is_alike(name: str) -> bool:
-    """Whether groups are long: to all but storage those of 128 and more are as those of 64."""
-    return parse_format(name).group_size >= 128 or ("-row" in name and name not in ROWS)
+    """Whether groups are long: to all but storage they are as those of 32 and of `LONG`."""
+    return (parse_format(name).group_size >= 64 or "-row" in name) and name not in LONG
 
 
 def in_parts() -> Iterator[Any]:
