@@ -25,6 +25,7 @@ os.environ |= {
 
 import functools
 import gc
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -45,6 +46,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from cyclopts import App
 from cyclopts.argument import ArgumentCollection
+from gguf import gguf_reader
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from torch import nn
@@ -79,6 +81,25 @@ from alphaquant.texts import sources
 from alphaquant.texts.tokens import Tokens, encode
 
 MakeSpec = Callable[..., SearchSpec]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, files that read a finished search share a process, and the search."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(super()._split_scope(nodeid))
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@functools.cache
+def _scope(file: str) -> str:
+    """A file, or what all files share that ask for `found` or `long`."""
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+    return "a search" if re.search(r"\b(found|long): SearchResult", text) else file
 
 
 def pytest_collection_finish() -> None:
@@ -153,6 +174,7 @@ def read_once() -> Iterator[None]:
         mock.patch.object(ScriptDirectory, "from_config", _scripts()),
         mock.patch.object(sources, "encode", _encoded()),
         mock.patch.object(App, "assemble_argument_collection", _assembled()),
+        mock.patch.object(gguf_reader, "np", _PlainMaps()),
     ):
         yield
 
@@ -185,6 +207,16 @@ def _encoded() -> Callable[[str, Any], Tokens]:
         return read[key]
 
     return known
+
+
+class _PlainMaps:
+    """numpy for gguf, which cuts its map once per token: a plain array is cut ten times faster."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def memmap(self, *args: Any, **how: Any) -> np.ndarray:
+        return np.asarray(np.memmap(*args, **how))
 
 
 def _assembled() -> Callable[..., ArgumentCollection]:
@@ -277,7 +309,7 @@ def make_spec(tiny: Path, texts: dict[str, Path], cache: Path) -> MakeSpec:
             model=str(tiny),
             budget="5.2bits",
             formats="int3-g32,int4-g32,int8-row",
-            trials=14,
+            trials=10,
             texts=texts_spec,
             out=out,
             cache=cache,
@@ -299,7 +331,7 @@ def long(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> Searc
 
     It has a cache of its own, so what was measured is what this search measured.
     """
-    spec = make_spec(tmp_path_factory.mktemp("long") / "out", trials=30)
+    spec = make_spec(tmp_path_factory.mktemp("long") / "out", trials=20)
     own = tmp_path_factory.mktemp("long-cache")
     return search(replaced(spec, evaluation_samples=24, cache=own))
 

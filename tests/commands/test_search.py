@@ -194,15 +194,15 @@ def test_search_killed_in_its_steps_is_one_that_was_not_and_measures_nothing_twi
 def test_finished_search_reports_again_without_a_trial_and_more_trials_extend_it(
     found: SearchResult, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    spec = make_spec(tmp_path / "out", trials=9)
+    spec = make_spec(tmp_path / "out", trials=6)
     ran: list[int] = []
     first = search(spec, on_trial=lambda row: ran.append(row.number))
     again = search(spec, on_trial=lambda row: ran.append(row.number))
     assert again.rows == first.rows
-    assert ran == list(range(9))
+    assert ran == list(range(6))
     (spec.run.out / "configs" / "trial-999.json").write_text("of a point that left the front")
-    longer = search(replaced(spec, trials=14), on_trial=lambda row: ran.append(row.number))
-    assert ran == list(range(14))
+    longer = search(replaced(spec, trials=10), on_trial=lambda row: ran.append(row.number))
+    assert ran == list(range(10))
     assert comparable(longer.rows) == comparable(found.rows)
     assert_configs_are_those_of_the_gate(longer)
 
@@ -325,7 +325,7 @@ def test_front_json_carries_provenance(long: SearchResult) -> None:
         *("probe", "gate", "report"),
     }
     assert front["n_measured"] == long.n_measured
-    assert front["stopped"] == "all 30 trials of --trials or --effort are done"
+    assert front["stopped"] == "all 20 trials of --trials or --effort are done"
     assert long.probe is not None
     assert front["probe"]["spearman"] == long.probe.spearman
     stages = [stage["stage"] for stage in front["stages"]]
@@ -353,7 +353,7 @@ def assert_configs_are_those_of_the_gate(result: SearchResult) -> None:
 def test_profile_couples_units_and_the_result_obeys(
     profile: str, formats: str, budget: str, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    spec = make_spec(tmp_path / "out", profile=profile, formats=formats, budget=budget, trials=12)
+    spec = make_spec(tmp_path / "out", profile=profile, formats=formats, budget=budget, trials=9)
     result = search(spec)
     n_units = len(result.space.units)
     assert n_units < len(result.space.inventory.matrices)

@@ -1,7 +1,9 @@
 """From a model to a packed checkpoint: the report, agreement with the bank, failures."""
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +24,11 @@ from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens
+
+Made = Callable[[str], PipelineResult]
 
 TOKENS = tiny_tokens(4, 16)
 SETTINGS = QuantSettings(refine_sweeps=0)  # refinement has tests of its own and takes its time
@@ -52,15 +57,30 @@ LAYOUTS = ("llama", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "listed_moe"
 BY_LAYOUT = [f if f in LAYOUTS else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A family's checkpoint in mixed formats, made once: `made("olmoe")`."""
+    return cache(
+        lambda family: run(
+            map_model(tiny_model(family)), tmp_path_factory.mktemp(family) / "packed"
+        )
+    )
+
+
 @pytest.mark.parametrize("family", BY_LAYOUT)
-def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(family: str, tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(
+    family: str, made: Made, tmp_path: Path
+) -> None:
     model = tiny_model(family)
     model_map = map_model(model)
     assignment = mixed_assignment(model_map)
-    result = run(model_map, tmp_path / "packed")
-    bank = open_bank(tmp_path, "bank", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, sorted(MENUS["all"]), SETTINGS, batch_size=2)
-    loaded = load(result.path)
+    bank, names = open_bank(tmp_path, "bank", model_map.inventory, {}), sorted(MENUS["all"])
+
+    def wanted(matrix: Matrix, name: str) -> bool:
+        return assignment.formats[matrix.name] == name
+
+    fill_bank(bank, model_map, TOKENS, names, SETTINGS, wanted=wanted, batch_size=2)
+    loaded = load(made(family).path)
     Swapper(model_map, bank.layer).apply(assignment)
     tokens = tiny_tokens(2, 11, 5)
     with torch.no_grad():
@@ -86,11 +106,10 @@ def test_default_settings_agree_with_the_bank_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> None:
+def test_the_report_has_a_row_for_every_matrix(family: str, made: Made) -> None:
     model_map = map_model(tiny_model(family))
     assignment = mixed_assignment(model_map)
-    result = run(model_map, tmp_path / "packed")
-    report = report_of(result)
+    report = report_of(made(family))
     rows = {row["matrix"]: row for row in report["matrices"]}
     assert set(rows) == set(assignment.formats) and len(report["matrices"]) == len(rows)
     for matrix in model_map.inventory.matrices:
@@ -115,10 +134,9 @@ def test_the_report_has_a_row_for_every_matrix(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_bytes_are_those_of_the_assignment(family: str, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_assignment(family: str, made: Made) -> None:
     model_map = map_model(tiny_model(family))
-    assignment = mixed_assignment(model_map)
-    result = run(model_map, tmp_path / "packed")
+    assignment, result = mixed_assignment(model_map), made(family)
     expected = assignment.storage_bits(model_map.inventory) / 8
     assert result.quantized_bytes == quantized_bytes(result.path) == expected
     report = report_of(result)
@@ -327,7 +345,7 @@ def test_the_weights_of_the_model_are_not_changed(tmp_path: Path) -> None:
         assert torch.equal(model_map.view(matrix.name), original.view(matrix.name))
 
 
-def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
-    paths = [run(map_model(tiny_model("olmoe")), tmp_path / n).path for n in ("a", "b")]
+def test_the_same_run_writes_the_same_bytes(made: Made, tmp_path: Path) -> None:
+    paths = [made("olmoe").path, run(map_model(tiny_model("olmoe")), tmp_path / "b").path]
     for file in sorted(paths[0].glob("*.safetensors")):
         assert file.read_bytes() == (paths[1] / file.name).read_bytes()

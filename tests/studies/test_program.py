@@ -266,7 +266,7 @@ def test_units_of_a_group_share_a_format(grouping: str, make_run: MakeRun) -> No
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_every_trial_keeps_the_side_constraints(limits: dict[str, Any], make_run: MakeRun) -> None:
-    run = make_run(trials=40, **limits)
+    run = make_run(trials=20, **limits)
     run_program(run)
     inventory = run.proposer.space.inventory
     for row in run.loop.rows:
