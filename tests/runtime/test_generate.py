@@ -22,7 +22,7 @@ PROMPTS = [
     "She said",
     "The house stood at the end of the road, and nobody had lived there for many years",
 ]
-N_NEW = 16
+N_NEW = 10
 
 
 class Pair(NamedTuple):
