@@ -1,9 +1,7 @@
 """The benchmark of layers of experts: what it compares, with timers that make times up."""
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,36 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests import kernel_benches
+from tests.kernel_benches import FakeTimer, bench_with
+
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Callable[[str], Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module
-
-
-def bench_with(load: Callable[[str], Any], timer: Any, l2_bytes: int = 0) -> Any:
-    found = load("kernel_bench")
-    return found.Bench(found.load_kernels(), timer, "cpu", l2_bytes)
-
-
-class FakeTimer:
-    """Runs every call and makes up times; what it was given is kept."""
-
-    def __init__(self, made_up: Callable[[Any], float]) -> None:
-        self.made_up, self.calls = made_up, []
-
-    def __call__(self, calls: Sequence[Any]) -> Any:
-        for call in calls:
-            call()
-        self.calls.append(calls)
-        value = self.made_up(calls[0])
-        return sys.modules["kernel_timing"].Timing(value, value, value, 2, len(calls))
+load = kernel_benches.load
 
 
 def test_a_layer_with_wrong_outputs_ends_the_run(load: Callable[[str], Any]) -> None:

@@ -3,11 +3,10 @@
 What depends on times is tested with timers that make them up.
 """
 
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,18 +20,12 @@ from torch import Tensor
 from alphaquant.evaluators.latency import read_latency_table
 from alphaquant.kernels.tuning import Launch, read_table
 from alphaquant.spaces.formats import parse_format
+from tests import kernel_benches
+from tests.kernel_benches import FakeTimer, bench_with
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Callable[[str], Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module
+load = kernel_benches.load
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +50,9 @@ def start(program: ModuleType, monkeypatch: pytest.MonkeyPatch, words: Sequence[
         program.main()
 
 
-def bench_with(load: Callable[[str], Any], timer: Any, l2_bytes: int = 0) -> Any:
-    found = load("kernel_bench")
-    return found.Bench(found.load_kernels(), timer, "cpu", l2_bytes)
-
-
 def seconds(load: Callable[[str], Any], value: float) -> Any:
     """A timing of so many seconds."""
     return load("kernel_timing").Timing(value, value, value, 2, 1)
-
-
-class FakeTimer:
-    """Runs every call and makes up times; what it was given is kept."""
-
-    def __init__(self, made_up: Callable[[Any], float]) -> None:
-        self.made_up, self.calls = made_up, []
-
-    def __call__(self, calls: Sequence[Any]) -> Any:
-        for call in calls:
-            call()
-        self.calls.append(calls)
-        value = self.made_up(calls[0])
-        return sys.modules["kernel_timing"].Timing(value, value, value, 2, len(calls))
 
 
 def test_a_timing_is_the_median_of_the_replays_with_quartiles(timing: Any) -> None:

@@ -20,6 +20,7 @@ from alphaquant.testing.cost_cases import (
     CostCase,
     make_cost_case,
 )
+from tests.damage import flip_a_bit, garble, truncate
 
 ARRAYS = ("products", "token_fisher", "error", "n_tokens", "routing_weight")
 ALL_FILES = [
@@ -154,21 +155,6 @@ def test_other_tokens_and_settings_have_a_folder_of_their_own(case: CostCase) ->
 # Damage
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"garbage")
-
-
-def flip_a_bit(path: Path) -> None:
-    """Of the last number: a cost that is only a little wrong."""
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 def drop_tensor(path: Path) -> None:
     tensors = load_file(path)
     del tensors[sorted(tensors)[0]]
@@ -179,7 +165,7 @@ def drop_row(path: Path) -> None:
     save_file({name: tensor[1:] for name, tensor in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, overwrite, flip_a_bit, drop_tensor, drop_row])
+@pytest.mark.parametrize("damage", [truncate, garble, flip_a_bit, drop_tensor, drop_row])
 @pytest.mark.parametrize("stem", ["layer-001", "layer-001.int8-g32"])
 def test_a_damaged_file_is_a_store_error(
     case: CostCase, damage: Callable[[Path], None], stem: str

@@ -18,6 +18,7 @@ from alphaquant.evaluators.perplexity import measure_perplexity
 from alphaquant.evaluators.teacher import Teacher, open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
+from tests.damage import flip_a_bit, garble, truncate
 
 Make = Callable[..., nn.Module]
 TOKENS = tiny_tokens(5, 9)
@@ -320,20 +321,6 @@ def test_windows_of_one_token_are_refused(tmp_path: Path, table_model: Make) -> 
         measure_divergence(table_model(), tokens, teacher)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"garbage")
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 def drop_checksum(path: Path) -> None:
     with safe_open(path, "pt") as file:
         facts = {"facts": file.metadata()["facts"]}
@@ -357,7 +344,7 @@ def drop_digest(path: Path) -> None:
     save_file(load_file(path), path, metadata={"facts": json.dumps(facts)})
 
 
-DAMAGE = (*(truncate, overwrite, flip_a_bit, drop_checksum, drop_facts, drop_rows, drop_digest),)
+DAMAGE = (*(truncate, garble, flip_a_bit, drop_checksum, drop_facts, drop_rows, drop_digest),)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

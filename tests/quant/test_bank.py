@@ -20,6 +20,7 @@ from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
+from tests.damage import garble, truncate
 
 FORMATS = ["int3-g32-asym", "mxfp4", "nvfp4", "bf16"]
 SETTINGS = QuantSettings(refine_sweeps=0)  # refinement has tests of its own and takes its time
@@ -154,14 +155,6 @@ def test_a_run_that_dies_while_writing_leaves_complete_files_only(
     bank, n_written = make(tmp_path, model_map)
     assert n_written == 2 * len(FORMATS) - 2
     bank.verify(FORMATS)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def garble(path: Path) -> None:
-    path.write_bytes(b"\xff" * 64)
 
 
 def drop_a_tensor(path: Path) -> None:

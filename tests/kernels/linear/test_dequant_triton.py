@@ -4,11 +4,8 @@ Without a GPU the kernels run in Triton's interpreter, where they unpack without
 same tests run on it. Tiles of all formats are tested through `packed_linear`.
 """
 
-import importlib
-import os
 from dataclasses import replace
 from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +15,10 @@ from alphaquant.kernels.order import KernelWeight
 from alphaquant.quant.matrix import pack_bf16
 from alphaquant.runtime.kernel_order import order_matrix
 from alphaquant.testing.kernels import CASES, Case, check_product, check_scale_limits, pack_drawn
+from tests.interpreted import DEVICE, import_kernels
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Every kind of scale, every element, the powers of two of float16 from 2^0 to 2^14.
 FOLDED = ("mxfp4", "mxfp6", "mxfp8", "nvfp4", "fp4-e2m1-g64", "fp6-e2m3-g32", "fp8-e5m2-g64")
@@ -29,11 +26,7 @@ FOLDED = ("mxfp4", "mxfp6", "mxfp8", "nvfp4", "fp4-e2m1-g64", "fp6-e2m3-g32", "f
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    interpreted = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-    with mock.patch.dict(os.environ, interpreted):
-        module = importlib.import_module("alphaquant.kernels.linear.product_triton")
-    assert (DEVICE == "cpu") == module.IS_INTERPRETED
-    return module
+    return import_kernels("linear.product_triton")
 
 
 def drawn(name: str, rows: int, cols: int) -> KernelWeight:

@@ -4,8 +4,6 @@ Without a GPU it runs in Triton's interpreter, where it unpacks without PTX; wit
 tests run on it.
 """
 
-import importlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +38,10 @@ from alphaquant.testing.kernels import (
     check_zeros,
     pack_drawn,
 )
+from tests.interpreted import DEVICE, import_kernels
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ONE_OF_EACH = (  # every element, and every kind of scale and zero point
     *("int1-g64", "int2-g128", "int2-g32-asym", "int3-row", "int3-g64", "int4-g128-asym"),
@@ -66,11 +64,7 @@ def rows_of_formats() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    interpreted = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-    with mock.patch.dict(os.environ, interpreted):
-        module = importlib.import_module("alphaquant.kernels.linear.product_triton")
-    assert (DEVICE == "cpu") == module.IS_INTERPRETED
-    return module
+    return import_kernels("linear.product_triton")
 
 
 def drawn(name: str, rows: int, cols: int) -> KernelWeight:

@@ -44,10 +44,10 @@ from alphaquant.testing.machine_code import (
     registers_of,
     spilled_bytes_of,
 )
+from tests.interpreted import DEVICE, import_kernels
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MIXED = (  # gate and up, down: every expert another pair, and some formats several times
     *(("int2-g64", "int8-row"), ("int2-g32-asym", "mxfp4"), ("int3-g128", "int2-g64-asym")),
@@ -68,11 +68,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 4 * 2.0**-10, torch.bfloat16: 
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    interpreted = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-    with mock.patch.dict(os.environ, interpreted):
-        module = importlib.import_module("alphaquant.kernels.moe.launch_triton")
-    assert (DEVICE == "cpu") == module.IS_INTERPRETED
-    return module
+    return import_kernels("moe.launch_triton")
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_rows_come_back_exactly_after_reopening(url: str) -> None:
         ROW,
         replace(ROW, number=1, digest="d1", gap=0.25, duplicate_of=0),
         replace(ROW, number=2, digest="d2", is_pruned=True),
+        replace(ROW, number=3, digest="d3"),
     ]
     with open_study(url, "s", "f") as study:
         for row in rows:
