@@ -99,7 +99,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _scope(file: str) -> str:
     """A file, or what all files share that ask for `found` or `long`."""
     text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
-    return "a search" if re.search(r"\b(found|long): SearchResult", text) else file
+    is_reader = re.search(r'\b(found|long): SearchResult|"found", "long"', text)
+    return "a search" if is_reader else file
 
 
 def pytest_collection_finish() -> None:
