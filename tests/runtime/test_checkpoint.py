@@ -22,6 +22,7 @@ from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
+from tests import damage
 from tests.families import FAMILIES_AND_HEADS
 
 TOKENS = tiny_tokens(2, 11)
@@ -157,15 +158,6 @@ def test_config_names_method_version_and_formats(packed: Path) -> None:
     assert config["model_type"] == "olmoe" and config["dtype"] == "bfloat16"
 
 
-def truncate(path: Path) -> None:
-    file = path / "model-layer-001.safetensors"
-    file.write_bytes(file.read_bytes()[:500])
-
-
-def remove_shard(path: Path) -> None:
-    (path / "model-layer-000.safetensors").unlink()
-
-
 def remove_index(path: Path) -> None:
     (path / "model.safetensors.index.json").unlink()
 
@@ -174,89 +166,35 @@ def garble_index(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text("{")
 
 
-def drop_kept_tensor(path: Path) -> None:
-    tensors = load_file(path / "model-kept.safetensors")
-    del tensors["model.layers.1.mlp.gate.weight"]
-    save_file(tensors, path / "model-kept.safetensors")
-
-
-def drop_codes(path: Path) -> None:
-    tensors = load_file(path / "model-layer-001.safetensors")
-    del tensors["model.layers.1.mlp.experts.3.down_proj.codes"]
-    save_file(tensors, path / "model-layer-001.safetensors")
-
-
-def add_a_tensor(path: Path) -> None:
-    tensors = load_file(path / "model-kept.safetensors")
-    save_file({**tensors, "model.extra": torch.ones(1)}, path / "model-kept.safetensors")
-
-
 def widen_scales(path: Path) -> None:
-    file, key = path / "model-layer-001.safetensors", "model.layers.1.self_attn.q_proj.scales"
-    tensors = load_file(file)
-    save_file({**tensors, key: tensors[key].to(torch.float32)}, file)
-
-
-def shorten_codes(path: Path) -> None:
-    file, key = path / "model-layer-001.safetensors", "model.layers.1.self_attn.q_proj.codes"
-    tensors = load_file(file)
-    save_file({**tensors, key: tensors[key][:-1].clone()}, file)
-
-
-def edit_config(path: Path, change: Callable[[dict[str, object]], object]) -> None:
-    config = json.loads((path / "config.json").read_text())
-    change(config["quantization_config"])
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def drop_a_format(path: Path) -> None:
-    edit_config(path, lambda q: q["formats"].popitem())
-
-
-def raise_version(path: Path) -> None:
-    edit_config(path, lambda q: q.update(version=2))
-
-
-def drop_version(path: Path) -> None:
-    edit_config(path, lambda q: q.pop("version"))
-
-
-def misspell_a_format(path: Path) -> None:
-    edit_config(path, lambda q: q["formats"].update(dict.fromkeys(q["formats"], "int99")))
-
-
-def drop_formats(path: Path) -> None:
-    edit_config(path, lambda q: q.pop("formats"))
-
-
-def add_an_entry(path: Path) -> None:
-    edit_config(path, lambda q: q.update(rotation="hadamard"))
+    name = "model.layers.1.self_attn.q_proj.scales"
+    damage.edit(path / damage.SECOND, lambda t: t.update({name: t[name].to(torch.float32)}))
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "spoil",
     [
-        truncate,
-        remove_shard,
+        damage.cut_a_shard,
+        damage.remove_a_shard,
         remove_index,
         garble_index,
-        drop_kept_tensor,
-        drop_codes,
-        add_a_tensor,
-        shorten_codes,
+        damage.drop_a_router,
+        damage.drop_codes,
+        damage.add_a_tensor,
+        damage.shorten_codes,
         widen_scales,
-        drop_a_format,
-        misspell_a_format,
-        drop_formats,
-        add_an_entry,
-        raise_version,
-        drop_version,
+        damage.drop_a_format,
+        damage.misspell_a_format,
+        damage.drop_formats,
+        damage.add_an_entry,
+        damage.raise_version,
+        damage.drop_version,
     ],
 )
 def test_a_damaged_checkpoint_is_one_line_that_names_it(
-    damage: Callable[[Path], None], packed: Path
+    spoil: Callable[[Path], None], packed: Path
 ) -> None:
-    damage(packed)
+    spoil(packed)
     with pytest.raises(StoreError) as error:
         load(packed)
     assert str(packed) in str(error.value) and "\n" not in str(error.value)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -23,6 +22,7 @@ from alphaquant.runtime.modules import PackedLinear
 from alphaquant.runtime.transformers_plugin import AlphaQuantConfig, AlphaQuantizer, register
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.testing.packed import mixed_assignment, save_packed
+from tests import damage
 from tests.families import FAMILIES_AND_HEADS
 
 TOKENS = tiny_tokens(2, 11)
@@ -284,110 +284,47 @@ def test_registering_again_changes_nothing() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["alphaquant"] is AlphaQuantizer
 
 
-def edit(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file({k: t.clone() for k, t in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def drop_a_router(path: Path) -> None:
-    edit(path / "model-kept.safetensors", lambda t: t.pop("model.layers.1.mlp.gate.weight"))
-
-
-def drop_codes(path: Path) -> None:
-    name = "model.layers.1.mlp.experts.3.down_proj.codes"
-    edit(path / "model-layer-001.safetensors", lambda t: t.pop(name))
-
-
-def add_a_tensor(path: Path) -> None:
-    edit(path / "model-kept.safetensors", lambda t: t.update({"model.extra": torch.ones(1)}))
-
-
 def add_a_tensor_that_transformers_would_ignore(path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit(path / "model-kept.safetensors", lambda t: t.update({name: torch.ones(2)}))
-
-
-def shorten_codes(path: Path) -> None:
-    name = "model.layers.1.self_attn.q_proj.codes"
-    edit(path / "model-layer-001.safetensors", lambda t: t.update({name: t[name][:-1]}))
+    damage.edit(path / damage.KEPT, lambda t: t.update({name: torch.ones(2)}))
 
 
 def narrow_a_norm(path: Path) -> None:
-    edit(path / "model-kept.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+    damage.edit(path / damage.KEPT, lambda t: t.update({"model.norm.weight": torch.ones(3)}))
 
 
 def round_scales(path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.scales"
-    edit(
-        path / "model-layer-001.safetensors",
+    damage.edit(
+        path / damage.SECOND,
         lambda t: t.update({name: t[name].to(torch.bfloat16)}),
     )
 
 
-def truncate(path: Path) -> None:
-    file = path / "model-layer-001.safetensors"
-    file.write_bytes(file.read_bytes()[:500])
-
-
-def remove_shard(path: Path) -> None:
-    (path / "model-layer-000.safetensors").unlink()
-
-
-def edit_entry(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((path / "config.json").read_text())
-    change(config["quantization_config"])
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def raise_version(path: Path) -> None:
-    edit_entry(path, lambda q: q.update(version=2))
-
-
-def drop_version(path: Path) -> None:
-    edit_entry(path, lambda q: q.pop("version"))
-
-
-def drop_a_format(path: Path) -> None:
-    edit_entry(path, lambda q: q["formats"].popitem())
-
-
-def misspell_a_format(path: Path) -> None:
-    edit_entry(path, lambda q: q["formats"].update(dict.fromkeys(q["formats"], "int99")))
-
-
-def drop_formats(path: Path) -> None:
-    edit_entry(path, lambda q: q.pop("formats"))
-
-
-def add_an_entry(path: Path) -> None:
-    edit_entry(path, lambda q: q.update(rotation="hadamard"))
-
-
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("spoil", "said"),
     [
-        (drop_a_router, "1 places stay empty, e.g. model.layers.1.mlp.gate.weight"),
-        (drop_codes, "1 places stay empty, e.g. model.layers.1.mlp.experts.3.down_proj.codes"),
-        (add_a_tensor, "1 tensors have no place in the model"),
+        (damage.drop_a_router, "1 places stay empty, e.g. model.layers.1.mlp.gate.weight"),
+        (damage.drop_codes, "1 places stay empty, e.g. model.layers.1.mlp.experts.3.down_proj.c"),
+        (damage.add_a_tensor, "1 tensors have no place in the model"),
         (add_a_tensor_that_transformers_would_ignore, "1 tensors have no place in the model"),
-        (shorten_codes, "q_proj.codes is U8 .*, expected U8"),
+        (damage.shorten_codes, "q_proj.codes is U8 .*, expected U8"),
         (narrow_a_norm, r"model.norm.weight is F32 \[3\], expected F32 \[40\]"),
         (round_scales, "q_proj.scales is BF16 .*, expected F16"),
-        (truncate, "is incomplete or damaged"),
-        (remove_shard, "No such file .*model-layer-000.safetensors"),
-        (raise_version, "has format version 2, this program reads 1; update it"),
-        (drop_version, "has format version None"),
-        (drop_a_format, "config.json names formats for .* matrices that are not the"),
-        (misspell_a_format, "config.json is damaged .*int99"),
-        (drop_formats, "it must have quant_method, version and formats"),
-        (add_an_entry, "quantization_config in config.json has .*rotation"),
+        (damage.cut_a_shard, "is incomplete or damaged"),
+        (damage.remove_a_shard, "No such file .*model-layer-000.safetensors"),
+        (damage.raise_version, "has format version 2, this program reads 1; update it"),
+        (damage.drop_version, "has format version None"),
+        (damage.drop_a_format, "config.json names formats for .* matrices that are not the"),
+        (damage.misspell_a_format, "config.json is damaged .*int99"),
+        (damage.drop_formats, "it must have quant_method, version and formats"),
+        (damage.add_an_entry, "quantization_config in config.json has .*rotation"),
     ],
 )
 def test_a_damaged_checkpoint_is_our_error_and_never_random_weights(
-    damage: Callable[[Path], None], said: str, own_copy: Path
+    spoil: Callable[[Path], None], said: str, own_copy: Path
 ) -> None:
-    damage(own_copy)
+    spoil(own_copy)
     with pytest.raises(StoreError, match=said) as error:
         from_pretrained(own_copy)
     assert str(own_copy) in str(error.value) and "\n" not in str(error.value)
