@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	@echo "==> mypy"
-	@$(BIN)/mypy alphaquant
+	@$(BIN)/mypy -n 2 alphaquant
 
 # Compiled tests are kept, also where Python is told to keep nothing: 10 seconds of each process.
 unit: $(VENV)/.installed-dev

@@ -1,6 +1,5 @@
 """The benchmarks of the allocation: their pieces on a tiny model, without other tools."""
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,14 @@ from alphaquant.search.solver import solve
 from alphaquant.specs.search import SearchSpec
 from alphaquant.testing.allocators import example_problem
 from alphaquant.testing.checkpoints import save_texts, save_tiny
+from tests.benches import import_benchmark
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 BUDGET = 5.2
 
 
 @pytest.fixture(scope="module")
 def load() -> Callable[[str], ModuleType]:
-    def one(name: str) -> ModuleType:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(FOLDER))
-            return importlib.import_module(name)
-
-    return one
+    return import_benchmark
 
 
 @pytest.fixture(scope="module")

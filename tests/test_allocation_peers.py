@@ -1,6 +1,5 @@
 """Peers that choose formats: jobs, cache, counts and checks, without the peers themselves."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -17,8 +16,8 @@ from alphaquant import demo
 from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.formats import parse_format
 from alphaquant.studies.inputs import load_source
+from tests.benches import import_benchmark
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 INT3 = {"family": "int", "bits": 3, "group_size": 128, "symmetric": True}
 INT2 = {"family": "int", "bits": 2, "group_size": 64, "symmetric": True}
 ROUTED = "model.layers.1.mlp.experts.7.down_proj"
@@ -35,12 +34,6 @@ if (prepared / "broken").exists():
 for name in ("weights.safetensors", "report.json"):
     shutil.copy(prepared / name, target / name)
 """
-
-
-def import_benchmark(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

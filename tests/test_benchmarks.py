@@ -1,6 +1,5 @@
 """The benchmark of the quantizer: its pieces on small inputs, without other quantizers."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,15 +12,12 @@ from alphaquant.demo import text_path
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.texts import TextSpec
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from tests.benches import import_benchmark
 
 
 @pytest.fixture(scope="module")
 def quantizer() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("quantizer")
+    return import_benchmark("quantizer")
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +191,7 @@ def test_weights_outside_the_format_are_refused(peers: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def options() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("options")
+    return import_benchmark("options")
 
 
 def test_changes_are_paired_by_seed(options: ModuleType) -> None:

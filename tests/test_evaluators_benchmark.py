@@ -1,25 +1,21 @@
 """The benchmark of the evaluators: its pieces on a tiny model."""
 
-import importlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from alphaquant.testing.models import tiny_model, tiny_tokens
+from tests.benches import import_benchmark
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 TOKENS = tiny_tokens(3, 8)
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("evaluators")
+    return import_benchmark("evaluators")
 
 
 def test_every_evaluator_is_measured_beside_the_plain_pass(benchmark: ModuleType) -> None:

@@ -1,8 +1,6 @@
 """The benchmark of expert sensitivity: its pieces on a tiny model and on made-up rows."""
 
-import importlib
 import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,15 +17,12 @@ from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.inputs import read_text
 from alphaquant.studies.objective import EvaluationSet
 from alphaquant.testing.checkpoints import save_texts, save_tiny
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from tests.benches import FOLDER, import_benchmark
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("expert_sensitivity")
+    return import_benchmark("expert_sensitivity")
 
 
 @pytest.fixture(scope="module")

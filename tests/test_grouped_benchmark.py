@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests import kernel_benches
-from tests.kernel_benches import FakeTimer, bench_with
+from tests import benches
+from tests.benches import FakeTimer, bench_with
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-load = kernel_benches.load
+load = benches.load
 
 
 def test_a_layer_with_wrong_outputs_ends_the_run(load: Callable[[str], Any]) -> None:

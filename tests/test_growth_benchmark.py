@@ -1,6 +1,5 @@
 """The benchmark of growth: what it writes loads, and what it prints adds up."""
 
-import importlib
 import json
 import math
 import sys
@@ -17,15 +16,12 @@ from alphaquant.models.loading import load_model, load_tokenizer
 from alphaquant.models.mapping import map_model
 from alphaquant.models.walk import walk
 from alphaquant.testing.models import tiny_tokens
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from tests.benches import import_benchmark
 
 
 @pytest.fixture(scope="module")
 def growth() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("growth")
+    return import_benchmark("growth")
 
 
 @pytest.fixture(scope="module")

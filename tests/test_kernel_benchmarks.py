@@ -20,12 +20,12 @@ from torch import Tensor
 from alphaquant.evaluators.latency import read_latency_table
 from alphaquant.kernels.tuning import Launch, read_table
 from alphaquant.spaces.formats import parse_format
-from tests import kernel_benches
-from tests.kernel_benches import FakeTimer, bench_with
+from tests import benches
+from tests.benches import FakeTimer, bench_with
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
 
-load = kernel_benches.load
+load = benches.load
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Counts of launches: of a configuration, the example that the kernels' own test launches; and of
 quantizing a layer, which depends on neither experts nor rows."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,16 +11,14 @@ import pytest
 from alphaquant.models.mapping import map_model
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model
+from tests.benches import import_benchmark
 
 SETTINGS = QuantSettings(shrinkage=False)
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("launches")
+    return import_benchmark("launches")
 
 
 def test_layers_count_formats_once_and_gate_and_up_together_where_they_agree(
@@ -61,9 +58,7 @@ SMALL = {"hidden_size": 512, "expert_width": 256}
 @pytest.fixture(scope="module")
 def quantizer() -> ModuleType:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("quantizer_launches")
+    return import_benchmark("quantizer_launches")
 
 
 def test_quantizing_a_layer_launches_the_same_for_all_experts_and_rows(

@@ -1,7 +1,6 @@
 """The benchmark of real models: a dry run on a tiny GGUF file, and its pieces without network."""
 
 import hashlib
-import importlib
 import io
 import json
 import sys
@@ -18,16 +17,13 @@ import pytest
 from alphaquant.cli.application import start
 from alphaquant.demo import text_path
 from alphaquant.testing.gguf_files import save_gguf
+from tests.benches import import_benchmark
 from tests.programs import program
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def real() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("real")
+    return import_benchmark("real")
 
 
 @pytest.fixture(scope="module")

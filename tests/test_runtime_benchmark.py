@@ -1,6 +1,5 @@
 """The benchmark of the packed runtime: its pieces on tiny models."""
 
-import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +11,12 @@ from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.modules import cache_dequantized
 from alphaquant.testing.models import tiny_model, tiny_tokens
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from tests.benches import import_benchmark
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("runtime")
+    return import_benchmark("runtime")
 
 
 def test_every_variant_makes_text_beside_the_original(

@@ -1,14 +1,22 @@
-"""What tests of the kernels' benchmarks share: their modules, interpreted, and made-up timers."""
+"""What tests of benchmarks share: modules of theirs, and for kernels timers that make times up."""
 
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def import_benchmark(name: str) -> ModuleType:
+    """A module of the folder, which imports its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
