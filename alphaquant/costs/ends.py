@@ -96,7 +96,7 @@ def _arrays(
         products, looked_up = _row_products(trace, table, readers)
         token_fisher = looked_up + kl
     # Half the mean square per token is the sum of both.
-    products = np.sqrt(products**2 + 2 * seq_len * kl[:, None])
+    products = np.copysign(np.sqrt(products**2 + 2 * seq_len * kl[:, None]), products)
     return {
         "products": products.astype(np.float32),
         "token_fisher": token_fisher,

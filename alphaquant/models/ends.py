@@ -40,7 +40,8 @@ def find_ends(
         return None
     named = {id(module): name for name, module in model.named_modules()}
     head, table = _called(model, "get_output_embeddings"), _called(model, "get_input_embeddings")
-    is_tied = head is not None and table is not None and head.weight is table.weight
+    weights = [getattr(module, "weight", None) for module in (head, table)]
+    is_tied = weights[0] is not None and weights[0] is weights[1]
     linears: list[LinearSite] = []
     embeddings: list[EmbeddingSite] = []
     if is_tied or "embeddings" in include:

@@ -165,7 +165,9 @@ class Profile:
         return f"--profile {self.name}{kernels}"
 
     def rules_of(self, kind: str) -> tuple[FormatRule, ...]:
-        """The rules for one kind of matrix."""
+        """The rules for one kind of matrix; what is not among `includes` stays in bf16."""
+        if kind in ENDS.values() and kind not in {ENDS[name] for name in self.includes}:
+            return (_BF16,)
         return self.expert_rules if kind == "expert" else self.linear_rules
 
     @property
