@@ -23,7 +23,7 @@ layer's output. Measured on some of the tokens and scaled up, see `output_error`
 cross-entropy at the layer's output before squaring (GEMQ, arXiv 2605.23078). It takes passes of
 its own and is measured where it is asked for.
 
-What is beside the layers, the head and the embeddings, is in `ends.py`.
+What is beside the layers, the head and the embeddings, is in `end_costs.py`.
 
 No token is sent to an expert that the router did not choose. Derivations: docs/algorithms.md.
 
@@ -46,7 +46,7 @@ from alphaquant.costs.cost_store import (
     by_format,
     costs_key,
 )
-from alphaquant.costs.ends import end_costs
+from alphaquant.costs.end_costs import end_costs
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
 from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
 from alphaquant.costs.partial import held_in, parts_held

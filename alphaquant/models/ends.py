@@ -8,7 +8,7 @@ name, because it would have to be replaced by something that computes the same.
 No layer sees what a head is given, the hidden states behind the last norm; `watch_head` shows it.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,8 +40,7 @@ def find_ends(
         return None
     named = {id(module): name for name, module in model.named_modules()}
     head, table = _called(model, "get_output_embeddings"), _called(model, "get_input_embeddings")
-    weights = [getattr(module, "weight", None) for module in (head, table)]
-    is_tied = weights[0] is not None and weights[0] is weights[1]
+    is_tied = head is not None and table is not None and _are_tied(model, named, head, table)
     linears: list[LinearSite] = []
     embeddings: list[EmbeddingSite] = []
     if is_tied or "embeddings" in include:
@@ -167,6 +166,18 @@ def _plain(model: nn.Module, head: nn.Module | None) -> nn.Linear:
     if type(head) is not nn.Linear:
         raise _refused(model, "head", head)
     return head
+
+
+def _are_tied(
+    model: nn.Module, named: Mapping[int, str], head: nn.Module, table: nn.Module
+) -> bool:
+    """Whether a head has the weight of the embeddings, or will get it when weights are loaded."""
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight is getattr(table, "weight", None):
+        return True
+    stated: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {f"{named[id(module)]}.weight" for module in (head, table)}
+    return any({target, source} == names for target, source in stated.items())
 
 
 def _matrix(
