@@ -60,9 +60,9 @@ class Part:
 class Active:
     """What a token reads of the quantizable weights, if the router uses all experts alike.
 
-    The share of a routed expert is then k / E, of embeddings 0, of all else 1. `aq-search --active-budget` takes
-    the shares that the calibration text has instead; the two are equal where an expert's format
-    does not depend on how often it is used.
+    The share of a routed expert is then k / E, of embeddings 0, of all else 1. `aq-search
+    --active-budget` takes the shares that the calibration text has instead; the two are equal
+    where an expert's format does not depend on how often it is used.
 
     Attributes:
         experts_per_token: k; 0 where there are no routed experts.

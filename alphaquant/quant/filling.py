@@ -15,9 +15,8 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
-from alphaquant.quant.end_hessians import EndStep
 from alphaquant.quant.engine import Wanted, quantize_layer
-from alphaquant.quant.hessian import HessianBatch, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 

@@ -17,9 +17,8 @@ from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
-from alphaquant.quant.end_hessians import EndStep
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.hessian import HessianBatch, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix
 from alphaquant.spaces.assignment import Assignment

@@ -9,8 +9,8 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import walk
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.end_hessians import EndStep
 from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.hessian import EndStep
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
