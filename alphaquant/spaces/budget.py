@@ -208,10 +208,9 @@ def counting_rule() -> str:
     """The sentence that reports print beside every number of bits."""
     return (
         "Bits per weight are all bits stored for the quantizable matrices (the linear layers "
-        "inside the decoder blocks: attention, experts, shared experts, dense MLPs; with "
-        "--include lm_head and embeddings: codes as packed, scales, zero points, padding) divided "
-        "by their weights; routers and norms are left out, and a budget in bytes or bpw-file "
-        "counts every tensor of the checkpoint."
+        "inside the decoder blocks, with --include lm_head and embeddings too: codes as packed, "
+        "scales, zero points, padding) divided by their weights; norms and routers are left out, "
+        "and a budget in bytes or bpw-file counts every tensor of the checkpoint."
     )
 
 
