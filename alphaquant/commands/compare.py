@@ -134,7 +134,7 @@ def compare(first: Path, second: Path, model: str | None = None) -> Comparison:
             "give --model: demo, a directory with config.json, or a hub id"
         )
     names = [model or statement.model or named[0] for statement in statements]
-    skeletons = {name: read_skeleton(name) for name in dict.fromkeys(names)}
+    skeletons = {name: read_skeleton(name, statements) for name in dict.fromkeys(names)}
     a, b = (
         _inspection(statement, skeletons[name])
         for statement, name in zip(statements, names, strict=True)

@@ -60,9 +60,9 @@ class Part:
 class Active:
     """What a token reads of the quantizable weights, if the router uses all experts alike.
 
-    The share of a routed expert is then k / E, of all else 1. `aq-search --active-budget` takes
-    the shares that the calibration text has instead; the two are equal where an expert's format
-    does not depend on how often it is used.
+    The share of a routed expert is then k / E, of embeddings 0, of all else 1. `aq-search
+    --active-budget` takes the shares that the calibration text has instead; the two are equal
+    where an expert's format does not depend on how often it is used.
 
     Attributes:
         experts_per_token: k; 0 where there are no routed experts.
@@ -115,7 +115,7 @@ class Inspection:
     @cached_property
     def layers(self) -> tuple[Part, ...]:
         """By layer."""
-        return self.parts(lambda matrix: str(matrix.layer))
+        return self.parts(lambda matrix: matrix.place)
 
     def parts(self, name_of: Callable[[Matrix], str]) -> tuple[Part, ...]:
         """The matrices by a name that is made of each, in order of first appearance."""
@@ -144,7 +144,9 @@ class Inspection:
         n_weights = n_bits = Fraction(0)
         for m in matrices:
             n_choices = n_experts[m.layer] + n_zero
-            share = Fraction(1) if m.expert is None else Fraction(k or 0, n_choices)
+            share = Fraction(not m.is_looked_up)
+            if m.expert is not None:
+                share = Fraction(k or 0, n_choices)
             n_weights += share * m.n_weights
             n_bits += share * self.n_bits(m)
         return Active(k or 0, ceil(n_weights), ceil(n_bits / 8))
@@ -244,7 +246,7 @@ def inspect_config(
             f"{statement.path} does not say which model it is for; give --model: demo, a "
             "directory with config.json, or a hub id"
         )
-    skeleton = read_skeleton(name, progress)
+    skeleton = read_skeleton(name, (statement,), progress)
     return Inspection(statement, skeleton, statement.plan_on(skeleton))
 
 

@@ -117,7 +117,12 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         exporter = EXPORTERS.get(spec.export)
         if exporter is not None:
             _resolve_skeleton(spec, config, progress)
-        source = load_source(spec.model, device, spec.dtype, cache=spec.cache, progress=progress)
+        source = load_source(
+            *(spec.model, device, spec.dtype),
+            include=config.include,
+            cache=spec.cache,
+            progress=progress,
+        )
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
         warnings = [*plan.warnings, *_check_source(summary, source), *architecture.warnings]
@@ -188,7 +193,7 @@ def _resolve_skeleton(spec: QuantizeSpec, config: Config, progress: Progress) ->
         )
     skeleton = load_skeleton(location)
     architecture = choose_architecture(skeleton, spec.model_type)
-    model_map = with_source(map_model(skeleton), location)
+    model_map = with_source(map_model(skeleton, include=config.include), location)
     plan = resolve(config, model_map.inventory, strict=spec.strict)
     exporter = EXPORTERS.get(spec.export)
     if exporter is not None:

@@ -42,7 +42,7 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
 from alphaquant.spaces.formats import parse_menu
 from alphaquant.spaces.menus import menu_of
-from alphaquant.spaces.profiles import Profile, find_profile
+from alphaquant.spaces.profiles import Profile, find_profile, included
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.check import check_kind
@@ -105,6 +105,7 @@ class _Request:
     profile: Profile
     menu: tuple[str, ...]
     device: str
+    include: tuple[str, ...]
 
 
 def search(
@@ -147,7 +148,7 @@ def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
     check_kind(spec, SearchSpec, "plan_search")
     request, asked, cache = _check(spec), spec.checkpoint, cache_dir(spec.run.cache)
     location = model_location(asked.model, spec.run.cache, progress)
-    model_map = map_model(load_skeleton(location))
+    model_map = map_model(load_skeleton(location), include=request.include)
     config: Any = model_map.model.config
     dtype = working_dtype(asked.model, config, request.device, asked.dtype)
     found = config.dtype if isinstance(dtype, str) else dtype
@@ -169,7 +170,10 @@ def _search(
     steps = clock.counted(Stage.LOAD, LOAD_STEPS)
     asked, cache = spec.checkpoint, spec.run.cache
     source = load_source(
-        asked.model, request.device, asked.dtype, steps, cache=cache, progress=clock
+        *(asked.model, request.device, asked.dtype, steps),
+        include=request.include,
+        cache=cache,
+        progress=clock,
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)
@@ -273,7 +277,8 @@ def _check(spec: SearchSpec) -> _Request:
     device = find_device(spec.checkpoint.device)
     if spec.checkpoint.dtype != "auto":
         named_dtype(spec.checkpoint.dtype)
-    return _Request(budget, profile, menu, device)
+    include = () if spec.limits.candidate_names else included(spec.limits.include, budget, profile)
+    return _Request(budget, profile, menu, device, include)
 
 
 def _check_places(spec: SearchSpec) -> None:

@@ -4,12 +4,15 @@ It is a configuration file, a packed checkpoint's directory, or a search's `--ou
 `best.json` is read. The model is built on the meta device, so its size does not matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from alphaquant.errors import ConfigError
+from alphaquant.models.ends import ends_named
 from alphaquant.models.gguf.converted import origin_of
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
@@ -70,6 +73,14 @@ class Statement:
     summary: Mapping[str, Any]
     model: str | None
 
+    def include_on(self, model: nn.Module) -> tuple[str, ...]:
+        """What it quantizes of a model beside its layers, see `alphaquant.spaces.units.ENDS`."""
+        if isinstance(self.content, Config):
+            return self.content.include
+        if isinstance(self.content, PackedFormats):
+            return ends_named(model, self.content.weights)
+        return ()
+
     def plan_on(self, model: Skeleton) -> Plan:
         """The scheme of every matrix of a model.
 
@@ -101,8 +112,9 @@ class Statement:
         return Plan(schemes, warnings=foreign.warnings(names, str(self.path)))
 
     def _packed_plan(self, packed: PackedFormats, model: Skeleton) -> Plan:
-        if packed.weights.keys() != model.inventory.by_name.keys():
-            odd = sorted(packed.weights.keys() ^ model.inventory.by_name.keys())
+        beside = {m.name for m in model.inventory.matrices if not m.is_included(())}
+        if packed.weights.keys() | beside != model.inventory.by_name.keys():
+            odd = sorted((packed.weights.keys() | beside) ^ model.inventory.by_name.keys())
             raise ConfigError(
                 f"{self.path} is of another model than {model.name}: {len(odd)} matrices are only "
                 f"in one of them, e.g. {odd[0]}; leave --model out, or give the right one"
@@ -110,7 +122,9 @@ class Statement:
         names = model.inventory.by_name
         return Plan(
             {
-                name: ResolvedScheme(packed.weights[name], packed.activations.get(name, BF16))
+                name: ResolvedScheme(
+                    packed.weights.get(name, BF16), packed.activations.get(name, BF16)
+                )
                 for name in names
             }
         )
@@ -153,11 +167,15 @@ def _foreign(file: Path) -> Foreign | None:
     return None if tool_of(data) is None else read_foreign(data, file)
 
 
-def read_skeleton(name: str, progress: Progress = no_progress) -> Skeleton:
+def read_skeleton(
+    name: str, statements: Sequence[Statement] = (), progress: Progress = no_progress
+) -> Skeleton:
     """A model's matrices, without its weights.
 
     Args:
         name: `demo`, a directory, a GGUF file or a hub id.
+        statements: that will be applied to it; what any of them quantizes beside the layers is
+            among the matrices.
         progress: of decoding a GGUF file.
 
     Raises:
@@ -168,7 +186,8 @@ def read_skeleton(name: str, progress: Progress = no_progress) -> Skeleton:
     text_config = model.config.get_text_config()
     found = [getattr(text_config, field, None) for field in _TOP_K_FIELDS]
     numbers = [value for value in found if isinstance(value, int)]
-    found_map = with_source(map_model(model), location)
+    include = {name for statement in statements for name in statement.include_on(model)}
+    found_map = with_source(map_model(model, include=sorted(include)), location)
     inventory, origin = found_map.inventory, origin_of(found_map.source)
     has_experts = any(m.expert is not None for m in inventory.matrices)
     top_k = numbers[0] if numbers and has_experts else None

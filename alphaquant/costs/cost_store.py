@@ -106,8 +106,8 @@ class CostStore:
 
         Args:
             shape: what must be there.
-            traces: starts the walk from the last layer to the first; it is left at the lowest
-                layer that lacks a file, and not called if none does.
+            traces: starts the walk from the last layer to the first; it is left when no layer
+                lacks a file, and not called if none does.
             measure: costs of one layer.
             progress: called with (layers done, layers).
         """
@@ -115,12 +115,14 @@ class CostStore:
         missing = self.missing(shape)
         if not missing:
             return
-        for trace in traces():
+        left = set(missing)
+        for n_done, trace in enumerate(traces()):
             index = trace.layer.index
-            progress(n_layers - 1 - index, n_layers)
+            progress(n_done, n_layers)
             if index in missing:
                 self._write(shape, index, measure(trace, missing[index]))
-            if index == min(missing):
+            left.discard(index)
+            if not left:
                 break
             del trace  # its memory is free before the next layer is traced
         progress(n_layers, n_layers)

@@ -23,6 +23,8 @@ layer's output. Measured on some of the tokens and scaled up, see `output_error`
 cross-entropy at the layer's output before squaring (GEMQ, arXiv 2605.23078). It takes passes of
 its own and is measured where it is asked for.
 
+What is beside the layers, the head and the embeddings, is in `end_costs.py`.
+
 No token is sent to an expert that the router did not choose. Derivations: docs/algorithms.md.
 
 Letters: M matrices, U units, F formats, D draws of labels, S sequences, T tokens per sequence.
@@ -44,6 +46,7 @@ from alphaquant.costs.cost_store import (
     by_format,
     costs_key,
 )
+from alphaquant.costs.end_costs import end_costs
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
 from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
 from alphaquant.costs.partial import held_in, parts_held
@@ -238,6 +241,8 @@ def measure_costs(
     batches = batches_of(tokens, settings.batch_size)
 
     def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
+        if trace.ends is not None:
+            return end_costs(model_map, trace.ends, bank, names)
         return _layer_costs(trace, bank, names, settings.seed)
 
     store.fill(
@@ -260,8 +265,8 @@ def measure_costs(
 
 
 def _sizes(model_map: ModelMap) -> list[int]:
-    """Matrices of each layer."""
-    return [len(list(layer.matrices())) for layer in model_map.layers]
+    """Matrices of each part."""
+    return [len(list(part.matrices())) for part in model_map.parts]
 
 
 def _measure_gemq(

@@ -15,7 +15,7 @@ a linear, H hidden size, D totals that are differentiated.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,12 +23,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from alphaquant.costs.shelf import Shelf, Shelved
 from alphaquant.costs.tape import Tape, TracedBatch
+from alphaquant.errors import ModelError
 from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.models.walk import LayerCall, check_walk, walk
+from alphaquant.models.walk import LayerCall, check_walk, replaced_forwards, walk
 
 
 class Quantity(Protocol):
@@ -104,6 +106,24 @@ class ExpertsTrace:
 
 
 @dataclass(frozen=True)
+class EndTrace:
+    """What is known beside the layers.
+
+    Attributes:
+        batches: token ids, int64 [B, T] each.
+        outputs: what the last layer gave, by batch.
+        at_embeddings: gradients of the D totals where the embeddings give something, batches of
+            [D, B, T, H]; empty where these are not quantized.
+        n_totals: D.
+    """
+
+    batches: list[Tensor]
+    outputs: list[Any]
+    at_embeddings: list[Tensor]
+    n_totals: int
+
+
+@dataclass(frozen=True)
 class LayerTrace:
     """One layer's traces, and its inputs for whoever wants to run it again.
 
@@ -114,6 +134,7 @@ class LayerTrace:
         calls: how the layer is called, by batch.
         at_output: gradients of the other quantities at the layer's output, batches of
             [D', B, T, H].
+        ends: of what is beside the layers; None for a layer.
     """
 
     layer: LayerSite
@@ -121,6 +142,7 @@ class LayerTrace:
     experts: dict[str, ExpertsTrace]
     calls: list[LayerCall]
     at_output: list[Tensor]
+    ends: EndTrace | None = None
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -146,19 +168,24 @@ def trace_layers(
             None for the system's folder of temporary files.
 
     Yields:
-        Traces from the last layer to the first. Dropping one frees its file; the layer's own
-        weights are given back when the next is asked for.
+        Traces from the last layer to the first, and then of what is beside the layers, where that
+        is quantized. Dropping one frees its file; the layer's own weights are given back when the
+        next is asked for.
 
     Raises:
         ModelError: the model cannot be walked.
         StoreError: the disk is full.
     """
     check_walk(model_map, batches)
-    tapes = _run_forward(model_map, batches, (quantities, at_output), folder)
+    tapes, outputs = _run_forward(model_map, batches, (quantities, at_output), folder)
     for layer in reversed(model_map.layers):
         yield _trace_layer(layer, tapes, [len(batch) for batch in batches], folder)
         layer.release()
         trim_heap()
+    if model_map.ends is not None:
+        at_embeddings = [tape.at_embeddings() for tape in tapes]
+        ends = EndTrace(batches, outputs, at_embeddings, tapes[0].n_traced)
+        yield LayerTrace(model_map.ends, {}, {}, [], [], ends)
 
 
 def _run_forward(
@@ -166,9 +193,12 @@ def _run_forward(
     batches: list[Tensor],
     quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
     folder: Path | None,
-) -> list[Tape]:
-    """Run all layers; tapes of the batches, with gradients at what the last layer gave."""
-    tapes, ends = [Tape() for _ in batches], Shelf(folder)
+) -> tuple[list[Tape], list[Any]]:
+    """Run all layers; tapes of the batches, with gradients at what the last layer gave, and that.
+
+    What the last layer gave is kept where somebody wants to know what comes after it.
+    """
+    tapes, ends, outputs = [Tape() for _ in batches], Shelf(folder), list[Any]()
     first = [0, *accumulate(len(batch) for batch in batches)]
     n_ended = 0
 
@@ -180,7 +210,12 @@ def _run_forward(
         tapes[n_ended].start(logits, parts, ends)
         n_ended += 1
 
-    with _caught_logits(model_map.model, end), torch.enable_grad():
+    embeddings = () if model_map.ends is None else model_map.ends.embeddings
+    with ExitStack() as stack:
+        stack.enter_context(_caught_logits(model_map.model, end))
+        for site in embeddings:
+            stack.enter_context(_caught_embeddings(site.module, tapes, ends))
+        stack.enter_context(torch.enable_grad())
         for step in walk(model_map, batches, []):
             shelf = Shelf(folder)
             with torch.no_grad():
@@ -188,7 +223,34 @@ def _run_forward(
                     tape.record(step.layer, call, shelf)
                     for tape, call in zip(tapes, step.calls, strict=True)
                 ]
-    return tapes
+            if model_map.ends is not None and step.layer is model_map.layers[-1]:
+                outputs = tree_map(_without_graph, step.outputs)
+    return tapes, outputs
+
+
+@contextmanager
+def _caught_embeddings(module: nn.Module, tapes: Sequence[Tape], shelf: Shelf) -> Iterator[None]:
+    """Let what the embeddings give be a leaf of its batch's tape; batches come in their order."""
+    waiting = iter(tapes)
+
+    def caught(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            tape = next(waiting, None)
+            if tape is None:
+                raise ModelError(
+                    "the model looks up its embeddings more than once, so what they cost cannot "
+                    "be traced; leave embeddings out of --include"
+                )
+            return tape.start_with(forward(*args, **kwargs), shelf)
+
+        return run
+
+    with replaced_forwards([module], caught):
+        yield
+
+
+def _without_graph(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def held_in(bank: Bank, layer: int, formats: Sequence[str]) -> HeldLayer:
 def parts_held(bank: Bank, formats: Sequence[str]) -> Mapping[tuple[int, str], str]:
     """Digests of what a bank holds of layers in formats, where it is not everything."""
     found: dict[tuple[int, str], str] = {}
-    for layer in range(bank.inventory.n_layers):
+    for layer in range(bank.inventory.n_parts):
         for name in formats:
             if not bank.has(name, layer):
                 text = "\n".join(sorted(bank.matrices(name, layer)))

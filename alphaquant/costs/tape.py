@@ -90,13 +90,32 @@ class Tape:
     """The layers that a batch went through, and gradients at what they gave.
 
     Gradients of all totals are kept together, [D + D', ...].
+
+    Attributes:
+        n_traced: D.
     """
 
     def __init__(self) -> None:
-        self._n_traced = 0
+        self.n_traced = 0
         self._layers: list[_Recorded] = []
         self._leaves: MutableMapping[Tensor, _Leaf] = WeakTensorKeyDictionary()
         self._gradients: dict[_Leaf, Shelved] = {}
+        self._embedded: _Leaf | None = None
+
+    def start_with(self, embedded: Tensor, shelf: Shelf) -> Tensor:
+        """Take what the embeddings give, [B, T, H]; the model goes on with a leaf of it."""
+        leaf = self._new_leaf(embedded.detach(), shelf)
+        self._embedded = self._leaves[leaf]
+        return leaf
+
+    def at_embeddings(self) -> Tensor:
+        """Gradients of the traced totals at what the embeddings gave, [D, B, T, H].
+
+        Nothing, [0], where the embeddings were not watched.
+        """
+        if self._embedded is None:
+            return torch.zeros(0)
+        return self._gradients[self._embedded].read()[: self.n_traced]
 
     def record(self, layer: LayerSite, call: LayerCall, shelf: Shelf) -> Any:
         """Run a layer without a graph; what it gives, as leaves, goes back to the model."""
@@ -129,14 +148,14 @@ class Tape:
             gradients: of the totals that are traced, [D, B, T, V], and of the others.
             shelf: for the gradients at the leaves.
         """
-        self._n_traced = len(gradients[0])
+        self.n_traced = len(gradients[0])
         self._back(logits, [g for part in gradients for g in part], shelf)
 
     def output_gradients(self) -> Tensor:
         """Gradients of the other totals at the last layer's hidden states, [D', B, T, H]."""
         hidden = self._layers[-1].outputs[0]
         assert hidden is not None, "a layer's first output is its hidden states"
-        return self._gradients[hidden].read()[self._n_traced :]
+        return self._gradients[hidden].read()[self.n_traced :]
 
     def trace(self, layer: LayerSite, shelf: Shelf) -> TracedBatch:
         """Run the last layer again, with a graph; its inputs get their gradients, on the shelf."""
@@ -161,14 +180,14 @@ class Tape:
         for d in range(n_totals):
             found = torch.autograd.grad(
                 [new for new, _ in pairs],
-                [*inputs, *reached] if d < self._n_traced else inputs,
+                [*inputs, *reached] if d < self.n_traced else inputs,
                 [gradient[d] for _, gradient in pairs],
                 retain_graph=d + 1 < n_totals,
                 allow_unused=True,
             )
             at_inputs.append(found[: len(inputs)])
             of_modules = iter(found[len(inputs) :])
-            if d < self._n_traced:
+            if d < self.n_traced:
                 for kept, (_, y) in zip(at, calls, strict=True):
                     kept.append(_or_zeros(next(of_modules) if y.requires_grad else None, y))
         self._hand_back(recorded, leaves, at_inputs, shelf)

@@ -126,7 +126,10 @@ def place(subject: Subject, asked: str) -> Placed:
 def active_shares(
     inventory: Inventory, model: nn.Module, measured: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Share of tokens that read each matrix, 0 to 1; 1 for all but routed experts.
+    """Share of tokens that read each matrix, 0 to 1.
+
+    1 for all but routed experts, and embeddings: of these a token reads one row, which is as good
+    as nothing.
 
     Args:
         inventory: the matrices.
@@ -138,7 +141,7 @@ def active_shares(
         ModelError: nothing is measured and the configuration has no `num_experts_per_tok`.
     """
     routed = [m for m in inventory.matrices if m.kind == "expert"]
-    found = dict.fromkeys((m.name for m in inventory.matrices), 1.0)
+    found = {m.name: float(not m.is_looked_up) for m in inventory.matrices}
     if measured is None:
         return found | (_uniform_shares(routed, model) if routed else {})
     bad = [m.name for m in routed if not 0 <= measured.get(m.name, -1.0) <= 1]

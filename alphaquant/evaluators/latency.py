@@ -271,7 +271,7 @@ def _parts(placed: Placed, shares: Mapping[str, float], n_tokens: int) -> list[_
     weights: dict[tuple[Product, float], list[float]] = {}
     for m in placed.inventory.matrices:
         product = Product(placed.assignment.format_of(m.name).name, m.rows, m.cols)
-        share = shares[m.name] if m.kind == "expert" else 1.0
+        share = shares[m.name] if m.kind == "expert" else float(not m.is_looked_up)
         chance = 1 - (1 - share) ** n_tokens
         if chance > 0:  # an expert that no token reaches is not run
             # Within [1, B] but for rounding: 1 - (1 - 0.3) is more than 0.3.

@@ -14,7 +14,7 @@ from alphaquant.errors import ConfigError
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.profiles import Profile, is_loadable, units_of
-from alphaquant.spaces.units import Inventory, Unit
+from alphaquant.spaces.units import ENDS, Inventory, Unit
 
 _SERVERS: Mapping[str, str] = MappingProxyType(
     {
@@ -74,6 +74,11 @@ def plan_problem(assignment: Assignment, inventory: Inventory, profile: Profile)
             )
         if not is_loadable(unit, parse_format(names[0]), profile):
             first = unit.matrices[0]
+            if unit.kind in ENDS.values() and not profile.includes:
+                return (
+                    f"{unit.name} is {names[0]}, and lm_head and embeddings stay bf16 there: give "
+                    'a configuration without "include"'
+                )
             return (
                 f"{unit.name} is {names[0]}, {first.rows} x {first.cols}, which cannot be loaded "
                 f"there; {profile.text}, in shapes that its groups and kernels divide"

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from alphaquant.models.ends import ends_named
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import PackedFormats, read_formats
@@ -98,7 +99,10 @@ def open_packed(directory: Path) -> PackedSource:
         ModelError: its model cannot be built.
         StoreError: it is damaged.
     """
-    return PackedSource(directory, map_model(load_skeleton(directory)))
+    skeleton = load_skeleton(directory)
+    entry = read_object(directory / "config.json")["quantization_config"]
+    include = ends_named(skeleton, read_formats(entry, str(directory)).weights)
+    return PackedSource(directory, map_model(skeleton, include=include))
 
 
 @contextmanager

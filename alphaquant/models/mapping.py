@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.ends import find_ends
 from alphaquant.models.layouts.standard import LAYOUTS
 from alphaquant.models.pages.private_maps import ModelPages
 from alphaquant.models.probe import Probe, probe_model
@@ -65,6 +66,7 @@ def map_model(
     model: nn.Module,
     layouts: Sequence[type[ExpertsSite]] | None = None,
     pages: ModelPages | None = None,
+    include: Sequence[str] = (),
 ) -> ModelMap:
     """Find the quantizable matrices of a model.
 
@@ -73,10 +75,11 @@ def map_model(
         layouts: layouts of routed experts, the first that knows a module takes it; None for
             `known_layouts()`.
         pages: its weights in maps of files, where they are.
+        include: names in `alphaquant.spaces.units.ENDS` of what is quantized beside the layers.
 
     Raises:
-        ModelError: no decoder layers or no quantizable matrices, or an experts layout that is not
-            supported.
+        ModelError: no decoder layers or no quantizable matrices, an experts layout that is not
+            supported, or a head or embeddings that are not plain ones.
     """
     chosen = known_layouts() if layouts is None else tuple(layouts)
     named = find_layers(model)
@@ -99,10 +102,18 @@ def map_model(
     if pages is not None:
         layers = tuple(replace(layer, pages=pages.layers[layer.name]) for layer in layers)
     rest = None if pages is None else pages.rest
-    inventory = Inventory(str(config.model_type), matrices, _kept_tensors(model, layers))
-    views = dict(pair for layer in layers for pair in layer.views())
+    ends = find_ends(model, len(layers), include, rest)
+    parts = layers if ends is None else (*layers, ends)
+    kept, included = _kept_tensors(model, parts), _kept_tensors(model, layers)
+    inventory = Inventory(
+        str(config.model_type),
+        matrices if ends is None else (*matrices, *ends.matrices()),
+        kept,
+        tuple(k for k in included if k not in kept),
+    )
+    views = dict(pair for part in parts for pair in part.views())
     staying = tuple(part for layer in layers for part in _staying(layer, probe))
-    return ModelMap(model, inventory, layers, views, staying, probe.problem, rest=rest)
+    return ModelMap(model, inventory, layers, views, staying, probe.problem, rest=rest, ends=ends)
 
 
 def map_layer(
@@ -214,8 +225,13 @@ def checkpoint_dtype(model: nn.Module) -> torch.dtype:
 
 
 def kept_state(model: nn.Module, layers: tuple[LayerSite, ...]) -> dict[str, Tensor]:
-    """Every tensor of the state that is no quantized matrix and not tied to an earlier one."""
-    quantized = {f"{linear.matrix.name}.weight" for layer in layers for linear in layer.linears}
+    """Every tensor of the state that is no quantized matrix and not tied to an earlier one.
+
+    Args:
+        model: the model.
+        layers: the parts in which matrices are quantized.
+    """
+    quantized = {f"{site.matrix.name}.weight" for layer in layers for site in layer.plain}
     for layer in layers:
         for site in layer.experts:
             quantized |= site.state_names()
@@ -237,7 +253,7 @@ def check_finite(model_map: ModelMap) -> None:
         ModelError: naming the tensor.
     """
     parameters = dict(model_map.model.named_parameters())
-    for name, tensor in kept_state(model_map.model, model_map.layers).items():
+    for name, tensor in kept_state(model_map.model, model_map.parts).items():
         if not tensor.is_floating_point():
             continue
         # Buffers may hold masks of minus infinity.

@@ -78,6 +78,25 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class EmbeddingSite:
+    """The token embeddings of a model: every row is looked up by itself.
+
+    Attributes:
+        matrix: their matrix, a row per token.
+        module: an `nn.Embedding`, or one that scales what it looks up.
+        head: lm_head, where it has the same weight.
+    """
+
+    matrix: Matrix
+    module: nn.Embedding
+    head: nn.Linear | None = None
+
+    def view(self) -> Tensor:
+        """The weight, [rows, cols]; writing it writes the model."""
+        return self.module.weight.data
+
+
+@dataclass(frozen=True)
 class ExpertsSite(ABC):
     """The routed experts of one layer, or shared ones that are stored like them.
 
@@ -254,15 +273,16 @@ def make_site(
 
 @dataclass(frozen=True)
 class LayerSite:
-    """One decoder layer and what is quantized in it.
+    """A part of a model and what is quantized in it: a decoder layer, or what is beside these.
 
     Attributes:
         index: its number.
-        name: its path in the model.
-        module: the layer.
+        name: its path in the model; empty beside the layers.
+        module: the layer, or the model.
         linears: what is quantized beside routed experts.
         experts: routed experts, and shared ones that are stored like them.
         pages: its weights in maps of files; None where they are in memory.
+        embeddings: the token embeddings, beside the layers.
     """
 
     index: int
@@ -271,6 +291,12 @@ class LayerSite:
     linears: tuple[LinearSite, ...]
     experts: tuple[ExpertsSite, ...]
     pages: LayerPages | None = None
+    embeddings: tuple[EmbeddingSite, ...] = ()
+
+    @property
+    def plain(self) -> tuple[EmbeddingSite | LinearSite, ...]:
+        """What is a module with one matrix."""
+        return (*self.embeddings, *self.linears)
 
     def release(self) -> None:
         """Give back the memory of weights that nobody changed, where they come from files."""
@@ -278,21 +304,21 @@ class LayerSite:
             self.pages.release()
 
     def matrices(self) -> Iterator[Matrix]:
-        """Its matrices: linears, then experts by number (gate, up, down)."""
-        for linear in self.linears:
-            yield linear.matrix
-        for site in self.experts:
-            for e in range(site.n_experts):
-                yield from site.matrices(e)
+        """Its matrices: embeddings, linears, then experts by number (gate, up, down)."""
+        for site in self.plain:
+            yield site.matrix
+        for experts in self.experts:
+            for e in range(experts.n_experts):
+                yield from experts.matrices(e)
 
     def views(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weight [rows, cols] of each matrix; writing a weight writes the model."""
-        for linear in self.linears:
-            yield linear.matrix.name, linear.view()
-        for site in self.experts:
-            for e in range(site.n_experts):
-                names = (matrix.name for matrix in site.matrices(e))
-                yield from zip(names, site.weights(e), strict=True)
+        for site in self.plain:
+            yield site.matrix.name, site.view()
+        for experts in self.experts:
+            for e in range(experts.n_experts):
+                names = (matrix.name for matrix in experts.matrices(e))
+                yield from zip(names, experts.weights(e), strict=True)
 
 
 @dataclass(frozen=True)
@@ -342,6 +368,7 @@ class ModelMap:
         carried: tensors of the checkpoint that are no part of the model.
         source: the checkpoint's directory, where it is known.
         rest: weights beside the layers in maps of files; None where they are in memory.
+        ends: what is quantized beside the layers; None for nothing.
     """
 
     model: nn.Module
@@ -353,6 +380,12 @@ class ModelMap:
     carried: tuple[Carried, ...] = ()
     source: Path | None = None
     rest: LayerPages | None = None
+    ends: LayerSite | None = None
+
+    @property
+    def parts(self) -> tuple[LayerSite, ...]:
+        """Its layers, and what is beside them, if that is quantized."""
+        return self.layers if self.ends is None else (*self.layers, self.ends)
 
     def release(self) -> None:
         """Give back the memory of all weights that nobody changed, where they come from files."""

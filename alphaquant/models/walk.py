@@ -132,7 +132,10 @@ def batches_of(tokens: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def walk(
-    model_map: ModelMap, batches: Sequence[Tensor], results: list[Any] | None = None
+    model_map: ModelMap,
+    batches: Sequence[Tensor],
+    results: list[Any] | None = None,
+    before: Callable[[int], None] = lambda number: None,
 ) -> Iterator[LayerStep]:
     """Go through the decoder layers, first to last, with all batches.
 
@@ -141,6 +144,7 @@ def walk(
         batches: token ids, int64 [B, T] each.
         results: is filled with what the model gives for every batch, after the last layer; None to
             stop there, which leaves out norm and lm_head.
+        before: called with the number of each batch before the model begins with it.
 
     Yields:
         One step per layer. It is run when the caller has not done so.
@@ -151,8 +155,11 @@ def walk(
     states = _states_for(model_map, batches)
     layer = model_map.layers[0]
     with _pausing(model_map), _kept_embeddings(model_map, states):
-        passes = [_Pass(model_map, batch) for batch in batches]
+        passes: list[_Pass] = []
         try:
+            for number, batch in enumerate(batches):
+                before(number)
+                passes.append(_Pass(model_map, batch))
             for layer in model_map.layers:
                 if layer.pages is not None:
                     layer.pages.prefetch()

@@ -112,7 +112,7 @@ class Bank:
     def formats(self) -> list[str]:
         """Formats in which every layer is present."""
         names = [d.name for d in sorted(self.path.iterdir()) if d.is_dir()]
-        return [n for n in names if all(self.has(n, i) for i in range(self.inventory.n_layers))]
+        return [n for n in names if all(self.has(n, i) for i in range(self.inventory.n_parts))]
 
     def records(self, format_name: str, layer: int) -> list[dict[str, Any]]:
         """Records of one layer's matrices in one format, as `MatrixRecord` has them."""
@@ -167,7 +167,7 @@ class Bank:
             StoreError: naming the first damaged file.
         """
         for name in format_names:
-            for layer in range(self.inventory.n_layers) if layers is None else layers:
+            for layer in range(self.inventory.n_parts) if layers is None else layers:
                 for path in self.parts(name, layer):
                     if file_digest(path) != self._sidecar(path)["sha256"]:
                         raise damaged(path, "its sha256 differs from the one written with it")

@@ -412,11 +412,11 @@ def _check_hessians(batch: HessianBatch) -> None:
 
 
 def _without_data(layer: LayerSite) -> Iterator[HessianBatch]:
-    """Batches with zero Hessians: linears one by one, all experts of a module at once."""
-    stacks: list[tuple[tuple[Matrix, ...], ...]] = [((site.matrix,),) for site in layer.linears]
-    for site in layer.experts:
-        stacks.append(tuple(map(site.inner, range(site.n_experts))))
-        stacks.append(tuple((m,) for m in site.down))
+    """Batches with zero Hessians: plain matrices one by one, all experts of a module at once."""
+    stacks: list[tuple[tuple[Matrix, ...], ...]] = [((site.matrix,),) for site in layer.plain]
+    for experts in layer.experts:
+        stacks.append(tuple(map(experts.inner, range(experts.n_experts))))
+        stacks.append(tuple((m,) for m in experts.down))
     for group in stacks:
         zeros = torch.zeros(1, 1, 1).expand(len(group), group[0][0].cols, group[0][0].cols)
         yield HessianBatch(group, zeros, (0,) * len(group), ("none",) * len(group))

@@ -16,7 +16,7 @@ from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
-from alphaquant.quant.hessian import LayerHessians, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -73,7 +73,7 @@ def _missing(bank: Bank, format_names: Sequence[str], wanted: Wanted) -> Missing
     held = {
         (name, layer): bank.matrices(name, layer)
         for name in format_names
-        for layer in range(bank.inventory.n_layers)
+        for layer in range(bank.inventory.n_parts)
     }
     for matrix in bank.inventory.matrices:
         for name in format_names:
@@ -97,7 +97,7 @@ def _fill(
     """Quantize layer by layer up to the last that lacks a format; the number of files written."""
     if not missing:
         return 0
-    last = max(missing)
+    last, outputs = max(missing), []
     n_written, batches = 0, batches_of(tokens, batch_size)
     check_walk(model_map, batches)
     for step in walk(model_map, batches):
@@ -106,14 +106,23 @@ def _fill(
             break
         progress(Stage.HESSIANS, layer.index, len(model_map.layers))
         lacking = missing.get(layer.index)
-        if not lacking:
-            continue
-        hessians = observer_of(settings)
-        with observe_layer(layer, hessians):
+        if lacking:
+            hessians = observer_of(settings)
+            with observe_layer(layer, hessians):
+                step.run()
+            progress(Stage.HESSIANS, layer.index + 1, len(model_map.layers))
+            progress(Stage.BANK, layer.index, len(model_map.layers))
+            found = (hessians.batches(layer), hessians.utilization())
+            n_written += _write_layer(bank, model_map, layer, found, lacking, settings)
+        elif layer is model_map.layers[-1]:
             step.run()
-        progress(Stage.HESSIANS, layer.index + 1, len(model_map.layers))
-        progress(Stage.BANK, layer.index, len(model_map.layers))
-        n_written += _write_layer(bank, model_map, layer, hessians, lacking, settings)
+        outputs = step.outputs
+    ends = model_map.ends
+    if ends is not None and ends.index in missing:
+        batched = EndStep(model_map, batches, outputs).hessians(settings)
+        n_written += _write_layer(
+            bank, model_map, ends, (batched, {}), missing[ends.index], settings
+        )
     progress(Stage.BANK, len(model_map.layers), len(model_map.layers))
     return n_written
 
@@ -122,14 +131,14 @@ def _write_layer(
     bank: Bank,
     model_map: ModelMap,
     layer: LayerSite,
-    hessians: LayerHessians,
+    found: tuple[list[HessianBatch], Mapping[str, list[int]]],
     lacking: Mapping[str, frozenset[str]],
     settings: QuantSettings,
 ) -> int:
-    names = list(lacking)
+    """Quantize a part of the model with its Hessians, and keep its tokens per expert."""
+    (batches, used), names = found, list(lacking)
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    batches = hessians.batches(layer)
     for item in quantize_layer(
         model_map, layer, batches, names, settings, lambda m, name: m.name in lacking[name]
     ):
@@ -143,7 +152,6 @@ def _write_layer(
         with whole_file(path) as part:
             save_file(tensors[name], part)
             sha256 = file_digest(part)
-        used = hessians.utilization()
         sidecar = {"sha256": sha256, "utilization": used, "records": records[name]}
         write_text(path.with_suffix(".json"), json.dumps(sidecar))
     return len(names)

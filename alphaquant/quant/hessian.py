@@ -16,17 +16,27 @@ features, only the mean diagonal is shared.
 A part of the tokens, the last quarter of every batch, is summed apart as well (`held`), so that
 `shrinkage.py` can ask how well a Hessian of the others speaks for them.
 
-Letters: E experts, K inputs, n tokens.
+Beside the layers, the head's inputs are the hidden states behind the last norm, so its Hessian is
+that of any linear. A token's embedding is looked up by itself: its inputs are one-hot, and the
+error of what a row gives is the row's own, so the Hessian over the columns is the identity,
+whatever tokens are read. Tied weights do both, and get the sum of both, each with a mean diagonal
+of 1.
+
+Letters: B windows in a batch, T tokens of each, E experts, K inputs, n tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from alphaquant.models.ends import head_of, watch_head
+from alphaquant.models.mapping import device_of
 from alphaquant.models.routing import tokens_by_expert
-from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite
+from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
+from alphaquant.models.walk import layers_skipped
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -35,6 +45,8 @@ _BLOCK, _LEAST_WIDTH, _LEAST_TOKENS = 256, 1024, 512
 and tokens from which that pays. One thread of an AVX-512 CPU, 2048 tokens, time of a whole product
 over that of half of one and a copy: 1.02 at 512 inputs, 1.34 at 1024, 1.47 at 2048, 1.51 at 4096;
 with 256 tokens 1.00 at 2048."""
+
+_LEAST_MEAN = 1e-30
 
 _HELD_EXPERTS = 4
 """Experts of a module, at least, for which held-back tokens are summed apart."""
@@ -252,3 +264,54 @@ class _ExpertSums:
             HessianBatch(inner, w13, counts, source, pooled_tokens, self.held13),
             HessianBatch(down, w2, counts, source, held=self.held2),
         ]
+
+
+@dataclass(frozen=True)
+class EndStep:
+    """A walk that has left the last layer.
+
+    Attributes:
+        model_map: the model, with `ends`.
+        batches: token ids, int64 [B, T] each.
+        outputs: what the last layer gave, by batch.
+    """
+
+    model_map: ModelMap
+    batches: Sequence[Tensor]
+    outputs: Sequence[Any]
+
+    def run(self) -> None:
+        """Nothing comes after it that needs to be run."""
+
+    @torch.no_grad()
+    def hessians(self, settings: QuantSettings) -> list[HessianBatch]:
+        """Hessians of what is beside the layers, for a quantizer with these settings."""
+        ends = self.model_map.ends
+        assert ends is not None
+        n_tokens = sum(batch.numel() for batch in self.batches)
+        found = self._of_head(ends, settings)
+        if not ends.embeddings:
+            return found
+        (site,) = ends.embeddings
+        one = torch.eye(site.matrix.cols, device=device_of(self.model_map.model)).unsqueeze(0)
+        if site.head is None:
+            return [HessianBatch(((site.matrix,),), one, (n_tokens,), ("identity",)), *found]
+        (inputs,) = found
+        scale = 1 / inputs.hessian.diagonal(dim1=-2, dim2=-1).mean().clamp(min=_LEAST_MEAN)
+        # Held-back tokens are a quarter of all, so they have a quarter of the identity too.
+        held = {index: scale * part + one[0] / 4 for index, part in inputs.held.items()}
+        summed = scale * inputs.hessian + one
+        return [replace(inputs, hessian=summed, held=held, source=("plain+identity",))]
+
+    def _of_head(self, ends: LayerSite, settings: QuantSettings) -> list[HessianBatch]:
+        """Of what the head is given; nothing where it is not quantized."""
+        head, model = head_of(ends), self.model_map.model
+        if head is None:
+            return []
+        owner = ends.linears[0] if ends.linears else ends.embeddings[0]
+        site, observer = LinearSite(owner.matrix, head), observer_of(settings)
+        with watch_head(head, lambda inputs: observer.on_linear(site, inputs)):
+            for batch, output in zip(self.batches, self.outputs, strict=True):
+                with layers_skipped(self.model_map, output):
+                    model(batch.to(device_of(model)), use_cache=False)
+        return observer.batches(ends)

@@ -18,7 +18,7 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.hessian import HessianBatch, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix
 from alphaquant.spaces.assignment import Assignment
@@ -31,7 +31,7 @@ NONE_FINISHED: Finished = {}
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One layer's result.
+    """One layer's result, or that of what is beside the layers.
 
     Attributes:
         layer: the layer.
@@ -83,7 +83,7 @@ def quantize_layers(
         )
     banked = frozenset[int]() if bank is None else _held_layers(bank, model_map, assignment)
     done = banked | finished.keys()
-    last = max((x.index for x in model_map.layers if x.index not in done), default=-1)
+    last = max((x.index for x in model_map.parts if x.index not in done), default=-1)
     for layer, step in _steps(model_map, settings, tokens, batch_size, last):
         if bank is not None and layer.index in banked - finished.keys():
             if step is not None:
@@ -123,25 +123,28 @@ def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterato
 
 def _steps(
     model_map: ModelMap, settings: QuantSettings, tokens: Tensor | None, batch_size: int, last: int
-) -> Iterator[tuple[LayerSite, LayerStep | None]]:
-    """The layers, up to the last with a walk over the calibration windows where data is needed."""
+) -> Iterator[tuple[LayerSite, LayerStep | EndStep | None]]:
+    """The parts, up to the last with a walk over the calibration windows where data is needed."""
     if settings.method != "gptq" or tokens is None:
         last = -1
     if tokens is not None and last >= 0:
-        batches = batches_of(tokens, batch_size)
+        batches, outputs = batches_of(tokens, batch_size), []
         check_walk(model_map, batches)
         for step in walk(model_map, batches):
             yield step.layer, step
             if step.layer.index >= last:
                 break
-    yield from ((layer, None) for layer in model_map.layers if layer.index > last)
+            outputs = step.outputs
+        if model_map.ends is not None and last >= model_map.ends.index:
+            yield model_map.ends, EndStep(model_map, batches, outputs)
+    yield from ((part, None) for part in model_map.parts if part.index > last)
 
 
 def _held_layers(bank: Bank, model_map: ModelMap, assignment: Assignment) -> frozenset[int]:
     """Layers of which a bank has every matrix in its format."""
     return frozenset(
         layer.index
-        for layer in model_map.layers
+        for layer in model_map.parts
         if all(
             {m.name for m in matrices} <= bank.matrices(name, layer.index)
             for name, matrices in _by_format(layer, assignment).items()
@@ -172,9 +175,11 @@ def _by_format(layer: LayerSite, assignment: Assignment) -> dict[str, list[Matri
 
 
 def _observe(
-    step: LayerStep, settings: QuantSettings
+    step: LayerStep | EndStep, settings: QuantSettings
 ) -> tuple[list[HessianBatch], dict[str, list[int]]]:
     """Hessians and tokens per expert of a layer."""
+    if isinstance(step, EndStep):
+        return step.hessians(settings), {}
     observer = observer_of(settings)
     with observe_layer(step.layer, observer):
         step.run()

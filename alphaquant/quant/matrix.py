@@ -18,6 +18,9 @@ from alphaquant.quant.codecs import make_grid, rebuild
 from alphaquant.quant.ggml.decoding import decode
 from alphaquant.spaces.formats import Format, parse_format
 
+_BY_ROW = ("codes", "scales", "weight")
+"""Stored tensors with a row for every row of the matrix."""
+
 
 @dataclass(frozen=True)
 class RoundedBatch:
@@ -130,6 +133,22 @@ class PackedMatrix:
                 grouped.sub_(zeros[:, groups].unsqueeze(-1))
             grouped.mul_(scales[:, groups].unsqueeze(-1))
         return values
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Some rows of the weights, float32 [n, cols]; no others are dequantized.
+
+        Args:
+            ids: int64 [n], on the device of the tensors.
+        """
+        own = {name: t[ids] for name, t in self.tensors.items() if name in _BY_ROW}
+        if "zeros" in self.tensors:
+            n_groups = self.format.n_groups(self.cols)
+            flat = unpack_codes(self.tensors["zeros"], self.format.bits, self.rows * n_groups)
+            own["zeros"] = pack_codes(
+                flat.view(self.rows, n_groups)[ids].flatten(), self.format.bits
+            )
+        shared = {name: t for name, t in self.tensors.items() if name not in {*_BY_ROW, "zeros"}}
+        return replace(self, rows=len(ids), tensors={**own, **shared}).dequantize()
 
     def plain_weights(self) -> Tensor:
         """What `dequantize` gives, code by code: its reference."""

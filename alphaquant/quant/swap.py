@@ -60,7 +60,7 @@ class Swapper:
         Returns:
             How many were written.
         """
-        return sum(self._apply(layer, assignment.formats) for layer in self._map.layers)
+        return sum(self._apply(part, assignment.formats) for part in self._map.parts)
 
     def _apply(self, layer: LayerSite, formats: Mapping[str, str]) -> int:
         """The same in one layer."""

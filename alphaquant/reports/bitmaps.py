@@ -24,12 +24,12 @@ class BitMap:
     """A number for every layer and column.
 
     Attributes:
-        layers: indices of the layers, L of them, in order.
+        layers: numbers of the layers as texts, L of them, in order; `beside` for what is in none.
         columns: names of the columns, C of them.
         values: float64 [L, C]; NaN where a layer has nothing in a column.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[str, ...]
     columns: tuple[str, ...]
     values: FloatArray
 
@@ -76,13 +76,13 @@ def tokens_by_expert(tokens: Mapping[str, Sequence[int]]) -> BitMap | None:
     if not counts:
         return None
     layer_of = {name: _layer(name) for name in counts}
-    layers = tuple(sorted(set(layer_of.values())))
+    layers = sorted(set(layer_of.values()))
     n_columns = max(map(len, counts.values()))
     values = np.full((len(layers), n_columns), np.nan)
     for name, found in counts.items():
         row = values[layers.index(layer_of[name]), : len(found)]  # a view
         row[:] = np.nan_to_num(row) + found
-    return BitMap(layers, tuple(map(str, range(n_columns))), values)
+    return BitMap(tuple(map(str, layers)), tuple(map(str, range(n_columns))), values)
 
 
 def _mean_bits(
@@ -92,12 +92,13 @@ def _mean_bits(
     column_of: Callable[[Matrix], str],
 ) -> BitMap:
     """Bits of matrices over their weights, by layer and column."""
-    layers = tuple(sorted({m.layer for m in matrices}))
+    ordered = sorted(matrices, key=lambda m: m.layer)
+    layers = tuple(dict.fromkeys(m.place for m in ordered))
     bits, weights = np.zeros((2, len(layers), len(columns)))
     row = {layer: i for i, layer in enumerate(layers)}
     column = {name: i for i, name in enumerate(columns)}
     for matrix in matrices:
-        at = row[matrix.layer], column[column_of(matrix)]
+        at = row[matrix.place], column[column_of(matrix)]
         bits[at] += matrix.storage_bits(assignment.format_of(matrix.name))
         weights[at] += matrix.n_weights
     return BitMap(

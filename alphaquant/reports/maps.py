@@ -77,7 +77,7 @@ def _heat(found: BitMap, name: str, colours: str, shown: str, number: str) -> go
     return go.Heatmap(
         name=name,
         x=list(found.columns),
-        y=[str(layer) for layer in found.layers],
+        y=list(found.layers),
         z=values,
         colorscale=colours,
         hovertemplate=f"layer %{{y}}, {shown}<extra></extra>",

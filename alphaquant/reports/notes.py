@@ -181,7 +181,7 @@ def bits_table(assignment: Assignment, inventory: Inventory) -> str:
     """Mean stored bits per weight of each layer's matrices by role, as a Markdown table."""
     found = bits_by_role(assignment, inventory)
     rows = [
-        [str(layer), *("" if math.isnan(value) else f"{value:.2f}" for value in values)]
+        [layer, *("" if math.isnan(value) else f"{value:.2f}" for value in values)]
         for layer, values in zip(found.layers, found.values.tolist(), strict=True)
     ]
     return markdown(["layer", *found.columns], rows)

@@ -6,6 +6,7 @@ Layout::
                                      {quant_method, version, formats}
     model-layer-003.safetensors      packed matrices of a layer,
                                      <matrix>.<codes|scales|zeros|global_scale|weight>
+    model-ends.safetensors           packed lm_head and embeddings, where these are quantized
     model-kept.safetensors           everything else, in the original checkpoint's dtype
     model-carried.safetensors        tensors of the original that the model does not load, as is
     model.safetensors.index.json     tensor name -> file, total bytes
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.files import sha256_of, whole_file, writing
 from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.ends import ends_named
 from alphaquant.models.loading import (
     auto_class,
     check_device,
@@ -61,12 +63,14 @@ from alphaquant.runtime.checkpoint_files import (
 )
 from alphaquant.runtime.dequant_cache import parse_cache_size
 from alphaquant.runtime.kernel_use import IMPLEMENTATION
-from alphaquant.runtime.modules import PackedLinear, cache_dequantized, install_packed_modules
+from alphaquant.runtime.modules import PackedWeight, cache_dequantized, install_packed_modules
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.json_files import read_object
+from alphaquant.spaces.units import ENDS
 
 _KEPT_FILE = "model-kept.safetensors"
 _CARRIED_FILE = "model-carried.safetensors"
+_ENDS_FILE = "model-ends.safetensors"
 
 _DTYPE_NAMES = {
     torch.uint8: "U8",
@@ -136,7 +140,8 @@ class CheckpointWriter:
             for item in items
             for k, t in item.packed.tensors.items()
         }
-        file = f"model-layer-{index:03d}.safetensors"
+        is_beside = items[0].matrix.kind in ENDS.values()
+        file = _ENDS_FILE if is_beside else f"model-layer-{index:03d}.safetensors"
         n_bytes = self._save(file, tensors)
         sha256 = sha256_of(self.folder / file)
         self.layers[index] = LayerFile(file, sha256, formats, tuple(tensors), n_bytes)
@@ -156,7 +161,7 @@ class CheckpointWriter:
         dtype = checkpoint_dtype(model)
         kept = {
             k: t.to("cpu", stored_dtype(t, dtype)).contiguous().clone()
-            for k, t in kept_state(model, model_map.layers).items()
+            for k, t in kept_state(model, model_map.parts).items()
         }
         layers = [self.layers[index] for index in sorted(self.layers)]
         total = self._save(_KEPT_FILE, kept) + self.quantized_bytes
@@ -325,7 +330,7 @@ def make_packed(model: nn.Module, formats: PackedFormats, source: str) -> frozen
         StoreError: the formats are of other matrices than the model has.
         ModelError: the layout of the model is not supported.
     """
-    model_map = map_model(model)
+    model_map = map_model(model, include=ends_named(model, formats.weights))
     if set(formats.weights) != set(model_map.inventory.by_name):
         raise StoreError(
             f"{source}: config.json names formats for {len(formats.weights)} matrices that are "
@@ -337,7 +342,7 @@ def make_packed(model: nn.Module, formats: PackedFormats, source: str) -> frozen
     return frozenset(
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, PackedWeight)
         for name, _ in module.named_buffers(recurse=False)
     )
 

@@ -109,7 +109,7 @@ def _reference(
 ) -> dict[str, Tensor]:
     """Outputs of the layers, by name, and `logits`, on the CPU."""
     found: dict[str, Tensor] = {}
-    stack = ExitStack()
+    stack, ends = ExitStack(), model_map.ends
 
     def enter(layer: LayerSite) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -127,8 +127,10 @@ def _reference(
 
     handles = [layer.module.register_forward_pre_hook(enter(layer)) for layer in model_map.layers]
     handles += [layer.module.register_forward_hook(leave(layer)) for layer in model_map.layers]
+    beside = {} if ends is None else read_layer(folder, files[ends.index], ends)
     try:
-        found["logits"] = _logits(model_map.model, window).cpu()
+        with written(model_map, beside):
+            found["logits"] = _logits(model_map.model, window).cpu()
     finally:
         stack.close()
         for handle in handles:

@@ -8,16 +8,17 @@ Letters: n tokens, k experts per token, E experts, H hidden size, I expert width
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
+from alphaquant.models.ends import row_scale
 from alphaquant.models.layouts.standard import ListedExperts
 from alphaquant.models.quantization_config import PackedFormats
 from alphaquant.models.routing import tokens_by_expert
-from alphaquant.models.sites import ExpertsSite, ModelMap
+from alphaquant.models.sites import ExpertsSite, LayerSite, ModelMap
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.activations import fake_quantize
 from alphaquant.runtime.dequant_cache import DequantCache, StoredWeight, parse_cache_size
@@ -25,31 +26,22 @@ from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Matrix
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed; its buffers are the tensors of `PackedMatrix`."""
+class PackedWeight(nn.Module):
+    """A module with one weight, which is packed; its buffers are the tensors of `PackedMatrix`."""
 
-    def __init__(
-        self,
-        fmt: Format,
-        rows: int,
-        cols: int,
-        bias: nn.Parameter | None = None,
-        activation: Format = BF16,
-    ) -> None:
+    def __init__(self, fmt: Format, rows: int, cols: int, activation: Format = BF16) -> None:
         """Make an empty one; `load_state_dict` fills it.
 
         Args:
             fmt: the weight's format.
-            rows: outputs.
-            cols: inputs.
-            bias: kept as it is.
+            rows: outputs, or what can be looked up.
+            cols: inputs, or numbers of what is looked up.
             activation: what the inputs are rounded to, token by token; bf16 leaves them.
         """
         super().__init__()
         self.format, self.rows, self.cols, self.activation = fmt, rows, cols, activation
         for name, (shape, dtype) in packed_shapes(fmt, rows, cols).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-        self.bias = bias
         self.cache: DequantCache | None = None
         # That of the model: transformers makes modules with its dtype as the default.
         self.dtype = torch.get_default_dtype()
@@ -57,7 +49,7 @@ class PackedLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """`weight` for model code that asks for it: dequantized, in the model's dtype.
 
-        A linear of plain numbers has a buffer of that name. It is made anew every time it is
+        A weight of plain numbers is a buffer of that name. It is made anew every time it is
         asked for, so writing it changes nothing.
         """
         if name != "weight" or not self._is_coded():
@@ -96,12 +88,7 @@ class PackedLinear(nn.Module):
         """Whether the weight is stored otherwise than as it is."""
         return self.format.is_quantized
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., cols] -> [..., rows] in the inputs' dtype."""
-        weight = self.dequantized(inputs.dtype)
-        return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Packed tensors go to other devices with the model, but never to another dtype.
 
         `model.to(torch.bfloat16)` would round the scales and so change the weights.
@@ -118,6 +105,70 @@ class PackedLinear(nn.Module):
         """Shape and format."""
         activation = f", inputs {self.activation.name}" if self.activation.is_quantized else ""
         return f"{self.cols} -> {self.rows}, {self.storage}{activation}"
+
+
+class PackedLinear(PackedWeight):
+    """A linear layer whose weight is packed."""
+
+    def __init__(
+        self,
+        fmt: Format,
+        rows: int,
+        cols: int,
+        bias: nn.Parameter | None = None,
+        activation: Format = BF16,
+    ) -> None:
+        """Make an empty one; arguments as of `PackedWeight`, and a bias, kept as it is."""
+        super().__init__(fmt, rows, cols, activation)
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., cols] -> [..., rows] in the inputs' dtype."""
+        weight = self.dequantized(inputs.dtype)
+        return nn.functional.linear(fake_quantize(inputs, self.activation), weight, self.bias)
+
+
+class PackedEmbedding(PackedWeight):
+    """Token embeddings that are packed; rows are dequantized as they are looked up."""
+
+    def __init__(self, fmt: Format, rows: int, cols: int, scale: float = 1.0) -> None:
+        """Make an empty one; arguments as of `PackedWeight`.
+
+        Args:
+            fmt: their format.
+            rows: V, words.
+            cols: H.
+            scale: what is looked up is multiplied with, in the model's dtype.
+        """
+        super().__init__(fmt, rows, cols)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., H] in the model's dtype."""
+        found, places = torch.unique(ids, return_inverse=True)
+        rows = self.packed().rows_at(found).to(self.dtype)[places]
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale).to(rows)
+
+
+class TiedHead(nn.Module):
+    """An lm_head whose weight is that of packed embeddings."""
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
+        """Take the embeddings; they stay the module that holds the weight."""
+        super().__init__()
+        self._tied = (embedding,)  # in a tuple: no child of this module
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dequantized, [V, H]."""
+        found: Tensor = self._tied[0].weight
+        return found
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in the inputs' dtype."""
+        weight = self._tied[0].dequantized(inputs.dtype)
+        return nn.functional.linear(inputs, weight, self.bias)
 
 
 class PackedExpert(nn.Module):
@@ -265,7 +316,7 @@ def cache_dequantized(model: nn.Module, size: str | int) -> DequantCache:
         ModelError: the model has no packed modules.
     """
     cache = DequantCache(parse_cache_size(size))
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     if not packed:
         raise ModelError(
             f"{type(model).__name__} has no packed matrices to keep dequantized; give a model "
@@ -295,6 +346,27 @@ def install_packed_modules(model_map: ModelMap, formats: PackedFormats) -> None:
                 replaced[experts.name] = PackedExperts(experts, formats)
         for name, module in replaced.items():
             model_map.model.set_submodule(name, module)
+    if model_map.ends is not None:
+        _install_ends(model_map.model, model_map.ends, formats)
+
+
+def _install_ends(model: nn.Module, ends: LayerSite, formats: PackedFormats) -> None:
+    """Replace head and embeddings; tied weights stay those of the embeddings."""
+    for linear in ends.linears:
+        name = linear.matrix.name
+        model.set_submodule(name, _empty(formats, linear.matrix, linear.module.bias))
+    for site in ends.embeddings:
+        matrix = site.matrix
+        scale = row_scale(site.module)
+        assert scale is not None, "other embeddings were refused"
+        made = PackedEmbedding(formats.weights[matrix.name], matrix.rows, matrix.cols, scale)
+        if site.head is not None:
+            (head,) = matrix.aliases
+            model.set_submodule(head, TiedHead(made, site.head.bias))
+            # transformers would look for the parameters that were tied.
+            model.all_tied_weights_keys = {}  # type: ignore[assignment]
+            model._tied_weights_keys = {}  # type: ignore[assignment]
+        model.set_submodule(matrix.name, made)
 
 
 def _listed(site: ListedExperts, formats: PackedFormats) -> dict[str, nn.Module]:

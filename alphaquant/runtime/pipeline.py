@@ -195,7 +195,7 @@ class _Run:
         for index, record in made.items():
             self.writer.layers[index] = LayerFile(**record["layer"])
         self._check_space()
-        n_layers = len(self.job.model_map.layers)
+        n_layers = len(self.job.model_map.parts)
         if made:
             logger.warning(
                 "%d of %d layers were finished by an earlier run and are not made again",
@@ -238,7 +238,7 @@ class _Run:
         return path, facts
 
     def _read(self, index: int) -> Mapping[str, PackedMatrix]:
-        layer = self.job.model_map.layers[index]
+        layer = self.job.model_map.parts[index]
         return read_layer(self.part.checkpoint, self.writer.layers[index], layer)
 
     def _add(self, done: QuantizedLayer) -> dict[str, Any]:

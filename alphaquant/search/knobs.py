@@ -32,6 +32,7 @@ from alphaquant.errors import ConfigError
 from alphaquant.search.arrays import FloatArray, IntArray
 from alphaquant.search.problem import Problem
 from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.units import ENDS
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,12 @@ def make_monotone(problem: Problem, cost: FloatArray) -> FloatArray:
 
 
 def unit_multipliers(problem: Problem, knobs: Knobs) -> FloatArray:
-    """float64 [U]: the product of family, depth and edge multipliers of each unit."""
+    """float64 [U]: the product of family, depth and edge multipliers of each unit.
+
+    What is beside the layers has none.
+    """
     by_part = {
+        **dict.fromkeys(ENDS.values(), 1.0),
         "attention": knobs.attention_multiplier,
         "w13": 1.0,
         "w2": knobs.w2_multiplier,
@@ -229,7 +234,9 @@ def unit_multipliers(problem: Problem, knobs: Knobs) -> FloatArray:
     )
     family = np.where(is_always_on, family * knobs.shared_multiplier, family)
     last = problem.n_layers - 1
+    is_beside = problem.layers > last
     depth = problem.layers / last - 0.5 if last else np.zeros(len(problem.units))
+    depth = np.where(is_beside, 0.0, depth)
     is_edge = (problem.layers == 0) | (problem.layers == last)
     edge = np.where(is_edge, knobs.edge_multiplier, 1.0)
     return np.asarray(family * np.exp(knobs.depth_slope * depth) * edge, dtype=np.float64)

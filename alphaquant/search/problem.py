@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from alphaquant.errors import BudgetError, ConfigError, ModelError
 from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
-from alphaquant.spaces.units import Unit
+from alphaquant.spaces.units import ENDS, Unit
 
 Array = TypeVar("Array", FloatArray, IntArray, BoolArray)
 
@@ -51,7 +51,8 @@ class Problem:
             arbitrary scale per layer. Where measured also `token_fisher` (S with a gradient per
             token) and `gemq` (squared gradient times squared output error, GEMQ).
         n_tokens: float64 [U], calibration tokens that reached the unit.
-        n_layers: decoder layers of the model, units in them or not.
+        n_layers: decoder layers of the model, units in them or not; what is beside the layers is
+            not one.
         features: float64 [U] by name, >= 0, where measured. `alpha`: exponent of the weights'
             spectrum over blocks of equal shape (FARMS); `alpha_plain`: over the whole matrix; both
             above 0. `variance`: of the weights. `routing_weight`: sum of the router's weights over
@@ -226,7 +227,7 @@ def _check_names(units: Sequence[Unit], formats: Sequence[str], n_layers: int) -
         repeated = [name for name, count in Counter(given).items() if count > 1]
         if repeated:
             raise ConfigError(f"{what} {repeated[0]!r} is given twice; names must be distinct")
-    deepest = max(u.layer for u in units)
+    deepest = max((u.layer for u in units if u.kind not in ENDS.values()), default=0)
     if deepest >= n_layers:
         raise ConfigError(
             f"a unit is in layer {deepest}, but n_layers is {n_layers}; give more than {deepest}"

@@ -1,12 +1,13 @@
 """Budgets: how large the result may be, and whether the formats at hand can reach it.
 
-Two kinds. `4.25bits` (also `4.25bpw`, `4.25`) limits the mean stored bits of the quantizable
-weights; `13GiB`, `13GB` limits the bytes of the whole checkpoint. Both become one number, the bits
-that the quantizable matrices may take on disk. Bits themselves are counted in
-`alphaquant.spaces.formats`.
+Three kinds. `4.25bits` (also `4.25bpw`, `4.25`) limits the mean stored bits of the quantizable
+weights; `4.25bpw-file` those of all weights of the checkpoint; `13GiB`, `13GB` limits its bytes.
+All become one number, the bits that the quantizable matrices may take on disk. Bits themselves are
+counted in `alphaquant.spaces.formats`.
 
-Worked example: 1 000 000 quantizable weights and 500 000 bytes of kept tensors. `4.25bits` allows
-4 250 000 bits. `1MB` allows 8 * (1 000 000 - 500 000) = 4 000 000 bits, 4.0 per weight.
+Worked example: 1 000 000 quantizable weights and 250 000 kept ones of 500 000 bytes. `4.25bits`
+allows 4 250 000 bits. `1MB` allows 8 * (1 000 000 - 500 000) = 4 000 000 bits, 4.0 per weight.
+`6.4bpw-file` allows 6.4 * 1 250 000 - 8 * 500 000 = 4 000 000 bits as well.
 """
 
 import re
@@ -22,6 +23,9 @@ from alphaquant.spaces.units import Inventory, Unit
 BITS_UNITS: tuple[str, ...] = ("", "bit", "bits", "bpw")
 """Endings of a budget in bits per weight, lower case."""
 
+FILE_UNIT = "bpw-file"
+"""Ending of a budget in bits per weight of the whole checkpoint."""
+
 BYTES_UNITS: dict[str, int] = {
     "bytes": 1,
     **{f"{p}b": 1000**i for i, p in enumerate("kmgt", start=1)},
@@ -36,7 +40,7 @@ _LARGEST_FIRST = tuple(
 )
 
 _TEXT = re.compile(
-    r"\s*([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([a-z]*)\s*", re.IGNORECASE
+    r"\s*([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([a-z]*(?:-file)?)\s*", re.IGNORECASE
 )
 
 
@@ -46,7 +50,8 @@ class Budget:
 
     Attributes:
         text: what the user wrote.
-        kind: `bits` (per quantizable weight) or `bytes` (of the whole checkpoint).
+        kind: `bits` (per quantizable weight), `file_bits` (per weight of the whole checkpoint) or
+            `bytes` (of the whole checkpoint).
         value: bits per weight, or bytes.
     """
 
@@ -60,12 +65,18 @@ class Budget:
 
         `1.5GiB` is `1536MiB`, `13GB` stays.
         """
-        if self.kind == "bits":
-            return f"{self.value!r}bits".replace(".0bits", "bits")
+        unit = {"bits": "bits", "file_bits": FILE_UNIT}.get(self.kind)
+        if unit is not None:
+            return f"{self.value!r}{unit}".replace(f".0{unit}", unit)
         for unit, size in _LARGEST_FIRST:
             if self.value % size == 0:
                 return f"{self.value / size:.0f}{unit}"
         return f"{self.value!r}bytes".replace(".0bytes", "bytes")
+
+    @property
+    def is_of_file(self) -> bool:
+        """Whether it limits the whole checkpoint."""
+        return self.kind != "bits"
 
     def limit_bits(self, inventory: Inventory) -> int:
         """Bits that the quantizable matrices may take on disk.
@@ -77,18 +88,22 @@ class Budget:
         exact = Fraction(repr(self.value))
         if self.kind == "bits":
             return floor(exact * inventory.n_weights)
-        free_bytes = floor(exact) - inventory.kept_bytes
-        if free_bytes < 0:
+        n_bits = 8 * floor(exact)
+        if self.kind == "file_bits":
+            n_bits = floor(exact * inventory.n_file_weights)
+        if n_bits < 8 * inventory.kept_bytes:
             raise BudgetError(
                 f"budget {self.text} is below what stays unquantized: "
-                f"{len(inventory.kept)} tensors (embeddings, norms, routers, lm_head) take "
+                f"{len(inventory.kept)} tensors ({_kept_text(inventory)}) take "
                 f"{_bytes_text(inventory.kept_bytes)}; give a larger budget"
             )
-        return 8 * free_bytes
+        return n_bits - 8 * inventory.kept_bytes
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget such as `4.25bits`, `4.25bpw`, `4.25`, `13GiB` or `13GB`, in any case.
+    """Read a budget such as `4.25bits`, `4.25bpw`, `4.25`, `4.25bpw-file`, `13GiB` or `13GB`.
+
+    In any case of letters.
 
     Bytes alone are `5361664bytes` or, with a capital, `5361664B`.
 
@@ -99,12 +114,14 @@ def parse_budget(text: str) -> Budget:
     number, unit = (Fraction(match[1]), match[2].lower()) if match else (Fraction(0), "")
     if match and match[2] == "B":  # a small b would be read as bits by some
         unit = "bytes"
-    if number == 0 or (unit not in BITS_UNITS and unit not in BYTES_UNITS):
+    if number == 0 or unit not in {*BITS_UNITS, FILE_UNIT, *BYTES_UNITS}:
         raise BudgetError(
-            f"cannot read the budget {text!r}; write bits per weight (4.25bits, 4.25bpw, 4.25) or "
-            "the size of the whole checkpoint (13GiB, 13GB, also K, M, T, or 5361664bytes), "
-            "above zero"
+            f"cannot read the budget {text!r}; write bits per weight (4.25bits, 4.25bpw, 4.25), "
+            "bits per weight of the whole checkpoint (4.25bpw-file) or its size (13GiB, 13GB, "
+            "also K, M, T, or 5361664bytes), above zero"
         )
+    if unit == FILE_UNIT:
+        return Budget(text.strip(), "file_bits", float(number))
     if unit in BITS_UNITS:
         return Budget(text.strip(), "bits", float(number))
     return Budget(text.strip(), "bytes", float(number * BYTES_UNITS[unit]))
@@ -190,11 +207,18 @@ def idle_text(budget: Budget, inventory: Inventory, high_bits: int) -> str | Non
 def counting_rule() -> str:
     """The sentence that reports print beside every number of bits."""
     return (
-        "Bits per weight are all bits stored for the linear layers inside the decoder blocks "
-        "(attention, experts, shared experts, dense MLPs: codes as packed, scales, zero points, "
-        "padding) divided by their weights; routers, norms, embeddings and lm_head are left out, "
-        "and a budget in bytes counts every tensor of the checkpoint."
+        "Bits per weight are all bits stored for the quantizable matrices (the linear layers "
+        "inside the decoder blocks, with --include lm_head and embeddings too: codes as packed, "
+        "scales, zero points, padding) divided by their weights; norms and routers are left out, "
+        "and a budget in bytes or bpw-file counts every tensor of the checkpoint."
     )
+
+
+def _kept_text(inventory: Inventory) -> str:
+    """What stays, for messages."""
+    ends = {"embeddings": "embeddings", "head": "lm_head"}
+    left = [what for name, what in ends.items() if name not in inventory.include]
+    return ", ".join([*left, "norms", "routers"])
 
 
 def _reach_text(inventory: Inventory, n_bits: int) -> str:

@@ -14,8 +14,9 @@ Worked example: under `{"default": {"wq": "int4", "group_size": 64}, "overrides"
 "*.down_proj", "wq": "int3"}, {"pattern": "*.experts.{0..7}.*", "symmetric": false}]}` the matrix
 `model.layers.0.mlp.experts.3.down_proj` is int3-g64-asym, expert 9's is int3-g64.
 
-Routers, embeddings, lm_head and norms are not among the matrices of an inventory and stay as they
-are; naming them with a `wq` gives a warning. The keys are in `alphaquant.spaces.schema`, patterns
+Routers and norms are not among the matrices of an inventory and stay as they are; naming them with
+a `wq` gives a warning. lm_head and embeddings are among them where `include` says so: `"include":
+["head", "embeddings"]`; tied ones are both. The keys are in `alphaquant.spaces.schema`, patterns
 in `alphaquant.spaces.patterns`.
 """
 
@@ -184,6 +185,9 @@ def resolve(config: Config, inventory: Inventory, *, strict: bool = False) -> Pl
     schemes: dict[str, ResolvedScheme] = {}
     ignored: list[str] = []
     for matrix in inventory.matrices:
+        if not matrix.is_included(config.include):
+            schemes[matrix.name] = ResolvedScheme(BF16)
+            continue
         hits = tuple(matches.of_matrix[matrix.name])
         if hits not in folded:
             folded[hits] = _fold(config, hits, matrix.name)
@@ -243,6 +247,7 @@ def config_from_assignment(
         for pattern in _patterns(stem, experts)
     ]
     data: dict[str, object] = {
+        **({"include": inventory.include} if inventory.include else {}),
         "default": {**_scheme_fields(default, default), "aq": "bf16"},
         "overrides": overrides,
     }
@@ -349,8 +354,9 @@ def _unmatched_text(config: Config, inventory: Inventory, index: int) -> str:
 
 def _kept_text(config: Config, index: int, names: Sequence[str]) -> str:
     return (
-        f"{_override_text(config, index)} names only tensors that cannot be quantized "
-        f"({len(names)}, e.g. {names[0]}): they stay bf16; remove it or set skip"
+        f"{_override_text(config, index)} names only tensors that are not quantized "
+        f"({len(names)}, e.g. {names[0]}): they stay bf16; remove it, set skip, or for "
+        'lm_head and embeddings say "include": ["head", "embeddings"]'
     )
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from alphaquant.errors import ConfigError, FormatError
+from alphaquant.spaces.budget import Budget
 from alphaquant.spaces.formats import (
     ASYMMETRIC_KINDS,
     FORMAT_KINDS,
@@ -40,7 +41,7 @@ from alphaquant.spaces.formats import (
     Format,
     parse_format,
 )
-from alphaquant.spaces.units import DOWN, GATE, UP, Inventory, Matrix, Unit
+from alphaquant.spaces.units import DOWN, ENDS, GATE, UP, Inventory, Matrix, Unit
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Profile:
         checked: what of this was run there, and what was only read in its source.
         export: what `aq-quantize --export` calls its files; empty for our own.
         kernels: what `--kernels` narrowed it to.
+        includes: what beside the layers it loads quantized, see `alphaquant.spaces.units.ENDS`.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Profile:
     checked: str = ""
     export: str = ""
     kernels: str = "all"
+    includes: tuple[str, ...] = ()
 
     @property
     def option(self) -> str:
@@ -162,7 +165,9 @@ class Profile:
         return f"--profile {self.name}{kernels}"
 
     def rules_of(self, kind: str) -> tuple[FormatRule, ...]:
-        """The rules for one kind of matrix."""
+        """The rules for one kind of matrix; what is not among `includes` stays in bf16."""
+        if kind in ENDS.values() and kind not in {ENDS[name] for name in self.includes}:
+            return (_BF16,)
         return self.expert_rules if kind == "expert" else self.linear_rules
 
     @property
@@ -234,6 +239,7 @@ PROFILES: dict[str, Profile] = {
             (),
             _EVERYTHING,
             _EVERYTHING,
+            includes=tuple(ENDS),
         ),
         Profile(
             "kernels",
@@ -241,6 +247,7 @@ PROFILES: dict[str, Profile] = {
             (Coupling("w13", ("expert",), (*GATE, *UP)),),
             _EVERYTHING,
             _EVERYTHING,
+            includes=tuple(ENDS),
         ),
         Profile(
             "vllm",
@@ -286,6 +293,7 @@ PROFILES: dict[str, Profile] = {
             "llama.cpp b11549",
             "run on a CPU: every type of its menu",
             "gguf",
+            includes=tuple(ENDS),
         ),
     )
 }
@@ -329,6 +337,36 @@ def find_profile(name: str, kernels: str = "all") -> Profile:
         expert_rules=rules,
         kernels=kernels,
     )
+
+
+def included(asked: str | None, budget: Budget, profile: Profile) -> tuple[str, ...]:
+    """What is quantized beside the layers, names in `ENDS` in their order.
+
+    Args:
+        asked: names with commas between them, or `none`; None for what the profile loads where
+            the budget is of the whole checkpoint, else nothing.
+        budget: how large the result may be.
+        profile: what the engine can load.
+
+    Raises:
+        ConfigError: an unknown name, or the profile does not load it.
+    """
+    if asked is None:
+        return profile.includes if budget.is_of_file else ()
+    names = {name.strip() for name in asked.split(",")}
+    if names == {"none"}:
+        return ()
+    if not names <= ENDS.keys():
+        raise ConfigError(
+            f"--include {asked}; known are {', '.join(ENDS)} and none: name some of them"
+        )
+    if not names <= set(profile.includes):
+        able = [p.option for p in PROFILES.values() if names <= set(p.includes)]
+        raise ConfigError(
+            f"--include {asked}: {profile.option} loads embeddings and lm_head as they are; leave "
+            f"--include out, or use {' or '.join(able)}"
+        )
+    return tuple(name for name in ENDS if name in names)
 
 
 def units_of(inventory: Inventory, profile: Profile) -> tuple[Unit, ...]:

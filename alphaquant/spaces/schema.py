@@ -4,7 +4,7 @@ Unknown keys, other types, null, and fields that cannot stand together are error
 converted. What the fields mean together is in `alphaquant.spaces.config`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -150,6 +150,7 @@ class Config(_Part):
         comment: for readers.
         default: scheme of matrices that no override matches.
         overrides: applied in order.
+        include: what is quantized beside the decoder layers, `head` and `embeddings`.
         summary: what the search wrote about its result.
         search_summary: the same, as older files call it.
     """
@@ -158,6 +159,7 @@ class Config(_Part):
     comment: str | None = None
     default: Scheme = Scheme()
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    include: Annotated[tuple[Literal["head", "embeddings"], ...], Field(strict=False)] = ()
     summary: dict[str, Any] | None = None
     search_summary: dict[str, Any] | None = None
 

@@ -8,14 +8,20 @@ tensors.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from alphaquant.spaces.formats import Format
 
-KINDS = ("attention", "expert", "shared", "dense")
-"""Attention projections, routed experts, shared experts (always on), MLPs of dense layers."""
+KINDS = ("attention", "expert", "shared", "dense", "embedding", "head")
+"""Attention projections, routed experts, shared experts (always on), MLPs of dense layers; beside
+the layers the token embeddings, of which a token reads its own row, and lm_head, tied or not."""
+
+ENDS: Mapping[str, str] = MappingProxyType({"head": "head", "embeddings": "embedding"})
+"""What `--include` calls the kinds of matrix beside the decoder layers, which a search may leave
+as they are."""
 
 GATE = ("gate_proj", "w1")
 UP = ("up_proj", "w3")
@@ -32,7 +38,7 @@ class Matrix:
         rows: output features.
         cols: input features; groups and Hessians run along these.
         kind: one of `KINDS`.
-        layer: index of its decoder layer.
+        layer: index of its decoder layer; one more than the last for what is beside the layers.
         expert: index of its expert, None outside routed experts.
         aliases: other names that configurations may use (Mixtral's `w1`, `w2`, `w3`).
     """
@@ -51,12 +57,36 @@ class Matrix:
         return self.name.rsplit(".", 1)[-1]
 
     @property
+    def place(self) -> str:
+        """Number of its decoder layer, or `beside` the layers."""
+        return "beside" if self.kind in ENDS.values() else str(self.layer)
+
+    @property
     def role(self) -> str:
         """What it is for: `attention q`, `routed gate`, `shared up`, `dense down`."""
+        if self.kind in ENDS.values():
+            return self.kind
         where = "routed" if self.kind == "expert" else self.kind
         words = {"gate": GATE, "up": UP, "down": DOWN}
         what = [word for word, names in words.items() if self.projection in names]
         return " ".join((where, *(what or [self.projection.removesuffix("_proj")])))
+
+    def is_included(self, include: Sequence[str]) -> bool:
+        """Whether it is quantized where so much is beside the layers.
+
+        Args:
+            include: names in `ENDS`; tied weights are both, and known by their aliases.
+        """
+        if self.kind not in ENDS.values():
+            return True
+        if self.kind == ENDS["head"] and self.aliases:
+            return bool(include)
+        return self.kind in {ENDS[name] for name in include}
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether a token reads one row of it and not the whole."""
+        return self.kind == ENDS["embeddings"]
 
     @property
     def n_weights(self) -> int:
@@ -87,9 +117,9 @@ class Unit:
 
     @property
     def family(self) -> str:
-        """What allocators group by: `attention`, `expert.w13`, `expert.w2`, `shared.w13`, ..."""
-        if self.kind == "attention":
-            return "attention"
+        """What allocators group by: `attention`, `expert.w13`, `expert.w2`, `head`, ..."""
+        if self.kind in ("attention", *ENDS.values()):
+            return self.kind
         parts = {"w2" if m.projection in DOWN else "w13" for m in self.matrices}
         return f"{self.kind}.{'all' if len(parts) > 1 else parts.pop()}"
 
@@ -128,11 +158,14 @@ class Inventory:
         model_type: the architecture's name in its configuration.
         matrices: quantizable matrices; names are unique.
         kept: tensors that are stored as they are.
+        included: what the matrices beside the decoder layers are where they are stored as they
+            are.
     """
 
     model_type: str
     matrices: tuple[Matrix, ...]
     kept: tuple[Kept, ...] = ()
+    included: tuple[Kept, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Matrix]:
@@ -145,9 +178,25 @@ class Inventory:
         return sum(m.n_weights for m in self.matrices)
 
     @property
+    def n_file_weights(self) -> int:
+        """All weights, kept ones too."""
+        return self.n_weights + sum(k.n_weights for k in self.kept)
+
+    @property
     def n_layers(self) -> int:
-        """One more than the largest layer index."""
+        """One more than the largest index of a decoder layer."""
+        return 1 + max(m.layer for m in self.matrices if m.kind not in ENDS.values())
+
+    @property
+    def n_parts(self) -> int:
+        """One more than the largest layer index: layers, and what is beside them as one more."""
         return 1 + max(m.layer for m in self.matrices)
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        """Names in `ENDS` of the kinds that are among its matrices."""
+        kinds = {m.kind for m in self.matrices}
+        return tuple(name for name, kind in ENDS.items() if kind in kinds)
 
     @property
     def kept_bytes(self) -> int:
@@ -156,11 +205,15 @@ class Inventory:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, shapes and kept tensors; equal for equal architectures."""
+        """sha256 over names, shapes and kept tensors; equal for equal architectures.
+
+        Also whether matrices beside the layers are included or kept.
+        """
+        kept = sorted((*self.kept, *self.included), key=lambda k: k.name)
         facts = [
             self.model_type,
-            [asdict(m) for m in self.matrices],
-            [asdict(k) for k in self.kept],
+            [asdict(m) for m in self.matrices if m.kind not in ENDS.values()],
+            [asdict(k) for k in kept],
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -18,8 +18,12 @@ class LimitSpec:
     """The budget, the formats, and limits beside it."""
 
     budget: str
-    """Size limit: 4.25bits, 4.25 or 4.25bpw (mean stored bits per quantizable weight), 13GiB or
-    13GB (whole checkpoint)."""
+    """Size limit: 4.25bits, 4.25 or 4.25bpw (mean stored bits per quantizable weight),
+    4.25bpw-file (per weight of the whole checkpoint), 13GiB or 13GB (whole checkpoint)."""
+    include: str | None = None
+    """What is searched beside the decoder layers: head, embeddings, both with a comma, or none;
+    default: both where the budget is of the whole checkpoint and the profile loads them, else
+    none."""
     formats: str = "auto"
     """Formats and menus to choose from, comma-separated, such as int3-g64-asym,mxfp4; menus:
     default, int, mx, fp, all. auto: the profile's menu."""
@@ -51,6 +55,11 @@ class LimitSpec:
             raise ConfigError(
                 f"formats is {self.formats!r}, and candidates have formats of their own; leave "
                 "formats out, or candidates"
+            )
+        if self.candidates is not None and self.include not in (None, "none"):
+            raise ConfigError(
+                f"include is {self.include!r}, and candidates keep lm_head and embeddings as they "
+                "are; leave include out, or candidates"
             )
 
     @property

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.profiles import find_profile, included
 from alphaquant.specs.check import check
 from alphaquant.specs.checkpoint import CheckpointSpec
 from alphaquant.specs.flat import make, subject
@@ -70,5 +71,9 @@ class SearchSpec:
         found = {k: v for part, d in asdict(self).items() if part != "run" for k, v in d.items()}
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in found.items()}
         known = {k: v for k, v in plain.items() if v is not None or k not in _OPEN}
-        own = {"budget": parse_budget(self.limits.budget).canonical, "effort": self.run.effort}
+        limits, budget = self.limits, parse_budget(self.limits.budget)
+        own = {"budget": budget.canonical, "effort": self.run.effort}
+        if limits.candidates is None:
+            profile = find_profile(limits.profile, limits.kernels)
+            own["include"] = ",".join(included(limits.include, budget, profile)) or "none"
         return known | own

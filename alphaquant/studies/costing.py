@@ -34,6 +34,7 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import BF16, parse_format
 from alphaquant.spaces.menus import REFERENCE_FORMATS
 from alphaquant.spaces.space import SearchSpace
+from alphaquant.spaces.units import ENDS
 from alphaquant.specs.quantizer import QuantSettings, settings_of
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import Source, cache_dir
@@ -152,10 +153,14 @@ def anchors_of(space: SearchSpace, names: Sequence[str], beside: Sequence[float]
 
 
 def _anchored(space: SearchSpace, anchors: Sequence[int], n_formats: int) -> BoolArray:
-    """What is measured first, bool [U, F]: anchors of all units, every format of some."""
+    """What is measured first, bool [U, F]: anchors of all units, every format of some.
+
+    What is beside the layers is among these: no other unit's curve says anything of its own.
+    """
     found = np.zeros((len(space.units), n_formats), dtype=np.bool_)
     found[:, anchors] = True
     found[:: max(1, len(space.units) // _SAMPLED_UNITS)] = True
+    found[[unit.kind in ENDS.values() for unit in space.units]] = True
     return found
 
 

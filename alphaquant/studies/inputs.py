@@ -1,7 +1,7 @@
 """Names to things: models, devices, texts and the cache directory that a command line asks for."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def load_source(
     dtype: str,
     on_step: Callable[[int], None] = lambda n_done: None,
     *,
+    include: Sequence[str] = (),
     cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> Source:
@@ -82,6 +83,7 @@ def load_source(
         device: `cpu`, `cuda`, ...
         dtype: of the computation.
         on_step: called with the steps done of `SOURCE_STEPS`.
+        include: what is quantized beside the layers, see `map_model`.
         cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
         progress: told how far these are, as the stages `convert` and `prepare`.
 
@@ -95,7 +97,7 @@ def load_source(
     else:
         opened = Opened(load_model(path, device, dtype))
     on_step(1)
-    model_map = with_source(map_model(opened.model, pages=opened.pages), path)
+    model_map = with_source(map_model(opened.model, pages=opened.pages, include=include), path)
     check_finite(model_map)
     model_map.release()
     tokenizer = load_tokenizer(path)

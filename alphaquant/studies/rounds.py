@@ -14,7 +14,7 @@ Letters: R assignments, B windows in a batch, T tokens, H hidden size.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -29,7 +29,7 @@ from alphaquant.models.mapping import device_of
 from alphaquant.models.pages.memory import free_memory
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, layers_skipped, shared_state, walk
-from alphaquant.quant.swap import OpenLayer, swapped_layer
+from alphaquant.quant.swap import LayerWeights, OpenLayer, swapped_layer
 from alphaquant.spaces.assignment import Assignment
 
 HIDDEN_SHARE = 4
@@ -135,23 +135,40 @@ class Rounds:
         """Run all layers; `outputs` gets what the last gives, by assignment and batch."""
         passes = [batch for _ in assignments for batch in batches]
         groups = [0] * len(assignments)  # equal numbers: equal formats so far
-        steps = cast("Generator[LayerStep]", walk(self.model_map, passes))
-        with closing(steps):
-            for step in steps:
-                formats = [_formats_in(step.layer, a) for a in assignments]
-                known: dict[tuple[int, tuple[str, ...]], int] = {}
-                keys = zip(groups, formats, strict=True)
-                groups = [known.setdefault(key, len(known)) for key in keys]
-                n_kept = self._most_bytes // 2 if len(set(formats)) > 1 else 0
-                with swapped_layer(step.layer, self.open_layer, n_kept) as weights:
-                    by_group = {g: a for g, a in zip(groups, assignments, strict=True)}
-                    order = sorted(by_group, key=lambda g: formats[groups.index(g)])
-                    step.outputs = [None] * len(passes)
-                    for group in order:
-                        weights.write(by_group[group].formats)
-                        _run_group(step, [g == group for g in groups], len(batches))
-                outputs[:] = step.outputs
-                yield
+        with self._ends() as ends:
+            if self.model_map.ends is not None:
+                beside = [_formats_in(self.model_map.ends, a) for a in assignments]
+                groups = _regrouped(groups, beside)
+
+            def embed(number: int) -> None:
+                ends.write(assignments[number // len(batches)].formats)
+
+            steps = cast("Generator[LayerStep]", walk(self.model_map, passes, before=embed))
+            with closing(steps):
+                for step in steps:
+                    groups = self._run_layer(step, assignments, groups, len(batches))
+                    outputs[:] = step.outputs
+                    yield
+
+    def _run_layer(
+        self,
+        step: LayerStep,
+        assignments: Sequence[Assignment],
+        groups: Sequence[int],
+        n_batches: int,
+    ) -> list[int]:
+        """Run one layer for all of them; which are equal after it."""
+        formats = [_formats_in(step.layer, a) for a in assignments]
+        groups = _regrouped(groups, formats)
+        n_kept = self._most_bytes // 2 if len(set(formats)) > 1 else 0
+        with swapped_layer(step.layer, self.open_layer, n_kept) as weights:
+            by_group = {g: a for g, a in zip(groups, assignments, strict=True)}
+            order = sorted(by_group, key=lambda g: formats[groups.index(g)])
+            step.outputs = [None] * len(step.calls)
+            for group in order:
+                weights.write(by_group[group].formats)
+                _run_group(step, [g == group for g in groups], n_batches)
+        return groups
 
     def _compare(
         self,
@@ -162,15 +179,24 @@ class Rounds:
         first: int,
     ) -> Iterator[tuple[Assignment, Divergence]]:
         """Norm and head of every pass, and the comparison; the batches begin at window `first`."""
-        model = self.model_map.model
-        with teacher.opened() as stored:
-            for number, batch in enumerate(batches):
-                for index, assignment in enumerate(assignments):
-                    with layers_skipped(self.model_map, outputs[index * len(batches) + number]):
+        model, n_batches = self.model_map.model, len(batches)
+        with teacher.opened() as stored, self._ends() as ends:
+            for index, assignment in enumerate(assignments):
+                ends.write(assignment.formats)
+                window = first
+                for number, batch in enumerate(batches):
+                    with layers_skipped(self.model_map, outputs[index * n_batches + number]):
                         pieces = predict_pieces(model, batch)
-                        found = compare_batch(pieces, batch, teacher, stored, first)
+                        found = compare_batch(pieces, batch, teacher, stored, window)
                     yield assignment, found
-                first += len(batch)
+                    window += len(batch)
+
+    @contextmanager
+    def _ends(self) -> Iterator[LayerWeights]:
+        """What is beside the layers, to be written, and its own again on leaving."""
+        ends = self.model_map.ends or LayerSite(0, "", self.model_map.model, (), ())
+        with swapped_layer(ends, self.open_layer) as weights:
+            yield weights
 
 
 def memory_left(device: torch.device) -> int:
@@ -193,6 +219,12 @@ def _run_group(step: LayerStep, is_member: Sequence[bool], n_batches: int) -> No
             if shared is None or shared_state(call.kwargs):
                 shared = call.run(step.layer)
             step.outputs[index * n_batches + number] = shared
+
+
+def _regrouped(groups: Sequence[int], formats: Sequence[tuple[str, ...]]) -> list[int]:
+    """Numbers of groups whose members have been equal so far and have equal formats now."""
+    known: dict[tuple[int, tuple[str, ...]], int] = {}
+    return [known.setdefault(key, len(known)) for key in zip(groups, formats, strict=True)]
 
 
 def _formats_in(layer: LayerSite, assignment: Assignment) -> tuple[str, ...]:

@@ -390,7 +390,7 @@ def test_side_constraints_hold_in_every_configuration(
     found = [resolve(load_config(path), inventory, strict=True).assignment for path in paths]
     rows = [result.folder.load_assignment(row.digest) for row in result.rows]
     for assignment in (*found, *rows):
-        for layer in range(inventory.n_layers):
+        for layer in range(inventory.n_parts):
             inside = [m for m in inventory.matrices if m.layer == layer]
             experts = {assignment.formats[m.name] for m in inside if m.kind == "expert"}
             assert len(experts) <= limits.get("max_formats_per_layer", len(inside))

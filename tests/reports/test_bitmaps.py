@@ -30,7 +30,7 @@ def mixed() -> tuple[Inventory, Assignment]:
 def test_bits_by_role_are_the_worked_example_and_nan_where_a_layer_has_no_such_matrix() -> None:
     inventory, assignment = mixed()
     found = bits_by_role(assignment, inventory)
-    assert found.layers == (0, 1)
+    assert found.layers == ("0", "1")
     assert found.columns == (
         *("attention q", "routed gate", "routed down", "shared up", "dense down"),
     )
@@ -60,7 +60,7 @@ def test_bits_by_expert_have_only_layers_and_experts_that_are_routed() -> None:
     inventory, assignment = mixed()
     found = bits_by_expert(assignment, inventory)
     assert found is not None
-    assert (found.layers, found.columns) == ((1,), ("0", "2"))
+    assert (found.layers, found.columns) == (("1",), ("0", "2"))
     assert found.values.tolist() == [[3.25, 8.25]]
 
 
@@ -80,5 +80,5 @@ def test_tokens_of_layers_are_in_the_order_of_layers_and_modules_of_one_add_up()
         }
     )
     assert found is not None
-    assert (found.layers, found.columns) == ((9, 10), ("0", "1", "2"))
+    assert (found.layers, found.columns) == (("9", "10"), ("0", "1", "2"))
     np.testing.assert_array_equal(found.values, [[8, 1, math.nan], [1, 2, 3]])

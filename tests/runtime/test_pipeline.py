@@ -93,6 +93,38 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "include"),
+    [("olmoe", ("head", "embeddings")), ("gemma2", ("head",)), ("gemma3_text", ("embeddings",))],
+)
+def test_head_and_embeddings_are_packed_too_tied_or_scaled(
+    family: str, include: tuple[str, ...], tmp_path: Path
+) -> None:
+    sizes = {"intermediate_size": 72, "head_dim": 16, "sliding_window": 8}
+    model = tiny_model(family, **(sizes if family == "gemma3_text" else {}))
+    model_map = map_model(model, include=include)
+    assignment = mixed_assignment(model_map)
+    result = run(model_map, tmp_path / "packed", assignment=assignment)
+    tokens = tiny_tokens(2, 11, 5)
+    bank = open_bank(tmp_path, "bank", model_map.inventory, {})
+    fill_bank(
+        *(bank, model_map, TOKENS, sorted(set(assignment.formats.values())), SETTINGS),
+        wanted=lambda matrix, name: assignment.formats[matrix.name] == name,
+        batch_size=2,
+    )
+    Swapper(model_map, bank.layer).apply(assignment)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        loaded = load(result.path)
+        assert torch.equal(loaded(tokens).logits, expected)
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, expected)
+    assert not any(p.numel() >= 96 * 40 for p in loaded.parameters())
+    assert result.quantized_bytes == quantized_bytes(result.path)
+    assert assignment.count_bits(model_map.inventory).quantized_bytes == result.quantized_bytes
+    assert loaded.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 13)
+
+
 def test_default_settings_agree_with_the_bank_too(tmp_path: Path) -> None:
     model_map, settings = map_model(tiny_model("olmoe")), QuantSettings()
     assignment = uniform_assignment(model_map.inventory, "int3-g32-asym")

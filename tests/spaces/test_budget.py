@@ -32,6 +32,8 @@ TOY = Inventory(
         ("4.25bits", "bits", 4.25),
         ("4.25", "bits", 4.25),
         ("4.25bpw", "bits", 4.25),
+        ("4.25bpw-file", "file_bits", 4.25),
+        (" 6 BPW-File", "file_bits", 6.0),
         ("4.25 BPW", "bits", 4.25),
         (" 3bits ", "bits", 3.0),
         ("1 bit", "bits", 1.0),
@@ -62,7 +64,8 @@ def test_a_budget_is_read(text: str, kind: str, value: float) -> None:
 )
 def test_other_texts_are_refused_with_what_is_possible(text: str) -> None:
     possible = (
-        "write bits per weight (4.25bits, 4.25bpw, 4.25) or the size of the whole checkpoint"
+        "write bits per weight (4.25bits, 4.25bpw, 4.25), bits per weight of the whole "
+        "checkpoint (4.25bpw-file) or its size"
     )
     with pytest.raises(BudgetError, match=re.escape(f"{text!r}; {possible}")):
         parse_budget(text)
@@ -73,6 +76,7 @@ def test_other_texts_are_refused_with_what_is_possible(text: str) -> None:
     [
         ("4.25bits", 4_250_000),  # the worked example of the file header
         ("1MB", 4_000_000),
+        ("6.4bpw-file", 4_000_000),
         ("500kB", 0),  # exactly the kept tensors
         ("4.3500001", 4_350_000),  # rounded down
         ("16", 16_000_000),
@@ -88,6 +92,7 @@ def test_a_budget_limits_the_bits_of_quantizable_matrices(text: str, bits: int) 
     [
         (("4.25bits", " 4.25 BIT", "4.25", "4.250bpw"), "4.25bits"),
         (("3", "3.0bits"), "3bits"),
+        (("3bpw-file", "3.0BPW-FILE"), "3bpw-file"),
         (("13GiB", "13 gib", "13312MiB", "13958643712bytes"), "13GiB"),
         (("1.5GiB",), "1536MiB"),
         (("13GB", "13000MB"), "13GB"),

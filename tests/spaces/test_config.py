@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -542,3 +543,32 @@ def test_types_of_llama_cpp_come_back_from_a_configuration(llama: Inventory) -> 
     formats = {m.name: kinds.get(m.projection, "q3_k") for m in llama.matrices}
     made = config_from_assignment(Assignment(formats), llama)
     assert resolve(made, llama).assignment.formats == formats
+
+
+def with_ends(model: Inventory) -> Inventory:
+    ends = (
+        Matrix("model.embed_tokens", 512, 256, "embedding", model.n_layers),
+        Matrix("lm_head", 512, 256, "head", model.n_layers),
+    )
+    return replace(model, matrices=(*model.matrices, *ends))
+
+
+def test_head_and_embeddings_are_quantized_where_include_says_so(mixtral: Inventory) -> None:
+    model, override = with_ends(mixtral), {"pattern": "lm_head", "wq": "int8"}
+    found = resolve(config(override, default={"wq": "int4"}, include=["head"]), model)
+    assert weights(found, "lm_head") == "int8-g128"
+    assert weights(found, "model.embed_tokens") == "bf16"
+    bare = resolve(config(default={"wq": "int4"}), model)
+    assert {weights(bare, m.name) for m in model.matrices if m.kind == "head"} == {"bf16"}
+    with pytest.raises(ConfigError, match="include"):
+        config(include=["norms"])
+
+
+def test_a_configuration_of_an_assignment_says_what_it_includes(mixtral: Inventory) -> None:
+    model = with_ends(mixtral)
+    mixed = {m.name: "int6-g64" if m.kind == "head" else "int4-g64" for m in model.matrices}
+    made = config_from_assignment(Assignment(mixed), model)
+    assert made.include == ("head", "embeddings")
+    again = parse_config(dump_config(made))
+    assert resolve(again, model).assignment == Assignment(mixed)
+    assert not config_from_assignment(uniform_assignment(mixtral, "mxfp4"), mixtral).include

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from alphaquant.errors import ConfigError, FormatError
+from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.formats import DEFAULT_MENU, MENUS, parse_format
 from alphaquant.spaces.profiles import (
     PROFILES,
     allowed_formats,
     find_profile,
+    included,
     is_loadable,
     narrow_menu,
     units_of,
@@ -287,3 +289,44 @@ def test_blocks_of_llama_cpp_are_offered_where_they_divide_the_width() -> None:
     found = [allowed_formats(unit, menu, PROFILES["gguf"]) for unit in units]
     small = ("int4-g32", "iq4_nl", "mxfp4", "bf16")
     assert found == [("int1-g128", "q4_k", *small), ("int1-g128", *small), small, ("bf16",)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget", "profile", "expected"),
+    [
+        (None, "4bits", "any", ()),
+        (None, "13GiB", "any", ("head", "embeddings")),
+        (None, "4bpw-file", "gguf", ("head", "embeddings")),
+        (None, "13GiB", "vllm", ()),
+        ("none", "13GiB", "any", ()),
+        ("embeddings, head", "4bits", "kernels", ("head", "embeddings")),
+        ("head", "13GiB", "any", ("head",)),
+    ],
+)
+def test_what_is_searched_beside_the_layers_follows_from_the_budget_unless_it_is_asked(
+    asked: str | None, budget: str, profile: str, expected: tuple[str, ...]
+) -> None:
+    assert included(asked, parse_budget(budget), find_profile(profile)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "profile", "said"),
+    [
+        ("lm_head", "any", "--include lm_head; known are head, embeddings and none"),
+        ("none,head", "any", "known are head, embeddings and none"),
+        ("head", "vllm", "loads embeddings and lm_head as they are; leave --include out, or use"),
+    ],
+)
+def test_others_are_refused(asked: str, profile: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        included(asked, parse_budget("4bits"), find_profile(profile))
+
+
+@pytest.mark.parametrize("kind", ["head", "embedding"])
+def test_what_a_profile_does_not_include_stays_in_bf16(kind: str) -> None:
+    unit = Unit("end", (Matrix("end", 512, 256, kind, 2),))
+    for profile in PROFILES.values():
+        able = is_loadable(unit, parse_format("int8-g32"), profile)
+        assert able == bool(profile.includes), profile.name
+        if profile.name != "transformers":  # whose experts have no bf16
+            assert is_loadable(unit, parse_format("bf16"), profile)

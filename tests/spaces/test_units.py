@@ -91,3 +91,39 @@ def test_the_digest_follows_names_shapes_and_kept_tensors(olmoe: Inventory) -> N
 def test_the_fixtures_have_unique_names(inventory: Inventory) -> None:
     names = [name for m in inventory.matrices for name in (m.name, *m.aliases)]
     assert len(names) == len(set(names))
+
+
+def test_what_is_beside_the_layers_is_none_of_them() -> None:
+    layer = Matrix("model.layers.1.q_proj", 8, 8, "attention", 1)
+    embeddings = Matrix("model.embed_tokens", 96, 8, "embedding", 2)
+    head = Matrix("lm_head", 96, 8, "head", 2)
+    tied = Matrix("model.embed_tokens", 96, 8, "head", 2, aliases=("lm_head",))
+    kept = (Kept("norm.weight", 8, 16),)
+    whole = Inventory("m", (layer, embeddings, head), kept)
+    assert (whole.n_layers, whole.n_parts, whole.include) == (2, 3, ("head", "embeddings"))
+    assert whole.n_file_weights == 64 + 2 * 768 + 8
+    assert [m.place for m in whole.matrices] == ["1", "beside", "beside"]
+    assert [m.role for m in whole.matrices] == ["attention q", "embedding", "head"]
+    assert [m.is_looked_up for m in whole.matrices] == [False, True, False]
+    assert [Unit(m.name, (m,)).family for m in whole.matrices] == [
+        "attention",
+        "embedding",
+        "head",
+    ]
+    for matrix, included in (
+        (layer, [True, True, True]),
+        (head, [False, True, False]),
+        (embeddings, [False, False, True]),
+        (tied, [False, True, True]),
+    ):
+        asked = ((), ("head",), ("embeddings",))
+        assert [matrix.is_included(include) for include in asked] == included
+
+
+def test_a_digest_does_not_depend_on_what_is_included() -> None:
+    layer = Matrix("model.layers.0.q_proj", 8, 8, "attention", 0)
+    head, norm = Matrix("lm_head", 96, 8, "head", 1), Kept("norm.weight", 8, 16)
+    stored = Kept("lm_head.weight", 768, 1536)
+    kept = Inventory("m", (layer,), (norm, stored))
+    assert kept.digest == Inventory("m", (layer, head), (norm,), (stored,)).digest
+    assert kept.digest != Inventory("m", (layer,), (norm,)).digest

@@ -138,10 +138,12 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
             return self._of_experts(layer)
         if isinstance(layer, LinearBase):
             return self._of_linear(prefix) or UnquantizedLinearMethod()
-        if prefix in self.formats:
+        fmt = self.formats.get(prefix)
+        if fmt is not None and fmt.is_quantized:
             raise ModelError(
-                f"{prefix} is packed as {self.formats[prefix].name}, and vLLM's plug-in serves "
-                "packed linears and experts; quantize without it"
+                f"{prefix} is packed as {fmt.name}, and vLLM's plug-in serves packed linears and "
+                "experts; search with --include none, or take it out of the configuration's "
+                "include"
             )
         return None
 

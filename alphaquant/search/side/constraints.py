@@ -143,7 +143,8 @@ def check_reachable(problem: Problem, limit_bits: int, constraints: SideConstrai
     if problem.has("active_share"):
         share = problem.feature("active_share")
     else:
-        share = np.array([float(unit.kind != "expert") for unit in problem.units])
+        is_read = [u.kind != "expert" and not u.matrices[0].is_looked_up for u in problem.units]
+        share = np.array(is_read, dtype=np.float64)
     no_cost = np.zeros(problem.bits.shape)
     case = _make_case(problem, no_cost, limit_bits, constraints, share)
     _check_reachable(case, problem, constraints)

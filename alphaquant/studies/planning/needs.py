@@ -148,7 +148,7 @@ class Needs:
     def stacks(self) -> list[Stack]:
         """What is quantized, by shape."""
         counts: dict[tuple[Any, ...], tuple[tuple[Matrix, ...], int]] = {}
-        for layer in self.model_map.layers:
+        for layer in self.model_map.parts:
             for matrices in _stacks_of(layer):
                 key = tuple((m.rows, m.cols) for m in matrices)
                 first, count = counts.get(key, (matrices, 0))
@@ -252,10 +252,10 @@ class Needs:
 
 
 def _stacks_of(layer: LayerSite) -> list[tuple[Matrix, ...]]:
-    """Stacks of a layer: q, k and v, gate and up of one module, and single matrices."""
+    """Stacks of a part: q, k and v, gate and up of one module, and single matrices."""
     found: list[tuple[Matrix, ...]] = []
     joined: dict[tuple[str, int], list[Matrix]] = {}
-    for site in layer.linears:
+    for site in layer.plain:
         matrix, parts = site.matrix, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         if matrix.projection in parts:
             joined.setdefault((matrix.name.rpartition(".")[0], matrix.cols), []).append(matrix)
