@@ -27,6 +27,7 @@ from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import place_of
+from alphaquant.quant.tuning.tuning import Tuning, tune
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums
@@ -78,6 +79,7 @@ class PackingJob:
             calibration sees them as they are.
         batch_size: windows per forward pass.
         bank: of a search with these settings and windows, whose matrices are taken; None for none.
+        tuning: how free numbers move when the codes are chosen; None where they stay.
     """
 
     model_map: ModelMap
@@ -87,6 +89,7 @@ class PackingJob:
     activations: Mapping[str, Format] = field(default_factory=dict)
     batch_size: int = 16
     bank: Bank | None = None
+    tuning: Tuning | None = None
 
     @property
     def counts(self) -> BitCount:
@@ -112,6 +115,7 @@ class PackingJob:
             "settings": asdict(self.settings),
             "windows": None if self.tokens is None else _digest(self.tokens),
             "batch_size": self.batch_size,
+            "tuning": None if self.tuning is None else _tuning_facts(self.tuning),
             "computed_as": f"{parameter.dtype} on {parameter.device.type}",
             "versions": {name: found[name] for name in _DECIDING_VERSIONS},
         }
@@ -155,6 +159,8 @@ def quantize_to_checkpoint(
         for made in run.layers():
             report["utilization"] |= made["utilization"]
             report["matrices"] += made["matrices"]
+        if job.tuning is not None:
+            report["tuning"] = run.tune(job.tuning)
         run.finish(report, tokenizer)
         path, exported = run.place(export)
     fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
@@ -215,6 +221,24 @@ class _Run:
             self.progress(Stage.QUANTIZE, len(made), n_layers)
         return [made[index] for index in sorted(made)]
 
+    def tune(self, tuning: Tuning) -> Mapping[str, Any]:
+        """Move the free numbers of what was quantized, in the files and in the model; facts.
+
+        A run that is killed from here on makes the layers anew: their files are others then.
+        """
+        self.progress(Stage.TUNE, 0, 1)
+        layers = {i: self._read(i) for i in sorted(self.writer.layers)}
+        packed = {name: matrix for layer in layers.values() for name, matrix in layer.items()}
+        found = tune(self.job.model_map, packed, tuning, partial(self.progress, Stage.TUNE))
+        if found.packed:
+            for index, layer in layers.items():
+                self.writer.write_layer(
+                    index, {n: found.packed.get(n, m) for n, m in layer.items()}
+                )
+        for name, value in found.kept.items():
+            self.job.model_map.model.get_parameter(name).copy_(value)
+        return found.facts
+
     def finish(self, report: Mapping[str, Any], tokenizer: Any) -> None:
         """Write the rest and run the checkpoint once."""
         self.progress(Stage.FIRST_RUN, 0, 1)
@@ -274,6 +298,12 @@ class _Run:
 def _bank_facts(bank: Bank) -> dict[str, Any]:
     """Name of a bank, and with what its first matrices were made."""
     return {"key": bank.path.name, **{k: bank.facts.get(k) for k in ("versions", "rounded_on")}}
+
+
+def _tuning_facts(tuning: Tuning) -> dict[str, Any]:
+    """Everything that tuning depends on beside the matrices."""
+    texts = {"tokens": _digest(tuning.tokens), "heldback": _digest(tuning.heldback)}
+    return {**asdict(tuning.settings), **texts}
 
 
 def _digest(tokens: Tensor) -> str:
