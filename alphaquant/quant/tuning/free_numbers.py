@@ -72,7 +72,7 @@ class FreeScales:
         product = at_weights.float() * base
         if self.steps.numel() == 1:
             return product.sum().view(1, 1)
-        parts = product.split(self._width(base), 1)
+        parts = torch.split(product, self._width(base), 1)
         return torch.stack([part.sum(-1) for part in parts], 1)
 
     def rounded(self) -> PackedMatrix:

@@ -1,11 +1,11 @@
 """Tuning a quantized model end to end: codes stay, the free numbers move.
 
 The quantized model, a copy, learns the predictions of the original: KL(original || quantized) in
-nats per token, by Adam on the relative steps of `free_numbers.py`, with a warm-up and a cosine. The
-calibration text is gone through once per epoch. After each epoch the divergence on other windows is
-measured; of the best state the numbers are rounded to what is stored and it is measured again. It
-is kept where that is less than at the start by more than twice the paired standard error, and
-otherwise nothing is changed.
+nats per token, by Adam on the relative steps of `free_numbers.py`, with a warm-up and a cosine.
+The calibration text is gone through once per epoch. After each epoch the divergence on other
+windows is measured; of the best state the numbers are rounded to what is stored and it is measured
+again. It is kept where that is less than at the start by more than twice the paired standard
+error, and otherwise nothing is changed.
 
 Memory holds the original, the copy and the copy's gradients, three times the model.
 
@@ -154,12 +154,13 @@ class _Student:
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self._at_weights = self._prepare_gradients()
 
+    @torch.enable_grad()
     def learn(self, original: nn.Module, tokens: Tensor) -> None:
         """Add the gradients of the mean divergence over some windows."""
         n_together = _n_together(original, tokens)
         for part in torch.split(tokens.to(device_of(original)), n_together):
             divergence = _divergence(original, self.model, part).sum() / tokens.numel()
-            divergence.backward()
+            divergence.backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def move(self, size: float, step: int) -> None:
@@ -181,12 +182,17 @@ class _Student:
 
     def state(self) -> list[Tensor]:
         """Copies of all u."""
-        return [free.steps.clone() for free in (*self._scales.values(), *self._parameters)]
+        return [free.steps.clone() for free in self._free]
 
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a state; the model's weights follow in `rounded`."""
-        for free, steps in zip((*self._scales.values(), *self._parameters), state, strict=True):
+        for free, steps in zip(self._free, state, strict=True):
             free.steps.copy_(steps)
+
+    @property
+    def _free(self) -> list[FreeScales | FreeParameter]:
+        """All that moves, in one order."""
+        return [*self._scales.values(), *self._parameters]
 
     @torch.no_grad()
     def rounded(self) -> tuple[dict[str, PackedMatrix], dict[str, Tensor]]:
@@ -210,7 +216,7 @@ class _Student:
         return mean / (power.sqrt() + _EPS)
 
     def _free_parameters(self, parts: tuple[str, ...]) -> list[FreeParameter]:
-        """Norms and biases are vectors; routers stay and have as many rows as there are experts."""
+        """Norms and biases are vectors, routers what stays with a row for every expert."""
         named, dtype = dict(self.model.named_parameters()), checkpoint_dtype(self.model)
         routers = {
             s.name
