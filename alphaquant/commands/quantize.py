@@ -4,10 +4,9 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from alphaquant.commands.searched import Made, searched_scores
@@ -23,7 +22,7 @@ from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import Bank, bank_key, find_bank
 from alphaquant.quant.ggml.library import check_formats
-from alphaquant.quant.tuning.tuning import Tuning, check_memory
+from alphaquant.quant.tuning.learning import Tuning, check_memory
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
@@ -94,7 +93,7 @@ class _Summary:
     calibration: Mapping[str, Any]
     model_digest: str | None
     candidates: str | None = None
-    evaluation: Mapping[str, Any] = MappingProxyType({})
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
@@ -236,6 +235,7 @@ def result_json(result: PipelineResult) -> dict[str, Any]:
         "quantized_bytes": result.quantized_bytes,
         "checkpoint_bytes": result.checkpoint_bytes,
         "fallbacks": dict(result.fallbacks),
+        **({} if result.tuning is None else {"tuning": dict(result.tuning)}),
         **({} if result.export is None else {"export": _exported(result)}),
         "seconds": round(result.seconds, 1),
     }

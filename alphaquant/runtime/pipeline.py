@@ -27,7 +27,7 @@ from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import place_of
-from alphaquant.quant.tuning.tuning import Tuning, tune
+from alphaquant.quant.tuning.learning import Tuning, tune
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums
@@ -56,6 +56,7 @@ class PipelineResult:
         fallbacks: matrices quantized otherwise than asked, as name -> reason.
         seconds: wall time.
         export: what was written instead of the packed checkpoint, None for nothing.
+        tuning: what tuning made of the divergence, None where nothing was tuned.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class PipelineResult:
     fallbacks: Mapping[str, str]
     seconds: float
     export: Mapping[str, Any] | None = None
+    tuning: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,14 @@ def quantize_to_checkpoint(
         run.finish(report, tokenizer)
         path, exported = run.place(export)
     fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
-    seconds = time.perf_counter() - started
     return PipelineResult(
-        path, run.writer.quantized_bytes, job.counts.checkpoint_bytes, fallbacks, seconds, exported
+        path=path,
+        quantized_bytes=run.writer.quantized_bytes,
+        checkpoint_bytes=job.counts.checkpoint_bytes,
+        fallbacks=fallbacks,
+        seconds=time.perf_counter() - started,
+        export=exported,
+        tuning=report.get("tuning"),
     )
 
 

@@ -11,8 +11,8 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.layerwise import quantize_layers, written
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.tuning import tuning as module
-from alphaquant.quant.tuning.tuning import Tuned, Tuning, tune
+from alphaquant.quant.tuning import learning as module
+from alphaquant.quant.tuning.learning import Tuned, Tuning, tune
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.tuning import TuningSettings
