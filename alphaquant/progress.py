@@ -36,6 +36,7 @@ class Stage(StrEnum):
     GATE = "gate", "held-out comparison"
     REPORT = "report", "report"
     QUANTIZE = "quantize", "quantize"
+    TUNE = "tune", "tune"
     FIRST_RUN = "first_run", "run the checkpoint"
     EXPORT = "export", "export"
     EVALUATE = "evaluate", "evaluate"

@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from alphaquant.models.source_files import with_source
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import Bank, bank_key, find_bank
 from alphaquant.quant.ggml.library import check_formats
+from alphaquant.quant.tuning.learning import Tuning, check_memory
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.tables import aligned
 from alphaquant.runtime.parts import open_part
@@ -49,6 +50,9 @@ from alphaquant.texts.windows import TokenSet, check_sources
 logger = logging.getLogger(__name__)
 
 _CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
+
+_LEAST_HELDBACK = 4
+"""Windows that decide whether tuning is kept."""
 
 _LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
 """Of a summary's numbers; a specification calls the first `calibration_samples`."""
@@ -82,12 +86,14 @@ class _Summary:
         model_digest: of the weights, None if not stated.
         candidates: name of the bank with the candidates that it was searched among; None where
             its formats are made here.
+        evaluation: provenance of the windows that its trials were measured on.
     """
 
     settings: QuantSettings
     calibration: Mapping[str, Any]
     model_digest: str | None
     candidates: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
@@ -129,16 +135,20 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         warnings += model_notes(source.map)
         for warning in warnings:
             logger.warning("%s", warning)
-        tokens = _calibration(spec, summary, source) if settings.method == "gptq" else None
+        needs_text = settings.method == "gptq" or spec.tuning.settings is not None
+        tokens = _calibration(spec, summary, source) if needs_text else None
+        tuning = _tuning(spec, summary, source, tokens, _activations(plan))
         progress(Stage.LOAD, 1, 1)
         facts = _facts(source, config, plan, tokens, warnings)
         is_changed = settings != summary.settings or bool(_activations(plan))
+        is_changed |= tuning is not None
         facts["searched"] = _searched(config, plan, source, tokens, is_changed)
         windows = None if tokens is None else tokens.tokens
         return quantize_to_checkpoint(
             PackingJob(
                 *(source.map, plan.assignment, settings, windows, _activations(plan)),
                 bank=_bank(spec, summary, source, tokens, settings, plan.assignment),
+                tuning=tuning,
             ),
             part,
             facts=facts | {"architecture": architecture.name},
@@ -225,6 +235,7 @@ def result_json(result: PipelineResult) -> dict[str, Any]:
         "quantized_bytes": result.quantized_bytes,
         "checkpoint_bytes": result.checkpoint_bytes,
         "fallbacks": dict(result.fallbacks),
+        **({} if result.tuning is None else {"tuning": dict(result.tuning)}),
         **({} if result.export is None else {"export": _exported(result)}),
         "seconds": round(result.seconds, 1),
     }
@@ -255,7 +266,8 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     settings = _read_settings(quantization, path)
     candidates = _part(summary, "candidates", {"bank": str}, path).get("bank")
     stated = digest if isinstance(digest, str) else None
-    return _Summary(settings, calibration, stated, candidates)
+    evaluation = _part(summary, "evaluation", _CALIBRATION_TYPES, path)
+    return _Summary(settings, calibration, stated, candidates, evaluation)
 
 
 def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
@@ -311,6 +323,7 @@ def _asked(
         "model": spec.model,
         "configuration": config.model_dump(exclude_none=True, exclude={"summary", "comment"}),
         "settings": asdict(settings),
+        "tuning": asdict(spec.tuning),
         "calibration": calibration if settings.method == "gptq" else None,
         "dtype": spec.dtype,
         "device": spec.device,
@@ -359,6 +372,44 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
             "now; give --calibration to use this text, or restore the file"
         )
     return tokens
+
+
+def _tuning(
+    spec: QuantizeSpec,
+    summary: _Summary,
+    source: Source,
+    tokens: TokenSet | None,
+    activations: Mapping[str, Format],
+) -> Tuning | None:
+    """What free numbers learn from, and what decides whether they are kept.
+
+    That is the evaluation text of the configuration's search, which its gate does not use, or else
+    the last quarter of the calibration windows, which are not learned from then.
+
+    Raises:
+        AlphaQuantError: the text of the search is not there any more, or too few windows are.
+    """
+    settings = spec.tuning.settings
+    if settings is None or tokens is None:
+        return None
+    if activations:
+        raise ConfigError(
+            f"--tune {spec.tuning.tune}: inputs of {len(activations)} matrices are rounded, and "
+            "tuning does not see that; leave --tune out, or aq out of the configuration"
+        )
+    check_memory(source.map.model)
+    windows, found = tokens.tokens, summary.evaluation
+    if found.get("n_samples") and found.get("seq_len") == windows.shape[1]:
+        given = (str(found.get("source")), "search", found["n_samples"], found["seq_len"])
+        heldback = read_text(source, *given, found.get("seed", 0), _bos_of(found))
+        return Tuning(settings, windows, heldback.tokens)
+    n_heldback = len(windows) // 4
+    if n_heldback < _LEAST_HELDBACK:
+        raise ConfigError(
+            f"--tune with {len(windows)} calibration windows: a quarter of them is held back, and "
+            f"{_LEAST_HELDBACK} are needed; give {4 * _LEAST_HELDBACK} --calibration-samples"
+        )
+    return Tuning(settings, windows[:-n_heldback], windows[-n_heldback:])
 
 
 def _bank(

@@ -134,14 +134,25 @@ class CheckpointWriter:
         Raises:
             StoreError: the disk is full, or the directory cannot be written.
         """
-        formats = {item.matrix.name: item.packed.format.name for item in items}
-        tensors = {
-            f"{item.matrix.name}.{k}": t.cpu().contiguous()
-            for item in items
-            for k, t in item.packed.tensors.items()
-        }
         is_beside = items[0].matrix.kind in ENDS.values()
         file = _ENDS_FILE if is_beside else f"model-layer-{index:03d}.safetensors"
+        return self._write_layer(index, file, {item.matrix.name: item.packed for item in items})
+
+    def write_layer(self, index: int, packed: Mapping[str, PackedMatrix]) -> LayerFile:
+        """Write a layer's packed matrices, by name, in the place of those that it has.
+
+        Raises:
+            StoreError: the disk is full, or the directory cannot be written.
+        """
+        return self._write_layer(index, self.layers[index].file, packed)
+
+    def _write_layer(self, index: int, file: str, packed: Mapping[str, PackedMatrix]) -> LayerFile:
+        formats = {name: matrix.format.name for name, matrix in packed.items()}
+        tensors = {
+            f"{name}.{k}": t.cpu().contiguous()
+            for name, matrix in packed.items()
+            for k, t in matrix.tensors.items()
+        }
         n_bytes = self._save(file, tensors)
         sha256 = sha256_of(self.folder / file)
         self.layers[index] = LayerFile(file, sha256, formats, tuple(tensors), n_bytes)

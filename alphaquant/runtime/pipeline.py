@@ -27,6 +27,7 @@ from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import place_of
+from alphaquant.quant.tuning.learning import Tuning, tune
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums
@@ -55,6 +56,7 @@ class PipelineResult:
         fallbacks: matrices quantized otherwise than asked, as name -> reason.
         seconds: wall time.
         export: what was written instead of the packed checkpoint, None for nothing.
+        tuning: what tuning made of the divergence, None where nothing was tuned.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class PipelineResult:
     fallbacks: Mapping[str, str]
     seconds: float
     export: Mapping[str, Any] | None = None
+    tuning: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class PackingJob:
             calibration sees them as they are.
         batch_size: windows per forward pass.
         bank: of a search with these settings and windows, whose matrices are taken; None for none.
+        tuning: how free numbers move when the codes are chosen; None where they stay.
     """
 
     model_map: ModelMap
@@ -87,6 +91,7 @@ class PackingJob:
     activations: Mapping[str, Format] = field(default_factory=dict)
     batch_size: int = 16
     bank: Bank | None = None
+    tuning: Tuning | None = None
 
     @property
     def counts(self) -> BitCount:
@@ -112,6 +117,7 @@ class PackingJob:
             "settings": asdict(self.settings),
             "windows": None if self.tokens is None else _digest(self.tokens),
             "batch_size": self.batch_size,
+            "tuning": None if self.tuning is None else _tuning_facts(self.tuning),
             "computed_as": f"{parameter.dtype} on {parameter.device.type}",
             "versions": {name: found[name] for name in _DECIDING_VERSIONS},
         }
@@ -155,12 +161,19 @@ def quantize_to_checkpoint(
         for made in run.layers():
             report["utilization"] |= made["utilization"]
             report["matrices"] += made["matrices"]
+        if job.tuning is not None:
+            report["tuning"] = run.tune(job.tuning)
         run.finish(report, tokenizer)
         path, exported = run.place(export)
     fallbacks = {r["matrix"]: r["fallback"] for r in report["matrices"] if r["fallback"]}
-    seconds = time.perf_counter() - started
     return PipelineResult(
-        path, run.writer.quantized_bytes, job.counts.checkpoint_bytes, fallbacks, seconds, exported
+        path=path,
+        quantized_bytes=run.writer.quantized_bytes,
+        checkpoint_bytes=job.counts.checkpoint_bytes,
+        fallbacks=fallbacks,
+        seconds=time.perf_counter() - started,
+        export=exported,
+        tuning=report.get("tuning"),
     )
 
 
@@ -214,6 +227,24 @@ class _Run:
             made[done.layer.index] = self._add(done)
             self.progress(Stage.QUANTIZE, len(made), n_layers)
         return [made[index] for index in sorted(made)]
+
+    def tune(self, tuning: Tuning) -> Mapping[str, Any]:
+        """Move the free numbers of what was quantized, in the files and in the model; facts.
+
+        A run that is killed from here on makes the layers anew: their files are others then.
+        """
+        self.progress(Stage.TUNE, 0, 1)
+        layers = {i: self._read(i) for i in sorted(self.writer.layers)}
+        packed = {name: matrix for layer in layers.values() for name, matrix in layer.items()}
+        found = tune(self.job.model_map, packed, tuning, partial(self.progress, Stage.TUNE))
+        if found.packed:
+            for index, layer in layers.items():
+                self.writer.write_layer(
+                    index, {n: found.packed.get(n, m) for n, m in layer.items()}
+                )
+        for name, value in found.kept.items():
+            self.job.model_map.model.get_parameter(name).copy_(value)
+        return found.facts
 
     def finish(self, report: Mapping[str, Any], tokenizer: Any) -> None:
         """Write the rest and run the checkpoint once."""
@@ -274,6 +305,12 @@ class _Run:
 def _bank_facts(bank: Bank) -> dict[str, Any]:
     """Name of a bank, and with what its first matrices were made."""
     return {"key": bank.path.name, **{k: bank.facts.get(k) for k in ("versions", "rounded_on")}}
+
+
+def _tuning_facts(tuning: Tuning) -> dict[str, Any]:
+    """Everything that tuning depends on beside the matrices."""
+    texts = {"tokens": _digest(tuning.tokens), "heldback": _digest(tuning.heldback)}
+    return {**asdict(tuning.settings), **texts}
 
 
 def _digest(tokens: Tensor) -> str:

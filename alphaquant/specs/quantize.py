@@ -10,6 +10,7 @@ from alphaquant.specs.check import Natural, Pair, Positive, check
 from alphaquant.specs.flat import make, optional, subject
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.texts import BosMode
+from alphaquant.specs.tuning import TuningSpec
 
 QuantChanges: Any = optional(QuantSettings, "QuantChanges")
 
@@ -79,7 +80,8 @@ class QuantizeSpec:
     from there; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
     """Of the Hessians."""
-    quantizer: Annotated[QuantChanges, subject("Quantizer", 2)] = QuantChanges()
+    tuning: Annotated[TuningSpec, subject("Tuning", 2)] = TuningSpec()
+    quantizer: Annotated[QuantChanges, subject("Quantizer", 3)] = QuantChanges()
 
     @classmethod
     def of(cls, **settings: Any) -> "QuantizeSpec":

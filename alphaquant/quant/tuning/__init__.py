@@ -1,0 +1,1 @@
+"""Tuning what a quantization leaves free, on the original's predictions."""
