@@ -2,6 +2,7 @@
 
 A body reads the P words of a set and writes R registers, each with two weights in float16 or
 bfloat16: exactly the values of the grid (`alphaquant.kernels.grids`), integers centred on zero.
+Tables have no body.
 The text is derived from `alphaquant.kernels.order.LAYOUTS`; no bit position is written twice.
 
 Integers. The exponent pattern of 1024 (float16, 0x6400) or 128 (bfloat16, 0x4300) has 10 or 7
@@ -42,7 +43,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alphaquant.kernels.grids import from_e8m0
+from alphaquant.errors import FormatError
+from alphaquant.kernels.grids import TABLES, from_e8m0
 from alphaquant.kernels.order import Layout, Piece, layout_of
 
 Target = Literal["f16", "bf16"]
@@ -136,9 +138,13 @@ def make_body(element: str, target: Target, *, is_folded: bool = False) -> Body:
         is_folded: whether small floats keep the factor 2^-p of `left_out_power`.
 
     Raises:
-        FormatError: unknown element.
+        FormatError: unknown element, or a table.
     """
     layout = layout_of(element)
+    if element in TABLES:
+        raise FormatError(
+            f"{element} has no body of PTX; integers and floats have one: unpack tables without it"
+        )
     writer = _Writer(target, layout)
     for r, pieces in enumerate(layout.pairs):
         if element in FLOATS:

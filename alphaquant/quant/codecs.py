@@ -21,7 +21,8 @@ each column's error by its cost in its own loss (RTN, which has no Hessian, weig
 with `search="minmax"` the rule's scale is used as it is.
 
 Inside super-blocks a scale is a multiple, -32 to 31, of one float16 per 256 inputs, the
-super-scale, which is chosen first (`choose_super_scales`); where codes have a zero, the multiple is none.
+super-scale, which is chosen first (`choose_super_scales`); it is zero only where codes have no
+zero.
 
 Letters: B matrices in a batch, N rows, C columns of the group. A weight is (value - zero) * scale
 in float32.
@@ -281,8 +282,8 @@ def make_codec(fmt: Format, search: ScaleSearch, shared: Tensor | None = None) -
     Args:
         fmt: any quantized format.
         search: how scales are chosen, see the file header.
-        shared: float32 [B, N], nvfp4's from `nv_global_scale`, or the super-scales of a block; with
-            None scales are float16, as those from which super-scales are chosen.
+        shared: float32 [B, N], nvfp4's from `nv_global_scale`, or super-scales; with None scales
+            are float16, as those from which super-scales are chosen.
     """
     grid, searched = make_grid(fmt), search != "minmax"
     if isinstance(grid, TableGrid):

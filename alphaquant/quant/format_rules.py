@@ -73,7 +73,7 @@ def rule_of(fmt: Format, search: ScaleSearch) -> Rule:
     codec = make_codec(fmt, search, torch.ones(1, 1) if fmt.shared.global_bits else None)
     kind, factors, unit = _kind(codec)
     grid = make_grid(fmt)
-    is_table = isinstance(grid, TableGrid)
+    table = grid if isinstance(grid, TableGrid) else None
     least = step = 1.0
     if isinstance(grid, FloatGrid):
         least, step = 2.0 ** (2 - 2 ** (grid.exponent_bits - 1)), 2.0**-grid.mantissa_bits
@@ -88,8 +88,8 @@ def rule_of(fmt: Format, search: ScaleSearch) -> Rule:
         weighted=search == "hessian",
         fits=fmt.has_groups,
         is_multiple=fmt.super_size > 0,
-        table=np.array(grid.table if is_table else (), dtype=np.float32),
-        middles=np.array(grid.middles if is_table else (), dtype=np.float32),
+        table=np.array(table.table if table else (), dtype=np.float32),
+        middles=np.array(table.middles if table else (), dtype=np.float32),
     )
 
 

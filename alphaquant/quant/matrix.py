@@ -82,8 +82,7 @@ class RoundedBatch:
         if self.super_scales is not None:
             per_super = fmt.super_size // fmt.group_size
             supers = self.super_scales.repeat_interleave(per_super, -1)[..., : scales.shape[-1]]
-            multiples = (scales / supers).round() - LEAST_MULTIPLE
-            stored["scales"] = pack_codes(multiples.to(torch.uint8), SUB_BITS)
+            stored["scales"] = pack_multiples((scales / supers).round())
             stored["super_scales"] = self.super_scales.to(torch.float16)
         if self.zeros is not None:
             stored["zeros"] = pack_codes(self.zeros.to(torch.uint8).flatten(1), fmt.bits)
@@ -180,22 +179,22 @@ class PackedMatrix:
         make = _make_table if type(codes) is Tensor else _make_table.__wrapped__
         return make(self.format, codes.device)
 
-    def _multiples(self) -> Tensor:
-        """Scales in units of their super-scales, float32 [rows, G]."""
+    def multiples(self) -> Tensor:
+        """Scales inside super-blocks as multiples of their super-scales, float32 [rows, G]."""
         n_groups = self.format.n_groups(self.cols)
-        codes = unpack_codes(self.tensors["scales"], SUB_BITS, n_groups)
-        return codes.to(torch.float32) + LEAST_MULTIPLE
+        found: Tensor = unpack_codes(self.tensors["scales"], SUB_BITS, n_groups).float()
+        return found + float(LEAST_MULTIPLE)
 
     def _super_scales(self) -> Tensor:
         """The super-scale of every group, float32 [rows, G]."""
-        supers = self.tensors["super_scales"].to(torch.float32)
+        supers: Tensor = self.tensors["super_scales"].to(torch.float32)
         per_super = self.format.super_size // self.format.group_size
         return supers.repeat_interleave(per_super, -1)[:, : self.format.n_groups(self.cols)]
 
     def _scales(self) -> Tensor:
         stored = self.tensors["scales"]
         if self.format.super_size:
-            return self._multiples() * self._super_scales()
+            return self.multiples() * self._super_scales()
         if self.format.shared.scale == "e8m0":
             return from_e8m0(stored)
         scales = stored.to(torch.float32)
@@ -207,6 +206,11 @@ def _make_table(fmt: Format, device: torch.device) -> Tensor:
     """Values of words of codes, made once per format and device; nobody writes to it."""
     codes = torch.arange(2**fmt.bits, dtype=torch.uint8, device=device)
     return make_table(make_grid(fmt).to_values(codes), fmt.bits)
+
+
+def pack_multiples(multiples: Tensor) -> Tensor:
+    """Whole numbers -32 to 31 [..., G] as a stream of 6 bits each, uint8 [..., bytes]."""
+    return pack_codes((multiples.float() - LEAST_MULTIPLE).to(torch.uint8), SUB_BITS)
 
 
 def pack_bf16(weight: Tensor) -> PackedMatrix:

@@ -265,8 +265,10 @@ def _column_costs(factor: Factor, fmt: Format, search: ScaleSearch) -> Tensor | 
     if not fmt.super_size or search != "hessian":
         return None
     costs = _importance(factor.upper, 0, factor.upper.shape[-1])
-    return costs if factor.order is None else torch.empty_like(costs).scatter_(
-        -1, factor.order, costs
+    return (
+        costs
+        if factor.order is None
+        else torch.empty_like(costs).scatter_(-1, factor.order, costs)
     )
 
 

@@ -454,9 +454,7 @@ def _refuse_parts(kind: str, symmetric: bool, element: str | None) -> None:
         raise FormatError(f"{kind} cannot store {element} elements; {change}")
 
 
-def _refuse_super(
-    kind: str, group_size: int | None, super_size: int, *, symmetric: bool
-) -> None:
+def _refuse_super(kind: str, group_size: int | None, super_size: int, *, symmetric: bool) -> None:
     """Refuse a super-block that a format cannot have."""
     if (
         kind not in SUPER_KINDS

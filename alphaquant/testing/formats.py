@@ -369,7 +369,7 @@ def _assert_valid_scales(rounded: RoundedBatch) -> None:
         per_super = fmt.super_size // fmt.group_size
         ratios = scales / supers.repeat_interleave(per_super, -1)[..., : scales.shape[-1]]
         assert torch.equal(ratios, ratios.round()), fmt.name
-        assert -32 <= float(ratios.min()) and float(ratios.max()) <= 31, fmt.name
+        assert float(ratios.min()) >= -32 and float(ratios.max()) <= 31, fmt.name
     elif fmt.has_groups:
         stored = scales.to(torch.float16).to(torch.float32)
         assert torch.equal(stored, scales), fmt.name

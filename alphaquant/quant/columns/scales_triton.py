@@ -73,7 +73,7 @@ def _statistics(base, n_columns, n_rows, at_rows, is_row, KIND: tl.constexpr, PA
         x = load_panel(base, columns, columns < n_columns, n_rows, at_rows, is_row)
         if KIND == SIGN:
             first += total(tl.abs(x), 0)
-        elif KIND == INTEGER or KIND == TABLE:  # noqa: PLR1714
+        elif KIND == INTEGER or KIND == TABLE:  # noqa: SIM109
             magnitudes = tl.abs(x)
             most = largest(magnitudes, 0)  # [R]
             is_most = magnitudes == most[None, :]
@@ -96,7 +96,7 @@ def _candidate(factor, first, second, shared, numbers, KIND: tl.constexpr):
     zero = zeros_of(first)
     if KIND == SIGN:
         scale = to_half(first)
-    elif KIND == INTEGER or KIND == TABLE:  # noqa: PLR1714
+    elif KIND == INTEGER or KIND == TABLE:  # noqa: SIM109
         scale = store(divide(factor * first, numbers.low), shared, numbers, KIND)
     elif KIND == ZERO_POINT:
         scale = round_half(divide(factor * (second - first), numbers.high))

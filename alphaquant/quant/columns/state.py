@@ -28,8 +28,8 @@ class Rounding:
         delta: float32 [.., K, N], D, what rounding took away from the weights.
         scales: float32 [.., G, N].
         zeros: float32 [.., G, N], 0 for symmetric formats.
-        shared: float32 [.., P, N], what scales of neighbouring groups have in common: nvfp4's scale
-            per matrix, P = 1, or the super-scales; P = 0 for all other formats.
+        shared: float32 [.., P, N], what neighbouring scales have in common: nvfp4's scale per
+            matrix, P = 1, or the super-scales; P = 0 for all other formats.
         objective: float32 [.., N], tr(D H D') of every row; squared errors of the weights without
             H, infinite for rows that GPTQ leaves out.
     """

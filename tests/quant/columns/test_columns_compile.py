@@ -31,7 +31,7 @@ from alphaquant.testing.machine_code import (
 
 FORMATS = (
     *("int1-g128", "int4-g128", "int4-g32", "int3-g64-asym", "int4-g256"),
-    *("fp4-e2m1-g128", "mxfp4", "nvfp4"),
+    *("fp4-e2m1-g128", "mxfp4", "nvfp4", "nl4-g64", "int3-g32-s256", "nl3-g16-s256"),
 )
 S, K, N, BLOCK = 4, 512, 256, 128
 MOST_REGISTERS = 96  # ten programs of 64 threads fit a multiprocessor's 65536 registers
