@@ -27,8 +27,8 @@ from torch import Tensor
 E8M0_BIAS = 127
 
 TABLES: dict[str, tuple[int, ...]] = {
-    "nl2": (-23, -8, 4, 18),
-    "nl3": (-31, -18, -10, -4, 3, 9, 16, 26),
+    "nl2": (-127, -43, 23, 99),
+    "nl3": (-127, -74, -41, -15, 10, 37, 66, 106),
     "nl4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
 }
 """Numbers that codes of non-linear formats stand for: integers, exact in float16 and bfloat16.

@@ -456,12 +456,7 @@ def _refuse_parts(kind: str, symmetric: bool, element: str | None) -> None:
 
 def _refuse_super(kind: str, group_size: int | None, super_size: int, *, symmetric: bool) -> None:
     """Refuse a super-block that a format cannot have."""
-    if (
-        kind not in SUPER_KINDS
-        or not symmetric
-        or super_size != SUPER_SIZE
-        or group_size not in SUPER_GROUPS
-    ):
+    if super_size != SUPER_SIZE or not can_be_super(kind, group_size, symmetric=symmetric):
         group = "no group" if group_size is None else f"group size {group_size}"
         raise FormatError(
             f"{kind} with {group}{'' if symmetric else ', asymmetric'} has no super-blocks of "
@@ -469,6 +464,11 @@ def _refuse_super(kind: str, group_size: int | None, super_size: int, *, symmetr
             f"{', '.join(map(str, SUPER_GROUPS))}, and kinds {', '.join(SUPER_KINDS)} without "
             f"zero points: use such a format, e.g. int3-g32-s{SUPER_SIZE}"
         )
+
+
+def can_be_super(kind: str, group_size: int | None, *, symmetric: bool) -> bool:
+    """Whether a format can have super-blocks."""
+    return kind in SUPER_KINDS and group_size in SUPER_GROUPS and symmetric
 
 
 def is_group_size(value: int) -> bool:
