@@ -146,12 +146,12 @@ class TableGrid:
         # Not a number is beyond every middle for bucketize, and above none of them.
         known = torch.where(torch.isnan(scaled), -torch.inf, scaled)
         middles = torch.tensor(self.middles, dtype=torch.float32, device=scaled.device)
-        return self.to_values(torch.bucketize(known, middles))
+        return self.to_values(torch.bucketize(known.contiguous(), middles))
 
     def to_codes(self, values: Tensor) -> Tensor:
         """Places in the table, uint8."""
         table = torch.tensor(self.table, dtype=torch.float32, device=values.device)
-        return torch.bucketize(values, table).to(torch.uint8)
+        return torch.bucketize(values.contiguous(), table).to(torch.uint8)
 
     def to_values(self, codes: Tensor) -> Tensor:
         """Numbers (float32) of codes."""

@@ -86,7 +86,7 @@ class Unpacking:
         mantissa_bits: of such a float, else the bits of the integer.
         is_folded: whether such a float keeps the factor 2^-p.
         table: of a table, four numbers plus 128 to a word, the first in the low byte; else empty.
-        table_power: p; tables always leave out 2^p, so that scales stay normal in float16.
+        table_power: p of numbers of a table times 2^-p; scales make up for it.
         text: PTX of the body, empty to unpack without it.
         constraints: of the PTX.
     """
@@ -166,8 +166,7 @@ def decoding_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> D
     Args:
         weight: the matrix.
         dtype: what the kernel computes in.
-        use_asm: whether to unpack with PTX; there is none for float32, tables and bfloat16
-            matrices.
+        use_asm: whether to unpack with PTX; there is none for float32 and bfloat16 matrices.
     """
     kind = _Kind(
         *(weight.element, weight.scales.dtype, weight.scales.shape[2]),
@@ -181,14 +180,10 @@ def decoding_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> D
 def _decoding(kind: _Kind, dtype: torch.dtype, use_asm: bool) -> Decoding:
     # float32 has the exponents of bfloat16
     left_out = left_out_power(kind.element, _TARGETS.get(dtype, "bf16"))
-    power = left_out if kind.is_foldable else 0
+    power = left_out if kind.is_foldable or kind.element in TABLES else 0
     lent = lent_power(kind.element) if power and kind.has_global else 0
-    if kind.element in TABLES:
-        power = _table_power(kind.element)
     return Decoding(
-        _unpacking(
-            kind.element, dtype, is_folded=kind.element in FLOATS and power > 0, use_asm=use_asm
-        ),
+        _unpacking(kind.element, dtype, power, use_asm=use_asm),
         ScaleKind(_STORED[kind.scales], power - lent, lent),
         n_scales=kind.n_scales,
         middle=(1 << layout_of(kind.element).bits) // 2 if kind.has_zeros else 0,
@@ -196,16 +191,15 @@ def _decoding(kind: _Kind, dtype: torch.dtype, use_asm: bool) -> Decoding:
     )
 
 
-def _unpacking(element: str, dtype: torch.dtype, *, is_folded: bool, use_asm: bool) -> Unpacking:
+def _unpacking(element: str, dtype: torch.dtype, power: int, *, use_asm: bool) -> Unpacking:
     if element == BFLOAT16:
         return Unpacking((), 1, True, 8, 7)
     layout = layout_of(element)
-    table, table_power = (), 0
-    if element in TABLES:
-        table, table_power = _words_of(TABLES[element]), _table_power(element)
+    table = _words_of(TABLES[element]) if element in TABLES else ()
+    is_folded = power > 0
     exponent_bits, mantissa_bits = FLOATS.get(element, (0, layout.bits))
     text, constraints = "", ""
-    if use_asm and dtype in _TARGETS and not table:
+    if use_asm and dtype in _TARGETS:
         body = make_body(element, _TARGETS[dtype], is_folded=is_folded)
         text, constraints = body.text, body.constraints
     pairs = tuple(
@@ -213,13 +207,8 @@ def _unpacking(element: str, dtype: torch.dtype, *, is_folded: bool, use_asm: bo
     )
     return Unpacking(
         *(pairs, layout.n_planes, element in FLOATS, exponent_bits, mantissa_bits),
-        *(is_folded, table, table_power, text, constraints),
+        *(is_folded and element in FLOATS, table, power if table else 0, text, constraints),
     )
-
-
-def _table_power(element: str) -> int:
-    """The least p with all numbers of a table within -2^p .. 2^p."""
-    return max(map(abs, TABLES[element])).bit_length()
 
 
 def _words_of(table: tuple[int, ...]) -> tuple[int, ...]:

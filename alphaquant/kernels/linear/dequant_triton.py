@@ -4,8 +4,7 @@
 Two ways to unpack, equal number for number. On sm_90 and later the PTX bodies of
 `alphaquant.kernels.bodies`, whose results come out in the layout in which wgmma takes its first
 operand from registers. Elsewhere, and in Triton's interpreter, the same in Triton's own integer
-operations, read from the same table of pieces; so are tables everywhere, which have no body.
-Unquantized tiles are only loaded.
+operations, read from the same table of pieces. Unquantized tiles are only loaded.
 
 The arguments `matrix` and `DECODING` are those of `alphaquant.kernels.matrix_triton`.
 
