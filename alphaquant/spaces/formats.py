@@ -517,8 +517,19 @@ Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform 
 end above them.
 """
 
-GGUF_MENU: tuple[str, ...] = (*GGML_BLOCKS, *GGML_TWINS.values(), "mxfp4", "bf16")
-"""Every type of llama.cpp, its own and those that are ours."""
+GGML_REPLACED: Mapping[str, str] = MappingProxyType(
+    {"q3_k": "int3-g16-s256", "iq4_xs": "nl4-g32-s256", "iq4_nl": "nl4-g32"}
+)
+"""Types of llama.cpp that hold the very numbers of formats of ours, which we round better:
+docs/llama-cpp.md."""
+
+GGUF_MENU: tuple[str, ...] = (
+    *(kind for kind in GGML_BLOCKS if kind not in GGML_REPLACED),
+    *GGML_REPLACED.values(),
+    *GGML_TWINS.values(),
+    *("mxfp4", "bf16"),
+)
+"""Every type of llama.cpp, once: its own and those that are ours."""
 
 MENUS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT_MENU,
