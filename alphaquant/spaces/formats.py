@@ -509,7 +509,13 @@ _INT_MENU: tuple[str, ...] = (
     *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128"),
 )
 
-DEFAULT_MENU: tuple[str, ...] = (*_INT_MENU, "mxfp4")
+DEFAULT_MENU: tuple[str, ...] = (
+    *("int1-g256", "int1-g64"),
+    *("nl2-g256", "nl2-g128", "nl2-g32-s256"),
+    *("nl3-g256", "nl3-g128", "nl3-g32-s256"),
+    *("nl4-g128", "nl4-g32-s256", "int4-g64", "mxfp4"),
+    *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128"),
+)
 """Formats that a search considers unless told otherwise.
 
 Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly
@@ -538,7 +544,7 @@ MENUS: dict[str, tuple[str, ...]] = {
     "mx": ("mxfp4", "mxfp6", "mxfp8"),
     "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
     "all": (
-        *DEFAULT_MENU,
+        *dict.fromkeys((*DEFAULT_MENU, *_INT_MENU)),
         "mxfp6",
         "mxfp8",
         "nvfp4",
