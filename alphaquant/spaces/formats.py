@@ -511,10 +511,10 @@ _INT_MENU: tuple[str, ...] = (
 
 DEFAULT_MENU: tuple[str, ...] = (
     *("int1-g256", "int1-g64"),
-    *("nl2-g256", "nl2-g128", "nl2-g32-s256"),
-    *("nl3-g256", "nl3-g128", "nl3-g32-s256"),
-    *("nl4-g128", "nl4-g32-s256", "int4-g64", "mxfp4"),
-    *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128"),
+    *("nl2-g128", "nl2-g32-s256", "nl2-g16-s256"),
+    *("nl3-g128", "nl3-g64-s256", "nl3-g32-s256", "nl3-g16-s256"),
+    *("nl4-g32-s256", "int4-g64", "mxfp4", "nl4-g16-s256"),
+    *("int5-g64-asym", "int6-g128-asym", "int8-g128"),
 )
 """Formats that a search considers unless told otherwise.
 
