@@ -3,8 +3,8 @@
 Every format of a wide menu is put into one bank and scored. Then formats are removed one by one,
 always the one whose loss raises the optimum of the additive costs least, in the mean of the log
 over the budgets. The optimum is exact and takes milliseconds, so this needs no evaluation; the
-wide menu, the default one, and the default one without one-bit formats are then measured on
-held-out text.
+wide menu, the default one, the default one without one-bit formats and one of integers and mxfp4
+alone are then measured on held-out text, and uniform formats for comparison.
 
     python benchmarks/menu.py --out benchmarks/results/menu-demo.json
 
@@ -26,20 +26,32 @@ from release import BOOKS, parse_with_out, run_facts
 from alphaquant.errors import BudgetError
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
+from alphaquant.spaces.assignment import uniform_assignment
 from alphaquant.spaces.formats import DEFAULT_MENU
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import find_device
 
-WIDE = (
-    *("int1-g256", "int1-g128", "int1-g64", "int1-g32"),
-    *("int2-g256-asym", "int2-g128-asym", "int2-g64-asym", "int2-g32-asym"),
-    *("int2-g128", "int2-g64", "int3-g128", "int3-g64"),
-    *("int3-g256-asym", "int3-g128-asym", "int3-g64-asym", "int3-g32-asym"),
-    *("int4-g256-asym", "int4-g128-asym", "int4-g64-asym", "int4-g32-asym"),
-    *("int4-g128", "int4-g64", "int5-g256-asym", "int5-g128-asym", "int5-g64-asym"),
-    *("int6-g128", "int6-g128-asym", "int8-g128"),
-    *("mxfp4", "mxfp6", "nvfp4", "fp8-e4m3-g128"),
+PLAIN = (
+    *("int1-g256", "int1-g64", "int2-g256-asym", "int2-g128", "int2-g128-asym"),
+    *("int3-g256-asym", "int3-g128", "int3-g64", "int4-g128", "int4-g128-asym", "int4-g64"),
+    *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128", "mxfp4"),
 )
+"""What an earlier ablation left of 32 formats without tables and super-blocks."""
+
+WIDE = (
+    *PLAIN,
+    *("int2-g32-s256", "int3-g32-s256", "int3-g16-s256", "int4-g32-s256"),
+    *("nl2-g128", "nl2-g64", "nl2-g64-s256", "nl2-g32-s256", "nl2-g16-s256"),
+    *("nl3-g128", "nl3-g64", "nl3-g64-s256", "nl3-g32-s256", "nl3-g16-s256"),
+    *("nl4-g128", "nl4-g64", "nl4-g32-s256", "nl4-g16-s256"),
+)
+UNIFORM = (
+    *("int2-g64", "int2-g32-s256", "nl2-g64", "nl2-g32-s256"),
+    *("int3-g64", "int3-g32-s256", "nl3-g64", "nl3-g32-s256"),
+    *("int4-g64", "int4-g32-s256", "nl4-g64", "nl4-g32-s256"),
+)
+"""Formats of 2.25, 3.25 and 4.25 bits where 256 inputs are whole super-blocks."""
+
 LEAST = 4
 
 
@@ -92,7 +104,7 @@ def main() -> None:
         spec = SearchSpec.of(
             model=args.model,
             budget=f"{BUDGETS[0]}bits",
-            formats=",".join(WIDE),
+            formats=",".join(dict.fromkeys((*WIDE, *UNIFORM))),
             texts=replace(BOOKS, seq_len=args.seq_len),
             out=folder / "out",
             cache=args.cache or folder / "cache",
@@ -104,6 +116,7 @@ def main() -> None:
             "wide": problem.formats,
             "default": DEFAULT_MENU,
             "default without int1": [n for n in DEFAULT_MENU if not n.startswith("int1")],
+            "integers and mxfp4": PLAIN,
         }
         for label, menu in menus.items():
             closed = np.array([n not in menu for n in problem.formats])
@@ -112,6 +125,11 @@ def main() -> None:
             for budget in BUDGETS:
                 proposal = inside.at(inside.base_cost, bench.limit(budget), label)
                 bench.add("menu", f"{label} ({len(menu)} formats)", budget, proposal.assignment)
+        inventory = bench.prepared.space.inventory
+        for format_name in UNIFORM:
+            assignment = uniform_assignment(inventory, format_name)
+            bits = assignment.count_bits(inventory).bits_per_weight
+            bench.add("uniform", format_name, round(bits, 2), assignment)
         result = {
             "removals": order,
             "budgets": BUDGETS,

@@ -20,6 +20,13 @@ for subnormals; one multiplication by a power of two makes it the value.
 
     e2m1 in bfloat16, code 0 01 0 (1.0): 0x0080 = 2^-126, times 2^126  ->  1.0
 
+Tables. Codes become nibbles of a selector, four of the first numbers of pairs in its low half and
+those of the second numbers in its high half. `prmt` takes four bytes of eight by such nibbles:
+that looks four codes up in eight numbers plus 128; of sixteen numbers both halves are looked up,
+and a third `prmt` chooses by the codes' top bits. Bytes then become numbers as 8-bit codes do.
+
+    nl4, codes 1 and 9 of the first two pairs: selector 0x..91, bytes 24 and 141, -104 and 13
+
 Folding. Where weights are multiplied by scales anyway, a folded body leaves the power of two out,
 value * 2^-p, and scale * 2^p makes up for it. The largest exponent of either target is p + bias,
 with the element's bias, so scales of at most 2^bias can take it (`is_foldable`). E4M3 scales reach
@@ -36,13 +43,14 @@ exponent; FP6-LLM (2401.14112) for the placement of small floats. `add` and `mul
 pairs need sm_90.
 """
 
+import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alphaquant.kernels.grids import from_e8m0
+from alphaquant.kernels.grids import TABLES, from_e8m0
 from alphaquant.kernels.order import Layout, Piece, layout_of
 
 Target = Literal["f16", "bf16"]
@@ -96,6 +104,10 @@ class Body:
 
 def left_out_power(element: str, target: Target) -> int:
     """The p of value * 2^-p, which a folded body gives; 0 where nothing is left out."""
+    if element in TABLES:
+        # Numbers of a table are up to 127, so their scales are small, and float16 is short of
+        # small numbers.
+        return 7 if target == "f16" else 0
     if element not in FLOATS:
         return 0
     return _bias(_TARGETS[target].exponent_bits) - _bias(FLOATS[element][0])
@@ -133,13 +145,17 @@ def make_body(element: str, target: Target, *, is_folded: bool = False) -> Body:
     Args:
         element: name in `alphaquant.kernels.order.LAYOUTS`.
         target: what the outputs are, `f16` or `bf16`.
-        is_folded: whether small floats keep the factor 2^-p of `left_out_power`.
+        is_folded: whether small floats and tables keep the factor 2^-p of `left_out_power`.
 
     Raises:
         FormatError: unknown element.
     """
     layout = layout_of(element)
-    writer = _Writer(target, layout)
+    writer = _Writer(target, layout, looks_up=element in TABLES)
+    if element in TABLES:
+        power = left_out_power(element, target) if is_folded else 0
+        _write_table(writer, TABLES[element], power)
+        return Body(writer.text(), layout.n_planes, layout.n_registers)
     for r, pieces in enumerate(layout.pairs):
         if element in FLOATS:
             _write_float(writer, r, pieces, FLOATS[element])
@@ -162,10 +178,11 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     constants: dict[int, str] = field(default_factory=dict)
     held: tuple[int, int] | None = None  # word and shift that register y holds
+    looks_up: bool = False
 
     def text(self) -> str:
         """All of it, constants first."""
-        head = [".reg .b32 y, z;"]
+        head = [".reg .b32 y, z, t, u, v, lo, hi;" if self.looks_up else ".reg .b32 y, z;"]
         for bits, name in self.constants.items():
             head.append(f".reg .b32 {name}; mov.u32 {name}, 0x{bits:08X};")
         return "\n".join(["{", *head, *self.lines, "}"])
@@ -193,6 +210,14 @@ class _Writer:
         """A register with a number in both halves."""
         bits = _bits_of(value, self.target)
         return self.constants.setdefault(bits << 16 | bits, f"c{len(self.constants)}")
+
+    def bits(self, word: int) -> str:
+        """A register with 32 bits."""
+        return self.constants.setdefault(word, f"c{len(self.constants)}")
+
+    def permute(self, out: str, low: str, high: str, selector: str) -> None:
+        """Four bytes of eight, chosen by the nibbles of the selector's low half."""
+        self.lines.append(f"prmt.b32 {out}, {low}, {high}, {selector};")
 
     def arithmetic(self, out: str, factor: float, addend: float) -> None:
         """Out * factor + addend."""
@@ -230,12 +255,89 @@ def _write_integer(writer: _Writer, r: int, pieces: tuple[Piece, ...]) -> None:
 
 def _write_wide(writer: _Writer, r: int, piece: Piece) -> None:
     """One pair of 8-bit codes in bfloat16."""
+    _write_top_bit(writer, f"${r}", writer.shifted(piece.word, piece.at))
+
+
+def _write_top_bit(writer: _Writer, out: str, source: str) -> None:
+    """The low bytes of both halves of a register, less 128, where they are a bit too wide."""
     target = _TARGETS[writer.target]
-    source = writer.shifted(piece.word, piece.at)
     top = 1 << target.mantissa_bits
-    writer.combine(f"${r}", source, top - 1, _both(target.magic))
     writer.combine("z", source, top, _both(target.magic | top), _AND_XOR)
-    writer.lines.append(f"sub.rn.{writer.target}x2 ${r}, ${r}, z;")
+    writer.combine(out, source, top - 1, _both(target.magic))
+    writer.lines.append(f"sub.rn.{writer.target}x2 {out}, {out}, z;")
+
+
+_QUADS = {
+    2: ((0, 2, 4, 6), (1, 3, 5, 7)),
+    3: ((0, 1, 2, 3), (5, 6, 7, 8), (10, 11, 12, 13), (4, 9, 14, 15)),
+    4: ((0, 1, 2, 3),),
+}
+"""Pairs that are looked up together, by bits: so that few shifts make a selector."""
+
+
+def _write_table(writer: _Writer, table: tuple[int, ...], power: int) -> None:
+    """All pairs of a set, looked up four by four, times 2^-power."""
+    words = struct.unpack(f"<{len(table) // 4}I", bytes(number + 128 for number in table))
+    names = [writer.bits(word) for word in words]
+    for quad in _QUADS[writer.layout.bits]:
+        _write_selector(writer, quad)
+        for out, shift in (("lo", 0), ("hi", 16)):
+            if shift:
+                writer.lines.append(f"shr.u32 t, t, {shift};")
+            _write_look_up(writer, out, names)
+        for first, selector in ((0, 0x5140), (2, 0x7362)):
+            writer.permute("u", "lo", "hi", f"0x{selector:04X}")
+            for pair, place in ((first, 0x4140), (first + 1, 0x4342)):
+                _write_byte(writer, f"${quad[pair]}", f"0x{place:04X}", power)
+        writer.held = None
+
+
+def _write_selector(writer: _Writer, quad: tuple[int, ...]) -> None:
+    """The codes of four pairs as nibbles of both halves of t."""
+    masks: dict[tuple[int, int], int] = {}
+    for k, r in enumerate(quad):
+        for piece in writer.layout.pairs[r]:
+            place = 4 * k + piece.bit
+            key = (piece.word, piece.at - place)
+            masks[key] = masks.get(key, 0) | ((1 << piece.n_bits) - 1) << place
+    for i, ((word, shift), mask) in enumerate(masks.items()):
+        source = writer.shifted(word, shift)
+        if i == 0:
+            writer.lines.append(f"and.b32 t, {source}, {_both(mask)};")
+        else:
+            writer.combine("t", source, mask, "t")
+
+
+def _write_look_up(writer: _Writer, out: str, words: list[str]) -> None:
+    """Four numbers plus 128, by the low half of t; of sixteen numbers y, z, u, v are lost."""
+    if len(words) < 4:
+        writer.permute(out, words[0], words[-1], "t")
+        return
+    writer.lines.append(f"and.b32 y, t, {_both(0x7777)};")
+    writer.permute("u", words[0], words[1], "y")
+    writer.permute("v", words[2], words[3], "y")
+    writer.lines.append("shr.u32 z, t, 1;")
+    writer.combine("z", "z", 0x4444, _both(0x3210))
+    writer.permute(out, "u", "v", "z")
+
+
+def _write_byte(writer: _Writer, out: str, place: str, power: int) -> None:
+    """Two bytes of u, numbers plus 128, as a pair of the target's."""
+    target = _TARGETS[writer.target]
+    if target.mantissa_bits >= 8:
+        writer.permute(out, "u", writer.bits(_repeated(target.magic >> 8)), place)
+        factor = 2.0**-power
+        writer.arithmetic(out, factor, -((1 << target.mantissa_bits) + 128) * factor)
+        return
+    writer.permute(out, "u", writer.bits(0), place)
+    _write_top_bit(writer, out, out)
+    if power:
+        writer.arithmetic(out, 2.0**-power, 0.0)
+
+
+def _repeated(byte: int) -> int:
+    """A byte in all four places of a word."""
+    return byte * 0x01010101
 
 
 def _write_float(

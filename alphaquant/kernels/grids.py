@@ -8,21 +8,33 @@ Code layouts:
     signs                 0 is -1, 1 is +1; there is no zero
     integers, symmetric   offset binary: value + 2^(b-1); values -2^(b-1) .. 2^(b-1) - 1, all used
     integers, asymmetric  value itself, 0 .. 2^b - 1
+    tables                index into the table, which ascends
     floats                sign | exponent | mantissa, with subnormals, saturating; e4m3 and e5m2
                           codes equal torch's float8
     powers of two (E8M0)  exponent + 127, 0 .. 254 (255 is NaN and never written)
 
 Sources: OCP Microscaling Formats (MX) v1.0, 5.3 and 6.3; OCP OFP8 v1.0. Rounding is to nearest,
-ties to even, between -1 and +1 to +1.
+ties to even, between -1 and +1 to +1, between two numbers of a table to the lower one.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 E8M0_BIAS = 127
+
+TABLES: dict[str, tuple[int, ...]] = {
+    "nl2": (-127, -43, 23, 99),
+    "nl3": (-127, -74, -41, -15, 10, 37, 66, 106),
+    "nl4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}
+"""Numbers that codes of non-linear formats stand for: integers, exact in float16 and bfloat16.
+
+Those of 4 bits are the ones of llama.cpp's IQ4 types (`kvalues_iq4nl` in ggml-common.h).
+"""
 
 
 class Grid(Protocol):
@@ -102,6 +114,49 @@ class SignGrid:
     def to_values(self, codes: Tensor) -> Tensor:
         """2 * code - 1, float32."""
         return 2.0 * codes.to(torch.float32) - 1.0
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """Integers that lie closer together near zero; there is no zero.
+
+    Attributes:
+        table: ascending, 2^b of them.
+    """
+
+    table: tuple[int, ...]
+
+    @property
+    def low(self) -> float:
+        """Smallest value, the one of largest magnitude."""
+        return float(self.table[0])
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+        return float(self.table[-1])
+
+    @property
+    def middles(self) -> tuple[float, ...]:
+        """Half way between neighbours, exact in float32."""
+        return tuple((a + b) / 2 for a, b in pairwise(self.table))
+
+    def snap(self, scaled: Tensor) -> Tensor:
+        """Nearest numbers; the smallest for 0 / 0, a zero under a zero scale."""
+        # Not a number is beyond every middle for bucketize, and above none of them.
+        known = torch.where(torch.isnan(scaled), -torch.inf, scaled)
+        middles = torch.tensor(self.middles, dtype=torch.float32, device=scaled.device)
+        return self.to_values(torch.bucketize(known.contiguous(), middles))
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Places in the table, uint8."""
+        table = torch.tensor(self.table, dtype=torch.float32, device=values.device)
+        return torch.bucketize(values.contiguous(), table).to(torch.uint8)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """Numbers (float32) of codes."""
+        table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
+        return table[codes.to(torch.int64)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Letters: P planes, Q sets per lane, T tiles of 128 columns, S steps, N and K as 
 `alphaquant.kernels.order`; C scales per row and step.
 """
 
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaquant.kernels.bodies import FLOATS, left_out_power, lent_power, make_body
+from alphaquant.kernels.grids import TABLES
 from alphaquant.kernels.order import BFLOAT16, KernelWeight, layout_of
 
 COMPUTE_TYPES = {
@@ -34,7 +36,12 @@ COMPUTE_TYPES = {
 }
 """What kernels compute in."""
 
-_STORED = {torch.float16: "f16", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
+_STORED = {
+    torch.float16: "f16",
+    torch.uint8: "e8m0",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "sub",
+}
 _TARGETS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -50,6 +57,8 @@ class StoredMatrix(NamedTuple):
         n_cols: K.
         tiles_per_step: tiles that share one step of scales.
         plane_bytes: from one plane to the next.
+        super_scales: float16 [S, N padded, 1], or None.
+        tiles_per_super: tiles that share one of them.
     """
 
     words: Tensor
@@ -60,6 +69,8 @@ class StoredMatrix(NamedTuple):
     n_cols: int
     tiles_per_step: int
     plane_bytes: int
+    super_scales: Tensor | None
+    tiles_per_super: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class Unpacking:
         exponent_bits: of such a float, else 0.
         mantissa_bits: of such a float, else the bits of the integer.
         is_folded: whether such a float keeps the factor 2^-p.
+        table: of a table, four numbers plus 128 to a word, the first in the low byte; else empty.
+        table_power: p of numbers of a table times 2^-p; scales make up for it.
         text: PTX of the body, empty to unpack without it.
         constraints: of the PTX.
     """
@@ -84,6 +97,8 @@ class Unpacking:
     exponent_bits: int
     mantissa_bits: int
     is_folded: bool = False
+    table: tuple[int, ...] = ()
+    table_power: int = 0
     text: str = ""
     constraints: str = ""
 
@@ -93,7 +108,7 @@ class ScaleKind:
     """How scales are stored, and what they make up for.
 
     Attributes:
-        stored: `f16`, `e8m0` or `e4m3`.
+        stored: `f16`, `e8m0`, `e4m3`, or `sub` for multiples of super-scales.
         power: scales come multiplied by 2^power.
         global_power: the global factor comes multiplied by 2^global_power.
     """
@@ -136,11 +151,12 @@ class _Kind(NamedTuple):
 def matrix_of(weight: KernelWeight) -> StoredMatrix:
     """The first of the two arguments."""
     words, scales = weight.words, weight.scales
-    if scales.element_size() == 1:
+    if scales.dtype == torch.float8_e4m3fn:
         scales = scales.view(torch.uint8)
     return StoredMatrix(
         *(words, scales, weight.zeros, weight.global_scale),
         *(words.shape[2], weight.cols, weight.tiles_per_step, words[0].numel()),
+        *(weight.super_scales, weight.tiles_per_super),
     )
 
 
@@ -164,10 +180,10 @@ def decoding_of(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool) -> D
 def _decoding(kind: _Kind, dtype: torch.dtype, use_asm: bool) -> Decoding:
     # float32 has the exponents of bfloat16
     left_out = left_out_power(kind.element, _TARGETS.get(dtype, "bf16"))
-    power = left_out if kind.is_foldable else 0
+    power = left_out if kind.is_foldable or kind.element in TABLES else 0
     lent = lent_power(kind.element) if power and kind.has_global else 0
     return Decoding(
-        _unpacking(kind.element, dtype, is_folded=power > 0, use_asm=use_asm),
+        _unpacking(kind.element, dtype, power, use_asm=use_asm),
         ScaleKind(_STORED[kind.scales], power - lent, lent),
         n_scales=kind.n_scales,
         middle=(1 << layout_of(kind.element).bits) // 2 if kind.has_zeros else 0,
@@ -175,10 +191,12 @@ def _decoding(kind: _Kind, dtype: torch.dtype, use_asm: bool) -> Decoding:
     )
 
 
-def _unpacking(element: str, dtype: torch.dtype, *, is_folded: bool, use_asm: bool) -> Unpacking:
+def _unpacking(element: str, dtype: torch.dtype, power: int, *, use_asm: bool) -> Unpacking:
     if element == BFLOAT16:
         return Unpacking((), 1, True, 8, 7)
     layout = layout_of(element)
+    table = _words_of(TABLES[element]) if element in TABLES else ()
+    is_folded = power > 0
     exponent_bits, mantissa_bits = FLOATS.get(element, (0, layout.bits))
     text, constraints = "", ""
     if use_asm and dtype in _TARGETS:
@@ -189,5 +207,11 @@ def _unpacking(element: str, dtype: torch.dtype, *, is_folded: bool, use_asm: bo
     )
     return Unpacking(
         *(pairs, layout.n_planes, element in FLOATS, exponent_bits, mantissa_bits),
-        *(is_folded, text, constraints),
+        *(is_folded and element in FLOATS, table, power if table else 0, text, constraints),
     )
+
+
+def _words_of(table: tuple[int, ...]) -> tuple[int, ...]:
+    """Four numbers of a table plus 128 to a word, as signed 32-bit integers."""
+    raw = bytes(number + 128 for number in table)
+    return struct.unpack(f"<{len(raw) // 4}i", raw)

@@ -41,6 +41,9 @@ and odd ones are cut into spans of gcd(group, 128) columns, which never cross a 
 tile, with C = 128 / span scales, repeated where a group has several spans. Worked example: groups
 of 96 have spans of 32; in three tiles the spans 0 .. 11 take the scales 0 0 0 1 1 1 2 2 2 3 3 3.
 
+Scales inside super-blocks are int8 multiples, -32 to 31, in the order of scales. Super-scales are
+float16 [S, N padded, 1], a step being a super-block: a multiple of 128 columns, or the row.
+
 Unquantized matrices are bfloat16 (`BFLOAT16`). Their words are the numbers themselves, uint8
 [1, T, N padded, 256]: column 130 is the third number, bytes 4 and 5, of its row in tile 1. Their
 scales are ones, one per row.
@@ -157,6 +160,9 @@ LAYOUTS: dict[str, Layout] = {
     "int5": Layout(5, 5, _with_top_bits(5)),
     "int6": _SIX,
     "int8": _EIGHT,
+    "nl2": Layout(2, 1, _fields(2)),
+    "nl3": Layout(3, 3, _with_top_bits(3)),
+    "nl4": Layout(4, 1, _fields(4)),
     "e2m1": _FOUR_FLOAT,
     "e3m2": _SIX_FLOAT,
     "e2m3": _SIX_FLOAT,
@@ -173,7 +179,8 @@ BFLOAT16 = "bf16"
 class KernelWeight:
     """One matrix in kernel order.
 
-    A weight is (value - zero) * scale * global scale; see `alphaquant.kernels.reference`.
+    A weight is (value - zero) * scale, times the global scale or super-scale where there is one;
+    see `alphaquant.kernels.reference`.
 
     Attributes:
         element: name in `LAYOUTS`, or `BFLOAT16`.
@@ -181,11 +188,13 @@ class KernelWeight:
         cols: K, without padding.
         group_size: columns per scale; at least K for one scale per row.
         words: uint8 [P, T, N padded, 16 Q], or [1, T, N padded, 256] of bfloat16.
-        scales: [S, N padded, C] float16, uint8 (E8M0) or float8_e4m3fn.
+        scales: [S, N padded, C] float16, uint8 (E8M0), float8_e4m3fn, or int8 multiples.
         zeros: uint8 [S, N padded, C], None when symmetric.
         global_scale: float32 [1], only beside E4M3 scales, or None.
         is_foldable: what `alphaquant.kernels.bodies.is_foldable` says of these scales. False is
             always right; several matrices as one are foldable if each of them is.
+        super_scales: float16 [S, N padded, 1], only beside int8 multiples, or None.
+        super_size: columns per super-scale, 0 without them.
     """
 
     element: str
@@ -197,6 +206,8 @@ class KernelWeight:
     zeros: Tensor | None = None
     global_scale: Tensor | None = None
     is_foldable: bool = False
+    super_scales: Tensor | None = None
+    super_size: int = 0
 
     @property
     def n_tiles(self) -> int:
@@ -208,6 +219,11 @@ class KernelWeight:
         """Tiles that share one step of scales."""
         return step_of(self.group_size, self.cols) // TILE_COLS
 
+    @property
+    def tiles_per_super(self) -> int:
+        """Tiles that share one super-scale, at least one."""
+        return step_of(self.super_size, self.cols) // TILE_COLS if self.super_size else 1
+
     def to(self, device: torch.device | str) -> "KernelWeight":
         """The same matrix on a device."""
         return replace(
@@ -216,6 +232,7 @@ class KernelWeight:
             scales=self.scales.to(device),
             zeros=None if self.zeros is None else self.zeros.to(device),
             global_scale=None if self.global_scale is None else self.global_scale.to(device),
+            super_scales=None if self.super_scales is None else self.super_scales.to(device),
         )
 
 
@@ -324,6 +341,20 @@ def span_of(group_size: int, cols: int) -> int:
             f"multiples of {MIN_SPAN}: choose such a group size, or compute with torch"
         )
     return span
+
+
+def check_super(super_size: int, cols: int) -> None:
+    """Refuse super-blocks that are not whole tiles.
+
+    Raises:
+        FormatError: naming what kernels take.
+    """
+    if super_size < cols and super_size % TILE_COLS:
+        raise FormatError(
+            f"kernels have no order for super-blocks of {super_size}; they take multiples of "
+            f"{TILE_COLS} columns, and whole rows: divide the matrix elsewhere, or compute with "
+            "torch"
+        )
 
 
 def step_of(group_size: int, cols: int) -> int:

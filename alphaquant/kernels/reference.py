@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from alphaquant.kernels.bodies import FLOATS
-from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, from_e8m0
+from alphaquant.kernels.grids import (
+    TABLES,
+    FloatGrid,
+    Grid,
+    IntegerGrid,
+    SignGrid,
+    TableGrid,
+    from_e8m0,
+)
 from alphaquant.kernels.order import (
     BFLOAT16,
     KernelWeight,
@@ -29,6 +37,8 @@ def grid_of(element: str, *, is_signed: bool) -> Grid:
     if element in FLOATS:
         # Only rounding asks for the largest value, and kernels never round to a grid.
         return FloatGrid(*FLOATS[element], max_value=float("inf"))
+    if element in TABLES:
+        return TableGrid(TABLES[element])
     if element == "int1":
         return SignGrid()
     return IntegerGrid(int(element.removeprefix("int")), is_signed)
@@ -54,6 +64,8 @@ def dequantize(weight: KernelWeight) -> Tensor:
     scales = from_e8m0(stored) if stored.dtype == torch.uint8 else stored.to(torch.float32)
     if weight.global_scale is not None:
         scales = scales * weight.global_scale
+    if weight.super_scales is not None:
+        scales = scales * _columns(weight, weight.super_scales, weight.super_size).float()
     return values * scales
 
 
@@ -70,9 +82,10 @@ def linear(x: Tensor, weight: KernelWeight) -> Tensor:
     return x.to(torch.float32) @ dequantize(weight).T
 
 
-def _columns(weight: KernelWeight, ordered: Tensor) -> Tensor:
-    """What groups share, once per column: [N, K]."""
-    groups = groups_from_kernel_order(ordered, weight.group_size, weight.rows, weight.cols)
-    index = torch.arange(weight.cols, device=groups.device) // weight.group_size
+def _columns(weight: KernelWeight, ordered: Tensor, size: int = 0) -> Tensor:
+    """What groups share, once per column: [N, K]; of groups of `size` where it is given."""
+    size = size or weight.group_size
+    groups = groups_from_kernel_order(ordered, size, weight.rows, weight.cols)
+    index = torch.arange(weight.cols, device=groups.device) // size
     bits = groups if groups.element_size() == 2 else groups.view(torch.uint8)
     return bits[:, index].view(groups.dtype)

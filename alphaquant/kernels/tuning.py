@@ -45,7 +45,12 @@ VERSION = 1
 
 _FOLDER = Path(__file__).parent / "tuned"
 _SPLITS = (1, 2, 4, 8, 16)
-_SCALES = {torch.float16: "f16", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
+_SCALES = {
+    torch.float16: "f16",
+    torch.uint8: "e8m0",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "sub",
+}
 _LIMITS: dict[str, tuple[int, ...]] = {
     "block_tokens": (16, 32, 64),
     "block_rows": (64, 128),
@@ -77,7 +82,7 @@ class LaunchKey:
 
     Attributes:
         element: name in `alphaquant.kernels.order.LAYOUTS`.
-        scales: f16, e8m0 or e4m3.
+        scales: f16, e8m0, e4m3 or sub.
         scales_per_step: C.
         has_zeros: whether there are zero points.
         dtype: of x, such as bfloat16.

@@ -7,6 +7,9 @@ each column. How scales are chosen is the only thing that differs between format
     int symmetric   float16, may be negative: the element of largest magnitude maps to -2^(b-1),
                     so the full range is used and int2 has four levels
     int asymmetric  float16 and a b-bit zero point
+    nl              float16, may be negative: the element of largest magnitude maps to the number
+                    of largest magnitude of the table; zero for a group of zeros, as there is no
+                    zero in the table
     fp              float16
     mxfp            2^k per 32 inputs, k = floor(log2 amax) - emax (OCP MX v1.0, 6.3), -127 for
                     zeros
@@ -16,6 +19,10 @@ With `search="mse"` the scale that minimizes the squared error of the group is s
 rule, and the rule's own scale is always among the candidates; with `search="hessian"` GPTQ weights
 each column's error by its cost in its own loss (RTN, which has no Hessian, weights all alike);
 with `search="minmax"` the rule's scale is used as it is.
+
+Inside super-blocks a scale is a multiple, -32 to 31, of one float16 per 256 inputs, the
+super-scale, which is chosen first (`choose_super_scales`); it is zero only where codes have no
+zero.
 
 Letters: B matrices in a batch, N rows, C columns of the group. A weight is (value - zero) * scale
 in float32.
@@ -29,8 +36,16 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import FormatError
-from alphaquant.kernels.grids import FloatGrid, Grid, IntegerGrid, SignGrid, power_of_two
-from alphaquant.spaces.formats import ELEMENTS, Format
+from alphaquant.kernels.grids import (
+    TABLES,
+    FloatGrid,
+    Grid,
+    IntegerGrid,
+    SignGrid,
+    TableGrid,
+    power_of_two,
+)
+from alphaquant.spaces.formats import ELEMENTS, SUB_BITS, Format
 from alphaquant.specs.scale_search import ScaleSearch
 
 _F16_MAX = 65504.0
@@ -38,6 +53,12 @@ _F16_TINY = 2.0**-24
 _E4M3 = FloatGrid(4, 3, 448.0)
 _E4M3_TINY = 2.0**-9
 _GLOBAL_MIN = 2.0**-117
+
+LEAST_MULTIPLE, MOST_MULTIPLE = -(2 ** (SUB_BITS - 1)), 2 ** (SUB_BITS - 1) - 1
+"""Of a super-scale."""
+_DIVISORS = (-32.0, 31.0, -31.0, 30.0, -30.0, 29.0, -29.0, 28.0, -28.0, 26.0, -26.0, 24.0, -24.0)
+"""Which multiple the largest scale of a super-block becomes; not more than one, so that small
+scales keep their resolution."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +98,44 @@ class SignCodec:
 
 
 @dataclass(frozen=True)
+class FreeScales:
+    """How scales that are free numbers are stored.
+
+    Attributes:
+        super_scale: float32 [B, N], whose multiples scales are; None where they are float16.
+        keeps_zero: whether a scale may be zero, which codes without a zero need.
+    """
+
+    super_scale: Tensor | None = None
+    keeps_zero: bool = False
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The nearest scale that can be stored."""
+        if self.super_scale is None:
+            rounded = round_scale(scale)
+            return torch.where(scale == 0, scale, rounded) if self.keeps_zero else rounded
+        ratio = scale / self.super_scale
+        # Adding zero turns -0.0 into 0.0, the only zero that is stored.
+        multiple = ratio.round().clamp_(LEAST_MULTIPLE, MOST_MULTIPLE).add_(0.0)
+        if not self.keeps_zero:
+            multiple = torch.where(multiple == 0, torch.where(ratio < 0, -1.0, 1.0), multiple)
+        return multiple * self.super_scale
+
+
+@dataclass(frozen=True)
 class IntegerCodec:
     """Integers with float16 scales; see the file header."""
 
     grid: IntegerGrid
     shrinks: tuple[float, ...]
+    stored: FreeScales = FreeScales()
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """The rule's scale, then clipped ones."""
         return self._symmetric(group) if self.grid.signed else self._asymmetric(group)
 
     def _symmetric(self, group: Tensor) -> Iterator[GroupScales]:
-        extreme = group.gather(-1, group.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [B, N]
-        for shrink in self.shrinks:
-            for sign in (1.0, -1.0) if len(self.shrinks) > 1 else (1.0,):
-                yield GroupScales(round_scale(sign * shrink * extreme / self.grid.low))
+        yield from _by_extreme(group, self.grid.low, self.shrinks, self.stored)
 
     def _asymmetric(self, group: Tensor) -> Iterator[GroupScales]:
         low = group.amin(-1).clamp(max=0.0)
@@ -100,6 +144,29 @@ class IntegerCodec:
             scale = round_scale(shrink * (high - low) / self.grid.high)
             zero = (-shrink * low / scale).round_().clamp_(self.grid.low, self.grid.high)
             yield GroupScales(scale, zero)
+
+
+@dataclass(frozen=True)
+class TableCodec:
+    """Numbers of a table with float16 scales."""
+
+    grid: TableGrid
+    shrinks: tuple[float, ...]
+    stored: FreeScales = FreeScales(keeps_zero=True)
+
+    def candidates(self, group: Tensor) -> Iterator[GroupScales]:
+        """The rule's scale, then others, of both signs."""
+        yield from _by_extreme(group, self.grid.low, self.shrinks, self.stored)
+
+
+def _by_extreme(
+    group: Tensor, low: float, shrinks: tuple[float, ...], stored: FreeScales
+) -> Iterator[GroupScales]:
+    """Scales that map the element of largest magnitude to the lowest value, or beyond it."""
+    extreme = group.gather(-1, group.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [B, N]
+    for shrink in shrinks:
+        for sign in (1.0, -1.0) if len(shrinks) > 1 else (1.0,):
+            yield GroupScales(stored.nearest(sign * shrink * extreme / low))
 
 
 @dataclass(frozen=True)
@@ -185,9 +252,10 @@ def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupS
         best = _choose(better, candidate, best)
         best_error = torch.where(better, error, best_error)
     assert best is not None
-    if not isinstance(codec, SignCodec | IntegerCodec | FloatCodec):
+    if not isinstance(codec, SignCodec | IntegerCodec | TableCodec | FloatCodec):
         return best
-    refined = _least_squares_scale(codec.grid, group, best, weight)
+    stored = codec.stored if isinstance(codec, IntegerCodec | TableCodec) else FreeScales()
+    refined = _least_squares_scale(codec.grid, group, best, weight, stored)
     error = _squared_error(codec.grid, group, refined, weight)
     assert best_error is not None
     return _choose(error < best_error, refined, best)
@@ -208,32 +276,37 @@ def rebuild(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return (values if zero is None else values - zero) * scale
 
 
-def make_codec(fmt: Format, search: ScaleSearch, global_scale: Tensor | None = None) -> Codec:
+def make_codec(fmt: Format, search: ScaleSearch, shared: Tensor | None = None) -> Codec:
     """The codec of a format.
 
     Args:
         fmt: any quantized format.
         search: how scales are chosen, see the file header.
-        global_scale: float32 [B, N], nvfp4 only, from `nv_global_scale`.
+        shared: float32 [B, N], nvfp4's from `nv_global_scale`, or super-scales; with None scales
+            are float16, as those from which super-scales are chosen.
     """
     grid, searched = make_grid(fmt), search != "minmax"
+    if isinstance(grid, TableGrid):
+        stored = FreeScales(shared, keeps_zero=True)
+        return TableCodec(grid, _TABLE_SHRINKS[fmt.bits] if searched else (1.0,), stored)
     if isinstance(grid, SignGrid):
         return SignCodec(grid)
     if isinstance(grid, IntegerGrid):
-        return IntegerCodec(grid, _int_shrinks(fmt.bits) if searched else (1.0,))
+        shrinks = _int_shrinks(fmt.bits) if searched else (1.0,)
+        return IntegerCodec(grid, shrinks, FreeScales(shared))
     if fmt.shared.scale == "e8m0":
         shifts = (0, 1) if searched else (0,)
         return MxCodec(grid, ELEMENTS[fmt.element].emax, shifts)
     if fmt.shared.scale == "e4m3":
-        assert global_scale is not None
-        return NvCodec(
-            grid, global_scale, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if searched else (1.0,)
-        )
+        assert shared is not None
+        return NvCodec(grid, shared, (1.0, 0.75, 0.85, 0.95, 1.1, 1.3) if searched else (1.0,))
     return FloatCodec(grid, (1.0, 0.7, 0.8, 0.9, 1.2, 1.5) if searched else (1.0,))
 
 
-def make_grid(fmt: Format) -> SignGrid | IntegerGrid | FloatGrid:
+def make_grid(fmt: Format) -> SignGrid | IntegerGrid | TableGrid | FloatGrid:
     """The grid of a format's codes."""
+    if fmt.is_table:
+        return TableGrid(TABLES[fmt.kind])
     if fmt.kind == "int1":
         return SignGrid()
     if not fmt.element:
@@ -250,6 +323,33 @@ def nv_global_scale(weight: Tensor) -> Tensor:
     return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
+def choose_super_scales(scales: Tensor, energy: Tensor, per_super: int) -> Tensor:
+    """The float16 of every super-block, whose multiples its scales become.
+
+    Of those that make the largest scale one of the largest multiples, the one with the least error
+    of scales, each weighted by what an error relative to it costs.
+
+    Args:
+        scales: float32 [.., G, N], free ones.
+        energy: float32 [.., G, N], weighted squares of each group's weights.
+        per_super: groups of a super-block.
+
+    Returns:
+        float32 [.., P, N], P super-blocks; never zero.
+    """
+    found = []
+    for start in range(0, scales.shape[-2], per_super):
+        own = scales[..., start : start + per_super, :]  # [.., g, N]
+        cost = energy[..., start : start + per_super, :]
+        cost = cost / torch.where(own == 0, 1.0, own).square()
+        extreme = own.gather(-2, own.abs().argmax(-2, keepdim=True))  # [.., 1, N]
+        tried = torch.stack([round_scale(extreme / n) for n in _DIVISORS])  # [D, .., 1, N]
+        made = FreeScales(tried, keeps_zero=True).nearest(own)
+        error = ((made - own).square() * cost).sum(-2, keepdim=True).nan_to_num_(torch.inf)
+        found.append(tried.gather(0, error.argmin(0, keepdim=True)).squeeze(0))
+    return torch.cat(found, -2)
+
+
 def check_finite(weight: Tensor, name: str) -> None:
     """Refuse weights with NaN or infinity.
 
@@ -262,6 +362,14 @@ def check_finite(weight: Tensor, name: str) -> None:
             f"{name} has {n_bad} NaN or infinite weights; no format stores those: repair the "
             "checkpoint or skip the matrix"
         )
+
+
+_TABLE_SHRINKS = {
+    2: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55),
+    3: (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65),
+    4: (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8),
+}
+"""By bits: what the scale of a table is multiplied with."""
 
 
 def _int_shrinks(bits: int) -> tuple[float, ...]:
@@ -282,20 +390,23 @@ def round_scale(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)
 
 
-def scale_step(scale: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
+def scale_step(
+    scale: Tensor, curvature: Tensor, slope: Tensor, stored: FreeScales = FreeScales()
+) -> Tensor:
     """What is added to scales so that an objective falls; zero where nothing helps.
 
     With a step d the objective changes by d (d A - 2 r); the best one is r / A, then the scale is
-    rounded to float16.
+    rounded to what can be stored.
 
     Args:
         scale: known scales, float32.
         curvature: A, of the same shape.
         slope: r, of the same shape.
+        stored: how scales are.
     """
     solved = scale + slope / curvature
     usable = (curvature > 0) & torch.isfinite(solved) & (solved != 0)
-    step = round_scale(torch.where(usable, solved, scale)) - scale
+    step = stored.nearest(torch.where(usable, solved, scale)) - scale
     return torch.where((step * curvature - 2 * slope) * step < 0, step, torch.zeros_like(step))
 
 
@@ -313,7 +424,7 @@ def _squared_error(
 
 
 def _least_squares_scale(
-    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None
+    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None, stored: FreeScales
 ) -> GroupScales:
     """The best scale for the codes that the given scales lead to: <w, v> / <v, v>."""
     zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
@@ -323,7 +434,7 @@ def _least_squares_scale(
     weighted = values if weight is None else values * weight
     power = (weighted * values).sum(-1)
     scale = (weighted * group).sum(-1) / power.clamp(min=torch.finfo(torch.float32).tiny)
-    return GroupScales(round_scale(torch.where(power > 0, scale, scales.scale)), scales.zero)
+    return GroupScales(stored.nearest(torch.where(power > 0, scale, scales.scale)), scales.zero)
 
 
 def _choose(condition: Tensor, a: GroupScales, b: GroupScales) -> GroupScales:

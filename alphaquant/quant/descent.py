@@ -7,7 +7,8 @@ so is the result up to rounding errors of sums; what differs is how it is comput
     GPTQ    Left-looking: before block b starts, all that its weights have to be compensated for is
             one product, (D_<b V_<b,b) U_bb, where D = W - Q is what was rounded so far.
     sweep   R_b = H_b D is one product per block, with D as it is by then; no residual is kept. The
-            scales of a group are fitted when its block is reached, then its codes.
+            scales of a group are fitted when its block is reached, then its codes; before that a
+            super-scale, when its first block is reached, by a product of its own.
     errors  f = tr(D H D') of every row, from the products of the last sweep: with D_<b final
             before block b, f = sum over b of 2 D_b' (H_b,<b D_<b) + D_b' H_bb D_b.
 
@@ -28,11 +29,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from alphaquant.quant.codecs import scale_step
+from alphaquant.quant.codecs import FreeScales, choose_super_scales, scale_step
 from alphaquant.quant.columns.column_loops import ColumnLoops, NumbaLoops
 from alphaquant.quant.columns.state import Block, Groups, Rounding, better_rows, choose_rows
 from alphaquant.quant.factor import DampedHessian, Factor
-from alphaquant.quant.format_rules import Rule
+from alphaquant.quant.format_rules import TABLE, Rule
 
 BLOCK = 128
 """Columns of a block, at most: a tile of 64 rows of it fills two thirds of a first-level cache."""
@@ -48,20 +49,25 @@ class ColumnPlan:
         n_cols: K.
         group_size: columns of a group; the last may be short.
         block_size: columns of a block, at most; speed only.
+        super_size: columns of a super-block, a multiple of the group by a power of two; 0 without.
     """
 
     n_cols: int
     group_size: int
     block_size: int = BLOCK
+    super_size: int = 0
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Blocks that hold whole groups, or lie inside one.
+        """Blocks that hold whole groups, or lie inside one; none crosses a super-block.
 
         Example: 200 columns in groups of 96 -> (0, 96), (96, 192), (192, 200); in groups of 150 ->
             (0, 128), (128, 150), (150, 200).
         """
         groups_per_block = self.block_size // self.group_size
+        if self.super_size and groups_per_block:
+            most = min(groups_per_block, self.super_size // self.group_size)
+            groups_per_block = 1 << most.bit_length() - 1
         run = self.group_size * max(groups_per_block, 1)
         step = run if groups_per_block else self.block_size
         return tuple(
@@ -84,6 +90,19 @@ class ColumnPlan:
         """First column and the one after the last of every group."""
         for start in range(0, self.n_cols, self.group_size):
             yield start, min(self.n_cols, start + self.group_size)
+
+    @property
+    def groups_per_shared(self) -> int:
+        """Groups that have a scale in common where formats have such: of a super-block, or all."""
+        if self.super_size:
+            return self.super_size // self.group_size
+        return -(-self.n_cols // self.group_size)
+
+    def super_at(self, column: int) -> Block | None:
+        """The super-block that begins at a column, None where none does."""
+        if not self.super_size or column % self.super_size:
+            return None
+        return column, min(self.n_cols, column + self.super_size)
 
     def group_at(self, column: int) -> Block | None:
         """The group that begins at a column, None where none does."""
@@ -114,7 +133,7 @@ class Rounder:
         Args:
             weight: float32 [.., K, N], contiguous.
         """
-        rounding = self._fit_all(weight)
+        rounding = self._fit_all(weight, None)
         groups, n_stacks = self._groups(weight.device), weight.shape[:-2]
         for start, stop in self.plan.blocks:
             eye = torch.eye(stop - start, device=weight.device).expand(*n_stacks, -1, -1)
@@ -135,7 +154,7 @@ class Rounder:
                 columns: groups stay runs of neighbouring inputs, and no index has to be stored.
         """
         natural, is_static = weight, static or factor.order is not None
-        rounding = self._fit_all(weight) if is_static else self._empty(weight)
+        rounding = self._fit_all(weight, factor) if is_static else self._begun(weight, factor)
         groups, order = self._groups(weight.device), factor.order
         if order is not None:
             weight = _in_order(weight, order)
@@ -209,6 +228,7 @@ class Rounder:
             centred=start.centred.clone(),
             delta=start.delta.clone(),
             scales=start.scales.clone(),
+            shared=start.shared.clone(),
             objective=torch.zeros_like(start.objective),
         )
         half = None
@@ -235,6 +255,8 @@ class Rounder:
         """Scales and codes of one block; the last sweep also adds up the objective."""
         start, stop = block
         D = rounding.delta
+        if self.rule.is_multiple:
+            self._fit_super_scale(rounding, H, start, half)
         if self.rule.fits and not self.plan.groups_fit:
             self._fit_large(rounding, H, start)
         own, before = H[..., start:stop, start:stop], None
@@ -278,10 +300,39 @@ class Rounder:
         C, D = rounding.centred[..., own, :], rounding.delta
         curvature = (C * _product(H[..., own, own], C)).sum(-2)  # [.., N]
         slope = (C * _product(H[..., own, :], D)).sum(-2)
-        known = rounding.scales[..., start // self.plan.group_size, :]
-        step = scale_step(known, curvature, slope)
+        index = start // self.plan.group_size
+        known, shared = rounding.scales[..., index, :], None
+        if self.rule.is_multiple:
+            shared = rounding.shared[..., index // self.plan.groups_per_shared, :]
+        stored = FreeScales(shared, keeps_zero=self.rule.kind == TABLE)
+        step = scale_step(known, curvature, slope, stored)
         known += step
         D[..., own, :] -= step.unsqueeze(-2) * C
+
+    def _fit_super_scale(
+        self, rounding: Rounding, H: Tensor, start: int, half: "_Half | None"
+    ) -> None:
+        """The best super-scale of a block, where it helps; its multiples and codes stay."""
+        block = self.plan.super_at(start)
+        if block is None:
+            return
+        own, size = slice(*block), self.plan.group_size
+        groups = slice(start // size, -(-block[1] // size))
+        known = rounding.shared[..., start // self.plan.super_size, :].unsqueeze(-2)  # [.., 1, N]
+        multiples = (rounding.scales[..., groups, :] / known).round_()
+        spread = multiples.repeat_interleave(size, -2)[..., : block[1] - start, :]
+        C, D = rounding.centred[..., own, :] * spread, rounding.delta
+        curvature = (C * _product(H[..., own, own], C)).sum(-2, keepdim=True)
+        if half is None:
+            residual = _product(H[..., own, :], D)
+        else:
+            residual = _product(half.hessian[..., own, :], half.delta).float()
+        step = scale_step(known, curvature, (C * residual).sum(-2, keepdim=True))
+        known += step
+        rounding.scales[..., groups, :] = multiples * known
+        D[..., own, :] -= step * C
+        if half is not None:
+            half.delta[..., own, :] = D[..., own, :]
 
     def _importance(self, upper: Tensor) -> Tensor:
         """Cost of columns' squared errors, 1 / U_cc^2 relative to their group's first; [.., K].
@@ -312,16 +363,40 @@ class Rounder:
             rounding, groups, index, ahead.contiguous(), importance[..., own].contiguous()
         )
 
-    def _fit_all(self, weight: Tensor) -> Rounding:
+    def _fit_all(self, weight: Tensor, factor: Factor | None) -> Rounding:
         """A rounding whose scales are chosen from the given weights, and nothing is rounded."""
-        rounding = self._empty(weight)
+        rounding = self._begun(weight, factor)
         ones = torch.ones(self.plan.n_cols, device=weight.device)
         self.loops.fit_groups(rounding, self._groups(weight.device), 0, weight, ones)
         return rounding
 
+    def _begun(self, weight: Tensor, factor: Factor | None) -> Rounding:
+        """A rounding with its super-scales, and with nothing else.
+
+        These are chosen from scales that are free and fit the original weights, columns weighted
+        as in GPTQ.
+        """
+        rounding = self._empty(weight)
+        if not self.rule.is_multiple:
+            return rounding
+        cost = torch.ones(self.plan.n_cols, device=weight.device)
+        if factor is not None and self.rule.weighted:
+            cost = factor.upper.diagonal(dim1=-2, dim2=-1)  # V_cc = 1 / U_cc
+            cost = (cost / cost[..., :1]).square()
+            if factor.order is not None:
+                cost = torch.empty_like(cost).scatter_(-1, factor.order, cost)
+        free = replace(self._groups(weight.device), rule=self.rule._replace(is_multiple=False))
+        self.loops.fit_groups(rounding, free, 0, weight, cost.contiguous())
+        squares = weight.square() * cost.unsqueeze(-1)
+        energy = torch.stack([squares[..., a:b, :].sum(-2) for a, b in self.plan.groups], -2)
+        per_super = self.plan.groups_per_shared
+        supers = choose_super_scales(rounding.scales, energy, per_super)
+        return replace(rounding, shared=supers.contiguous())
+
     def _groups(self, device: torch.device) -> Groups:
         plan = self.plan
-        return Groups(self.rule, plan.group_size, plan.group_of(device), self.shared)
+        of_columns = plan.group_of(device)
+        return Groups(self.rule, plan.group_size, of_columns, plan.groups_per_shared)
 
     def _empty(self, weight: Tensor) -> Rounding:
         *stacks, _, n_rows = weight.shape
@@ -329,7 +404,10 @@ class Rounder:
         scales, zeros = torch.zeros(2, *stacks, n_groups, n_rows, device=weight.device)
         objective = torch.zeros(*stacks, n_rows, device=weight.device)
         codes, delta = torch.empty_like(weight), torch.empty_like(weight)
-        return Rounding(codes, delta, scales, zeros, objective)
+        shared = torch.zeros(*stacks, 0, n_rows, device=weight.device)
+        if self.shared.numel() and not self.rule.is_multiple:
+            shared = self.shared.unsqueeze(-2)
+        return Rounding(codes, delta, scales, zeros, shared, objective)
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,8 @@ def _parts(
     if fmt.shared.global_bits:
         shared = torch.cat([nv_global_scale(w).expand(w.shape[:2]) for w in of_matrices], 1)
     n_cols = rows.shape[-1]
-    plan = ColumnPlan(n_cols, fmt.columns_per_scale(n_cols), settings.blocksize)
+    size = fmt.columns_per_scale(n_cols)
+    plan = ColumnPlan(n_cols, size, settings.blocksize, fmt.super_size)
     rule, factors = rule_of(fmt, settings.scale_search), () if damped is None else damped.factors
     own = inverses.get(plan.blocks, []) if is_whole else []
     if not own:
@@ -356,7 +357,8 @@ def _pack(
         values = own.values(fmt.columns_per_scale(weights.shape[-1]))
     if fmt.shared.global_bits:
         shared = nv_global_scale(weights).expand(weights.shape[:2])
-    packed = RoundedBatch(fmt, values.mT, own.scales.mT, zeros, shared).pack_all()
+    supers = own.shared.mT if fmt.super_size else None
+    packed = RoundedBatch(fmt, values.mT, own.scales.mT, zeros, shared, supers).pack_all()
     matrices = [stacks.matrices[s][position] for s in job.index.tolist()]
     records = _records(stacks, settings, job, position, own, weights)
     return [QuantizedMatrix(*item) for item in zip(matrices, packed, records, strict=True)]

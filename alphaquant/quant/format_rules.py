@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alphaquant.kernels.grids import FloatGrid
+from alphaquant.kernels.grids import FloatGrid, TableGrid
 from alphaquant.quant.codecs import (
     Codec,
     FloatCodec,
@@ -18,14 +18,17 @@ from alphaquant.quant.codecs import (
     MxCodec,
     NvCodec,
     SignCodec,
+    TableCodec,
     make_codec,
     make_grid,
 )
 from alphaquant.spaces.formats import Format
 from alphaquant.specs.scale_search import ScaleSearch
 
-SIGN, INTEGER, ZERO_POINT, FLOAT, MX, NV = range(6)
+SIGN, INTEGER, ZERO_POINT, FLOAT, MX, NV, TABLE = range(7)
 """Kinds of rules; those up to `ZERO_POINT` round to integers."""
+
+Floats = npt.NDArray[np.float32]
 
 
 class Rule(NamedTuple):
@@ -41,6 +44,9 @@ class Rule(NamedTuple):
         factors: float32 [n], what the format's own scale is multiplied with to get candidates.
         weighted: whether columns differ in importance.
         fits: whether scales are free numbers, which least squares can improve.
+        is_multiple: whether scales are multiples of a super-scale.
+        table: float32 [2^b], numbers that codes stand for; empty but for tables.
+        middles: float32 [2^b - 1], half way between them.
     """
 
     kind: int
@@ -49,9 +55,12 @@ class Rule(NamedTuple):
     least: np.float32
     step: np.float32
     unit: np.float32
-    factors: npt.NDArray[np.float32]
+    factors: Floats
     weighted: bool
     fits: bool
+    is_multiple: bool
+    table: Floats
+    middles: Floats
 
 
 def rule_of(fmt: Format, search: ScaleSearch) -> Rule:
@@ -64,6 +73,7 @@ def rule_of(fmt: Format, search: ScaleSearch) -> Rule:
     codec = make_codec(fmt, search, torch.ones(1, 1) if fmt.shared.global_bits else None)
     kind, factors, unit = _kind(codec)
     grid = make_grid(fmt)
+    table = grid if isinstance(grid, TableGrid) else None
     least = step = 1.0
     if isinstance(grid, FloatGrid):
         least, step = 2.0 ** (2 - 2 ** (grid.exponent_bits - 1)), 2.0**-grid.mantissa_bits
@@ -77,6 +87,9 @@ def rule_of(fmt: Format, search: ScaleSearch) -> Rule:
         factors=np.array(factors, dtype=np.float32),
         weighted=search == "hessian",
         fits=fmt.has_groups,
+        is_multiple=fmt.super_size > 0,
+        table=np.array(table.table if table else (), dtype=np.float32),
+        middles=np.array(table.middles if table else (), dtype=np.float32),
     )
 
 
@@ -84,11 +97,12 @@ def _kind(codec: Codec) -> tuple[int, tuple[float, ...], float]:
     """The kind of a codec, what its candidates multiply the first one with, and 2^-emax."""
     if isinstance(codec, SignCodec):
         return SIGN, (1.0,), 1.0
-    if isinstance(codec, IntegerCodec):
-        if not codec.grid.signed:
-            return ZERO_POINT, codec.shrinks, 1.0
+    if isinstance(codec, IntegerCodec) and not codec.grid.signed:
+        return ZERO_POINT, codec.shrinks, 1.0
+    if isinstance(codec, IntegerCodec | TableCodec):
         signs = (1.0, -1.0) if len(codec.shrinks) > 1 else (1.0,)
-        return INTEGER, tuple(sign * shrink for shrink in codec.shrinks for sign in signs), 1.0
+        kind = TABLE if isinstance(codec, TableCodec) else INTEGER
+        return kind, tuple(sign * shrink for shrink in codec.shrinks for sign in signs), 1.0
     if isinstance(codec, MxCodec):
         return MX, tuple(2.0**shift for shift in codec.shifts), 2.0**-codec.emax
     assert isinstance(codec, FloatCodec | NvCodec)

@@ -14,9 +14,9 @@ from torch import Tensor
 from alphaquant.errors import StoreError
 from alphaquant.kernels.grids import E8M0_BIAS, from_e8m0
 from alphaquant.kernels.packing import look_up, make_table, pack_codes, unpack_codes
-from alphaquant.quant.codecs import make_grid, rebuild
+from alphaquant.quant.codecs import LEAST_MULTIPLE, make_grid, rebuild
 from alphaquant.quant.ggml.decoding import decode
-from alphaquant.spaces.formats import Format, parse_format
+from alphaquant.spaces.formats import SUB_BITS, Format, parse_format
 
 _BY_ROW = ("codes", "scales", "weight")
 """Stored tensors with a row for every row of the matrix."""
@@ -32,6 +32,7 @@ class RoundedBatch:
         scales: float32 [B, N, G], exactly as stored.
         zeros: float32 [B, N, G] or None.
         global_scale: float32 [B, N] (nvfp4) or None.
+        super_scales: float32 [B, N, P], of P super-blocks, or None.
     """
 
     format: Format
@@ -39,6 +40,7 @@ class RoundedBatch:
     scales: Tensor
     zeros: Tensor | None = None
     global_scale: Tensor | None = None
+    super_scales: Tensor | None = None
 
     def weights(self) -> Tensor:
         """Dequantized weights, float32 [B, N, K]; bit for bit `PackedMatrix.dequantize`."""
@@ -53,6 +55,7 @@ class RoundedBatch:
             self.scales[one, rows],
             None if self.zeros is None else self.zeros[one, rows],
             None if self.global_scale is None else self.global_scale[one, rows],
+            None if self.super_scales is None else self.super_scales[one, rows],
         )._stored()
         n_rows, n_cols = self.values[index, rows].shape
         return PackedMatrix(self.format, n_rows, n_cols, {k: t[0] for k, t in stored.items()})
@@ -79,6 +82,11 @@ class RoundedBatch:
             shared = self.global_scale[:, :1]  # [B, 1]
             stored["scales"] = (scales / shared.unsqueeze(-1)).to(torch.float8_e4m3fn)
             stored["global_scale"] = shared.clone()
+        if self.super_scales is not None:
+            per_super = fmt.super_size // fmt.group_size
+            supers = self.super_scales.repeat_interleave(per_super, -1)[..., : scales.shape[-1]]
+            stored["scales"] = pack_multiples((scales / supers).round())
+            stored["super_scales"] = self.super_scales.to(torch.float16)
         if self.zeros is not None:
             stored["zeros"] = pack_codes(self.zeros.to(torch.uint8).flatten(1), fmt.bits)
         return stored
@@ -93,7 +101,8 @@ class PackedMatrix:
         rows: outputs.
         cols: inputs.
         tensors: `codes` uint8 [rows, row bytes], `scales` [rows, G], optional `zeros` uint8
-            [bytes] and `global_scale` float32 [1]; for bf16 only `weight` bfloat16 [rows, cols],
+            [bytes] and `global_scale` float32 [1]; with super-blocks `scales` uint8 [rows, bytes]
+            and `super_scales` float16 [rows, P]; for bf16 only `weight` bfloat16 [rows, cols],
             for llama.cpp's types only `codes`, their blocks.
     """
 
@@ -189,8 +198,22 @@ class PackedMatrix:
         make = _make_table if type(codes) is Tensor else _make_table.__wrapped__
         return make(self.format, codes.device)
 
+    def multiples(self) -> Tensor:
+        """Scales inside super-blocks as multiples of their super-scales, float32 [rows, G]."""
+        n_groups = self.format.n_groups(self.cols)
+        found: Tensor = unpack_codes(self.tensors["scales"], SUB_BITS, n_groups).float()
+        return found + float(LEAST_MULTIPLE)
+
+    def _super_scales(self) -> Tensor:
+        """The super-scale of every group, float32 [rows, G]."""
+        supers: Tensor = self.tensors["super_scales"].to(torch.float32)
+        per_super = self.format.super_size // self.format.group_size
+        return supers.repeat_interleave(per_super, -1)[:, : self.format.n_groups(self.cols)]
+
     def _scales(self) -> Tensor:
         stored = self.tensors["scales"]
+        if self.format.super_size:
+            return self.multiples() * self._super_scales()
         if self.format.shared.scale == "e8m0":
             return from_e8m0(stored)
         scales = stored.to(torch.float32)
@@ -202,6 +225,11 @@ def _make_table(fmt: Format, device: torch.device) -> Tensor:
     """Values of words of codes, made once per format and device; nobody writes to it."""
     codes = torch.arange(2**fmt.bits, dtype=torch.uint8, device=device)
     return make_table(make_grid(fmt).to_values(codes), fmt.bits)
+
+
+def pack_multiples(multiples: Tensor) -> Tensor:
+    """Whole numbers -32 to 31 [..., G] as a stream of 6 bits each, uint8 [..., bytes]."""
+    return pack_codes((multiples.float() - LEAST_MULTIPLE).to(torch.uint8), SUB_BITS)
 
 
 def pack_bf16(weight: Tensor) -> PackedMatrix:
@@ -225,6 +253,9 @@ def packed_shapes(
         "codes": ((rows, fmt.row_bytes(cols)), torch.uint8),
         "scales": ((rows, fmt.n_groups(cols)), scale_dtype[fmt.shared.scale]),
     }
+    if fmt.super_size:
+        shapes["scales"] = ((rows, fmt.sub_bytes(cols)), torch.uint8)
+        shapes["super_scales"] = ((rows, fmt.n_supers(cols)), torch.float16)
     if not fmt.symmetric:
         shapes["zeros"] = ((fmt.zero_bytes(rows, cols),), torch.uint8)
     if fmt.shared.global_bits:

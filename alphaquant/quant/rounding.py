@@ -23,6 +23,7 @@ from alphaquant.errors import ModelError
 from alphaquant.quant.codecs import (
     Codec,
     GroupScales,
+    choose_super_scales,
     fit,
     make_codec,
     nv_global_scale,
@@ -145,12 +146,13 @@ def quantize_gptq(
     """
     W = weight.to(torch.float32).clone()
     U = factor.upper
-    global_scale, codec = _codec(W, fmt, search, row_counts)
+    shared = _share(W, fmt, search, row_counts, _column_costs(factor, fmt, search))
     group_size = fmt.columns_per_scale(W.shape[-1])
     collected: list[GroupScales] = []
     fixed = None
     if static_groups or factor.order is not None:
-        collected = [fit(codec, group) for group in torch.split(W, group_size, -1)]
+        groups = enumerate(torch.split(W, group_size, -1))
+        collected = [fit(shared.codec(i * group_size), group) for i, group in groups]
         fixed = _column_scales(collected, group_size, factor.order, W)
     if factor.order is not None:
         W = W.gather(-1, factor.order[:, None, :].expand_as(W))
@@ -169,10 +171,10 @@ def quantize_gptq(
                     else torch.cat([W1[..., i:], W[..., stop:end]], -1)
                 )
                 cost = _importance(U, column, end) if search == "hessian" else None
-                collected.append(fit(codec, ahead, cost))
+                collected.append(fit(shared.codec(column), ahead, cost))
             scales = collected[-1] if fixed is None else fixed[column]
             w = W1[..., i]
-            value = snap(codec.grid, w, scales.scale, scales.zero)
+            value = snap(shared.codec(0).grid, w, scales.scale, scales.zero)
             values[..., column] = value
             error = (w - rebuild(value, scales.scale, scales.zero)) / U1[:, i, i, None]
             error.clamp_(-_ERROR_MAX, _ERROR_MAX)
@@ -183,7 +185,7 @@ def quantize_gptq(
     if factor.order is not None:
         place = factor.order[:, None, :].expand_as(values)
         values = torch.empty_like(values).scatter_(-1, place, values)
-    return _collect(fmt, values, collected, global_scale)
+    return _collect(fmt, values, collected, shared)
 
 
 def quantize_rtn(
@@ -201,19 +203,19 @@ def quantize_rtn(
         The rounded batch.
     """
     W = weight.to(torch.float32)
-    global_scale, codec = _codec(W, fmt, search, row_counts)
+    shared = _share(W, fmt, search, row_counts, None)
     values = torch.empty_like(W)
     collected = []
     group_size = fmt.columns_per_scale(W.shape[-1])
     for start in range(0, W.shape[-1], group_size):
-        group = W[..., start : start + group_size]
+        group, codec = W[..., start : start + group_size], shared.codec(start)
         scales = fit(codec, group)
         zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
         values[..., start : start + group_size] = snap(
             codec.grid, group, scales.scale.unsqueeze(-1), zero
         )
         collected.append(scales)
-    return _collect(fmt, values, collected, global_scale)
+    return _collect(fmt, values, collected, shared)
 
 
 def hessian_error(original: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -258,16 +260,71 @@ def _importance(U: Tensor, start: int, stop: int) -> Tensor:
     return (diagonal / diagonal[:, :1]).pow(-2)
 
 
-def _codec(
-    W: Tensor, fmt: Format, search: ScaleSearch, row_counts: tuple[int, ...]
-) -> tuple[Tensor | None, Codec]:
+def _column_costs(factor: Factor, fmt: Format, search: ScaleSearch) -> Tensor | None:
+    """What each column's squared errors cost in choosing super-scales, in the natural order."""
+    if not fmt.super_size or search != "hessian":
+        return None
+    costs = _importance(factor.upper, 0, factor.upper.shape[-1])
+    return (
+        costs
+        if factor.order is None
+        else torch.empty_like(costs).scatter_(-1, factor.order, costs)
+    )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What scales of a batch have in common.
+
+    Attributes:
+        codecs: of the format; of each super-block where there are such.
+        super_size: inputs of a super-block, 0 without them.
+        global_scale: float32 [B, N], nvfp4 only.
+        super_scales: float32 [B, N, P], None without super-blocks.
+    """
+
+    codecs: tuple[Codec, ...]
+    super_size: int = 0
+    global_scale: Tensor | None = None
+    super_scales: Tensor | None = None
+
+    def codec(self, column: int) -> Codec:
+        """The codec of a column."""
+        return self.codecs[column // self.super_size if self.super_size else 0]
+
+
+def _share(
+    W: Tensor,
+    fmt: Format,
+    search: ScaleSearch,
+    row_counts: tuple[int, ...],
+    costs: Tensor | None,
+) -> _Shared:
+    """Codecs with what groups share, chosen from the original weights."""
+    if fmt.super_size:
+        supers = _super_scales(W, fmt, search, costs)
+        codecs = tuple(make_codec(fmt, search, shared) for shared in supers.unbind(-1))
+        return _Shared(codecs, fmt.super_size, None, supers)
     if not fmt.shared.global_bits:
-        return None, make_codec(fmt, search)
+        return _Shared((make_codec(fmt, search),))
     parts = torch.split(W, list(row_counts) or [W.shape[-2]], -2)
     global_scale = torch.cat(
         [nv_global_scale(part).expand(-1, part.shape[-2]) for part in parts], -1
     )  # [B, N]
-    return global_scale, make_codec(fmt, search, global_scale)
+    return _Shared((make_codec(fmt, search, global_scale),), 0, global_scale)
+
+
+def _super_scales(W: Tensor, fmt: Format, search: ScaleSearch, costs: Tensor | None) -> Tensor:
+    """Super-scales [B, N, P] from scales that were free; `costs` of squared errors is [B, K]."""
+    codec, scales, energy = make_codec(fmt, search), [], []
+    for start in range(0, W.shape[-1], fmt.group_size):
+        group = W[..., start : start + fmt.group_size]
+        cost = None if costs is None else costs[:, start : start + fmt.group_size]
+        scales.append(fit(codec, group, cost).scale)
+        squares = group.square()
+        energy.append((squares if cost is None else squares * cost.unsqueeze(-2)).sum(-1))
+    per_super = fmt.super_size // fmt.group_size
+    return choose_super_scales(torch.stack(scales, -2), torch.stack(energy, -2), per_super).mT
 
 
 def _blocks(n_cols: int, group_size: int, blocksize: int) -> Iterator[tuple[int, int]]:
@@ -299,10 +356,15 @@ def _invert(lower: Tensor, info: Tensor) -> tuple[Tensor, list[bool]]:
 
 
 def _collect(
-    fmt: Format, values: Tensor, groups: list[GroupScales], global_scale: Tensor | None
+    fmt: Format, values: Tensor, groups: list[GroupScales], shared: _Shared
 ) -> RoundedBatch:
     zeros = [g.zero for g in groups if g.zero is not None]
     scales = torch.stack([g.scale for g in groups], -1)  # [B, N, G]
     return RoundedBatch(
-        fmt, values, scales, torch.stack(zeros, -1) if zeros else None, global_scale
+        fmt,
+        values,
+        scales,
+        torch.stack(zeros, -1) if zeros else None,
+        shared.global_scale,
+        shared.super_scales,
     )

@@ -60,17 +60,17 @@ def fake_quantize(inputs: Tensor, fmt: Format) -> Tensor:
         the inputs themselves.
 
     Raises:
-        FormatError: an asymmetric format, or int1.
+        FormatError: an asymmetric format, one with super-blocks, a table, or int1.
     """
     if fmt.kind not in ACTIVATION_KINDS:
         raise FormatError(
             f"activations cannot be rounded to {fmt.name}, which has no zero; use one of "
             f"{', '.join(ACTIVATION_KINDS)}"
         )
-    if not fmt.symmetric:
+    if not fmt.symmetric or fmt.super_size:
         raise FormatError(
-            f"activations cannot be rounded to {fmt.name}: their integers are symmetric; use "
-            f"{fmt.kind}"
+            f"activations cannot be rounded to {fmt.name}: their integers are symmetric, with a "
+            f"scale per token; use {fmt.kind}"
         )
     if not fmt.is_quantized or inputs.numel() == 0:
         return inputs

@@ -5,7 +5,7 @@ Layout::
     config.json                      the model's own, with quantization_config
                                      {quant_method, version, formats}
     model-layer-003.safetensors      packed matrices of a layer,
-                                     <matrix>.<codes|scales|zeros|global_scale|weight>
+                                     <matrix>.<codes|scales|super_scales|zeros|global_scale|weight>
     model-ends.safetensors           packed lm_head and embeddings, where these are quantized
     model-kept.safetensors           everything else, in the original checkpoint's dtype
     model-carried.safetensors        tensors of the original that the model does not load, as is

@@ -5,7 +5,8 @@ too. What `save_pretrained` writes has none, and is checked for its numbers only
 
 Scales must be finite. Those of nvfp4 are above zero; those of integers may be negative (the
 element of largest magnitude maps to the most negative code), and zero where a group of signs is
-all zeros. An E8M0 byte of 255 is NaN (OCP MX v1.0, 5.4.1).
+all zeros, or under a table. Inside super-blocks every multiple can be used. An E8M0 byte of 255 is
+NaN (OCP MX v1.0, 5.4.1).
 """
 
 import json
@@ -27,7 +28,7 @@ from alphaquant.spaces.formats import Format
 
 CHECKSUMS = "SHA256SUMS"
 
-_SCALES = ("scales", "global_scale")
+_SCALES = ("scales", "global_scale", "super_scales")
 _E8M0_NAN = 255.0
 
 
@@ -78,6 +79,8 @@ def span_of(name: str, tensor: Tensor, formats: Mapping[str, Format]) -> Span | 
     matrix, _, part = name.rpartition(".")
     fmt = formats.get(matrix)
     is_scale = fmt is not None and fmt.is_quantized and part in _SCALES
+    if fmt is not None and fmt.super_size:
+        is_scale = part == "super_scales"
     if not tensor.numel() or not (is_scale or tensor.is_floating_point()):
         return None
     # One pass without a copy, and no wait for the device; small floats have no aminmax.

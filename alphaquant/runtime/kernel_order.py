@@ -1,8 +1,11 @@
 """Packed matrices in kernel order and back: what a checkpoint stores, as GPU kernels take it."""
 
+import torch
+
 from alphaquant.kernels.bodies import is_foldable
 from alphaquant.kernels.order import (
     KernelWeight,
+    check_super,
     from_kernel_order,
     groups_from_kernel_order,
     groups_to_kernel_order,
@@ -11,7 +14,7 @@ from alphaquant.kernels.order import (
     to_kernel_order,
 )
 from alphaquant.kernels.packing import pack_codes, unpack_codes
-from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.matrix import PackedMatrix, pack_multiples
 from alphaquant.spaces.formats import Format
 
 
@@ -22,11 +25,13 @@ def order_matrix(matrix: PackedMatrix) -> KernelWeight:
         matrix: of any format.
 
     Raises:
-        FormatError: its group size has no kernel order.
+        FormatError: its group size or super-block has no kernel order.
     """
     fmt, cols = matrix.format, matrix.cols
     if not fmt.is_quantized:
         return order_bfloat16(matrix.tensors["weight"])
+    if fmt.super_size:
+        check_super(fmt.super_size, cols)
     group_size = fmt.columns_per_scale(cols)
     zeros = None
     if "zeros" in matrix.tensors:
@@ -34,7 +39,11 @@ def order_matrix(matrix: PackedMatrix) -> KernelWeight:
         flat = unpack_codes(matrix.tensors["zeros"], fmt.bits, shape[0] * shape[1])
         zeros = groups_to_kernel_order(flat.reshape(shape), group_size, cols)
     element = fmt.code
-    scales = groups_to_kernel_order(matrix.tensors["scales"], group_size, cols)
+    stored, supers = matrix.tensors["scales"], None
+    if fmt.super_size:
+        stored = matrix.multiples().to(torch.int8)
+        supers = groups_to_kernel_order(matrix.tensors["super_scales"], fmt.super_size, cols)
+    scales = groups_to_kernel_order(stored, group_size, cols)
     global_scale = matrix.tensors.get("global_scale")
     return KernelWeight(
         element=element,
@@ -46,6 +55,8 @@ def order_matrix(matrix: PackedMatrix) -> KernelWeight:
         zeros=zeros,
         global_scale=global_scale,
         is_foldable=is_foldable(element, scales, global_scale),
+        super_scales=supers,
+        super_size=fmt.super_size,
     )
 
 
@@ -64,6 +75,9 @@ def restore_matrix(weight: KernelWeight, fmt: Format) -> PackedMatrix:
         "codes": pack_codes(codes, fmt.bits),
         "scales": groups_from_kernel_order(weight.scales, weight.group_size, rows, cols),
     }
+    if weight.super_scales is not None:
+        supers = groups_from_kernel_order(weight.super_scales, weight.super_size, rows, cols)
+        stored |= {"scales": pack_multiples(stored["scales"]), "super_scales": supers}
     if weight.zeros is not None:
         zeros = groups_from_kernel_order(weight.zeros, weight.group_size, rows, cols)
         stored["zeros"] = pack_codes(zeros.flatten(), fmt.bits)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaquant.errors import FormatError, ModelError
-from alphaquant.kernels.order import layout_of, span_of
+from alphaquant.kernels.order import check_super, layout_of, span_of
 from alphaquant.models.quantization_config import QUANT_METHOD
 from alphaquant.models.sites import ExpertsSite
 from alphaquant.runtime.activations import fake_quantize
@@ -233,6 +233,8 @@ def why_no_kernel(fmt: Format, cols: int, device: torch.device) -> str | None:
     try:
         layout_of(fmt.code)
         span_of(fmt.columns_per_scale(cols), cols)
+        if fmt.super_size:
+            check_super(fmt.super_size, cols)
     except FormatError as error:
         return str(error)
     if fmt.shared.scale == "e4m3" and device.type == "cuda":

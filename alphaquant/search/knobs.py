@@ -282,8 +282,8 @@ def _raise_keeping_total(cost: FloatArray, exponent: float) -> FloatArray:
 
 def _chains(formats: tuple[str, ...]) -> list[IntArray]:
     """Columns of the formats that are better the more bits they take, as int64 arrays."""
-    chains: dict[tuple[str, bool], list[int]] = {}
+    chains: dict[tuple[str, bool, int], list[int]] = {}
     for column, name in enumerate(formats):
         fmt = parse_format(name)
-        chains.setdefault((fmt.family, fmt.symmetric), []).append(column)
+        chains.setdefault((fmt.family, fmt.symmetric, fmt.super_size), []).append(column)
     return [np.array(columns, dtype=np.int64) for columns in chains.values()]

@@ -5,10 +5,11 @@ Overrides apply in file order and field by field; the last one that matches wins
 `group_size` the default of the format, symmetric. `comment`, `summary`, `search_summary`,
 `alpha_hill`, `category` and `precision` are carried and never interpreted.
 
-`group_size`, `symmetric` and `extra` speak of the `wq` that stands with them or before them. Under
-a later `wq` that cannot have them (an override to mxfp4 under an int4 default) they do not count.
-Written together with or after such a `wq`, a group size is ignored with one warning, an asymmetry
-or element is an error. On a matrix that resolves to bf16 none of the three counts.
+`group_size`, `symmetric`, `super_block` and `extra` speak of the `wq` that stands with them or
+before them. Under a later `wq` that cannot have them (an override to mxfp4 under an int4 default)
+they do not count, and neither does a super-block under a later group size or asymmetry that it
+cannot have. Written together with or after such a `wq`, a group size is ignored with one warning,
+an asymmetry, super-block or element is an error. On a matrix that resolves to bf16 none counts.
 
 Worked example: under `{"default": {"wq": "int4", "group_size": 64}, "overrides": [{"pattern":
 "*.down_proj", "wq": "int3"}, {"pattern": "*.experts.{0..7}.*", "symmetric": false}]}` the matrix
@@ -39,6 +40,7 @@ from alphaquant.spaces.formats import (
     BF16,
     PER_ROW,
     Format,
+    can_be_super,
     elements_of,
     make_format,
     parse_format,
@@ -315,16 +317,26 @@ def _fold(config: Config, hits: Sequence[int], matrix_name: str) -> _Folded:
         return _Folded(ResolvedScheme(BF16, activation))
     group_at, group_size = _last(parts, "group_size")
     symmetric_at, symmetric = _last(parts, "symmetric")
+    super_at, super_size = _last(parts, "super_block")
     extra_at, extra = _last(parts, "extra")
     element = extra.format if extra else None
     if symmetric_at < wq_at and kind not in ASYMMETRIC_KINDS:
         symmetric = True
+    is_old = super_at < max(wq_at, group_at, symmetric_at)
+    if is_old and not can_be_super(kind, group_size, symmetric=symmetric is not False):
+        super_size = 0
     if extra_at < wq_at and element not in elements_of(kind):
         element = None
     try:
-        weight = make_format(kind, group_size, symmetric=symmetric is not False, element=element)
+        weight = make_format(
+            kind,
+            group_size,
+            symmetric=symmetric is not False,
+            element=element,
+            super_size=super_size or 0,
+        )
     except FormatError as error:
-        culprit = symmetric_at if symmetric is False else extra_at
+        culprit = symmetric_at if symmetric is False else max(extra_at, super_at)
         where = ["default", *(_override_text(config, index) for index in hits)][culprit]
         raise ConfigError(f"{where}, on {matrix_name}: {error}") from error
     fixed = weight.shared.block
@@ -410,6 +422,8 @@ def _scheme_fields(fmt: Format, default: Format) -> dict[str, object]:
     fields: dict[str, object] = {"wq": fmt.kind}
     if fmt.has_groups:
         fields["group_size"] = fmt.group_size
+    if fmt.super_size or (default.super_size and fmt.has_groups):
+        fields["super_block"] = fmt.super_size
     if fmt.family == "int" and not (fmt.symmetric and default.symmetric):
         fields["symmetric"] = fmt.symmetric
     if (

@@ -38,6 +38,7 @@ from alphaquant.spaces.formats import (
     FORMAT_KINDS,
     GGML_BLOCKS,
     PER_ROW,
+    SUPER_SIZE,
     Format,
     parse_format,
 )
@@ -86,6 +87,7 @@ class FormatRule:
         inner_multiple: what must divide the inner width of routed experts (outputs of gate and up,
             inputs of down), together with the group; 0 where experts are as other matrices.
         is_alone: whether only matrices that are not fused with others can have it.
+        super_sizes: sizes of super-blocks; 0 is a format without them.
     """
 
     kinds: tuple[str, ...]
@@ -97,6 +99,7 @@ class FormatRule:
     cols_multiple: int = 1
     inner_multiple: int = 0
     is_alone: bool = False
+    super_sizes: tuple[int, ...] = (0,)
 
     def allows(self, fmt: Format) -> bool:
         """Whether a format is in the set, whatever the shape."""
@@ -105,13 +108,15 @@ class FormatRule:
             and (fmt.symmetric or not self.symmetric_only)
             and (not fmt.has_groups or not self.group_sizes or fmt.group_size in self.group_sizes)
             and (not fmt.element or not self.elements or fmt.element in self.elements)
+            and fmt.super_size in self.super_sizes
         )
 
     def fits(self, fmt: Format, matrix: Matrix) -> bool:
         """Whether the engine loads a matrix of this shape in a format of the set."""
         if not fmt.is_quantized or not fmt.fits(matrix.cols):
             return not fmt.is_quantized
-        group = max(1, fmt.group_size)  # PER_ROW is -1: any width is a whole group
+        # PER_ROW is -1: any width is a whole group
+        group = max(1, fmt.group_size, fmt.super_size)
         if self.needs_whole_groups and matrix.cols % group:
             return False
         if matrix.kind == "expert" and self.inner_multiple:
@@ -127,7 +132,9 @@ class FormatRule:
         parts += [" or ".join(self.elements)] if self.elements else []
         parts += ["where nothing is fused"] if self.is_alone else []
         sizes = ("row" if size == PER_ROW else str(size) for size in self.group_sizes)
-        return " ".join(parts) + (f", group {', '.join(sizes)}" if self.group_sizes else "")
+        groups = f", group {', '.join(sizes)}" if self.group_sizes else ""
+        in_supers = f" in super-blocks of {SUPER_SIZE}" if 0 not in self.super_sizes else ""
+        return " ".join(parts) + groups + in_supers
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Profile:
         return f"profile {self.name}{engine} loads {linears if linears == experts else both}"
 
 
-_EVERYTHING = (FormatRule(FORMAT_KINDS, needs_whole_groups=False),)
+_EVERYTHING = (FormatRule(FORMAT_KINDS, needs_whole_groups=False, super_sizes=(0, SUPER_SIZE)),)
 _BF16 = FormatRule(("bf16",))
 _FP8_ROW = FormatRule(("fp8",), (PER_ROW,), elements=("e4m3",))
 _BLOCK4 = FormatRule(("mxfp4", "nvfp4"))
@@ -219,6 +226,8 @@ _GGUF = (
     FormatRule(("int1",), (128,), symmetric_only=True),
     FormatRule(("int2",), (64,), symmetric_only=True),
     FormatRule(("int4", "int5", "int8"), (32,), symmetric_only=True),
+    FormatRule(("int3",), (16,), symmetric_only=True, super_sizes=(SUPER_SIZE,)),
+    FormatRule(("nl4",), (32,), super_sizes=(0, SUPER_SIZE)),
     FormatRule(("mxfp4", *GGML_BLOCKS)),
     _BF16,
 )

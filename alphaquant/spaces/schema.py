@@ -21,6 +21,8 @@ from alphaquant.spaces.formats import (
     ELEMENTS,
     FORMAT_KINDS,
     GROUP_SIZES,
+    SUPER_GROUPS,
+    SUPER_SIZE,
     is_group_size,
     make_format,
 )
@@ -59,10 +61,17 @@ def _check_pattern(value: str) -> str:
     return value
 
 
+def _check_super_block(value: int) -> int:
+    if value not in (0, SUPER_SIZE):
+        raise ValueError(f"{value} is no super-block; use {SUPER_SIZE}, or 0 for none")
+    return value
+
+
 Kind = Annotated[str, AfterValidator(_check_kind)]
 ActivationKind = Annotated[str, AfterValidator(_check_activation)]
 Element = Annotated[str, AfterValidator(_check_element)]
 GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+SuperBlock = Annotated[int, AfterValidator(_check_super_block)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
 
 
@@ -98,6 +107,7 @@ class Scheme(_Part):
             quantization per token.
         group_size: inputs per scale, -1 for one scale per row.
         symmetric: False gives integers a zero point.
+        super_block: 256 makes scales multiples of one float16 per 256 inputs; 0 does not.
         skip: True leaves weights and activations as they are.
         extra: element of the weights.
         comment: for readers.
@@ -110,6 +120,7 @@ class Scheme(_Part):
     aq: ActivationKind | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = None
+    super_block: SuperBlock | None = None
     skip: bool | None = None
     extra: Extra | None = None
     comment: str | None = None
@@ -124,8 +135,11 @@ class Scheme(_Part):
         try:
             make_format(
                 self.wq,
+                # a default's group may hold for a super-block
+                (self.group_size or SUPER_GROUPS[0]) if self.super_block else None,
                 symmetric=self.symmetric is not False,
                 element=self.extra.format if self.extra else None,
+                super_size=self.super_block or 0,
             )
         except AlphaQuantError as error:
             raise ValueError(str(error)) from error

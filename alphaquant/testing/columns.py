@@ -37,6 +37,8 @@ FORMATS: tuple[str, ...] = (
     "fp6-e3m2-row",
     "fp8-e5m2-g20",  # one group is the block
     *("mxfp4", "mxfp6-e2m3"),  # powers of two; blocks of 32
+    *("nl2-g8", "nl3-row"),  # tables
+    *("int3-g16-s256", "nl4-g16-s256"),  # multiples of super-scales
     "nvfp4",  # E4M3 under a scale per matrix; blocks of 16, a tail of 4
 )
 """Every kind of rule, with groups smaller than, equal to and larger than a block."""
@@ -69,6 +71,7 @@ class _Case:
     factor: Factor
     groups: Groups
     block: Block
+    shared: Tensor  # [S, P, N]
 
     def empty(self) -> Rounding:
         """Scales of one, nothing rounded."""
@@ -76,7 +79,7 @@ class _Case:
         scales = torch.ones(N_STACKS, n_groups, N_ROWS)
         nothing = torch.zeros_like(self.weight)
         objective = torch.ones(N_STACKS, N_ROWS)
-        return Rounding(nothing, nothing.clone(), scales, 0 * scales, objective)
+        return Rounding(nothing, nothing.clone(), scales, 0 * scales, self.shared, objective)
 
     def with_scales(self) -> Rounding:
         """Scales of all groups, nothing rounded."""
@@ -195,8 +198,8 @@ def _compare(
             return same.copy_(x)
 
         rounding = Rounding(*map(move, start.tensors))
-        of_columns, shared = move(case.groups.of_columns), move(case.groups.shared)
-        run(chosen, rounding, replace(case.groups, of_columns=of_columns, shared=shared), move)
+        of_columns = move(case.groups.of_columns)
+        run(chosen, rounding, replace(case.groups, of_columns=of_columns), move)
         results.append(Rounding(*(x.cpu() for x in rounding.tensors)))
     expected, found = results
     _assert_close(expected, found, limits, label)
@@ -226,11 +229,18 @@ def _case(name: str, search: ScaleSearch) -> _Case:
     inputs = inputs @ torch.randn(N_COLS, N_COLS, generator=_seeded(8))
     damped = factorize(inputs.mT @ inputs, 0.01, (False,))
     size = fmt.columns_per_scale(N_COLS)
-    shared = nv_global_scale(weight).expand(N_STACKS, N_ROWS).contiguous()
-    groups = Groups(rule_of(fmt, search), size, torch.arange(N_COLS) // size, shared)
+    n_groups = -(-N_COLS // size)
+    # Super-blocks of two groups, so that there are several, the last of them short.
+    per_shared = 2 if fmt.super_size else n_groups
+    shared = nv_global_scale(weight).expand(N_STACKS, N_ROWS).unsqueeze(1).contiguous()
+    if fmt.super_size:
+        drawn = torch.rand(N_STACKS, -(-n_groups // 2), N_ROWS, generator=_seeded(7))
+        shared = (1e-4 * (0.5 + drawn)).to(torch.float16).float()
+    groups = Groups(rule_of(fmt, search), size, torch.arange(N_COLS) // size, per_shared)
     # Where groups are smaller than a block, one begins with it.
     start = size * (BLOCK // size) if size <= BLOCK else 3
-    return _Case(weight, damped.matrix, damped.factors[0], groups, (start, start + BLOCK))
+    block = (start, start + BLOCK)
+    return _Case(weight, damped.matrix, damped.factors[0], groups, block, shared)
 
 
 def _seeded(seed: int) -> torch.Generator:

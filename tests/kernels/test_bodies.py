@@ -54,6 +54,8 @@ def execute(name: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:
         return arithmetic(kind, values, dtype)
     if kind == "lop3":
         return lop3(values)
+    if kind == "prmt":
+        return permute(values)
     if kind == "mov":
         return values[0]
     function = {"and": torch.bitwise_and, "shl": torch.bitwise_left_shift}
@@ -71,6 +73,18 @@ def lop3(values: list[Tensor]) -> Tensor:
             picked = [v if entry & bit else ~v for v, bit in ((a, 4), (b, 2), (c, 1))]
             result |= picked[0] & picked[1] & picked[2]
     return result & 0xFFFFFFFF
+
+
+def permute(values: list[Tensor]) -> Tensor:
+    """Bytes of b:a by the nibbles of a selector (PTX ISA, prmt, default mode)."""
+    low, high, selector = values
+    whole = low | high << 32  # as int64: the top bit is a sign, and only bytes are read
+    result = torch.zeros_like(low)
+    for k in range(4):
+        nibble = selector >> 4 * k & 15
+        assert bool((nibble < 8).all()), "signs are not repeated here"
+        result |= (whole >> 8 * nibble & 255) << 8 * k
+    return result
 
 
 def arithmetic(kind: str, values: list[Tensor], dtype: torch.dtype) -> Tensor:

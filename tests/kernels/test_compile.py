@@ -36,7 +36,7 @@ FORMATS = (
     *("int2-g128-asym", "int3-g128-asym", "int4-g128-asym", "int8-g128-asym"),
     *("int3-g64", "int4-g64", "int5-g64-asym", "fp4-e2m1-g128", "fp6-e3m2-g128", "fp6-e2m3-g128"),
     *("fp8-e4m3-g128", "fp8-e5m2-g128", "fp4-e2m1-g64", "fp8-e4m3-g64"),
-    *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
+    *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16", "nl4-g128", "int4-g32-s256", "nl3-g32-s256"),
 )
 
 

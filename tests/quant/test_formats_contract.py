@@ -37,6 +37,9 @@ LONG = (
 )
 """Formats of long groups that stand for the others."""
 
+NEW = ("nl2-g64", "nl4-row", "int2-g64-s256", "int3-g32-s256", "nl3-g32-s256")
+"""Tables and super-blocks that run with the default search; the others are slow."""
+
 STORAGE = (check_storage, check_dequantization)
 
 
@@ -45,16 +48,23 @@ def is_alike(name: str) -> bool:
     return (parse_format(name).group_size >= 64 or "-row" in name) and name not in LONG
 
 
+def is_dear(name: str, search: str) -> bool:
+    """Whether a table or super-block is as another one, of which each search runs."""
+    fmt = parse_format(name)
+    is_new = fmt.super_size > 0 or fmt.is_table
+    return is_new and (search != "hessian" or name not in NEW)
+
+
 def in_parts() -> Iterator[Any]:
     """Every format with every search; slow are searches, the dear part, where groups are long."""
     for name in QUANTIZED:
         for search in SEARCHES:
-            is_slow = search != "minmax" and is_alike(name)
+            is_slow = search != "minmax" and is_alike(name) or is_dear(name, search)
             marks = [pytest.mark.slow] if is_slow else []
             yield pytest.param(name, search, id=f"{name}-{search}", marks=marks)
 
 
-@pytest.mark.parametrize("name", [*filter(is_alike, QUANTIZED)])
+@pytest.mark.parametrize("name", [n for n in QUANTIZED if is_alike(n) or is_dear(n, "hessian")])
 def test_every_search_of_a_format_stores_what_it_counts(name: str) -> None:
     for search in SEARCHES:
         for check in STORAGE:
@@ -70,7 +80,7 @@ def test_a_format_keeps_its_contract(name: str, search: ScaleSearch) -> None:
 def test_the_suite_has_every_kind_and_runs_checks_on_all_but_bf16() -> None:
     assert {parse_format(n).kind for n in FORMATS} >= {
         *("int1", "int2", "int3", "int4", "int5", "int6", "int8", "fp4", "fp6", "fp8"),
-        *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
+        *("mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16", "nl2", "nl3", "nl4"),
     }
     assert set(FORMATS) - set(QUANTIZED) == {"bf16"}
     assert len(CHECKS) == 9

@@ -212,8 +212,14 @@ def test_bad_numbers_are_seen_by_all_that_share_their_scale_and_nobody_else(
 
 
 def test_asymmetric_integers_are_refused() -> None:
-    with pytest.raises(FormatError, match="to int4-row-asym: their integers are symmetric; use i"):
+    with pytest.raises(FormatError, match="to int4-row-asym: their integers are symmetric, with"):
         fake_quantize(draw_tokens(1, 8), make_format("int4", PER_ROW, symmetric=False))
+
+
+@pytest.mark.parametrize("name", ["int4-g32-s256", "nl4-g64"])
+def test_super_blocks_and_tables_are_refused(name: str) -> None:
+    with pytest.raises(FormatError, match=f"activations cannot be rounded to {name}"):
+        fake_quantize(draw_tokens(1, 8), parse_format(name))
 
 
 def test_results_do_not_hold_on_to_a_graph() -> None:

@@ -238,6 +238,16 @@ def test_an_ignored_group_size_is_one_warning_and_changes_no_bits(olmoe: Invento
     assert found.schemes == plan(olmoe, *without).schemes
 
 
+SUPER = {"wq": "int3", "group_size": 32, "super_block": 256}
+
+
+def test_a_super_block_on_what_cannot_have_one_names_override_and_matrix(
+    llama: Inventory,
+) -> None:
+    with pytest.raises(ConfigError, match=r"overrides\[0\].*int8 with group size 32 has no super"):
+        plan(llama, {"pattern": "*", "super_block": 256}, wq="int8", group_size=32)
+
+
 @pytest.mark.parametrize(
     ("default", "override", "expected", "n_warnings"),
     [
@@ -257,6 +267,13 @@ def test_an_ignored_group_size_is_one_warning_and_changes_no_bits(olmoe: Invento
         ({"wq": "fp6", "extra": {"format": "e2m3"}}, {"wq": "mxfp6"}, "mxfp6-e2m3", 0),
         ({"wq": "fp6", "extra": {"format": "e2m3"}}, {"extra": {}}, "fp6-e3m2-g128", 0),
         ({"wq": "mxfp8"}, {"extra": {"format": "e5m2"}}, "mxfp8-e5m2", 0),
+        ({"wq": "int3", "group_size": 32}, {"super_block": 256}, "int3-g32-s256", 0),
+        ({**SUPER}, {"wq": "nl4"}, "nl4-g32-s256", 0),  # survives
+        ({**SUPER}, {"wq": "int8"}, "int8-g32", 0),  # meant for int3
+        ({**SUPER}, {"wq": "mxfp4"}, "mxfp4", 0),
+        ({**SUPER}, {"group_size": 128}, "int3-g128", 0),
+        ({**SUPER}, {"symmetric": False}, "int3-g32-asym", 0),
+        ({**SUPER}, {"super_block": 0}, "int3-g32", 0),
     ],
 )
 def test_fields_speak_of_the_wq_before_them(

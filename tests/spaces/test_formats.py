@@ -19,7 +19,10 @@ from alphaquant.spaces.formats import (
     GGML_TWINS,
     MENUS,
     PER_ROW,
+    SUPER_KINDS,
+    SUPER_SIZE,
     Format,
+    can_be_super,
     elements_of,
     make_format,
     parse_format,
@@ -28,6 +31,7 @@ from alphaquant.spaces.formats import (
 
 KINDS = [
     *("int1", "int2", "int3", "int4", "int5", "int6", "int8"),
+    *("nl2", "nl3", "nl4"),
     *("fp4", "fp6", "fp8"),
     *("mxfp4", "mxfp6", "mxfp8"),
     "nvfp4",
@@ -44,12 +48,17 @@ def any_format(draw: st.DrawFn) -> Format:
     group_size = draw(st.sampled_from([None, PER_ROW, 8, 32, 48, 64, 128, 256, 4096]))
     symmetric = kind not in ASYMMETRIC_KINDS or draw(st.booleans())
     element = draw(st.sampled_from([None, *elements_of(kind)]))
-    return make_format(kind, group_size, symmetric=symmetric, element=element)
+    can = can_be_super(kind, group_size, symmetric=symmetric)
+    super_size = draw(st.sampled_from([0, SUPER_SIZE])) if can else 0
+    return make_format(
+        kind, group_size, symmetric=symmetric, element=element, super_size=super_size
+    )
 
 
-def test_the_kinds_are_the_13_promised_ones_int1_int5_and_llama_cpp_s() -> None:
+def test_the_kinds_are_the_13_promised_ones_int1_int5_tables_and_llama_cpp_s() -> None:
     assert list(FORMAT_KINDS) == KINDS
-    assert list(ACTIVATION_KINDS) == [*KINDS[1:14], "bf16"]
+    assert list(ACTIVATION_KINDS) == [*KINDS[1:7], *KINDS[10:17], "bf16"]
+    assert set(SUPER_KINDS) == {"int2", "int3", "int4", "nl2", "nl3", "nl4"}
     assert list(ASYMMETRIC_KINDS) == KINDS[1:7]
 
 
@@ -73,6 +82,9 @@ def test_a_name_reads_back_as_its_format(fmt: Format) -> None:
         ("int4-asym", "int4-g128-asym"),
         ("int8-row", "int8-row"),
         ("int3-g64-asym", "int3-g64-asym"),
+        ("nl4", "nl4-g128"),
+        ("nl2-row", "nl2-row"),
+        ("nl3-g32-s256", "nl3-g32-s256"),
         ("fp4", "fp4-e2m1-g128"),
         ("fp6", "fp6-e3m2-g128"),
         ("fp6-e2m3-g64", "fp6-e2m3-g64"),
@@ -109,6 +121,10 @@ def test_absent_parts_of_a_name_have_defaults(short: str, name: str) -> None:
         ("int5-g128-asym", 5 + 21 / 128),
         ("int6-g128", 6.125),
         ("int8-g128", 8.125),
+        ("nl4-g64", 4.25),
+        ("int3-g32-s256", 3.25),
+        ("int3-g16-s256", 3.4375),
+        ("nl2-g64-s256", 2 + 6 / 64 + 16 / 256),
         ("fp4-g128", 4.125),
         ("fp6-g64", 6.25),
         ("fp8-g128", 8.125),
@@ -137,6 +153,10 @@ def test_the_worked_example_of_the_header_is_true() -> None:
     assert fmt.n_groups(128) == 2
     assert fmt.zero_bytes(256, 128) == 192
     assert fmt.storage_bits(256, 128) == 108032 == 8 * (256 * 48 + 256 * 2 * 2 + 192)
+    supers = parse_format("int3-g32-s256")
+    counts = supers.row_bytes(128), supers.sub_bytes(128), supers.n_supers(128)
+    assert counts == (48, 3, 1) and supers.storage_bits(256, 128) == 8 * 13568
+    assert supers.nominal_bits == supers.storage_bits(1, 256) / 256 == 3.25
     signs = parse_format("int1-g64")
     assert (signs.row_bytes(128), signs.n_groups(128), signs.zero_bytes(256, 128)) == (16, 2, 0)
     assert signs.storage_bits(256, 128) == 40960 == 8 * 5120
@@ -158,6 +178,9 @@ def test_the_worked_example_of_the_header_is_true() -> None:
         ("int8-row-asym", 7, 33, 7 * 33 + 7 * 2 + 7, "one zero per row"),
         ("int4-g128", 2, 10944, 2 * 5472 + 2 * 86 * 2, "85 whole groups and one of 64"),
         ("int4-g128", 2, 64, 2 * 32 + 2 * 2, "a group wider than the matrix"),
+        ("nl3-g32", 2, 33, 2 * 13 + 2 * 2 * 2, "as integers of three bits"),
+        ("nl4-g16-s256", 3, 300, 3 * 150 + 3 * 15 + 3 * 2 * 2, "19 scales of 6 bits are 15 bytes"),
+        ("int2-g64-s256", 2, 1, 2 * 1 + 2 * 1 + 2 * 2, "a scale is padded to a byte"),
         ("fp6-e3m2-g32", 2, 33, 2 * 25 + 2 * 2 * 2, "198 bits a row are 25 bytes"),
         ("mxfp4", 2, 33, 2 * 17 + 2 * 2, "one byte per block"),
         ("nvfp4", 2, 17, 2 * 9 + 2 * 2 + 4, "blocks of 16 and a float32"),
@@ -218,6 +241,19 @@ def test_only_integers_of_two_bits_and_more_can_be_asymmetric(kind: str) -> None
     message = f"{kind} has no zero point; only int formats of 2 bits and more .* or use int2, int3"
     with pytest.raises(FormatError, match=message):
         make_format(kind, symmetric=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int3-g128-s256",  # a group that has none
+        *("int3-s256", "int3-row-s256", "int3-g32-s128", "int3-g32-s256-asym"),
+        *("int5-g32-s256", "fp4-e2m1-g32-s256", "mxfp4-s256"),
+    ],
+)
+def test_a_super_block_that_cannot_be_is_refused_with_those_that_can(name: str) -> None:
+    with pytest.raises(FormatError, match="256 inputs, group sizes 16, 32, 64, and kinds int2"):
+        parse_format(name)
 
 
 def test_an_asymmetric_sign_is_refused_by_name() -> None:

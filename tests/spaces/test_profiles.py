@@ -145,6 +145,10 @@ LOADABLE = {
     "fp8-e4m3-g128": (OURS, OURS),
     "fp8-e5m2-row": (OURS, OURS),
     "fp4-e2m1-g128": (OURS, OURS),
+    "int4-g32-s256": (OURS, OURS),  # no stock engine has super-blocks
+    "int3-g16-s256": (f"{OURS} gguf", OURS),  # Q3_K: blocks of 256, experts of 128
+    "nl4-g32": (f"{OURS} gguf", f"{OURS} gguf"),
+    "nl4-g64": (OURS, OURS),
     "mxfp4": (f"{OURS} vllm transformers gguf", f"{OURS} vllm transformers gguf"),
     "nvfp4": (f"{OURS} vllm transformers", OURS),
     "mxfp6": (OURS, OURS),

@@ -30,7 +30,7 @@ from alphaquant.files import writing
 from alphaquant.models.gguf.header import NEWER_TYPES, check_package, read_header
 from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import FORMAT_KINDS, parse_format
+from alphaquant.spaces.formats import FORMAT_KINDS, SUPER_SIZE, parse_format
 from alphaquant.spaces.profiles import FormatRule, Profile, find_profile
 
 MODEL_FILE = "model.gguf"
@@ -153,5 +153,5 @@ def _number(name: str) -> int:
 
 def _couplings() -> Profile:
     """The profile with every format, for what belongs together."""
-    rules = (FormatRule(FORMAT_KINDS, needs_whole_groups=False),)
+    rules = (FormatRule(FORMAT_KINDS, needs_whole_groups=False, super_sizes=(0, SUPER_SIZE)),)
     return replace(find_profile("gguf"), linear_rules=rules, expert_rules=rules)

@@ -32,6 +32,16 @@ def _piece(body, r, j, part):
     return body.pairs[r][j][part]
 
 
+@triton.constexpr_function
+def _n_table_words(body):
+    return len(body.table)
+
+
+@triton.constexpr_function
+def _table_word(body, w):
+    return body.table[w]
+
+
 @triton.jit
 def load_tile(matrix, tile, rows, DECODING: tl.constexpr):
     """Centred grid values of some rows [B] of a tile, times 2^-p if folded, [B, 128]."""
@@ -55,6 +65,11 @@ def load_scales(matrix, tile, rows, DECODING: tl.constexpr, DTYPE: tl.constexpr)
     stored = tl.load(_group_pointers(matrix.scales, matrix, tile, rows, DECODING.n_scales))
     if KIND.stored == "f16":
         return stored.to(DTYPE) * (2.0**POWER)
+    elif KIND.stored == "sub":
+        step = tile // matrix.tiles_per_super
+        first = (step * matrix.padded_rows + rows).to(tl.int64)  # [B]
+        supers = tl.load(matrix.super_scales + first[:, None]).to(tl.float32)  # [B, 1]
+        return (stored.to(tl.float32) * supers * (2.0**POWER)).to(DTYPE)
     elif KIND.stored == "e4m3":
         exact = stored.to(tl.float8e4nv, bitcast=True).to(tl.float16)
         return exact.to(DTYPE) * (2.0**POWER)
@@ -183,7 +198,9 @@ def _gather_pieces(halves, BODY: tl.constexpr, r: tl.constexpr):
 def _decode(codes, BODY: tl.constexpr, DTYPE: tl.constexpr):
     """Grid values of codes in DTYPE, integers centred."""
     BITS: tl.constexpr = BODY.mantissa_bits
-    if BODY.is_folded:
+    if _n_table_words(BODY) > 0:
+        return _look_up(codes, BODY, DTYPE)
+    elif BODY.is_folded:
         return _folded_float(codes, BODY.exponent_bits, BITS, DTYPE)
     elif BODY.is_float:
         return _small_float(codes, BODY.exponent_bits, BITS).to(DTYPE)
@@ -191,6 +208,17 @@ def _decode(codes, BODY: tl.constexpr, DTYPE: tl.constexpr):
         return (2 * codes - 1).to(DTYPE)
     else:
         return (codes - (1 << (BITS - 1))).to(DTYPE)
+
+
+@triton.jit
+def _look_up(codes, BODY: tl.constexpr, DTYPE: tl.constexpr):
+    """Numbers of a table times 2^-p: a word of four is chosen, then one of its bytes."""
+    word = tl.full(codes.shape, _table_word(BODY, 0), tl.int32)
+    for w in tl.static_range(1, _n_table_words(BODY)):
+        word = tl.where(codes >= 4 * w, _table_word(BODY, w), word)
+    number = ((word >> (8 * (codes & 3))) & 255) - 128
+    POWER: tl.constexpr = BODY.table_power
+    return (number.to(tl.float32) * (2.0**-POWER)).to(DTYPE)
 
 
 @triton.jit

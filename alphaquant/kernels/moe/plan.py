@@ -178,6 +178,7 @@ def _format_key(weight: KernelWeight) -> tuple[object, ...]:
         weight.scales.dtype,
         "symmetric" if weight.zeros is None else "asymmetric",
         "own scales" if weight.global_scale is None else "global scale",
+        weight.super_size,
     )
 
 
@@ -195,6 +196,7 @@ def _below_each_other(weights: Sequence[KernelWeight]) -> KernelWeight:
     first = weights[0]
     zeros = [weight.zeros for weight in weights if weight.zeros is not None]
     shared = [weight.global_scale for weight in weights if weight.global_scale is not None]
+    supers = [weight.super_scales for weight in weights if weight.super_scales is not None]
     scales = torch.cat([_as_bytes(weight.scales) for weight in weights], -2)
     return replace(
         first,
@@ -204,6 +206,7 @@ def _below_each_other(weights: Sequence[KernelWeight]) -> KernelWeight:
         scales=scales.view(first.scales.dtype),
         zeros=torch.cat(zeros, -2) if zeros else None,
         global_scale=torch.cat(shared) if shared else None,
+        super_scales=torch.cat(supers, -2) if supers else None,
     )
 
 
@@ -218,6 +221,7 @@ def _alternate(gate: KernelWeight, up: KernelWeight) -> KernelWeight:
 
     zeros = None if gate.zeros is None or up.zeros is None else mix(gate.zeros, up.zeros)
     shared = [m.global_scale for m in (gate, up) if m.global_scale is not None]
+    supers = [m.super_scales for m in (gate, up) if m.super_scales is not None]
     return replace(
         gate,
         is_foldable=gate.is_foldable and up.is_foldable,
@@ -226,6 +230,7 @@ def _alternate(gate: KernelWeight, up: KernelWeight) -> KernelWeight:
         scales=mix(gate.scales, up.scales),
         zeros=zeros,
         global_scale=torch.cat(shared) if shared else None,
+        super_scales=mix(*supers) if supers else None,
     )
 
 
@@ -250,6 +255,7 @@ def _take(stacks: ExpertStacks, index: int) -> KernelWeight:
         scales=cut(stack.scales),
         zeros=None if stack.zeros is None else cut(stack.zeros),
         global_scale=shared,
+        super_scales=None if stack.super_scales is None else cut(stack.super_scales),
     )
 
 
@@ -269,6 +275,7 @@ def _half(both: KernelWeight, half: int) -> KernelWeight:
         scales=cut(both.scales),
         zeros=None if both.zeros is None else cut(both.zeros),
         global_scale=None if shared is None else shared[half : half + 1].clone(),
+        super_scales=None if both.super_scales is None else cut(both.super_scales),
     )
 
 

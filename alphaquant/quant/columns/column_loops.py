@@ -124,7 +124,7 @@ class NumbaLoops:
                     weights[own].numpy(),
                     x.shape[1],
                     groups.rule,
-                    _shared(groups, s),
+                    _shared_of(rounding, groups, s, index),
                     scales[index].numpy(),
                     zeros[index].numpy(),
                 )
@@ -158,7 +158,8 @@ class NumbaLoops:
                 weights,
                 x.shape[1],
                 groups.rule,
-                _shared(groups, s),
+                _flat(_stacked(rounding.shared)[s]),
+                groups.per_shared,
                 _flat(_stacked(rounding.scales)[s]),
                 _flat(_stacked(rounding.zeros)[s]),
                 _flat(_stacked(rounding.centred)[s, columns]),
@@ -190,6 +191,8 @@ class NumbaLoops:
                 _groups_of(groups, s, columns),
                 x.shape[1],
                 groups.rule,
+                _flat(_stacked(rounding.shared)[s]),
+                groups.per_shared,
                 _flat(_stacked(rounding.scales)[s]),
                 _flat(_stacked(rounding.zeros)[s]),
                 _flat(_stacked(rounding.centred)[s, columns]),
@@ -209,10 +212,10 @@ def _groups_of(groups: Groups, stack: int, columns: slice) -> npt.NDArray[np.int
     return numbers
 
 
-def _shared(groups: Groups, stack: int) -> Floats:
-    """float32 [N] of a stack, or empty."""
-    found: Floats = (groups.shared[stack] if groups.shared.dim() == 2 else groups.shared).numpy()
-    return found
+def _shared_of(rounding: Rounding, groups: Groups, stack: int, group: int) -> Floats:
+    """float32 [N], what a group's scales share with others; empty where they share nothing."""
+    of_stack = _stacked(rounding.shared)[stack]
+    return _flat(of_stack[group // groups.per_shared] if len(of_stack) else of_stack)
 
 
 def _flat(x: Tensor) -> Floats:

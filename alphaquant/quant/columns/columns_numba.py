@@ -24,7 +24,8 @@ from math import copysign
 import numpy as np
 from numba import int64, njit, uint64
 
-from alphaquant.quant.format_rules import FLOAT, INTEGER, MX, SIGN, ZERO_POINT
+from alphaquant.quant.codecs import LEAST_MULTIPLE, MOST_MULTIPLE
+from alphaquant.quant.format_rules import FLOAT, INTEGER, MX, SIGN, TABLE, ZERO_POINT
 
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 # Only the three entry points are called from Python and cached; with wrappers and files for every
@@ -45,6 +46,7 @@ _E4M3_MAX, _E4M3_LEAST, _E4M3_STEP = np.float32(448.0), np.float32(2.0**-6), np.
 _E4M3_TINY = np.float32(2.0**-9)
 _E8M0_MIN, _E8M0_MAX = np.float32(2.0**-127), np.float32(2.0**127)
 _TINY = np.float32(np.finfo(np.float32).tiny)
+_LEAST_MULTIPLE, _MOST_MULTIPLE = np.float32(LEAST_MULTIPLE), np.float32(MOST_MULTIPLE)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 
 
@@ -62,6 +64,33 @@ def _round_float(t, power, m, high, least, step):
 
 
 @njit(**_INNER)
+def _snap_table(t, scratch, m, table, middles):
+    """Numbers t[:m] to the nearest of a table, in place; the first for what is no number.
+
+    The steps between neighbours that lie below are added up: integers, so exact.
+    """
+    for n in range(m):
+        scratch[n] = t[n]
+    for n in range(m):
+        t[n] = table[0]
+    j = 0
+    while j < len(middles):  # 3, 7 or 15 of them
+        m0, d0 = middles[j], table[j + 1] - table[j]
+        if j + 3 <= len(middles):
+            m1, d1 = middles[j + 1], table[j + 2] - table[j + 1]
+            m2, d2 = middles[j + 2], table[j + 3] - table[j + 2]
+            for n in range(m):
+                x = scratch[n]
+                low = (d0 if x > m0 else _ZERO) + (d1 if x > m1 else _ZERO)
+                t[n] += low + (d2 if x > m2 else _ZERO)
+            j += 3
+        else:
+            for n in range(m):
+                t[n] += d0 if scratch[n] > m0 else _ZERO
+            j += 1
+
+
+@njit(**_INNER)
 def _snap(t, power, m, rule):
     """Scaled numbers t[:m], zero point added, to grid values; in place."""
     if rule.kind == SIGN:
@@ -71,6 +100,8 @@ def _snap(t, power, m, rule):
         low, high = rule.low, rule.high
         for n in range(m):
             t[n] = min(max(np.rint(t[n]), low), high) + _ZERO
+    elif rule.kind == TABLE:
+        _snap_table(t, power, m, rule.table, rule.middles)
     else:
         _round_float(t, power, m, rule.high, rule.least, rule.step)
 
@@ -83,6 +114,26 @@ def _round_half(t, power, m):
     for n in range(m):
         if t[n] == _ZERO:
             t[n] = _ONE if asked[n] == _ZERO else np.float32(copysign(_HALF_TINY, asked[n]))
+
+
+@njit(**_INNER)
+def _store(t, shared, power, m, rule):
+    """Free scales t[:m] to those that can be stored (`codecs.FreeScales.nearest`); in place."""
+    if rule.is_multiple:
+        for n in range(m):
+            ratio = t[n] / shared[n]
+            least = -_ONE if ratio < _ZERO else _ONE
+            found = min(max(np.rint(ratio), _LEAST_MULTIPLE), _MOST_MULTIPLE) + _ZERO
+            if rule.kind == INTEGER:
+                found = least if found == _ZERO else found
+            t[n] = found * shared[n]
+    elif rule.kind == TABLE:
+        asked = t.copy()
+        _round_half(t, power, m)
+        for n in range(m):
+            t[n] = asked[n] if asked[n] == _ZERO else t[n]
+    else:
+        _round_half(t, power, m)
 
 
 @njit(**_INNER)
@@ -100,7 +151,7 @@ def _statistics(x, base, stride, n_columns, m, rule, first, second):
         if rule.kind == SIGN:
             for n in range(m):
                 first[n] += abs(x[at + uint64(n)])
-        elif rule.kind == INTEGER:
+        elif rule.kind == INTEGER or rule.kind == TABLE:
             for n in range(m):
                 number = x[at + uint64(n)]
                 first[n] = number if abs(number) > abs(first[n]) else first[n]
@@ -124,10 +175,10 @@ def _candidate(factor, first, second, shared, m, rule, scale, zero, power):
         for n in range(m):
             scale[n] = first[n]
         _round_float(scale, power, m, _HALF_MAX, _HALF_LEAST, _HALF_STEP)
-    elif rule.kind == INTEGER:
+    elif rule.kind == INTEGER or rule.kind == TABLE:
         for n in range(m):
             scale[n] = factor * first[n] / rule.low
-        _round_half(scale, power, m)
+        _store(scale, shared, power, m, rule)
     elif rule.kind == ZERO_POINT:
         for n in range(m):
             scale[n] = factor * (second[n] - first[n]) / rule.high
@@ -180,7 +231,7 @@ def _squared_error(
 
 @njit(**_INNER)
 def _least_squares(
-    x, base, stride, importance, i, n_columns, m, rule, scale, zero, fitted, t, power
+    x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero, fitted, t, power
 ):
     """The best scale for the codes that the given scales lead to, rounded: <x, c> / <c, c>."""
     cross = np.zeros(_TILE, dtype=np.float32)
@@ -197,7 +248,7 @@ def _least_squares(
     for n in range(m):
         best = cross[n] / max(square[n], _TINY)
         fitted[n] = best if square[n] > _ZERO else scale[n]
-    _round_half(fitted, power, m)
+    _store(fitted, shared, power, m, rule)
 
 
 @njit(**_INNER)
@@ -231,7 +282,7 @@ def _fit(x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero
     if not rule.fits:
         return
     _least_squares(
-        x, base, stride, importance, i, n_columns, m, rule, scale, zero, tried, t, power
+        x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero, tried, t, power
     )
     _squared_error(
         x, base, stride, importance, i, n_columns, m, rule, tried, zero, error, t, power
@@ -250,7 +301,7 @@ def fit_group(x, importance, n_rows, rule, shared, scales, zeros):
         importance: float32 [g], weight of each column's squared error.
         n_rows: N.
         rule: of the format.
-        shared: float32 [N], nvfp4's scale per matrix.
+        shared: float32 [N], what the scales share with those of other groups, or empty.
         scales: float32 [N], written.
         zeros: float32 [N], written.
     """
@@ -314,8 +365,8 @@ def _load(tile, x, start, stride, n_columns, m):
 
 
 @njit(**_OPTIONS)
-def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule, shared, scales,
-               zeros, centred, delta, objective):  # fmt: skip
+def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule, shared,
+               per_shared, scales, zeros, centred, delta, objective):  # fmt: skip
     """Round one block of columns with error compensation inside the block.
 
     Args:
@@ -328,7 +379,8 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
         importance: float32 [B], weight of each column's squared error in choosing scales.
         n_rows: N.
         rule: of the format.
-        shared: float32 [N], nvfp4's scale per matrix.
+        shared: float32 [P * N], what scales of neighbouring groups share, or empty.
+        per_shared: groups that do.
         scales: float32 [G * N], read, and written where a group begins.
         zeros: float32 [G * N], likewise.
         centred: float32 [B * N], c, written.
@@ -348,9 +400,10 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
         first = int64(0)
         while first < n_columns:
             if begins[first] > 0:
+                of_shared = groups[first] // per_shared * n_rows + start
                 _fit(
                     tile, uint64(first * _TILE), uint64(_TILE), importance, first, begins[first],
-                    m, rule, shared[start : start + m], scale, zero,
+                    m, rule, shared[of_shared : of_shared + m], scale, zero,
                 )  # fmt: skip
                 at = uint64(groups[first]) * stride + uint64(start)
                 for n in range(m):
@@ -388,8 +441,8 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
 
 
 @njit(**_OPTIONS)
-def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales, zeros, centred,
-                delta):  # fmt: skip
+def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared, per_shared,
+                scales, zeros, centred, delta):  # fmt: skip
     """One pass of scales and codes over a block of columns.
 
     Args:
@@ -402,6 +455,8 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
         groups: int64 [B], each column's group among all.
         n_rows: N.
         rule: of the format.
+        shared: float32 [P * N], what scales of neighbouring groups share, or empty.
+        per_shared: groups that do.
         scales: float32 [G * N], read and written.
         zeros: float32 [G * N], read.
         centred: float32 [B * N], c, read and written.
@@ -423,8 +478,10 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
         while run < n_columns:
             end = ends[run]
             if len(products) > 0:
-                _fit_run(tile, totals, products, run, end, groups[run], start, m, stride, scales,
-                         centred, delta, power)  # fmt: skip
+                of_shared = groups[run] // per_shared * n_rows + start
+                _fit_run(tile, totals, products, run, end, groups[run], start, m, stride, rule,
+                         shared[of_shared : of_shared + m], scales, centred, delta,
+                         power)  # fmt: skip
             first = run
             while first < end:
                 stop = min(first + _PANEL, end)
@@ -459,9 +516,9 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, scales,
 
 
 @njit(**_INNER)
-def _fit_run(tile, totals, products, run, end, group, start, m, stride, scales, centred, delta,
-             power):  # fmt: skip
-    """The best scale for a group's codes, where it helps after rounding to float16.
+def _fit_run(tile, totals, products, run, end, group, start, m, stride, rule, shared, scales,
+             centred, delta, power):  # fmt: skip
+    """The best scale for a group's codes, where it helps after rounding to what is stored.
 
     With a step d of the scale the objective changes by d (d A - 2 r), A = c' H c, r = c' R.
     """
@@ -480,7 +537,7 @@ def _fit_run(tile, totals, products, run, end, group, start, m, stride, scales, 
         solved = known + slope[n] / curvature[n]
         usable = curvature[n] > _ZERO and abs(solved) < _ERROR_MAX and solved != _ZERO
         fitted[n] = solved if usable else known
-    _round_half(fitted, power, m)
+    _store(fitted, shared, power, m, rule)
     for n in range(m):
         known = scales[of_group + uint64(n)]
         step = fitted[n] - known

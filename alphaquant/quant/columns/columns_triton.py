@@ -39,8 +39,8 @@ from alphaquant.quant.columns.grids_triton import (
     GridNumbers,
     clip,
     divide,
-    round_half,
     snap,
+    store,
     total,
     zeros_of,
 )
@@ -90,14 +90,16 @@ class BlockScales(NamedTuple):
     Attributes:
         scales: float32 [S, G, N].
         zeros: float32 [S, G, N].
-        shared: float32 [S, N], nvfp4's scale per matrix; None for all other formats.
+        shared: float32 [S, P, N], what scales of neighbouring groups share, or None.
         groups: int64 [S, B] or [1, B], each column's group among all.
+        per_shared: groups that share a number.
     """
 
     scales: Tensor
     zeros: Tensor
     shared: Tensor | None
     groups: Tensor
+    per_shared: int
 
 
 class Steps(NamedTuple):
@@ -111,6 +113,7 @@ class Steps(NamedTuple):
         matrix_row: from one of its rows to the next.
         importance: of the importance.
         scales: of scales and zeros.
+        shared: of what scales share.
         groups: of the groups; 0 where all stacks share them.
     """
 
@@ -121,6 +124,7 @@ class Steps(NamedTuple):
     matrix_row: int
     importance: int
     scales: int
+    shared: int
     groups: int
 
 
@@ -129,6 +133,7 @@ class GroupSteps(NamedTuple):
 
     columns: int
     importance: int
+    shared: int
     scales: int
 
 
@@ -137,6 +142,8 @@ class GroupSizes(NamedTuple):
 
     group_size: int
     n_rows: int
+    first: int
+    per_shared: int
 
 
 @triton.jit
@@ -180,17 +187,28 @@ def _load_scales(scales, group, n_rows, at_rows, is_row, KIND: tl.constexpr):
 
 
 @triton.jit
-def _of_stack(scales, steps, n_rows):
+def _load_shared(scales, group, n_rows, at_rows, is_row):
+    """What a group's scales share with others, [R]; 1 where nothing."""
+    shared = tl.full(at_rows.shape, 1.0, tl.float32)
+    if scales.shared is not None:
+        at = scales.shared + group // scales.per_shared * n_rows + at_rows
+        shared = tl.load(at, mask=is_row, other=1.0)
+    return shared
+
+
+@triton.jit
+def _of_stack(scales, steps):
     """The scales of a program's stack."""
     stack = tl.program_id(1).to(tl.int64)
     shared = scales.shared
     if shared is not None:
-        shared += stack * n_rows
+        shared += stack * steps.shared
     return BlockScales(
         scales.scales + stack * steps.scales,
         scales.zeros + stack * steps.scales,
         shared,
         scales.groups + stack * steps.groups,
+        scales.per_shared,
     )
 
 
@@ -213,7 +231,7 @@ def gptq_block_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row, at_rows = rows < n_rows, rows * row_step
     stack = tl.program_id(1).to(tl.int64)
-    scales = _of_stack(all_scales, steps, n_rows)
+    scales = _of_stack(all_scales, steps)
     ahead, errors = block.panels + stack * steps.panels, block.changes + stack * steps.block
     original, upper = block.original + stack * steps.columns, block.matrix + stack * steps.matrix
     centred, delta = block.centred + stack * steps.columns, block.delta + stack * steps.columns
@@ -224,16 +242,15 @@ def gptq_block_kernel(
         if run > 0:
             _bring_up(ahead, errors, upper, run, end, n_rows, size, at_rows, is_row, PANEL)
         if FLAGS[2]:
-            shared = tl.full((ROWS,), 1.0, tl.float32)
-            if scales.shared is not None:
-                shared = tl.load(scales.shared + at_rows, mask=is_row, other=1.0)
+            group = tl.load(scales.groups + run)
+            shared = _load_shared(scales, group, n_rows, at_rows, is_row)
             fitted, fitted_zero = fit(
                 ahead + run * n_rows,
                 block.importance + stack * steps.importance + run,
                 end - run, n_rows, at_rows, is_row, shared, numbers,
                 KIND, FLAGS[0], FLAGS[1], PANEL,
             )  # fmt: skip
-            of_group = tl.load(scales.groups + run) * n_rows + at_rows
+            of_group = group * n_rows + at_rows
             tl.store(scales.scales + of_group, fitted, mask=is_row)
             tl.store(scales.zeros + of_group, fitted_zero, mask=is_row)
             tl.debug_barrier()
@@ -268,10 +285,10 @@ def gptq_block_kernel(
 
 @triton.jit
 def _fit_run(
-    residual, products, scales, centred, delta, totals, run, end, n_rows, at_rows, is_row,
-    PANEL: tl.constexpr,
+    residual, products, scales, numbers, centred, delta, totals, run, end, n_rows, at_rows,
+    is_row, KIND: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """The best scale for a group's codes, where it helps after rounding to float16.
+    """The best scale for a group's codes, where it helps after rounding to what is stored.
 
     With a step d of the scale the objective changes by d (d A - 2 r), A = c' H c, r = c' R.
     """
@@ -285,12 +302,14 @@ def _fit_run(
         own = load_panel(residual, columns, is_column, n_rows, at_rows, is_row)
         curvature += total(code * product, 0)
         slope += total(code * own, 0)
-    at = tl.load(scales.groups + run) * n_rows + at_rows
+    group = tl.load(scales.groups + run)
+    shared = _load_shared(scales, group, n_rows, at_rows, is_row)
+    at = group * n_rows + at_rows
     known = tl.load(scales.scales + at, mask=is_row, other=1.0)
     is_curved = curvature > 0.0
     solved = known + divide(slope, tl.where(is_curved, curvature, 1.0))
     is_usable = is_curved & (tl.abs(solved) < _ERROR_MAX) & (solved != 0.0)
-    step = round_half(tl.where(is_usable, solved, known)) - known
+    step = store(tl.where(is_usable, solved, known), shared, numbers, KIND) - known
     step = tl.where((step * curvature - 2.0 * slope) * step < 0.0, step, 0.0)
     tl.store(scales.scales + at, known + step, mask=is_row)
     for first in range(run, end, PANEL):
@@ -327,7 +346,7 @@ def sweep_block_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row, at_rows = rows < n_rows, rows * row_step
     stack = tl.program_id(1).to(tl.int64)
-    scales = _of_stack(all_scales, steps, n_rows)
+    scales = _of_stack(all_scales, steps)
     residual, changes = block.panels + stack * steps.panels, block.changes + stack * steps.block
     totals, hessian = block.totals + stack * steps.block, block.matrix + stack * steps.matrix
     centred, delta = block.centred + stack * steps.columns, block.delta + stack * steps.columns
@@ -339,8 +358,8 @@ def sweep_block_kernel(
         if FITS:
             products = block.original + stack * steps.block
             _fit_run(
-                residual, products, scales, centred, delta, totals, run, end, n_rows, at_rows,
-                is_row, PANEL,
+                residual, products, scales, numbers, centred, delta, totals, run, end, n_rows,
+                at_rows, is_row, KIND, PANEL,
             )  # fmt: skip
         for first in range(run, end, PANEL):
             columns = first + places
@@ -383,12 +402,12 @@ class TritonLoops:
         scales, zeros = (_stacked(x)[:, first:] for x in (rounding.scales, rounding.zeros))
         n_stacks, n_columns, n_rows = weight.shape
         weights = importance.expand(n_stacks, -1)
-        n_groups = triton.cdiv(n_columns, groups.size)
+        n_groups, shared = triton.cdiv(n_columns, groups.size), _shared(rounding, groups)
         fit_groups_kernel[(triton.cdiv(n_rows, ROWS), n_groups, n_stacks)](
-            *(weight, weights, _shared(groups), scales, zeros),
+            *(weight, weights, shared, scales, zeros),
             _numbers_of(groups.rule, weight.device),
-            GroupSteps(weight.stride(0), weights.stride(0), scales.stride(0)),
-            GroupSizes(groups.size, n_rows),
+            GroupSteps(weight.stride(0), weights.stride(0), _step_of(shared), scales.stride(0)),
+            GroupSizes(groups.size, n_rows, first, groups.per_shared),
             *(n_columns, 1),
             KIND=groups.rule.kind,
             FLAGS=_flags(groups.rule),
@@ -466,7 +485,10 @@ def _launch(
     """Go through a block, all at once or group after group."""
     n_stacks, n_columns, n_rows = numbers.panels.shape
     own = _stacked(groups.of_columns, 2)[:, slice(*block)]
-    scales = BlockScales(_stacked(rounding.scales), _stacked(rounding.zeros), _shared(groups), own)
+    shared = _shared(rounding, groups)
+    scales = BlockScales(
+        *(_stacked(rounding.scales), _stacked(rounding.zeros)), shared, own, groups.per_shared
+    )
     assert (
         numbers.matrix.stride(2) == numbers.delta.stride(2) == 1
         and numbers.changes.is_contiguous()
@@ -479,6 +501,7 @@ def _launch(
         matrix_row=numbers.matrix.stride(1),
         importance=0 if numbers.importance is None else numbers.importance.stride(0),
         scales=scales.scales.stride(0),
+        shared=_step_of(shared),
         groups=own.stride(0) if len(own) > 1 else 0,
     )
     kernel[(triton.cdiv(n_rows, ROWS), n_stacks)](
@@ -495,8 +518,14 @@ def _stacked(x: Tensor, n_dims: int = 3) -> Tensor:
     return x if x.dim() == n_dims else x.unsqueeze(0)
 
 
-def _shared(groups: Groups) -> Tensor | None:
-    return _stacked(groups.shared, 2) if groups.rule.kind == NV else None
+def _shared(rounding: Rounding, groups: Groups) -> Tensor | None:
+    has_shared = groups.rule.kind == NV or groups.rule.is_multiple
+    return _stacked(rounding.shared) if has_shared else None
+
+
+def _step_of(shared: Tensor | None) -> int:
+    """Numbers from one stack to the next."""
+    return 0 if shared is None else shared.stride(0)
 
 
 def _flags(rule: Rule) -> tuple[bool, bool]:
@@ -506,10 +535,18 @@ def _flags(rule: Rule) -> tuple[bool, bool]:
 
 def _numbers_of(rule: Rule, device: torch.device) -> GridNumbers:
     numbers = (rule.low, rule.high, rule.least, rule.step, rule.unit)
-    factors = _factors_on(tuple(rule.factors.tolist()), device)
-    return GridNumbers(factors, len(factors), *map(float, numbers))
+    factors = _numbers_on(tuple(rule.factors.tolist()), device)
+    table = middles = None
+    if len(rule.table):
+        table = _numbers_on(tuple(rule.table.tolist()), device)
+        middles = _numbers_on(tuple(rule.middles.tolist()), device)
+    return GridNumbers(
+        *(factors, len(factors)),
+        *map(float, numbers),
+        *(table, middles, len(rule.middles), 1 if rule.is_multiple else None),
+    )
 
 
 @lru_cache(maxsize=64)  # a copy to the device would be a launch, and a wait for it
-def _factors_on(factors: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(factors, dtype=torch.float32, device=device)
+def _numbers_on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)

@@ -20,12 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaquant.quant import format_rules
+from alphaquant.quant.codecs import LEAST_MULTIPLE, MOST_MULTIPLE
 
 SIGN = tl.constexpr(format_rules.SIGN)
 INTEGER = tl.constexpr(format_rules.INTEGER)
 ZERO_POINT = tl.constexpr(format_rules.ZERO_POINT)
 FLOAT = tl.constexpr(format_rules.FLOAT)
 MX = tl.constexpr(format_rules.MX)
+TABLE = tl.constexpr(format_rules.TABLE)
+
+_LEAST_MULTIPLE = tl.constexpr(float(LEAST_MULTIPLE))
+_MOST_MULTIPLE = tl.constexpr(float(MOST_MULTIPLE))
 
 _MAGIC = tl.constexpr(1.5 * 2.0**23)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -52,6 +57,10 @@ class GridNumbers(NamedTuple):
         least: likewise.
         step: likewise.
         unit: likewise.
+        table: float32 [2^b] on the device, or None.
+        middles: float32 [2^b - 1] on the device, or None.
+        n_middles: 2^b - 1, or 0.
+        is_multiple: 1 where scales are multiples, else None; constants to Triton, as kinds are.
     """
 
     factors: Tensor
@@ -61,6 +70,10 @@ class GridNumbers(NamedTuple):
     least: float
     step: float
     unit: float
+    table: Tensor | None
+    middles: Tensor | None
+    n_middles: int
+    is_multiple: int | None
 
 
 @triton.jit
@@ -107,6 +120,11 @@ def snap(scaled, numbers, KIND: tl.constexpr):
         values = tl.where(scaled < 0.0, -1.0, 1.0)
     elif KIND <= ZERO_POINT:
         values = round_whole(clip(scaled, numbers.low, numbers.high))
+    elif KIND == TABLE:
+        values = zeros_of(scaled) + tl.load(numbers.table)
+        for j in range(numbers.n_middles):
+            step = tl.load(numbers.table + j + 1) - tl.load(numbers.table + j)
+            values += tl.where(scaled > tl.load(numbers.middles + j), step, 0.0)
     else:
         values = round_float(scaled, numbers.high, numbers.least, numbers.step)
     return values
@@ -125,6 +143,22 @@ def round_half(x):
     tiny = tl.where(x < 0.0, -_HALF_TINY, _HALF_TINY)
     rounded = tl.where(rounded == 0.0, tiny, rounded)
     return tl.where(x == 0.0, 1.0, rounded)
+
+
+@triton.jit
+def store(x, shared, numbers, KIND: tl.constexpr):
+    """Free scales to those that can be stored (`codecs.FreeScales.nearest`)."""
+    if numbers.is_multiple is not None:
+        ratio = divide(x, shared)
+        multiple = round_whole(clip(ratio, _LEAST_MULTIPLE, _MOST_MULTIPLE))
+        if KIND == INTEGER:
+            multiple = tl.where(multiple == 0.0, tl.where(ratio < 0.0, -1.0, 1.0), multiple)
+        scale = multiple * shared
+    elif KIND == TABLE:
+        scale = tl.where(x == 0.0, x, round_half(x))
+    else:
+        scale = round_half(x)
+    return scale
 
 
 @triton.jit

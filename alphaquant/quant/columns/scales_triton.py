@@ -20,6 +20,7 @@ from alphaquant.quant.columns.grids_triton import (
     INTEGER,
     MX,
     SIGN,
+    TABLE,
     ZERO_POINT,
     clip,
     divide,
@@ -30,6 +31,7 @@ from alphaquant.quant.columns.grids_triton import (
     round_whole,
     smallest,
     snap,
+    store,
     to_half,
     total,
     zeros_of,
@@ -71,7 +73,7 @@ def _statistics(base, n_columns, n_rows, at_rows, is_row, KIND: tl.constexpr, PA
         x = load_panel(base, columns, columns < n_columns, n_rows, at_rows, is_row)
         if KIND == SIGN:
             first += total(tl.abs(x), 0)
-        elif KIND == INTEGER:
+        elif KIND == INTEGER or KIND == TABLE:  # noqa: SIM109
             magnitudes = tl.abs(x)
             most = largest(magnitudes, 0)  # [R]
             is_most = magnitudes == most[None, :]
@@ -94,8 +96,8 @@ def _candidate(factor, first, second, shared, numbers, KIND: tl.constexpr):
     zero = zeros_of(first)
     if KIND == SIGN:
         scale = to_half(first)
-    elif KIND == INTEGER:
-        scale = round_half(divide(factor * first, numbers.low))
+    elif KIND == INTEGER or KIND == TABLE:  # noqa: SIM109
+        scale = store(divide(factor * first, numbers.low), shared, numbers, KIND)
     elif KIND == ZERO_POINT:
         scale = round_half(divide(factor * (second - first), numbers.high))
         zero = round_whole(clip(divide(-factor * first, scale), numbers.low, numbers.high))
@@ -129,7 +131,7 @@ def _squared_error(
 
 @triton.jit
 def _least_squares(
-    base, weights, n_columns, n_rows, at_rows, is_row, scale, zero, numbers,
+    base, weights, n_columns, n_rows, at_rows, is_row, shared, scale, zero, numbers,
     KIND: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """The best scale for the codes that the given one leads to, rounded: <x, c> / <c, c>; [R]."""
@@ -145,7 +147,7 @@ def _least_squares(
         cross += total(weighted * x, 0)
         square += total(weighted * (values - zero[None, :]), 0)
     best = divide(cross, tl.maximum(square, _TINY))
-    return round_half(tl.where(square > 0.0, best, scale))
+    return store(tl.where(square > 0.0, best, scale), shared, numbers, KIND)
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def fit(
         n_rows: N.
         at_rows: int [R], rows times their step.
         is_row: bool [R].
-        shared: float32 [R], nvfp4's scale per matrix, 1 for other formats.
+        shared: float32 [R], what the scales share with those of other groups, 1 where nothing.
         numbers: `GridNumbers`.
         KIND: of the rule.
         SEARCHES: whether there is more than one candidate, or columns differ in importance.
@@ -189,7 +191,7 @@ def fit(
             zero = tl.where(is_better, tried_zero, zero)
         if FITS:
             tried = _least_squares(
-                base, weights, n_columns, n_rows, at_rows, is_row, scale, zero, numbers,
+                base, weights, n_columns, n_rows, at_rows, is_row, shared, scale, zero, numbers,
                 KIND, PANEL,
             )  # fmt: skip
             error = _squared_error(
@@ -204,12 +206,12 @@ def fit(
 def fit_groups_kernel(
     x_ptr,  # float32 [S, C, N], stacks `stack_step` apart
     importance_ptr,  # float32 [S, C] or [1, C], rows `importance_step` apart
-    shared_ptr,  # float32 [S, N], or None
+    shared_ptr,  # float32 [S, P, N], stacks `shared_step` apart, or None
     scales_ptr,  # float32 [S, G, N], stacks `scale_step` apart; written
     zeros_ptr,  # likewise
     numbers,
-    steps,  # of stacks: x, importance, scales
-    sizes,  # group_size, N
+    steps,  # of stacks: x, importance, shared, scales
+    sizes,  # group_size, N, first group, groups per shared number
     n_columns,  # C
     row_step,  # 1
     KIND: tl.constexpr,
@@ -224,7 +226,8 @@ def fit_groups_kernel(
     start = group * sizes.group_size
     shared = tl.full((ROWS,), 1.0, tl.float32)
     if shared_ptr is not None:
-        at = shared_ptr + stack * sizes.n_rows + at_rows
+        place = (sizes.first + group) // sizes.per_shared
+        at = shared_ptr + stack * steps.shared + place * sizes.n_rows + at_rows
         shared = tl.load(at, mask=is_row, other=1.0)
     scale, zero = fit(
         x_ptr + stack * steps.columns + start.to(tl.int64) * sizes.n_rows,

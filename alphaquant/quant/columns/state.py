@@ -28,6 +28,8 @@ class Rounding:
         delta: float32 [.., K, N], D, what rounding took away from the weights.
         scales: float32 [.., G, N].
         zeros: float32 [.., G, N], 0 for symmetric formats.
+        shared: float32 [.., P, N], what neighbouring scales have in common: nvfp4's scale per
+            matrix, P = 1, or the super-scales; P = 0 for all other formats.
         objective: float32 [.., N], tr(D H D') of every row; squared errors of the weights without
             H, infinite for rows that GPTQ leaves out.
     """
@@ -36,6 +38,7 @@ class Rounding:
     delta: Tensor
     scales: Tensor
     zeros: Tensor
+    shared: Tensor
     objective: Tensor
 
     def rows(self, rows: slice) -> "Rounding":
@@ -62,13 +65,13 @@ class Groups:
         rule: of the format.
         size: columns of a group; the last may be short.
         of_columns: int64 [K] or [S, K], each column's group, in the order of processing.
-        shared: float32 [.., N], nvfp4's scale per matrix; empty for all other formats.
+        per_shared: groups that have a number of `Rounding.shared` in common.
     """
 
     rule: Rule
     size: int
     of_columns: Tensor
-    shared: Tensor
+    per_shared: int = 1
 
 
 def better_rows(first: Rounding, second: Rounding) -> Rounding:
@@ -89,6 +92,7 @@ def choose_rows(condition: Tensor, yes: Rounding, no: Rounding) -> Rounding:
         torch.where(columns, yes.delta, no.delta),
         torch.where(columns, yes.scales, no.scales),
         torch.where(columns, yes.zeros, no.zeros),
+        torch.where(columns, yes.shared, no.shared),
         torch.where(condition, yes.objective, no.objective),
     )
 

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaquant.kernels.grids import TABLES
 from alphaquant.spaces.formats import GGML_BLOCKS
 
-NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+NL_VALUES = TABLES["nl4"]
 """What the codes of iq4_nl and iq4_xs stand for (ggml-common.h, kvalues_iq4nl)."""
 
 

@@ -30,7 +30,7 @@ from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.vllm.slices import Slice
 from alphaquant.spaces.formats import Format
 
-TENSORS = ("codes", "scales", "zeros", "global_scale", "weight")
+TENSORS = ("codes", "scales", "super_scales", "zeros", "global_scale", "weight")
 """Everything that packed matrices can have; a format has some of them."""
 
 _ALIGNMENT = 16

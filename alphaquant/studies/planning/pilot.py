@@ -29,7 +29,9 @@ from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.planning.needs import Needs, Stack
 
-_FORMATS = ("int4-g64", "int3-g128", "int2-g128")
+_FORMATS = ("int4-g64", "int3-g128", "nl3-g32-s256")
+"""The last two are a plain format and the dearest kind, which takes 2.5 times as long: about what
+a menu of both takes for each."""
 _ROWS = 1024
 """Rows of a matrix that the quantizer is measured on, at most."""
 _LEAST_SECONDS = 0.2

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alphaquant.evaluators.engines.llama_cpp import generate, logits, tokenize
+from alphaquant.exports.gguf.twins import twin_of
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
 from alphaquant.models.loading import load_tokenizer
@@ -80,13 +81,13 @@ def test_a_quantized_file_computes_what_its_dequantized_model_computes(
 def test_every_type_of_the_menu_is_computed(tmp_path: Path) -> None:
     menu = menu_of("auto", find_profile("gguf"))
     wide, narrow = (
-        [name for name in menu if parse_format(name).fits(width)] for width in (256, 128)
+        [name for name in menu if twin_of(parse_format(name), width)] for width in (256, 128)
     )
     assert set(wide) == set(menu) and len(narrow) > 5
-    kinds = {256: cycle(wide), 128: cycle(narrow)}
+    taken = {256: cycle(wide), 128: cycle(narrow)}
 
     def format_of(matrix: Matrix) -> str:
-        return next(kinds[matrix.cols])
+        return next(taken[matrix.cols])
 
     layers = -(-len(menu) // 6)  # six matrices of a layer are 256 wide, one 128
     model = save_rounded("llama", tmp_path / "packed", format_of, num_hidden_layers=layers)

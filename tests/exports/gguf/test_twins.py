@@ -20,10 +20,14 @@ EXACT = {
     "int8-g32": "Q8_0",
     "int8-g128": "Q8_0",
     "mxfp4": "MXFP4",
+    "nl4-g32": "IQ4_NL",
+    "nl4-g64": "IQ4_NL",
+    "int3-g16-s256": "Q3_K",
+    "nl4-g32-s256": "IQ4_XS",
 }
 
 
-def rounded(name: str, rows: int = 6, cols: int = 384) -> PackedMatrix:
+def rounded(name: str, rows: int = 6, cols: int = 768) -> PackedMatrix:
     weight = draw_weights(rows, cols)[None]
     return quantize_rtn(weight, parse_format(name), "mse").pack(0, slice(None))
 
@@ -82,6 +86,8 @@ def test_bfloat16_is_written_as_it_is() -> None:
         ("int4-g32", 80),  # a width that blocks do not divide
         ("int1-g128", 192),
         ("nvfp4", 256),
+        ("nl4-g32-s256", 384),  # half a super-block
+        *(("int3-g32-s256", 256), ("nl4-g16-s256", 256), ("nl3-g32", 256)),  # no such types
         ("fp8-e4m3-g128", 256),
     ],
 )

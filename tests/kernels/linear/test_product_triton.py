@@ -47,6 +47,7 @@ ONE_OF_EACH = (  # every element, and every kind of scale and zero point
     *("int1-g64", "int2-g128", "int2-g32-asym", "int3-row", "int3-g64", "int4-g128-asym"),
     *("int5-g128-asym", "int6-g64", "int8-g256-asym", "fp4-e2m1-g128", "fp6-e2m3-g32"),
     *("fp8-e5m2-row", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "bf16"),
+    *("nl2-row", "nl4-g64", "int3-g16-s256", "nl3-g32-s256"),
 )
 
 

@@ -54,7 +54,8 @@ MIXED = (  # gate and up, down: every expert another pair, and some formats seve
     *(("int3-g64-asym", "nvfp4"), ("int4-g128", "int3-g64"), ("int4-g64-asym", "fp8-e4m3-row")),
     *(("int8-row", "int4-g32"), ("int8-g64-asym", "int4-g128"), ("mxfp4", "int8-g128-asym")),
     *(("fp8-e4m3-row", "int4-g128-asym"), ("nvfp4", "int3-g128-asym")),
-    ("bf16", "bf16"),
+    *(("bf16", "bf16"), ("int3-g32-s256", "nl4-g32-s256"), ("nl2-g64", "int4-g16-s256")),
+    ("nl3-g64", "nl2-g16-s256"),
     # no new formats from here on
     *(("int4-g128", "nvfp4"), ("nvfp4", "int2-g64"), ("int2-g64", "nvfp4")),
 )

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from alphaquant.quant.columns.state import Groups, Rounding
+from alphaquant.quant.descent import ColumnPlan
 from alphaquant.quant.format_rules import rule_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.machine_code import (
@@ -31,7 +32,7 @@ from alphaquant.testing.machine_code import (
 
 FORMATS = (
     *("int1-g128", "int4-g128", "int4-g32", "int3-g64-asym", "int4-g256"),
-    *("fp4-e2m1-g128", "mxfp4", "nvfp4"),
+    *("fp4-e2m1-g128", "mxfp4", "nvfp4", "nl4-g64", "int3-g32-s256", "nl3-g16-s256"),
 )
 S, K, N, BLOCK = 4, 512, 256, 128
 MOST_REGISTERS = 96  # ten programs of 64 threads fit a multiprocessor's 65536 registers
@@ -73,8 +74,12 @@ def facts_of(name: str) -> Iterator[Facts]:
     size = fmt.columns_per_scale(K)
     weight, square = torch.zeros(S, K, N), torch.zeros(S, K, K)
     scales = torch.ones(S, -(-K // size), N)
-    rounding = Rounding(weight.clone(), weight.clone(), scales, 0 * scales, torch.zeros(S, N))
-    groups = Groups(rule_of(fmt, "hessian"), size, torch.arange(K) // size, torch.ones(S, N))
+    per_shared = ColumnPlan(K, size, super_size=fmt.super_size).groups_per_shared
+    shared = torch.ones(S, -(-scales.shape[1] // per_shared), N)
+    codes, objective = (weight.clone(), weight.clone()), torch.zeros(S, N)
+    rounding = Rounding(*codes, scales, 0 * scales, shared, objective)
+    of_columns = torch.arange(K) // size
+    groups = Groups(rule_of(fmt, "hessian"), size, of_columns, per_shared)
     block, fits = (BLOCK, 2 * BLOCK), size <= BLOCK
     ahead, own = weight[:, :BLOCK].contiguous(), square[:, :BLOCK, :BLOCK]
     importance = torch.ones(S, K)[:, :BLOCK] if fits else None

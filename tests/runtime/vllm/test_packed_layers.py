@@ -41,7 +41,7 @@ def loaded(layer: nn.Module, *names: str) -> MatrixBank:
 
 def test_formats_have_no_other_tensors_than_placeholders() -> None:
     formats = [make_format(kind) for kind in FORMAT_KINDS]
-    formats.append(parse_format("int4-g32-asym"))
+    formats += map(parse_format, ("int4-g32-asym", "int4-g32-s256"))
     assert {part for fmt in formats for part in packed_shapes(fmt, 1, 1)} == set(TENSORS)
 
 

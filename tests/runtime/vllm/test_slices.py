@@ -71,6 +71,17 @@ def test_groups_of_a_rank_are_as_long_as_they_can_be(
     assert group_size in (fmt.group_size, gcd(fmt.group_size, cols // n_ranks))
 
 
+def test_super_blocks_of_a_rank_are_as_long_as_they_can_be() -> None:
+    fmt = parse_format("int3-g32-s256")
+    halves = [Slice(fmt, 4, 704, range(4), part_of(704, rank, 2)) for rank in range(2)]
+    assert {(half.format.group_size, half.format.super_size) for half in halves} == {(32, 32)}
+    whole = Slice(fmt, 4, 1024, range(4), part_of(1024, 1, 2))
+    assert whole.format == fmt  # they lie whole on a rank
+    matrix = draw_packed(fmt.name, 4, 704)
+    found = torch.cat([cut(matrix, half).dequantize() for half in halves], 1)
+    assert torch.equal(found, matrix.dequantize())
+
+
 def test_parts_of_ranks_follow_one_another() -> None:
     assert [part_of(12, rank, 3) for rank in range(3)] == [range(4), range(4, 8), range(8, 12)]
 
