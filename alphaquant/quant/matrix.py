@@ -18,7 +18,7 @@ from alphaquant.quant.codecs import LEAST_MULTIPLE, make_grid, rebuild
 from alphaquant.quant.ggml.decoding import decode
 from alphaquant.spaces.formats import SUB_BITS, Format, parse_format
 
-_BY_ROW = ("codes", "scales", "weight")
+_BY_ROW = ("codes", "scales", "super_scales", "weight")
 """Stored tensors with a row for every row of the matrix."""
 
 

@@ -83,7 +83,7 @@ def test_a_bank_and_a_run_through_the_layers_give_the_same_codes(
 def test_some_rows_of_a_packed_matrix_are_those_of_the_whole() -> None:
     found = map_model(tiny_model("olmoe"), include=("embeddings",))
     ids = torch.tensor([5, 0, 95, 5])
-    for name in ("int3-g32-asym", "int4-g32", "mxfp4", "nvfp4", "fp8-row", "bf16", "int1-g32"):
+    for name in ("int3-g32-asym", "nl3-g16-s256", "mxfp4", "nvfp4", "fp8-row", "bf16", "int1-g32"):
         settings = QuantSettings(method="rtn")
         *_, last = quantize_layers(
             found, uniform_assignment(found.inventory, name), settings, None

@@ -5,11 +5,12 @@ times the root mean square of its tensor. u begins at 0, so that one step size f
 
 A weight in a group is proportional to the group's scale, w(u) = w (1 + u), whatever the codes and
 zero points are. So the derivative after u is the sum of gradient times w over the group, and
-neither needs codes. Scales are float16 and stay so: of int and fp formats per group, of nvfp4 one
-float32 per matrix. mxfp scales are powers of two, and llama.cpp's blocks and bf16 have none that
-are free: such matrices stay as they are.
+neither needs codes. Scales are float16 and stay so: of int, fp and nl formats per group, with
+super-blocks those of these, whose multiples stay; of nvfp4 one float32 per matrix. mxfp scales are
+powers of two, and llama.cpp's blocks and bf16 have none that are free: such matrices stay as they
+are.
 
-Letters: N rows, K columns, G groups of a row.
+Letters: N rows, K columns, G groups of a row, or super-blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ _LARGEST = torch.finfo(torch.float16).max
 
 def free_tensor(fmt: Format) -> str | None:
     """Name of the stored tensor whose numbers may move; None for formats without one."""
+    if fmt.super_size:
+        return "super_scales"
     if fmt.shared.scale == "float16":
         return "scales"
     return "global_scale" if fmt.shared.global_bits else None
@@ -48,7 +51,7 @@ class FreeScales:
         name = free_tensor(packed.format)
         if name is None:
             return None
-        shape = packed.tensors[name].shape if name == "scales" else (1, 1)
+        shape = packed.tensors[name].shape if name != "global_scale" else (1, 1)
         return cls(packed, torch.zeros(shape, device=device))
 
     def base(self) -> Tensor:
@@ -85,8 +88,9 @@ class FreeScales:
         return replace(self.packed, tensors={**self.packed.tensors, name: moved})
 
     def _width(self, base: Tensor) -> int:
-        """Columns of a group; the last may be shorter."""
-        return self.packed.format.columns_per_scale(base.shape[1])
+        """Columns of a group, or a super-block; the last may be shorter."""
+        fmt = self.packed.format
+        return fmt.super_size or fmt.columns_per_scale(base.shape[1])
 
 
 @dataclass

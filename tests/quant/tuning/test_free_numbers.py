@@ -8,8 +8,11 @@ from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.tuning.free_numbers import FreeParameter, FreeScales, free_tensor
 from alphaquant.spaces.formats import parse_format
 
-ROWS, COLS = 6, 40
-FREE = ("int3-g16-asym", "int4-g32", "int1-g32", "int8-row", "fp6-e2m3-g32", "nvfp4")
+ROWS, COLS = 6, 296
+FREE = (
+    *("int3-g16-asym", "int4-g32", "int1-g32", "int8-row", "fp6-e2m3-g32", "nvfp4"),
+    *("nl3-g16", "int3-g16-s256", "nl4-g32-s256"),
+)
 FIXED = ("mxfp4", "bf16", "q4_1")
 
 
