@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _BF16 = 30
-_COUNT = 42
+_COUNT = 43
 """GGML_TYPE_COUNT, which stands for no type of its own."""
 
 
