@@ -209,7 +209,9 @@ def _cell(run: Mapping[str, Any] | None, name: str, kind: str, profile: Profile)
     if run is not None:
         off = run["difference"]
         in_bf16 = ", bf16" if run["dtype"] == "bfloat16" else ""
-        return "does not load" if off is None else f"{off:.0e}{in_bf16}"
+        if off is None:
+            return "does not load"
+        return f"{off:.1e}{in_bf16}" if off else f"0{in_bf16}"
     rules = profile.rules_of("expert" if kind == "experts" else "dense")
     return "not run" if any(rule.allows(parse_format(name)) for rule in rules) else ""
 

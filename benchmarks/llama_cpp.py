@@ -146,9 +146,12 @@ class Bench:
         return packed
 
     def mix(
-        self, name: str, quantizer: LlamaQuantizer, plain: Path, settings: QuantSettings
+        self, name: str, quantizer: LlamaQuantizer, plain: Path, settings: QuantSettings | None
     ) -> list[Row]:
-        """A mix of llama.cpp's quantizer with both embeddings, and our rounding in its types."""
+        """A mix of llama.cpp's quantizer with both embeddings, and our rounding in its types.
+
+        Settings of None leave ours out.
+        """
         rows = []
         inventory = self.source.map.inventory
         for keep in (False, True):
@@ -165,6 +168,8 @@ class Bench:
                 n_bytes = file.stat().st_size
                 rows.append(Row(text, "llama.cpp", bits, n_bytes, self.served(file), seconds))
             logger.info("%s", rows[-1])
+        if settings is None:
+            return rows
         text = f"types of {name}, embedding {embedding}"
         return [*rows, self.row(text, "ours", Assignment(plan), settings)]
 
@@ -258,7 +263,8 @@ def mixed_rows(bench: Bench, args: argparse.Namespace, settings: QuantSettings) 
         bench.write(Assignment(plain), QuantSettings(method="rtn"), Path(folder))
         quantizer = LlamaQuantizer(args.quantizer)
         file = Path(folder) / MODEL_FILE
-        rows = [bench.mix(name, quantizer, file, settings) for name in args.mixes]
+        ours = None if args.no_ours else settings
+        rows = [bench.mix(name, quantizer, file, ours) for name in args.mixes]
     return [row for of_mix in rows for row in of_mix]
 
 
@@ -295,6 +301,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--mixes", nargs="*", default=[], help="of llama-quantize: Q2_K, IQ4_XS")
     parser.add_argument("--quantizer", type=Path, help="folder of libllama, for --mixes")
+    parser.add_argument("--no-ours", action="store_true", help="mixes of llama.cpp alone")
     parser.add_argument("--n-starts", type=int, default=2, help="of our quantizer")
     parser.add_argument("--refine-sweeps", type=int, default=3, help="of our quantizer")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
@@ -315,7 +322,7 @@ def main() -> None:
     rows = [*uniform_rows(bench, args.types, ours), *mixed_rows(bench, args, ours)]
     for path in args.configs:
         found = resolve(load_config(path), bench.source.map.inventory).assignment
-        rows.append(bench.row(f"search: {path.parent.name}", "ours", found, ours))
+        rows.append(bench.row(path.parent.name, "ours", found, ours))
     original = bench.computed(bench.source.map.model)
     # places on this machine are no facts
     settings = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items()}

@@ -6,16 +6,22 @@ beside it does, such as the one in the package `@node-llama-cpp/linux-x64` of np
     npm pack @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
     ls package/bins/linux-x64
 
-Structures as in llama.h of release v0.5.0; the defaults are checked before any is used.
+Structures as in llama.h of release v0.5.0; the defaults are checked before any is used. It runs in
+a process of its own: two releases of ggml in one process take each other's functions, and free
+each other's memory.
 """
 
 import ctypes
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +68,7 @@ class LlamaQuantizer:
         importance: Mapping[str, Tensor],
         keep_embedding: bool,
     ) -> None:
-        """Quantize a GGUF file with one thread.
+        """Quantize a GGUF file with one thread, in a process of its own.
 
         Args:
             source: in bf16.
@@ -72,8 +78,19 @@ class LlamaQuantizer:
             keep_embedding: whether the embedding stays in bf16; else it is as the mix has it.
 
         Raises:
-            RuntimeError: the library has other structures, or does not quantize.
+            CalledProcessError: the library has other structures, or does not quantize.
         """
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = Path(scratch) / "importance.npz"
+            np.savez(rows, **{name: row.float().numpy() for name, row in importance.items()})
+            words = [str(self.folder), str(source), str(target), mix, str(rows)]
+            words += ["keep"] if keep_embedding else []
+            subprocess.run([sys.executable, __file__, *words], check=True)
+
+    def quantize(
+        self, files: tuple[str, str], mix: str, rows: Mapping[str, Any], keep_embedding: bool
+    ) -> None:
+        """The same in this process."""
         from gguf.constants import LlamaFileType
 
         library = self._library()
@@ -84,18 +101,15 @@ class LlamaQuantizer:
         params.n_threads, params.mix = 1, int(LlamaFileType[f"MOSTLY_{mix}"])
         if keep_embedding:
             params.embedding = _BF16
-        rows = {name: row.to(torch.float32).contiguous() for name, row in importance.items()}
         listed = (_Importance * (len(rows) + 1))()  # the last has no name
         for entry, (name, row) in zip(listed, rows.items(), strict=False):
-            entry.name, entry.size = f"{name}.weight".encode(), row.numel()
-            entry.data = ctypes.cast(row.data_ptr(), ctypes.POINTER(ctypes.c_float))
+            entry.name, entry.size = f"{name}.weight".encode(), row.size
+            entry.data = row.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         if rows:
             params.importance = listed
-        failed = library.llama_model_quantize(
-            str(source).encode(), str(target).encode(), ctypes.byref(params)
-        )
+        failed = library.llama_model_quantize(*map(str.encode, files), ctypes.byref(params))
         if failed:
-            raise RuntimeError(f"llama_model_quantize returned {failed} for {mix} of {source}")
+            raise RuntimeError(f"llama_model_quantize returned {failed} for {mix} of {files[0]}")
 
     def _library(self) -> Any:
         loaded = [self._open(name, ctypes.RTLD_GLOBAL) for name in ("libggml-base*", "libggml.*")]
@@ -173,3 +187,9 @@ def types_in(file: Path) -> dict[str, str]:
 
     tensors = GGUFReader(file).tensors
     return {t.name.removesuffix(".weight"): t.tensor_type.name.lower() for t in tensors}
+
+
+if __name__ == "__main__":
+    own, plain, made, name, file, *more = sys.argv[1:]
+    with np.load(file) as stored:
+        LlamaQuantizer(Path(own)).quantize((plain, made), name, dict(stored), "keep" in more)

@@ -41,7 +41,7 @@ def test_a_format_that_was_not_run_or_did_not_load_is_told_from_one_that_is_not_
     ]
     result = {"engine": "vllm", "profile": "vllm", "version": "0", "commit": "abcdefghi"}
     lines = load("engines_table").table([result | {"runs": runs}]).splitlines()
-    assert "| `int4-g64` | 1e-02, bf16 | not run |" in lines
+    assert "| `int4-g64` | 1.2e-02, bf16 | not run |" in lines
     assert "| `nvfp4` | does not load |  |" in lines
     assert "- vllm: 0, at commit abcdefg." in lines
 
