@@ -82,7 +82,7 @@ class Engine:
     def choice(self, name: str, kind: str) -> dict[str, str] | None:
         """Formats of a tiny model's matrices; None where no matrix of the kind can have it."""
         inventory = map_model(served_model(FAMILIES[kind])).inventory
-        found = {}
+        found: dict[str, str] = {}
         for unit in units_of(inventory, self.profile):
             is_kind = (unit.kind == "expert") == (kind == "experts")
             has_it = is_kind and is_loadable(unit, parse_format(name), self.profile)
@@ -155,15 +155,18 @@ def measured(engine: Engine, formats: Iterable[str], root: Path) -> list[Run]:
                     continue
                 folder = root / f"{name}-{kind}"
                 folder.mkdir()
-                model = served_model(FAMILIES[kind])
-                outs[name, kind] = save_export(
-                    model, folder, lambda m, p=plan: p[m.name], engine.profile.export
-                )
+                outs[name, kind] = exported(kind, plan, folder, engine.profile.export)
         for (name, kind), found in zip(
             outs, engine.logits(list(outs.values()), dtype), strict=True
         ):
             runs.append(Run(name, kind, dtype, difference(outs[name, kind], found)))
     return runs
+
+
+def exported(kind: str, plan: Mapping[str, str], folder: Path, export: str) -> Path:
+    """A tiny model in a plan; the directory of its export."""
+    model = served_model(FAMILIES[kind])
+    return save_export(model, folder, lambda matrix: plan[matrix.name], export)
 
 
 def dtype_of(engine: Engine, name: str, kind: str) -> str:

@@ -321,8 +321,8 @@ def main() -> None:
     ours = QuantSettings(n_starts=args.n_starts, refine_sweeps=args.refine_sweeps)
     rows = [*uniform_rows(bench, args.types, ours), *mixed_rows(bench, args, ours)]
     for path in args.configs:
-        found = resolve(load_config(path), bench.source.map.inventory).assignment
-        rows.append(bench.row(path.parent.name, "ours", found, ours))
+        plan = resolve(load_config(path), bench.source.map.inventory).assignment
+        rows.append(bench.row(path.parent.name, "ours", plan, ours))
     original = bench.computed(bench.source.map.model)
     # places on this machine are no facts
     settings = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items()}

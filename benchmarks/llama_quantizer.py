@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _BF16 = 30
@@ -81,8 +82,8 @@ class LlamaQuantizer:
             CalledProcessError: the library has other structures, or does not quantize.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            rows = Path(scratch) / "importance.npz"
-            np.savez(rows, **{name: row.float().numpy() for name, row in importance.items()})
+            rows = Path(scratch) / "importance.safetensors"
+            save_file({name: row.float() for name, row in importance.items()}, rows)
             words = [str(self.folder), str(source), str(target), mix, str(rows)]
             words += ["keep"] if keep_embedding else []
             subprocess.run([sys.executable, __file__, *words], check=True)
@@ -191,5 +192,4 @@ def types_in(file: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     own, plain, made, name, file, *more = sys.argv[1:]
-    with np.load(file) as stored:
-        LlamaQuantizer(Path(own)).quantize((plain, made), name, dict(stored), "keep" in more)
+    LlamaQuantizer(Path(own)).quantize((plain, made), name, load_file(file), "keep" in more)

@@ -236,7 +236,8 @@ def shares_of(formats: Sequence[Format], n_cols: int) -> dict[tuple[str, ...], f
         Formats to time -> share of the bank; those that do not fit have none.
     """
     fitting = [f for f in formats if f.fits(n_cols)]
-    found = {_FORMATS: sum(not f.is_ggml for f in fitting) / len(formats)}
+    found: dict[tuple[str, ...], float] = {}
+    found[_FORMATS] = sum(not f.is_ggml for f in fitting) / len(formats)
     left = [f.name for f in fitting if f.is_ggml]
     for start in _CLASSES:
         own = [name for name in left if name.startswith(start)]

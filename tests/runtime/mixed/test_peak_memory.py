@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ pytestmark = [
 SHARD = 20_000_000
 SLACK = 16_000_000
 """Of what else a program takes meanwhile: headers, names, the allocator's own."""
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 128},
     "large": {
         **{"hidden_size": 512, "intermediate_size": 512},
@@ -71,7 +71,7 @@ def size_of(tensors: dict[str, Tensor], part: str = "") -> int:
     return sum(t.nbytes for name, t in tensors.items() if part in name)
 
 
-def write_mapping(folder: Path, sizes: dict[str, int]) -> None:
+def write_mapping(folder: Path, sizes: dict[str, Any]) -> None:
     """A `mixed_precision` file with every expert in fp8."""
     names = (
         f"model.layers.{layer}.mlp.experts.{expert}.{end}_weight"
@@ -93,7 +93,7 @@ def cut(folder: Path) -> None:
         if shards[-1] and size_of(shards[-1]) + tensor.nbytes > SHARD:
             shards.append({})
         shards[-1][name] = tensor
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
