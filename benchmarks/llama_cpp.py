@@ -154,7 +154,7 @@ class Bench:
         """
         rows = []
         inventory = self.source.map.inventory
-        for keep in (False, True):
+        for keep in (True, False):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / MODEL_FILE
                 started = time.process_time()
@@ -163,14 +163,13 @@ class Bench:
                 types = types_in(file)
                 plan = {m.name: our_name(types[self.names[m.name]]) for m in inventory.matrices}
                 bits = Assignment(plan).count_bits(inventory).bits_per_weight
-                embedding = types["token_embd"]
-                text = f"{name}: {counted(plan.values())}, embedding {embedding}"
+                text = f"{name}: {counted(plan.values())}, embedding {types['token_embd']}"
                 n_bytes = file.stat().st_size
                 rows.append(Row(text, "llama.cpp", bits, n_bytes, self.served(file), seconds))
             logger.info("%s", rows[-1])
         if settings is None:
             return rows
-        text = f"types of {name}, embedding {embedding}"
+        text = f"types of {name}, embedding bf16"
         return [*rows, self.row(text, "ours", Assignment(plan), settings)]
 
     @cached_property
