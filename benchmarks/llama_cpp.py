@@ -87,7 +87,8 @@ class Row:
         bits_per_weight: of the quantizable weights.
         file_bytes: of the file.
         served: of what llama.cpp computes from the file.
-        seconds: processor seconds of making the file.
+        seconds: processor seconds that this process took to make the file; llama.cpp's quantizer
+            is another.
         output_error: sum of tr(D H D') over that of tr(W H W'), mean of the matrices; None of
             files that we did not make.
         dequantized: of the dequantized weights in transformers; None likewise.
@@ -323,14 +324,17 @@ def main() -> None:
         plan = resolve(load_config(path), bench.source.map.inventory).assignment
         rows.append(bench.row(path.parent.name, "ours", plan, ours))
     original = bench.computed(bench.source.map.model)
-    # places on this machine are no facts
-    settings = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items()}
+    settings = {k: str(v) for k, v in vars(args).items()}
     found = {
         **{"model": bench.source.facts(), "windows": args.windows, "settings": settings},
         "original_perplexity": original.perplexity,
         "rows": [asdict(row) for row in rows],
     }
-    args.out.write_text(json.dumps(found | run_facts("cpu"), indent=1) + "\n")
+    text = json.dumps(found | run_facts("cpu"), indent=1)
+    # places on this machine are no facts
+    for path in map(Path, (args.model, args.text or "", args.quantizer or "", *args.configs)):
+        text = text.replace(f"{path.parent}/", "") if path.is_absolute() else text
+    args.out.write_text(text + "\n")
     print(markdown(list(HEAD), [cells(row) for row in found["rows"]]))
 
 
