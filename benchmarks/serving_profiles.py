@@ -5,13 +5,17 @@ winner. Files of the winners under `transformers` are then written by `aq-quanti
 compressed-tensors`, loaded by stock transformers, and measured on the same held-out windows.
 
     python benchmarks/serving_profiles.py --work DIR --out benchmarks/results/profiles-demo.json
+    python benchmarks/serving_profiles.py --model MODEL --effort quick --no-served \
+        --profiles any vllm transformers gguf --work DIR --out result.json
 
-Searches that DIR holds already are not run again. Prints a table and writes JSON with provenance.
+Searches that DIR holds already are not run again. Prints a table and writes JSON with provenance,
+after every search anew.
 """
 
 import argparse
 import json
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +40,11 @@ SERVED = "transformers"
 
 def searched(spec: SearchSpec) -> dict[str, Any]:
     """The winner of a search on held-out text; the search is run unless its folder is there."""
-    file = spec.run.out / "front.json"
+    file, seconds = spec.run.out / "front.json", spec.run.out / "seconds"
     if not file.exists():
+        before = _processor_seconds()
         search(spec)
+        seconds.write_text(f"{_processor_seconds() - before:.0f}")
     front = json.loads(file.read_text())
     best = front["best"]
     row = next(row for row in front["heldout"] if row["name"] == best["searched"])
@@ -52,7 +58,14 @@ def searched(spec: SearchSpec) -> dict[str, Any]:
         "kl_stderr": row["kl_stderr"],
         "kl_by_domain": {name: part["kl"] for name, part in row["domains"].items()},
         "trials": front["n_trials"],
+        "processor_seconds": int(seconds.read_text()) if seconds.exists() else None,
     }
+
+
+def _processor_seconds() -> float:
+    """Of this process and those that it started."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 class Served:
@@ -125,6 +138,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--profiles", nargs="+", default=["any", "vllm", SERVED], choices=PROFILES)
     parser.add_argument("--budgets", nargs="+", default=["2.5", "3", "3.5", "4.25"])
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--no-served", action="store_true", help="searches only")
     parser.add_argument("--cache", type=Path, help="default: inside --work")
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the searches and files"
@@ -137,17 +152,18 @@ def main() -> None:
         for profile in args.profiles:
             folder = args.work / f"{profile}-{budget}"
             spec = SearchSpec.of(
-                model=args.model, budget=f"{budget}bits", profile=profile, out=folder, cache=cache
+                **{"model": args.model, "budget": f"{budget}bits", "profile": profile},
+                **{"effort": args.effort, "out": folder, "cache": cache},
             )
             row = searched(spec)
-            if profile == SERVED:
+            if profile == SERVED and not args.no_served:
                 served = served or Served(args.model, cache, args.work)
                 row |= served.kl(folder)
             rows.append(row)
             logger.info("%s", json.dumps(row))
+            facts = {"effort": args.effort, **run_facts(find_device("auto"))}
+            args.out.write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n")
     print(table(rows))
-    facts = run_facts(find_device("auto"))
-    args.out.write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

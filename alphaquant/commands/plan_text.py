@@ -22,27 +22,10 @@ def plan_text(plan: Plan) -> str:
             f"{plan.n_formats:.1f} formats",
             "",
             table,
-            *_slower(plan),
             "",
             "estimates; the same command without --plan starts the search",
         ]
     )
-
-
-def _slower(plan: Plan) -> list[str]:
-    """What the minutes leave out.
-
-    Times that of int4-g64 with 1024 x 1024 weights, one thread: iq3_* 2, q*_* and iq4_* 3 to 5,
-    iq2_xxs 5, iq2_xs 10, iq2_s 17.
-    """
-    n_types = len(plan.ggml_formats)
-    if not n_types:
-        return []
-    return [
-        "",
-        f"{n_types} of the formats are llama.cpp's and counted as ours: its code takes 2 to 5 "
-        "times as long, and up to 20 times for iq2_*",
-    ]
 
 
 def _minutes(seconds: float) -> str:

@@ -1,11 +1,11 @@
-"""Train a small Mixture-of-Experts model from a text file: how the demo model was made.
+"""Train a small model from a text file: how the demo model was made.
 
     python -m alphaquant.demo.train --text books.txt --out my-model --minutes 50
 
-A byte-level BPE tokenizer is trained on the text, then an OLMoE or Qwen2-MoE model on random
-windows of it: AdamW, a constant learning rate for the first part of the run, then a cosine to a
-small one, bf16 autocast. No evaluation, no resuming, one process. The model is not meant to be
-good, but to be trained and to use its experts unevenly.
+A byte-level BPE tokenizer is trained on the text, then an OLMoE, Qwen2-MoE or (dense) Llama model
+on random windows of it: AdamW, a constant learning rate for the first part of the run, then a
+cosine to a small one, bf16 autocast. No evaluation, no resuming, one process. The model is not
+meant to be good, but to be trained and to use its experts unevenly.
 
 Nothing else in the package imports this script.
 
@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -51,7 +52,7 @@ class ModelShape:
 
     `qwen2_moe` differs from `olmoe` in what a search has to handle: a shared expert with a gate of
     its own beside the routed ones, half as many key and value heads, biases in attention, and
-    routing weights that sum to 1.
+    routing weights that sum to 1. `llama` is dense; its MLPs are twice as wide as the hidden size.
     """
 
     architecture: str = "olmoe"
@@ -71,15 +72,21 @@ class ModelShape:
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
-            "num_experts": self.n_experts,
-            "num_experts_per_tok": self.experts_per_token,
             "max_position_embeddings": self.max_tokens,
-            "router_aux_loss_coef": 0.003,
             "bos_token_id": 0,
             "eos_token_id": 0,
             "pad_token_id": 1,
         }
         return _CONFIGS[self.architecture](self, common)
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What only configurations with experts have."""
+        return {
+            "num_experts": self.n_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "router_aux_loss_coef": 0.003,
+        }
 
 
 def _olmoe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
@@ -87,6 +94,7 @@ def _olmoe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
         intermediate_size=shape.expert_size,
         num_key_value_heads=shape.n_heads,
         norm_topk_prob=False,
+        **shape.routing,
         **common,
     )
 
@@ -97,6 +105,15 @@ def _qwen2_moe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
         shared_expert_intermediate_size=2 * shape.expert_size,
         num_key_value_heads=shape.n_heads // 2,
         norm_topk_prob=True,
+        **shape.routing,
+        **common,
+    )
+
+
+def _llama(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
+    return LlamaConfig(
+        intermediate_size=2 * shape.hidden_size,
+        num_key_value_heads=shape.n_heads // 2,
         **common,
     )
 
@@ -104,6 +121,7 @@ def _qwen2_moe(shape: ModelShape, common: dict[str, Any]) -> PretrainedConfig:
 _CONFIGS: dict[str, Callable[[ModelShape, dict[str, Any]], PretrainedConfig]] = {
     "olmoe": _olmoe,
     "qwen2_moe": _qwen2_moe,
+    "llama": _llama,
 }
 
 
@@ -256,8 +274,9 @@ def _step(
     """One update; the loss includes the router's auxiliary loss, without which experts die."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    routed = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
     with torch.autocast(batch.device.type, torch.bfloat16):
-        loss = model(input_ids=batch, labels=batch, output_router_logits=True).loss
+        loss = model(input_ids=batch, labels=batch, **routed).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

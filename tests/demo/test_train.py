@@ -138,3 +138,13 @@ def test_qwen2_moe_has_a_shared_expert_and_loads(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert (model.config.model_type, model.config.num_experts_per_tok) == ("qwen2_moe", 2)
     assert any(".shared_expert." in name for name, _ in model.named_parameters())
+
+
+def test_llama_is_dense_and_loads(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    assert main([*tiny_arguments(text_file, out), "--architecture", "llama"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == "llama"
+    assert not any("expert" in name for name, _ in model.named_parameters())

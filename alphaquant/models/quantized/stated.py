@@ -4,6 +4,8 @@
 quant_method        fields that count                                                      form
 ==================  =====================================================================  ========
 gptq                bits, group_size, desc_act, checkpoint_format, meta, dynamic           GptqForm
+auto-round          bits, group_size, data_type, act_bits, packing_format, extra_config    GptqForm
+                                                                                           AwqForm
 awq                 bits, group_size, zero_point, version                                  AwqForm
 fp8                 weight_block_size                                                      ByteForm
 blockwise_int8      weight_block_size                                                      ByteForm
@@ -11,14 +13,19 @@ compressed-tensors  config_groups, ignore                                       
 ==================  =====================================================================  ========
 
 They stand in `quantization_config` of config.json; older files of GPTQ and AWQ have them in
-`quantize_config.json` and `quant_config.json`. What would change numbers and is not read (rotated
-weights, other packings) is refused.
+`quantize_config.json` and `quant_config.json`, those of ModelOpt in `hf_quant_config.json`. What
+would change numbers and is not read (rotated weights, other packings) is refused.
+
+AutoRound 0.16.1 packs as GPTQ version 1 (`auto_round:auto_gptq`, whose zero points of 0 it stores
+as those of 1), as version 2 (`auto_round`, `auto_round:gptqmodel`) or as AWQ; `extra_config` has
+what of a matrix is other than stated, by its name, a part of it or a pattern.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from alphaquant.errors import ModelError
@@ -28,8 +35,23 @@ from alphaquant.models.quantized.ct_forms import Fp4Form, NaiveForm, PackedIntFo
 from alphaquant.models.quantized.word_forms import AwqForm, GptqForm
 from alphaquant.spaces.json_files import JsonError, read_object
 
-_OLD_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
+_OLD_FILES = (
+    ("quantize_config.json", "gptq"),
+    ("quant_config.json", "awq"),
+    ("hf_quant_config.json", "modelopt"),
+)
 _GPTQ_BITS = (2, 3, 4, 8)
+_UNQUANTIZED_BITS = 16
+_AUTO_ROUND_PACKINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "auto_round:auto_gptq": "gptq",
+        "auto_round": "gptq_v2",
+        "auto_round:gptqmodel": "gptq_v2",
+        "auto_round:auto_awq": "awq",
+    }
+)
+"""What AutoRound calls the packings of others."""
+_PATTERN_MARKS = set("*+?^$()[]{}|\\")
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,8 @@ def read_stated(directory: Path) -> Stated | None:
     if entry is None:
         return None
     method = entry.get("quant_method")
-    reader = _READERS.get(method) if isinstance(method, str) else None
+    # older releases of AutoRound wrote intel/auto-round
+    reader = _READERS.get(method.removeprefix("intel/")) if isinstance(method, str) else None
     if reader is None:
         raise ModelError(
             f"{directory} is quantized by {method!r}, which is not read; "
@@ -159,6 +182,44 @@ def _read_awq(entry: Mapping[str, Any]) -> Stated:
     return Stated("awq", entry, AwqForm(int(str(size))))
 
 
+def _read_auto_round(entry: Mapping[str, Any]) -> Stated:
+    """Whole names before patterns and parts of names."""
+    if entry.get("rotation_config"):
+        raise ModelError(
+            "rotation_config rotates weights, which is not read; give a checkpoint without"
+        )
+    named, other = [], []
+    for key, fields in (entry.get("extra_config") or {}).items():
+        form = _auto_round_form({**entry, **fields})
+        named.append(FormRule(key.__eq__, form))
+        pattern = key if _PATTERN_MARKS & set(key) else re.escape(key)
+        other.append(FormRule(_holds(pattern), form))
+    return Stated("auto-round", entry, _auto_round_form(entry), (*named, *other))
+
+
+def _auto_round_form(fields: Mapping[str, Any]) -> Form | None:
+    """None where nothing is quantized; ModelError for numbers and packings that are not read."""
+    if fields["bits"] >= _UNQUANTIZED_BITS:
+        return None
+    kind, of_inputs = fields.get("data_type", "int"), fields.get("act_bits", _UNQUANTIZED_BITS)
+    if kind != "int" or of_inputs < _UNQUANTIZED_BITS:
+        raise ModelError(
+            f"auto-round with data_type {kind!r} and act_bits {of_inputs} is not read; integers "
+            "with inputs that are not rounded are: export such a scheme as llm_compressor"
+        )
+    packing = str(fields.get("packing_format"))
+    version = _AUTO_ROUND_PACKINGS.get(packing)
+    if version is None:
+        raise ModelError(
+            f"packing_format {packing!r} of auto-round is not read; "
+            f"{', '.join(_AUTO_ROUND_PACKINGS)} are: export it as one of these"
+        )
+    if version == "awq":
+        return _read_awq({"bits": fields["bits"], "group_size": fields["group_size"]}).default
+    own = {"bits": fields["bits"], "group_size": fields["group_size"]}
+    return _gptq_form({**own, "checkpoint_format": version})
+
+
 def _read_bytes(element: str) -> Callable[[Mapping[str, Any]], Stated]:
     def read(entry: Mapping[str, Any]) -> Stated:
         method, stated = str(entry["quant_method"]), entry.get("weight_block_size")
@@ -232,6 +293,11 @@ def _starts(pattern: str) -> Callable[[str], bool]:
     return lambda name: match(name) is not None
 
 
+def _holds(pattern: str) -> Callable[[str], bool]:
+    search = re.compile(pattern).search
+    return lambda name: search(name) is not None
+
+
 def _target(text: str) -> Callable[[str], bool]:
     return _starts(text.removeprefix("re:")) if text.startswith("re:") else text.__eq__
 
@@ -242,6 +308,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Stated]] = {
     "fp8": _read_bytes("e4m3"),
     "blockwise_int8": _read_bytes("int"),
     "compressed-tensors": _read_compressed,
+    "auto-round": _read_auto_round,
 }
 METHODS: Sequence[str] = tuple(_READERS)
 """Methods whose checkpoints are read."""

@@ -26,6 +26,7 @@ from alphaquant.errors import ConfigError, ModelError
 from alphaquant.models.layouts.standard import ListedExperts
 from alphaquant.models.loading import auto_class, load_model, register_architectures
 from alphaquant.models.mapping import find_layers, known_layouts, map_layer
+from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.quantized.compressed import CompressedWeight
 from alphaquant.models.quantized.foreign_files import PLAIN
 from alphaquant.models.sites import ExpertsSite
@@ -247,6 +248,7 @@ def replace_modules(model: nn.Module, loader: TrueMixedPrecisionLoader) -> int:
                 if not isinstance(site, ListedExperts) and _is_planned(site, of_layer):
                     model.set_submodule(site.name, _experts(site, of_layer))
                     n_replaced += 1
+            trim_heap()
     for name, one in planned.items():
         linear = model.get_submodule(name)
         if type(linear) is nn.Linear:

@@ -64,14 +64,12 @@ class Plan:
         n_weights: quantizable weights of the model.
         n_formats: formats of a matrix in the bank, in the mean.
         stages: in order.
-        ggml_formats: types of llama.cpp in the bank, counted as if they were formats of ours.
     """
 
     spec: SearchSpec
     n_weights: int
     n_formats: float
     stages: tuple[PlannedStage, ...]
-    ggml_formats: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -129,13 +127,8 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool) -> Plan:
         weights = min(round(n_read) * needs.layer_bytes, most // 2)
         memory = held + 4 * MOST_BYTES + states + weights
         stages.append(PlannedStage(stage, seconds, memory))
-    return Plan(
-        needs.spec,
-        needs.space.inventory.n_weights,
-        needs.n_formats,
-        tuple(stages),
-        needs.ggml_formats,
-    )
+    n_weights = needs.space.inventory.n_weights
+    return Plan(needs.spec, n_weights, needs.n_formats, tuple(stages))
 
 
 def fitting_plan(

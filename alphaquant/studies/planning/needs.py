@@ -12,7 +12,7 @@ from typing import Any
 from alphaquant.evaluators.teacher import TOP_K
 from alphaquant.models.loads import experts_per_token
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.search import SearchSpec
@@ -134,10 +134,10 @@ class Needs:
         listed = _LISTED[1] if len(effort.around) == 1 else _LISTED[5]
         return min(n_anchors + listed, len(names))
 
-    @property
-    def ggml_formats(self) -> tuple[str, ...]:
-        """Types of llama.cpp in the bank, whose quantizers are slower than the measured ones."""
-        return tuple(n for n in bank_formats(self.space) if parse_format(n).is_ggml)
+    @cached_property
+    def bank_formats(self) -> tuple[Format, ...]:
+        """Formats that the bank may hold."""
+        return tuple(parse_format(name) for name in bank_formats(self.space))
 
     @property
     def n_rounds(self) -> int:

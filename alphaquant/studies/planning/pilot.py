@@ -2,7 +2,7 @@
 
 The real functions run on the model's own shapes: a model of its first layers with random weights,
 the quantizer on one stack of each shape, table dequantization, sha256. No weight of the model is
-needed.
+needed. Of llama.cpp's types in the menu one of each class is timed, and stands for the others.
 """
 
 import copy
@@ -23,15 +23,21 @@ from alphaquant.models.loading import auto_class
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.engine import quantize_batches
+from alphaquant.quant.ggml.encoding import encode
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.planning.needs import Needs, Stack
 
 _FORMATS = ("int4-g64", "int3-g128", "nl3-g32-s256")
-"""The last two are a plain format and the dearest kind, which takes 2.5 times as long: about what
-a menu of both takes for each."""
+"""That stand for all formats of ours. The last two are a plain one and the dearest kind, which
+takes 2.5 times as long: about what a menu of both takes for each."""
+_CLASSES = ("iq2_", "iq3_", "")
+"""Starts of the names of llama.cpp's types that take about as long: tables of vectors, smaller
+ones, and what descent goes on from. Of 1024 x 1024 weights, one thread, in times of int4-g64:
+iq2_xxs 5, iq2_xs 10, iq2_s 17; iq3_* 2; all others 3 to 5."""
 _ROWS = 1024
 """Rows of a matrix that the quantizer is measured on, at most."""
 _LEAST_SECONDS = 0.2
@@ -51,7 +57,8 @@ class Rates:
         head: seconds of predictions per token, beside the layers.
         float32: multiplications a second in float32.
         once: seconds that a stack takes whatever the number of its formats, by (rows, columns).
-        per_format: seconds of a stack in one format more.
+        per_format: seconds of a stack in one format more, the mean of the bank's formats; what
+            does not fit its inputs counts as no time.
         dequantized: weights a second.
         hashed: bytes a second, read from memory.
     """
@@ -95,12 +102,15 @@ class Pilot:
         total = len(stacks) + 1
         self.progress(Stage.PILOT, 0, total)
         layer, head = self._measured_forward()
+        for fmt in self.needs.bank_formats:
+            if fmt.is_ggml:  # llama.cpp makes its tables once
+                encode(fmt.kind, torch.ones(1, fmt.group_size))
         once, per_format = {}, {}
         packed: PackedMatrix | None = None
         for done, stack in enumerate(stacks, 1):
             self.progress(Stage.PILOT, done, total)
             key = (stack.n_rows, stack.n_cols)
-            once[key], per_format[key], packed = _quantizer(stack, settings, self.device)
+            once[key], per_format[key], packed = self._quantizer(stack, settings)
         assert packed is not None, "a model has matrices"
         n_weights, content = packed.rows * packed.cols, bytes(_HASHED)
         found = Rates(
@@ -120,8 +130,37 @@ class Pilot:
         once, per_format = {}, {}
         for stack in self.needs.stacks:
             key = (stack.n_rows, stack.n_cols)
-            once[key], per_format[key], _ = _quantizer(stack, settings, self.device)
+            once[key], per_format[key], _ = self._quantizer(stack, settings)
         return replace(known, once=once, per_format=per_format)
+
+    def _quantizer(
+        self, stack: Stack, settings: QuantSettings
+    ) -> tuple[float, float, PackedMatrix]:
+        """Seconds of one stack of a shape: once, per format; and a packed matrix of it."""
+        parts = _cut(stack.matrices)
+        shares = shares_of(self.needs.bank_formats, stack.n_cols)
+        weights = _Random(
+            {m.name: torch.randn(m.rows, m.cols, device=self.device) * m.cols**-0.5 for m in parts}
+        )
+        inputs = torch.randn(2 * stack.n_cols, stack.n_cols, device=self.device)
+        batch = HessianBatch((parts,), (inputs.T @ inputs)[None], (len(inputs),), ("plain",))
+        found: list[PackedMatrix] = []
+
+        def run(formats: Sequence[str]) -> float:
+            started = time.perf_counter()
+            items = quantize_batches(weights, [batch], formats, settings)
+            found.extend(item.packed for item in items)
+            return time.perf_counter() - started
+
+        run(_FORMATS[:1])  # compiles the column loops where nobody has
+        one = run(_FORMATS[:1])
+        first = max(run(_FORMATS) - one, 0.1 * one) / (len(_FORMATS) - 1)
+        once = max(one - first, 0.0)
+        per_format = first * shares.pop(_FORMATS)
+        for (name,), share in shares.items():
+            per_format += share * max(run((name,)) - once, 0.0)
+        scale = stack.n_rows / sum(m.rows for m in parts)
+        return once, per_format * scale, found[0]
 
     def _measured_forward(self) -> tuple[float, float]:
         try:
@@ -184,29 +223,29 @@ def _seconds(run: Callable[[], Any]) -> float:
             return taken / n_runs
 
 
-def _quantizer(
-    stack: Stack, settings: QuantSettings, device: torch.device
-) -> tuple[float, float, PackedMatrix]:
-    """Seconds of one stack of a shape: once, per format; and a packed matrix of it."""
-    parts = _cut(stack.matrices)
-    weights = _Random(
-        {m.name: torch.randn(m.rows, m.cols, device=device) * m.cols**-0.5 for m in parts}
-    )
-    inputs = torch.randn(2 * stack.n_cols, stack.n_cols, device=device)
-    batch = HessianBatch((parts,), (inputs.T @ inputs)[None], (len(inputs),), ("plain",))
-    found: list[PackedMatrix] = []
+def shares_of(formats: Sequence[Format], n_cols: int) -> dict[tuple[str, ...], float]:
+    """What stands for which share of a bank's formats, in matrices of so many inputs.
 
-    def run(formats: Sequence[str]) -> float:
-        started = time.perf_counter()
-        items = quantize_batches(weights, [batch], formats, settings)
-        found.extend(item.packed for item in items)
-        return time.perf_counter() - started
+    Worked example: int4-g64, int8-g128, q4_k and iq2_s are a half of ours, a quarter q4_k and a
+    quarter iq2_s in 256 inputs; in 128 inputs they are a half of ours.
 
-    run(_FORMATS[:1])  # compiles the column loops where nobody has
-    one, all_of_them = run(_FORMATS[:1]), run(_FORMATS)
-    scale = stack.n_rows / sum(m.rows for m in parts)
-    per_format = max(all_of_them - one, 0.1 * one) / (len(_FORMATS) - 1)
-    return max(one - per_format, 0.0), per_format * scale, found[0]
+    Args:
+        formats: of the bank.
+        n_cols: inputs.
+
+    Returns:
+        Formats to time -> share of the bank; those that do not fit have none.
+    """
+    fitting = [f for f in formats if f.fits(n_cols)]
+    found: dict[tuple[str, ...], float] = {}
+    found[_FORMATS] = sum(not f.is_ggml for f in fitting) / len(formats)
+    left = [f.name for f in fitting if f.is_ggml]
+    for start in _CLASSES:
+        own = [name for name in left if name.startswith(start)]
+        left = [name for name in left if name not in own]
+        if own:
+            found[(own[len(own) // 2],)] = len(own) / len(formats)
+    return found
 
 
 def _cut(matrices: tuple[Matrix, ...]) -> tuple[Matrix, ...]:

@@ -98,6 +98,27 @@ def gptq(
     return Layout(config, encode)
 
 
+def auto_round(packing: str = "auto_round:auto_gptq", symmetric: bool = True) -> Layout:
+    """What AutoRound 0.16.1 writes of 4 bits: the tensors of others, an entry of its own."""
+    own = {
+        "auto_round:auto_gptq": gptq(symmetric=symmetric),
+        "auto_round": gptq(version=2, symmetric=symmetric),
+        "auto_round:auto_awq": awq(),
+    }[packing]
+    config = {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "group_size": 32,
+        "sym": symmetric,
+        "data_type": "int",
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": "model.layers",
+        "packing_format": packing,
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+    }
+    return Layout(config, own.encode)
+
+
 def _gptq_zeros(zeros: Any, bits: int, version: int, made_by: str) -> Any:
     """Words of zero points [G, N], less one in version 1, code by code or word by word."""
     if version == 2:

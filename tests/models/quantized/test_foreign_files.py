@@ -1,6 +1,7 @@
 """Checkpoints of other tools: every weight as its own tool reads it, and every flaw named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor
 from alphaquant.errors import ModelError
 from alphaquant.models.quantized.compressed import PlainForm
 from alphaquant.models.quantized.foreign_files import ForeignCheckpoint, open_foreign
-from alphaquant.models.quantized.stated import METHODS
+from alphaquant.models.quantized.stated import METHODS, _read_auto_round, _read_compressed
 from alphaquant.spaces.units import Matrix
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.foreign.encoders import (
     CT_SCHEMES,
     Layout,
+    auto_round,
     awq,
     compressed,
     fp8,
@@ -38,6 +40,9 @@ LAYOUTS: dict[str, Layout] = {
     "gptq 8 bits by row": gptq(8, -1),
     "gptq act-order": gptq(act_order=True, symmetric=False),
     "awq": awq(),
+    "auto-round as gptq": auto_round(),
+    "auto-round with its own zero points": auto_round("auto_round", symmetric=False),
+    "auto-round as awq": auto_round("auto_round:auto_awq", symmetric=False),
     "fp8 by block": fp8(),
     "fp8 by row": fp8("row"),
     "fp8 whole": fp8("tensor"),
@@ -251,6 +256,20 @@ def test_a_field_that_no_awq_file_has_is_ignored(base: Path, tmp_path: Path) -> 
 
 
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+AUTO_ROUND = dict(auto_round().config)
+MODELOPT: dict[str, Any] = {  # as nvidia-modelopt 0.47.0 writes it into config.json
+    "config_groups": {
+        "group_0": {
+            "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "weights": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "targets": ["Linear"],
+        }
+    },
+    "ignore": ["lm_head"],
+    "quant_algo": "FP8",
+    "producer": {"name": "modelopt", "version": "0.47.0"},
+    "quant_method": "modelopt",
+}
 GROUP: dict[str, Any] = {
     "targets": ["Linear"],
     "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
@@ -276,6 +295,14 @@ COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "p
             {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False},
             "zero_point False",
         ),
+        (AUTO_ROUND | {"data_type": "mx_fp", "act_bits": 4}, "data_type 'mx_fp' and act_bits 4"),
+        (AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"}, "llm_compressor' of auto-"),
+        (
+            AUTO_ROUND | {"quant_method": "intel/auto-round", "bits": 5},
+            "gptq with bits 5 is not read",
+        ),
+        (AUTO_ROUND | {"rotation_config": {"rotation_type": "hadamard"}}, "rotates weights"),
+        (MODELOPT, r"quantized by 'modelopt', which is not read; gptq, .* are: give such"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "not as fp8 writes it"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "it is two numbers"),
         ({"quant_method": "blockwise_int8"}, "states no weight_block_size"),
@@ -304,9 +331,26 @@ def test_what_is_not_read_is_told_with_what_is(
     assert "\n" not in str(caught.value)
 
 
+def test_a_modelopt_checkpoint_that_says_so_in_a_file_of_its_own_is_told(
+    base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "made")
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ"}}
+    (tmp_path / "made" / "hf_quant_config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match="quantized by 'modelopt', which is not read; gptq, awq"):
+        open_foreign(tmp_path / "made")
+
+
+def test_auto_round_names_matrices_before_parts_of_names_and_patterns() -> None:
+    more = {"layers.1.mlp": {"bits": 8}, r".*\.q_proj": {"bits": 2}, FIRST: {"bits": 16}}
+    stated = _read_auto_round(AUTO_ROUND | {"extra_config": more})
+    names = ("m.k_proj", "m.layers.1.mlp.up", "m.layers.10.mlp.up", "m.q_proj", FIRST)
+    forms = [stated.form_of(name) for name in names]
+    assert [form and form.code_bits() for form in forms] == [4, 8, 4, 2, None]
+
+
 def test_compressed_tensors_by_target() -> None:
     """What is ignored, then whole names, then patterns, then all linears."""
-    from alphaquant.models.quantized.stated import _read_compressed
 
     def group(bits: int, targets: list[str]) -> dict[str, Any]:
         return {"targets": targets, "weights": GROUP["weights"] | {"num_bits": bits}}

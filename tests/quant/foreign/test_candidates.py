@@ -13,7 +13,15 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import open_bank
 from alphaquant.quant.foreign.candidates import ORIGINAL, TAKEN, find_candidates, store_candidates
 from alphaquant.testing.checkpoints import save_tiny
-from alphaquant.testing.foreign.encoders import Layout, awq, fp8, gptq, int8, save_foreign
+from alphaquant.testing.foreign.encoders import (
+    Layout,
+    auto_round,
+    awq,
+    fp8,
+    gptq,
+    int8,
+    save_foreign,
+)
 
 NAME = "model.layers.1.mlp.experts.2.down_proj"
 
@@ -68,6 +76,16 @@ def test_what_has_no_exact_format_is_refused_by_name(
     save_foreign(base, tmp_path / "wrong", layout)
     with pytest.raises(ConfigError, match=said.replace("29", r"\d+")):
         find_candidates([str(tmp_path / "wrong")], model_map.inventory)
+
+
+def test_a_checkpoint_of_auto_round_is_a_candidate(
+    base: Path, model_map: ModelMap, tmp_path: Path
+) -> None:
+    right = save_foreign(base, tmp_path / "a", auto_round("auto_round", symmetric=False))
+    found = find_candidates([str(tmp_path / "a")], model_map.inventory)
+    assert found.menu == ("bf16", "int4-g32-asym")
+    matrix = model_map.inventory.by_name[NAME]
+    assert found.packed(matrix, "int4-g32-asym").dequantize().equal(right[NAME])
 
 
 def test_one_format_from_two_candidates_is_refused(

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.memory import GIB
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Stage
+from alphaquant.quant.engine import quantize_batches
 from alphaquant.spaces.budget import parse_budget
+from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
@@ -35,7 +38,7 @@ from alphaquant.studies.planning.estimate import (
     plan_stages,
 )
 from alphaquant.studies.planning.needs import Needs
-from alphaquant.studies.planning.pilot import UNKNOWN, Pilot, Rates
+from alphaquant.studies.planning.pilot import UNKNOWN, Pilot, Rates, shares_of
 from alphaquant.studies.sizing import sized
 from alphaquant.testing.any_model import routed_architectures, tiny_config
 
@@ -242,13 +245,33 @@ def test_other_durations_are_refused(text: str) -> None:
         SearchSpec.of(budget="4bits", time_limit=text)
 
 
-@pytest.mark.parametrize(
-    ("formats", "said"),
-    [("q4_k,int4-g64", "1 of the formats are llama.cpp's and counted as ours"), ("int4-g64", "")],
-)
-def test_a_plan_says_that_the_time_of_llama_cpp_s_types_is_not_counted(
-    make_needs: MakeNeeds, formats: str, said: str
+def test_types_of_llama_cpp_stand_for_their_classes_where_they_fit() -> None:
+    formats = [parse_format(n) for n in ("int4-g64", "int8-g128", "q4_k", "iq2_xs", "iq3_s")]
+    ours = ("int4-g64", "int3-g128", "int2-g128")
+    shares = shares_of([*formats, parse_format("iq2_s")], 256)
+    assert shares == pytest.approx(
+        {ours: 2 / 6, ("q4_k",): 1 / 6, ("iq3_s",): 1 / 6, ("iq2_s",): 2 / 6}
+    )
+    assert shares_of(formats, 128) == pytest.approx({ours: 2 / 5})
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+def test_llama_cpp_s_types_are_timed_by_its_own_code(
+    make_needs: MakeNeeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = plan_text(plan_stages(make_needs(formats=formats), RATES, has_copy=True))
-    assert ("llama.cpp" in text) == bool(said)
-    assert said in text
+    monkeypatch.setattr(pilot, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pilot, "_HASHED", 2**16)
+    asked: list[str] = []
+
+    def quantize(weights: Any, batches: Any, formats: Any, settings: Any) -> Any:
+        asked.extend(formats)
+        return quantize_batches(weights, batches, formats, settings)
+
+    monkeypatch.setattr(pilot, "quantize_batches", quantize)
+    needs = make_needs(
+        {**SMALL, "hidden_size": 256}, seq_len=32, formats="int4-g64,q4_k", budget="4.4bits"
+    )
+    rates = Pilot(needs, torch.float32, torch.device("cpu")).measure(QuantSettings())
+    n_fitting = sum(s.n_cols == 256 for s in needs.stacks)
+    assert asked.count("q4_k") == n_fitting > 0
+    assert min(rates.per_format.values()) > 0
