@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import optuna
 import torch
 
+from alphaquant.commands.fitting import fitted
 from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
+from alphaquant.errors import ConfigError
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.loading import load_skeleton, working_dtype
@@ -127,6 +129,9 @@ def search(
         AlphaQuantError: bad input, see the kinds in `alphaquant.errors`.
     """
     check_kind(spec, SearchSpec, "run_search")
+    spec, lines = _fitted(spec, progress)
+    for line in lines:
+        tell(line)
     request = _check(spec)
     _check_places(spec)
     with locked_folder(spec.run.out):
@@ -146,6 +151,7 @@ def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
         AlphaQuantError: bad input, or what does not fit; see `alphaquant.studies.planning`.
     """
     check_kind(spec, SearchSpec, "plan_search")
+    spec, _ = _fitted(spec, progress)
     request, asked, cache = _check(spec), spec.checkpoint, cache_dir(spec.run.cache)
     location = model_location(asked.model, spec.run.cache, progress)
     model_map = map_model(load_skeleton(location), include=request.include)
@@ -159,6 +165,20 @@ def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
     plan = fitting_plan(spec, model_map, space, machine, has_copy=False)
     check_room(plan, cache)
     return plan
+
+
+def _fitted(spec: SearchSpec, progress: Progress) -> tuple[SearchSpec, list[str]]:
+    """The specification with a budget, and lines that say how it came about.
+
+    Raises:
+        ConfigError: a budget and the memory of a GPU.
+    """
+    if spec.limits.fit is not None and spec.limits.budget:
+        raise ConfigError(
+            f"--budget {spec.limits.budget} and --fit {spec.limits.fit}: the second finds a "
+            "budget; leave one of the two out"
+        )
+    return fitted(spec, progress)
 
 
 def _search(

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter, validators
 
 from alphaquant.errors import ConfigError
-from alphaquant.specs.check import Positive, check
+from alphaquant.specs.check import Positive, Share, check
 
 KernelSet = Literal["all", "marlin"]
+KvFormat = Literal["bf16", "fp8"]
 
 _ABOVE_ZERO = Parameter(validator=validators.Number(gt=0))
 
@@ -17,9 +18,20 @@ _ABOVE_ZERO = Parameter(validator=validators.Number(gt=0))
 class LimitSpec:
     """The budget, the formats, and limits beside it."""
 
-    budget: str
+    budget: str = ""
     """Size limit: 4.25bits, 4.25 or 4.25bpw (mean stored bits per quantizable weight),
     4.25bpw-file (per weight of the whole checkpoint), 13GiB or 13GB (whole checkpoint)."""
+    fit: str | None = None
+    """Memory of a GPU, such as 24GiB, in place of a budget: weights get what reserve, cache and
+    activations leave of it. Needs a context; none by default."""
+    context: Positive | None = None
+    """Tokens of a sequence that the cache of keys and values must hold; needed with fit."""
+    sequences: Positive = 1
+    """Sequences at the same time; with fit."""
+    kv: KvFormat = "bf16"
+    """What the cache is in: bf16, or fp8 with the profiles vllm and sglang."""
+    reserve: Share = 0.08
+    """Share of the memory that the engine does not use for these; vLLM 0.32.0 leaves 0.08."""
     include: str | None = None
     """What is searched beside the decoder layers: head, embeddings, both with a comma, or none;
     default: both where the budget is of the whole checkpoint and the profile loads them, else
@@ -51,6 +63,15 @@ class LimitSpec:
             ConfigError: naming the field, or formats beside candidates.
         """
         check(self)
+        if not self.budget and self.fit is None:
+            raise ConfigError(
+                "no budget; give one such as 4.25bits, 13GiB, or the memory of a GPU with fit and "
+                "context"
+            )
+        if (self.fit is None) != (self.context is None):
+            raise ConfigError(
+                "fit and context go together: fit 24GiB, context 32768; give both, or a budget"
+            )
         if self.candidates is not None and self.formats != "auto":
             raise ConfigError(
                 f"formats is {self.formats!r}, and candidates have formats of their own; leave "

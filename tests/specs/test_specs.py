@@ -30,7 +30,7 @@ def test_every_option_has_a_text_and_a_name_of_its_own(kind: type[Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "search needs budget; Size limit"),
+        ({}, "no budget; give one such as 4.25bits, 13GiB, or the memory of a GPU"),
         ({"budget": True}, r"budget is True \(bool\); give str"),
         ({"budget": "4", "trials": 0}, "trials is 0; must be >= 1"),
         ({"budget": "4", "trials": "5"}, r"trials is '5' \(str\); give int or None"),
