@@ -30,7 +30,7 @@ def command(
 
         quiet_libraries()
         with Bars() as bars:
-            found = plan_search(spec, progress=bars)
+            found = plan_search(spec, progress=bars, tell=bars.tell)
         say(plan_text(found))
         return
     from alphaquant.commands.search import search

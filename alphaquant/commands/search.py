@@ -138,7 +138,9 @@ def search(
         return _search(spec, request, StageClock(progress), on_trial, tell)
 
 
-def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
+def plan_search(
+    spec: SearchSpec, *, progress: Progress = no_progress, tell: Tell = lambda line: None
+) -> Plan:
     """What a search will take on this machine, found without weights; nothing is written.
 
     But for a GGUF file, which is decoded into the cache first.
@@ -146,12 +148,15 @@ def plan_search(spec: SearchSpec, *, progress: Progress = no_progress) -> Plan:
     Args:
         spec: what would be searched.
         progress: called with a stage's name, steps done, steps.
+        tell: called with lines for people: what is in the memory of a GPU.
 
     Raises:
         AlphaQuantError: bad input, or what does not fit; see `alphaquant.studies.planning`.
     """
     check_kind(spec, SearchSpec, "plan_search")
-    spec, _ = _fitted(spec, progress)
+    spec, lines = _fitted(spec, progress)
+    for line in lines:
+        tell(line)
     request, asked, cache = _check(spec), spec.checkpoint, cache_dir(spec.run.cache)
     location = model_location(asked.model, spec.run.cache, progress)
     model_map = map_model(load_skeleton(location), include=request.include)
