@@ -26,9 +26,10 @@ from torch import Tensor
 
 from alphaquant.costs.cost_store import Arrays, LayerCosts, by_format
 from alphaquant.costs.gradients import EndTrace
-from alphaquant.costs.partial import held_in
-from alphaquant.models.ends import end_logits, look_up
+from alphaquant.costs.partial import Wanted, held_in, want_all
+from alphaquant.models.ends import look_up
 from alphaquant.models.sites import EmbeddingSite, ModelMap
+from alphaquant.models.walk import end_logits
 from alphaquant.quant.bank import Bank, BankLayer
 from alphaquant.quant.layerwise import written
 from alphaquant.spaces.units import Matrix
@@ -40,7 +41,11 @@ _MOST_BYTES = 2**26
 
 @torch.no_grad()
 def end_costs(
-    model_map: ModelMap, trace: EndTrace, bank: Bank, formats: Sequence[str]
+    model_map: ModelMap,
+    trace: EndTrace,
+    bank: Bank,
+    formats: Sequence[str],
+    wanted: Wanted = want_all,
 ) -> LayerCosts:
     """Costs of the head and the embeddings in some formats, perhaps none.
 
@@ -49,11 +54,12 @@ def end_costs(
         trace: of the calibration text.
         bank: holds what is measured.
         formats: names.
+        wanted: what of the bank counts.
     """
     ends = model_map.ends
     assert ends is not None
     tables = {site.matrix.name: site for site in ends.embeddings}
-    held, found, shares = held_in(bank, ends.index, formats), [], []
+    held, found, shares = held_in(bank, ends.index, formats, wanted), [], []
     for matrix in ends.matrices():
         table = tables.get(matrix.name)
         shares.append(float(table is None or table.head is not None))

@@ -49,7 +49,7 @@ from alphaquant.costs.cost_store import (
 from alphaquant.costs.end_costs import end_costs
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
 from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
-from alphaquant.costs.partial import held_in, parts_held
+from alphaquant.costs.partial import HeldLayer, Wanted, held_in, parts_held, want_all
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
@@ -209,6 +209,7 @@ def measure_costs(
     settings: CostSettings,
     *,
     with_gemq: bool = False,
+    wanted: Wanted = want_all,
     progress: Progress = lambda stage, done, total: None,
 ) -> CostTable:
     """Measure, or read back, the costs of every matrix in every format.
@@ -224,6 +225,7 @@ def measure_costs(
         formats: canonical names.
         settings: how.
         with_gemq: measure `gemq` too.
+        wanted: which matrices in which formats count, of those that the bank holds.
         progress: called with ("costs", layers done, layers).
 
     Raises:
@@ -235,15 +237,16 @@ def measure_costs(
     store = CostStore(folder / costs_key(tokens, facts))
     trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
     shape = TableShape(
-        _sizes(model_map), tuple(formats), _SHARED, trailing, parts_held(bank, formats)
+        _sizes(model_map), tuple(formats), _SHARED, trailing, parts_held(bank, formats, wanted)
     )
     labels = SampledLabels(settings.n_draws, settings.seed)
     batches = batches_of(tokens, settings.batch_size)
 
     def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
         if trace.ends is not None:
-            return end_costs(model_map, trace.ends, bank, names)
-        return _layer_costs(trace, bank, names, settings.seed)
+            return end_costs(model_map, trace.ends, bank, names, wanted)
+        held = held_in(bank, trace.layer.index, names, wanted)
+        return _layer_costs(trace, held, names, settings.seed)
 
     store.fill(
         shape,
@@ -251,7 +254,9 @@ def measure_costs(
         measure,
         lambda done, total: progress(Stage.COSTS, done, total),
     )
-    gemq = _measure_gemq(model_map, bank, batches, formats, progress) if with_gemq else None
+    gemq = None
+    if with_gemq:
+        gemq = _measure_gemq(model_map, bank, batches, formats, wanted, progress)
     table = CostTable(
         matrices=tuple(m.name for m in bank.inventory.matrices),
         formats=tuple(formats),
@@ -274,18 +279,19 @@ def _measure_gemq(
     bank: Bank,
     batches: list[Tensor],
     formats: Sequence[str],
+    wanted: Wanted,
     progress: Progress,
 ) -> Floats:
     """The column `gemq`, stored beside the others in files of its own."""
     folder = bank.path / "costs"
     facts = {"cost": "gemq", "batch_size": len(batches[0]), "version": COSTS_VERSION}
     store = CostStore(folder / costs_key(torch.cat(batches), facts))
-    parts = parts_held(bank, formats)
+    parts = parts_held(bank, formats, wanted)
     shape = TableShape(_sizes(model_map), tuple(formats), ("n_tokens",), {"gemq": ()}, parts)
 
     @torch.no_grad()
     def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
-        held, n_tokens, found = held_in(bank, trace.layer.index, names), [], []
+        held, n_tokens, found = held_in(bank, trace.layer.index, names, wanted), [], []
         for matrix in trace_matrices(trace):
             n_tokens.append(matrix.n_tokens)
             readers = held.of(matrix.matrix)
@@ -329,9 +335,10 @@ def check_coverage(table: CostTable) -> None:
 
 
 @torch.no_grad()
-def _layer_costs(trace: LayerTrace, bank: Bank, formats: Sequence[str], seed: int) -> LayerCosts:
+def _layer_costs(
+    trace: LayerTrace, held: HeldLayer, formats: Sequence[str], seed: int
+) -> LayerCosts:
     """Costs of one layer."""
-    held = held_in(bank, trace.layer.index, formats)
     n_sequences = sum(len(h) for h in trace.hidden)
     n_total = n_sequences * trace.hidden[0].shape[1]
     shared, costs = [], []

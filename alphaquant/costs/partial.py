@@ -7,7 +7,7 @@ Letters: F formats.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,23 +58,54 @@ class HeldLayer:
         }
 
 
-def held_in(bank: Bank, layer: int, formats: Sequence[str]) -> HeldLayer:
+Wanted = Callable[[Matrix, str], bool]
+"""Which matrices count in which format: a bank may hold more, made for later."""
+
+
+def want_all(matrix: Matrix, name: str) -> bool:
+    """See `Wanted`."""
+    return True
+
+
+def held_in(
+    bank: Bank, layer: int, formats: Sequence[str], wanted: Wanted = want_all
+) -> HeldLayer:
     """Open one layer of a bank.
+
+    Args:
+        bank: the bank.
+        layer: number of the layer.
+        formats: names.
+        wanted: what of it counts.
 
     Raises:
         StoreError: a file is damaged.
     """
-    names = tuple(bank.matrices(name, layer) for name in formats)
+    names = tuple(_wanted_names(bank, name, layer, wanted) for name in formats)
     pairs = zip(formats, names, strict=True)
     return HeldLayer(tuple(bank.layer(f, layer) if held else None for f, held in pairs), names)
 
 
-def parts_held(bank: Bank, formats: Sequence[str]) -> Mapping[tuple[int, str], str]:
-    """Digests of what a bank holds of layers in formats, where it is not everything."""
+def parts_held(
+    bank: Bank, formats: Sequence[str], wanted: Wanted = want_all
+) -> Mapping[tuple[int, str], str]:
+    """Digests of what counts of a bank's layers in formats, where it is not everything.
+
+    They do not depend on what else the bank holds, so a search that is taken up again after its
+    bank has grown finds the costs that it measured before.
+    """
     found: dict[tuple[int, str], str] = {}
     for layer in range(bank.inventory.n_parts):
+        everything = {m.name for m in bank.inventory.matrices if m.layer == layer}
         for name in formats:
-            if not bank.has(name, layer):
-                text = "\n".join(sorted(bank.matrices(name, layer)))
+            names = _wanted_names(bank, name, layer, wanted)
+            if names != everything:
+                text = "\n".join(sorted(names))
                 found[layer, name] = hashlib.sha256(text.encode()).hexdigest()[:12]
     return found
+
+
+def _wanted_names(bank: Bank, name: str, layer: int, wanted: Wanted) -> frozenset[str]:
+    """Matrices that a bank's layer holds in a format, of those that count."""
+    matrices, held = bank.inventory.by_name, bank.matrices(name, layer)
+    return frozenset(n for n in held if wanted(matrices[n], name))

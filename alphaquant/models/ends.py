@@ -5,11 +5,10 @@ kind `head` with the name of the embeddings. A head is an `nn.Linear`, embedding
 `nn.Embedding` or a subclass that scales the rows it looks up (Gemma); anything else is refused by
 name, because it would have to be replaced by something that computes the same.
 
-No layer sees what a head is given, the hidden states behind the last norm; `watch_head` shows it.
+What a head is given, the hidden states behind the last norm, is shown by `walk.watch_head`.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.models.pages.private_maps import LayerPages
-from alphaquant.models.sites import EmbeddingSite, LayerSite, LinearSite, ModelMap
-from alphaquant.models.walk import hidden_of, layers_skipped, replaced_forwards
+from alphaquant.models.sites import EmbeddingSite, LayerSite, LinearSite
 from alphaquant.spaces.units import ENDS, Matrix
 
 
@@ -75,45 +73,6 @@ def head_of(ends: LayerSite) -> nn.Linear | None:
     for linear in ends.linears:
         return linear.module
     return ends.embeddings[0].head
-
-
-@contextmanager
-def watch_head(head: nn.Linear, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand over what a head is given, [B, T, K], and let it give nothing, [B, T, 0]."""
-
-    def seeing(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(inputs: Tensor) -> Tensor:
-            see(inputs)
-            return inputs.new_empty(*inputs.shape[:-1], 0)
-
-        return run
-
-    with replaced_forwards([head], seeing):
-        yield
-
-
-@torch.no_grad()
-def end_logits(model_map: ModelMap, batch: Tensor, output: Any, positions: slice) -> Tensor:
-    """What a model predicts of what its last layer gave.
-
-    Args:
-        model_map: the model; its head is an `nn.Linear`.
-        batch: token ids, int64 [B, T].
-        output: of the last layer, for this batch.
-        positions: which of the T; the head computes no others.
-
-    Returns:
-        Logits, [B, positions, V].
-    """
-    model: Any = model_map.model
-
-    def cut(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda inputs: forward(inputs[:, positions])
-
-    head = model.get_output_embeddings()
-    with layers_skipped(model_map, output), replaced_forwards([head], cut):
-        found: Tensor = model(batch.to(hidden_of(output).device), use_cache=False).logits
-    return found
 
 
 def look_up(table: nn.Embedding, weight: Tensor, ids: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 The cache is counted by layer kind from the configuration: full attention keeps every token,
 sliding and chunked attention those of a window, latent attention (MLA) one latent and one rotated
 key per token where they are kept folded (vLLM, SGLang, transformers 5.23), and whole keys and
-values in llama.cpp, whose files of ours have the folding matrix whole. Layers of any other kind (linear attention, state space) are refused by name: their state is not
-known here.
+values in llama.cpp, whose files of ours have the folding matrix whole. Layers of any other kind
+(linear attention, state space) are refused by name: their state is not known here.
 
 Activations are those of the largest step, `STEP_TOKENS` tokens at most: hidden states, what goes
 into and out of a layer's widest matrices, and the logits of one token per sequence. That is an

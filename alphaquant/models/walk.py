@@ -373,6 +373,45 @@ def layers_skipped(model_map: ModelMap, output: Any) -> Iterator[None]:
 
 
 @contextmanager
+def watch_head(head: nn.Linear, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand over what a head is given, [B, T, K], and let it give nothing, [B, T, 0]."""
+
+    def seeing(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(inputs: Tensor) -> Tensor:
+            see(inputs)
+            return inputs.new_empty(*inputs.shape[:-1], 0)
+
+        return run
+
+    with replaced_forwards([head], seeing):
+        yield
+
+
+@torch.no_grad()
+def end_logits(model_map: ModelMap, batch: Tensor, output: Any, positions: slice) -> Tensor:
+    """What a model predicts of what its last layer gave.
+
+    Args:
+        model_map: the model; its head is an `nn.Linear`.
+        batch: token ids, int64 [B, T].
+        output: of the last layer, for this batch.
+        positions: which of the T; the head computes no others.
+
+    Returns:
+        Logits, [B, positions, V].
+    """
+    model: Any = model_map.model
+
+    def cut(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda inputs: forward(inputs[:, positions])
+
+    head = model.get_output_embeddings()
+    with layers_skipped(model_map, output), replaced_forwards([head], cut):
+        found: Tensor = model(batch.to(hidden_of(output).device), use_cache=False).logits
+    return found
+
+
+@contextmanager
 def replaced_forwards(
     modules: Sequence[nn.Module],
     replace: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],

@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaquant.models.ends import head_of, watch_head
+from alphaquant.models.ends import head_of
 from alphaquant.models.mapping import device_of
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
-from alphaquant.models.walk import layers_skipped
+from alphaquant.models.walk import layers_skipped, watch_head
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 

@@ -6,7 +6,7 @@ takes the costs two rounds.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
+from alphaquant.costs.partial import want_all
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import device_of
 from alphaquant.progress import Progress, Stage, StageClock
@@ -28,7 +29,7 @@ from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
-from alphaquant.search.arrays import BoolArray, FloatArray
+from alphaquant.search.arrays import BoolArray
 from alphaquant.search.shortlist import complete_costs, shortlist
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.formats import BF16, parse_format
@@ -93,11 +94,13 @@ def fill_and_measure(
     effort = effort_of(spec)
     anchors = anchors_of(space, names, effort.anchor_bits)
     first = _anchored(space, anchors, len(names))
-    bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, first))
-    costs = _only(measure_unit_costs(spec, inputs, space, bank, clock), first)
+    wanted = _pairs(space, names, first)
+    bank = open_filled_bank(spec, inputs, names, clock, wanted)
+    costs = measure_unit_costs(spec, inputs, space, bank, clock, wanted)
     listed = first | _winners(space, names, costs, anchors, effort.around)
-    bank = open_filled_bank(spec, inputs, names, clock, _pairs(space, names, listed))
-    return bank, _only(measure_unit_costs(spec, inputs, space, bank, clock), listed)
+    wanted = _pairs(space, names, listed)
+    bank = open_filled_bank(spec, inputs, names, clock, wanted)
+    return bank, measure_unit_costs(spec, inputs, space, bank, clock, wanted)
 
 
 def is_short(spec: SearchSpec, space: SearchSpace) -> bool:
@@ -194,28 +197,6 @@ def _winners(
         complete = complete_costs(measured, nominal, anchors)
         found |= shortlist(complete, bits, allowed, limits)
     return found
-
-
-def _only(costs: Costs, listed: BoolArray) -> Costs:
-    """Costs of listed pairs, NaN elsewhere: a bank may hold more, from searches before this one.
-
-    Args:
-        costs: of U units.
-        listed: bool [U, F].
-    """
-
-    def known(table: FloatArray) -> FloatArray:
-        return np.where(listed, table, np.nan)
-
-    units = costs.units
-    units = replace(
-        units,
-        fisher=known(units.fisher),
-        token_fisher=known(units.token_fisher),
-        error=known(units.error),
-        gemq=None if units.gemq is None else known(units.gemq),
-    )
-    return replace(costs, units=units)
 
 
 def _pairs(space: SearchSpace, names: Sequence[str], listed: BoolArray) -> Wanted:
@@ -343,9 +324,23 @@ def needed(spec: SearchSpec) -> frozenset[str]:
 
 
 def measure_unit_costs(
-    spec: SearchSpec, inputs: Inputs, space: SearchSpace, bank: Bank, clock: StageClock
+    spec: SearchSpec,
+    inputs: Inputs,
+    space: SearchSpace,
+    bank: Bank,
+    clock: StageClock,
+    wanted: Wanted = want_all,
 ) -> Costs:
-    """Costs of every unit in every format of the bank; `gemq` where an allocator asks for it."""
+    """Costs of every unit in every format of the bank; `gemq` where an allocator asks for it.
+
+    Args:
+        spec: what to search.
+        inputs: the model and its texts.
+        space: the units.
+        bank: it may hold more than this search made, from others before it.
+        clock: told how far it is.
+        wanted: which matrices in which formats count; all others have no cost (NaN).
+    """
     source, n_layers = inputs.source, len(inputs.source.map.layers)
     clock(Stage.COSTS, 0, n_layers)
     table = measure_costs(
@@ -355,6 +350,7 @@ def measure_unit_costs(
         bank_formats(space),
         CostSettings(spec.proposals.seed),
         with_gemq="gemq" in needed(spec),
+        wanted=wanted,
         progress=clock,
     )
     clock(Stage.COSTS, n_layers, n_layers)

@@ -6,15 +6,13 @@ from torch import nn
 
 from alphaquant.errors import ModelError
 from alphaquant.models.ends import (
-    end_logits,
     ends_named,
     head_of,
     look_up,
     row_scale,
-    watch_head,
 )
 from alphaquant.models.mapping import kept_state, map_model, weights_digest
-from alphaquant.models.walk import walk
+from alphaquant.models.walk import end_logits, walk, watch_head
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 BOTH = ("head", "embeddings")

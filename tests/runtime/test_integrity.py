@@ -47,9 +47,10 @@ def test_a_whole_checkpoint_is_verified_by_us_and_by_sha256sum(packed: Path) -> 
     tensors = read_tensors(packed)
     assert found.n_files == len(names) >= 5
     assert found.n_bytes == sum((packed / name).stat().st_size for name in names)
-    assert found.n_scales == sum(name.endswith("scales") for name in tensors) + sum(
-        name.endswith("global_scale") for name in tensors
-    )
+    # Of super-blocks the float16 numbers are scales; any multiple of theirs is as good as another.
+    multiples = {name.replace("super_", "") for name in tensors if "super_scales" in name}
+    scales = [n for n in tensors if n.endswith(("scales", "global_scale")) and n not in multiples]
+    assert found.n_scales == len(scales) > len(multiples) > 0
     done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=packed)
     assert done.returncode == 0
 

@@ -310,7 +310,7 @@ def round_scales(path: Path) -> None:
         (add_a_tensor_that_transformers_would_ignore, "1 tensors have no place in the model"),
         (damage.shorten_codes, "q_proj.codes is U8 .*, expected U8"),
         (narrow_a_norm, r"model.norm.weight is F32 \[3\], expected F32 \[40\]"),
-        (round_scales, "q_proj.scales is BF16 .*, expected F16"),
+        (round_scales, "q_proj.scales is BF16 .*, expected (F16|U8)"),
         (damage.cut_a_shard, "is incomplete or damaged"),
         (damage.remove_a_shard, "No such file .*model-layer-000.safetensors"),
         (damage.raise_version, "has format version 2, this program reads 1; update it"),

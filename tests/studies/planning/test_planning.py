@@ -247,7 +247,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 def test_types_of_llama_cpp_stand_for_their_classes_where_they_fit() -> None:
     formats = [parse_format(n) for n in ("int4-g64", "int8-g128", "q4_k", "iq2_xs", "iq3_s")]
-    ours = ("int4-g64", "int3-g128", "int2-g128")
+    ours = ("int4-g64", "int3-g128", "nl3-g32-s256")
     shares = shares_of([*formats, parse_format("iq2_s")], 256)
     assert shares == pytest.approx(
         {ours: 2 / 6, ("q4_k",): 1 / 6, ("iq3_s",): 1 / 6, ("iq2_s",): 2 / 6}
