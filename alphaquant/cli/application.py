@@ -187,7 +187,9 @@ def _usage_text(error: CycloptsError) -> str:
     if isinstance(error, MissingArgumentError) and error.argument and not error.argument.tokens:
         part = part_of(error.argument.hint)
         needed = [o.name for o in options_of(part) if o.default is MISSING] if part else []
-        names = [f"--{name}" for name in needed] or [error.argument.name]
+        # A search needs a budget or a memory to fit, so neither is needed by itself.
+        neither = "--budget" if error.argument.name == "*" else error.argument.name
+        names = [f"--{name}" for name in needed] or [neither]
         if error.keyword is None:
             return _needed_text(names, error.unused_tokens or [])
     text = " ".join(str(error).split()).rstrip(".")

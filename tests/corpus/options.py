@@ -99,7 +99,7 @@ USAGE = (
 )
 
 BUDGETS = (
-    Case("budget of nothing", f"{SEARCH} --budget ''", "cannot read the budget ''"),
+    Case("budget of nothing", f"{SEARCH} --budget ''", "no budget; give one such as 4.25bits"),
     Case("budget in words", f"{SEARCH} --budget big", "cannot read the budget 'big'"),
     Case("budget nan", f"{SEARCH} --budget nan", "cannot read the budget 'nan'"),
     Case("budget inf", f"{SEARCH} --budget inf", "cannot read the budget 'inf'"),

@@ -56,7 +56,7 @@ QUANTIZE: dict[str, Any] = {"model": "m", "config": Path("c"), "out": Path("o")}
 FOUR: dict[str, Any] = {"budget": "4bits"}
 
 SEARCHES = (
-    _search("no budget", "search needs budget; Size limit", None),
+    _search("no budget", "no budget; give one such as 4.25bits", None),
     _search("budget that is true", "budget is True (bool); give str", True),
     _search("budget of no number", "cannot read the budget 'nan'", float("nan")),
     _search("budget that is bytes", "budget is b'4bits' (bytes)", b"4bits"),
