@@ -11,7 +11,7 @@ first, then whose directory it is, then the model with its space, then the texts
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +50,7 @@ from alphaquant.spaces.units import Inventory
 from alphaquant.specs.check import check_kind
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.costing import bank_formats, check_bank
+from alphaquant.studies.costing import bank_formats, check_bank, needed
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import (
     Source,
@@ -303,7 +303,22 @@ def _check(spec: SearchSpec) -> _Request:
     if spec.checkpoint.dtype != "auto":
         named_dtype(spec.checkpoint.dtype)
     include = () if spec.limits.candidate_names else included(spec.limits.include, budget, profile)
+    _check_allocators_of(spec, include)
     return _Request(budget, profile, menu, device, include)
+
+
+def _check_allocators_of(spec: SearchSpec, include: Sequence[str]) -> None:
+    """Refuse allocators that need what is measured of decoder layers alone.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    if include and needed(spec):
+        raise ConfigError(
+            f"{', '.join(include)} searched with allocators that need "
+            f"{', '.join(sorted(needed(spec)))}, which only matrices of decoder layers have; use "
+            "--include none, or other --allocators"
+        )
 
 
 def _check_places(spec: SearchSpec) -> None:

@@ -16,8 +16,9 @@ Letters: F formats, D draws of labels, B sequences of a batch, S of all, T token
 hidden size, V words, R rows of the embeddings that the text reads.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from torch import Tensor
 from alphaquant.costs.cost_store import Arrays, LayerCosts, by_format
 from alphaquant.costs.gradients import EndTrace
 from alphaquant.costs.partial import Wanted, held_in, want_all
+from alphaquant.costs.shelf import Shelf, Shelved
 from alphaquant.models.ends import look_up
 from alphaquant.models.sites import EmbeddingSite, ModelMap
 from alphaquant.models.walk import end_logits
@@ -64,7 +66,11 @@ def end_costs(
         table = tables.get(matrix.name)
         shares.append(float(table is None or table.head is not None))
         if formats:
-            arrays = _arrays(model_map, trace, matrix, table, held.of(matrix))
+            kl = np.zeros(len(held.of(matrix)))
+            if table is None or table.head is not None:
+                kl = _head_kl(model_map, trace, matrix, held.of(matrix), bank.path / "costs")
+            arrays = _arrays(trace, table, kl, held.of(matrix))
+            arrays["weight_error"] = _weight_errors(model_map, matrix, held.of(matrix))
             found.append(held.spread(arrays, matrix))
     n_tokens = sum(batch.numel() for batch in trace.batches)
     shared = {
@@ -76,25 +82,20 @@ def end_costs(
 
 
 def _arrays(
-    model_map: ModelMap,
     trace: EndTrace,
-    matrix: Matrix,
     table: EmbeddingSite | None,
+    kl: npt.NDArray[np.float64],
     readers: Sequence[BankLayer],
 ) -> Arrays:
     """Arrays [F, ...] of one matrix.
 
     Args:
-        model_map: the model.
         trace: of the calibration text.
-        matrix: the head, or the embeddings.
-        table: where it is the embeddings, their site.
+        table: the site of embeddings; None for a head of its own.
+        kl: divergence that it causes as a head, [F].
         readers: the formats it is in.
     """
     seq_len = trace.batches[0].shape[1]
-    kl = np.zeros(len(readers))
-    if table is None or table.head is not None:
-        kl = _head_kl(model_map, trace, matrix, readers)
     if table is None:
         n_sequences = sum(len(batch) for batch in trace.batches)
         products, token_fisher = np.zeros((len(readers), trace.n_totals * n_sequences)), kl
@@ -107,32 +108,45 @@ def _arrays(
         "products": products.astype(np.float32),
         "token_fisher": token_fisher,
         "error": 0.5 * np.square(products).mean(-1) / seq_len,
-        "weight_error": _weight_errors(model_map, matrix, readers),
     }
 
 
 def _head_kl(
-    model_map: ModelMap, trace: EndTrace, matrix: Matrix, readers: Sequence[BankLayer]
+    model_map: ModelMap,
+    trace: EndTrace,
+    matrix: Matrix,
+    readers: Sequence[BankLayer],
+    folder: Path,
 ) -> npt.NDArray[np.float64]:
-    """Mean divergence per token that the head in each format causes, nats, [F]."""
-    totals, n_tokens = np.zeros(len(readers)), 0
+    """Mean divergence per token that the head in each format causes, nats, [F].
+
+    The original's predictions wait on a shelf, so that a format is dequantized once.
+    """
+    shelf, vocabulary = Shelf(folder), model_map.view(matrix.name).shape[0]
+    pieces: list[tuple[int, slice, Shelved]] = []
     for number in _sampled(trace.batches):
-        batch, output = trace.batches[number], trace.outputs[number]
-        vocabulary = model_map.view(matrix.name).shape[0]
+        batch = trace.batches[number]
         step = max(1, _MOST_BYTES // (4 * vocabulary * len(batch)))
         for start in range(0, batch.shape[1], step):
             positions = slice(start, start + step)
-            original = _log_probs(model_map, batch, output, positions)
-            n_tokens += original.shape[:-1].numel()
-            for index, reader in enumerate(readers):
-                with written(model_map, {matrix.name: reader.read(matrix)}):
-                    found = _log_probs(model_map, batch, output, positions)
-                kl = original.exp() * (original - found)
-                totals[index] += float(kl.sum(dtype=torch.float64))
-    return np.maximum(totals / n_tokens, 0.0)
+            original = _log_probs(model_map, trace, number, positions)
+            pieces.append((number, positions, shelf.put(original)))
+    n_tokens = sum(math.prod(kept.shape[:-1]) for _, _, kept in pieces)
+    totals = []
+    for reader in readers:
+        with written(model_map, {matrix.name: reader.read(matrix)}):
+            total = 0.0
+            for number, positions, kept in pieces:
+                original = kept.read()
+                found = _log_probs(model_map, trace, number, positions)
+                total += float((original.exp() * (original - found)).sum(dtype=torch.float64))
+        totals.append(max(total / n_tokens, 0.0))  # an exact format gives rounding of either sign
+    return np.array(totals)
 
 
-def _log_probs(model_map: ModelMap, batch: Tensor, output: Any, positions: slice) -> Tensor:
+def _log_probs(model_map: ModelMap, trace: EndTrace, number: int, positions: slice) -> Tensor:
+    """Predictions at some positions of a batch."""
+    batch, output = trace.batches[number], trace.outputs[number]
     return torch.log_softmax(end_logits(model_map, batch, output, positions).float(), -1)
 
 

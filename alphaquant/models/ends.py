@@ -159,5 +159,5 @@ def _refused(model: nn.Module, what: str, module: nn.Module | None) -> ModelErro
     kind = "nn.Linear" if what == "head" else "nn.Embedding"
     return ModelError(
         f"--include {what}: {type(model).__name__} has {found} where an {kind} can be quantized; "
-        "leave it out of --include"
+        "say with --include what else is searched, or --include none"
     )

@@ -37,8 +37,7 @@ class MatrixRecord:
         method: `gptq`, `rtn`, `none` (bf16), `ggml` (llama.cpp's own code) or `descent`, ours from
             there on.
         fallback: why the method differs from the one asked for, None if it does not.
-        hessian: `plain`, `routing_weighted`, `routing_weighted+pooled`, `pooled`, None without
-            data.
+        hessian: how it was made, see `HessianBatch.source`; None without data.
         n_tokens: calibration tokens that reached it, None without data.
         damp: damping fraction used, retries included.
         weight_error: |W - Q|^2 / |W|^2.

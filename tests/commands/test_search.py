@@ -374,6 +374,20 @@ def test_profile_couples_units_and_the_result_obeys(
     assert len({r.digest for r in result.rows}) > 2
 
 
+def test_groups_of_units_take_what_is_beside_the_layers_too(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(
+        tmp_path / "out", include="head,embeddings", mode="groups", trials=9, bank="short"
+    )
+    result = search(spec)
+    assert result.space.inventory.include == ("head", "embeddings")
+    chosen = [result.folder.load_assignment(row.digest).formats for row in result.rows]
+    assert len({(found["lm_head"], found["model.embed_tokens"]) for found in chosen}) > 1
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    assert best["include"] == ["head", "embeddings"]
+
+
 @pytest.mark.parametrize(
     ("limits", "outside"),
     [
@@ -495,6 +509,9 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"mode": "groups", "layer_minimum_bits": 3.0}, ConfigError, "groups keeps the budget"),
         ({"layer_minimum_bits": 6.0}, BudgetError, "layer_minimum_bits = 6.0 takes"),
         ({"active_budget": "1KB"}, BudgetError, "a token reads .* bytes in the smallest"),
+        ({"include": "tail"}, ConfigError, "--include tail; known are head, embeddings"),
+        ({"include": "head", "profile": "vllm"}, ConfigError, "as they are; leave --include out"),
+        ({"include": "head", "allocators": "gemq"}, ConfigError, "need gemq, which only matrices"),
         ({"device": "quantum"}, ModelError, "quantum.*cpu"),
         ({"device": "meta"}, ModelError, "meta.*cpu"),
         ({"dtype": "int8"}, ModelError, "int8.*float32"),

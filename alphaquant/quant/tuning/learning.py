@@ -93,36 +93,19 @@ def tune(
     Raises:
         ModelError: memory does not hold three times the model.
     """
-    settings, tokens, heldback = tuning.settings, tuning.tokens, tuning.heldback
     check_memory(model_map.model)
-    student = _Student(model_map, packed, settings.parts)
-    n_batches = -(-len(tokens) // settings.windows)
-    n_steps = settings.n_epochs * n_batches
-    before = _divergences(model_map.model, student.model, heldback)
-    best, best_kl, by_epoch = student.state(), float(before.mean()), []
-    generator, step = torch.Generator().manual_seed(settings.seed), 0
-    for _ in range(settings.n_epochs):
-        order = torch.randperm(len(tokens), generator=generator)
-        for chosen in torch.split(order, settings.windows):
-            tell(step, n_steps)
-            student.learn(model_map.model, tokens[chosen])
-            step += 1
-            size = min(step / _WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / (n_steps + 1)))
-            student.move(settings.step_size * size, step)
-        by_epoch.append(float(_divergences(model_map.model, student.model, heldback).mean()))
-        if by_epoch[-1] < best_kl:
-            best, best_kl = student.state(), by_epoch[-1]
-    tell(n_steps, n_steps)
-    student.restore(best)
+    student = _Student(model_map, packed, tuning.settings.parts)
+    before = _divergences(model_map.model, student.model, tuning.heldback)
+    by_epoch = _learn(student, model_map.model, tuning, float(before.mean()), tell)
     moved, kept = student.rounded()
-    after = _divergences(model_map.model, student.model, heldback)
+    after = _divergences(model_map.model, student.model, tuning.heldback)
     gain = before - after
     error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else math.inf
     is_kept = float(gain.mean()) > 2 * error
     facts = {
-        **asdict(settings),
-        "n_windows": len(tokens),
-        "heldback_windows": len(heldback),
+        **asdict(tuning.settings),
+        "n_windows": len(tuning.tokens),
+        "heldback_windows": len(tuning.heldback),
         "kl_before": float(before.mean()),
         "kl_by_epoch": by_epoch,
         "kl_after": float(after.mean()),
@@ -132,6 +115,45 @@ def tune(
         "fixed_matrices": sorted(packed.keys() - moved.keys()),
     }
     return Tuned(moved, kept, facts) if is_kept else Tuned({}, {}, facts)
+
+
+def _learn(
+    student: "_Student",
+    original: nn.Module,
+    tuning: Tuning,
+    kl_before: float,
+    tell: Callable[[int, int], None],
+) -> list[float]:
+    """Take all steps, and go back to the best epoch, or to the start where none is better.
+
+    Args:
+        student: what learns.
+        original: what it learns from.
+        tuning: how.
+        kl_before: its divergence at the start.
+        tell: told of every step.
+
+    Returns:
+        The divergence after each epoch.
+    """
+    settings, tokens = tuning.settings, tuning.tokens
+    n_steps = settings.n_epochs * -(-len(tokens) // settings.windows)
+    best, best_kl, by_epoch = student.state(), kl_before, list[float]()
+    generator, step = torch.Generator().manual_seed(settings.seed), 0
+    for _ in range(settings.n_epochs):
+        order = torch.randperm(len(tokens), generator=generator)
+        for chosen in torch.split(order, settings.windows):
+            tell(step, n_steps)
+            student.learn(original, tokens[chosen])
+            step += 1
+            size = min(step / _WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / (n_steps + 1)))
+            student.move(settings.step_size * size, step)
+        by_epoch.append(float(_divergences(original, student.model, tuning.heldback).mean()))
+        if by_epoch[-1] < best_kl:
+            best, best_kl = student.state(), by_epoch[-1]
+    tell(n_steps, n_steps)
+    student.restore(best)
+    return by_epoch
 
 
 class _Student:
@@ -225,6 +247,7 @@ class _Student:
             for s in self.map.staying
             if site.is_routed
             and s.name.startswith(f"{layer.name}.")
+            and s.name in named
             and len(named[s.name]) == site.n_experts
         }
         found = []

@@ -6,7 +6,7 @@ Widths are multiples of 128 so that every block of llama.cpp fits, of 256 for ga
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,12 @@ EXPORTED: Mapping[str, Mapping[str, Any]] = {
 
 
 def save_rounded(
-    family: str, folder: Path, format_of: Callable[[Matrix], str], **changes: Any
+    family: str,
+    folder: Path,
+    format_of: Callable[[Matrix], str],
+    *,
+    include: Sequence[str] = (),
+    **changes: Any,
 ) -> nn.Module:
     """Write a packed checkpoint of a random model, rounded to nearest.
 
@@ -75,6 +80,7 @@ def save_rounded(
         family: key of `EXPORTED`.
         folder: directory to make; what is there is replaced.
         format_of: the format of each matrix.
+        include: what beside the layers is rounded too.
         changes: configuration fields to set otherwise.
 
     Returns:
@@ -82,12 +88,12 @@ def save_rounded(
     """
     model = tiny_model(family, **{**_WIDTHS, **EXPORTED[family], **changes})
     _shake(model)
-    model_map = map_model(model)
+    model_map = map_model(model, include=include)
     formats = {m.name: format_of(m) for m in model_map.inventory.matrices}
     shutil.rmtree(folder, ignore_errors=True)
     with open_part(folder) as part:
         writer = CheckpointWriter(part.checkpoint)
-        for layer in model_map.layers:
+        for layer in model_map.parts:
             items = list(
                 quantize_layer(
                     model_map,

@@ -14,6 +14,7 @@ from alphaquant.evaluators.engines.llama_cpp import generate, logits, tokenize
 from alphaquant.exports.gguf.twins import twin_of
 from alphaquant.exports.gguf.writer import MODEL_FILE, GgufExport
 from alphaquant.exports.packed import open_packed
+from alphaquant.models.gguf.header import read_header
 from alphaquant.models.loading import load_tokenizer
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.menus import menu_of
@@ -76,6 +77,24 @@ def test_a_quantized_file_computes_what_its_dequantized_model_computes(
     file = export(tmp_path / "packed", tmp_path / "out")
     assert distance(file, model) < INPUTS_ROUNDED
     assert len(generate(file, TOKENS, 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "include"),
+    [("olmoe", ("head", "embeddings")), ("llama", ("embeddings",)), ("gemma3_text", ("head",))],
+)
+def test_a_quantized_head_and_embeddings_are_computed_tied_or_not(
+    family: str, include: tuple[str, ...], tmp_path: Path
+) -> None:
+    formats = {"head": "int8-g32", "embedding": "int5-g32"}
+    model = save_rounded(
+        family, tmp_path / "packed", lambda m: formats.get(m.kind, "mxfp4"), include=include
+    )
+    file = export(tmp_path / "packed", tmp_path / "out")
+    types = {t.name: t.type for t in read_header(file).tensors}
+    assert types["token_embd.weight"] == ("Q8_0" if family == "gemma3_text" else "Q5_0")
+    assert ("output.weight" in types) == (family != "gemma3_text")
+    assert distance(file, model) < INPUTS_ROUNDED
 
 
 def test_every_type_of_the_menu_is_computed(tmp_path: Path) -> None:
