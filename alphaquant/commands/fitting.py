@@ -91,16 +91,22 @@ def fitted(spec: SearchSpec, progress: Progress) -> tuple[SearchSpec, list[str]]
     found = fit_to(spec.limits, model.config)
     lines = fit_lines(found, spec.limits)
     if found.weights <= 0:
+        taken = (f"{row[0]} {row[1]} MiB" for row in _rows(found, spec.limits)[:-1])
         raise ConfigError(
-            f"--fit {spec.limits.fit} leaves nothing for weights: "
-            f"{'; '.join(' '.join(line.split()) for line in lines[1:])}; give more memory, a "
-            "shorter --context, fewer --sequences, or --kv fp8"
+            f"--fit {spec.limits.fit} leaves nothing for weights ({'; '.join(taken)}); give more "
+            "memory, a shorter --context, fewer --sequences, or --kv fp8"
         )
     return replaced(spec, budget=f"{found.weights}bytes"), lines
 
 
 def fit_lines(found: Fit, limits: LimitSpec) -> list[str]:
     """The table of what is in memory, line by line."""
+    head = [f"in {limits.fit}", "MiB", "of what"]
+    return aligned(head, _rows(found, limits), left=(head[0], head[2])).splitlines()
+
+
+def _rows(found: Fit, limits: LimitSpec) -> list[list[str]]:
+    """What is in memory, how much it takes and what it is; weights last."""
     rows = [["engine and reserve", _mib(found.reserve), f"{limits.reserve:.0%} of the memory"]]
     rows += [
         [
@@ -111,9 +117,7 @@ def fit_lines(found: Fit, limits: LimitSpec) -> list[str]:
         for part in found.cache
     ]
     rows.append(["activations", _mib(found.activations), "estimate"])
-    rows.append(["weights", _mib(found.weights), "the budget: the whole checkpoint"])
-    head = [f"in {limits.fit}", "MiB", "of what"]
-    return aligned(head, rows, left=(head[0], head[2])).splitlines()
+    return [*rows, ["weights", _mib(found.weights), "the budget: the whole checkpoint"]]
 
 
 def _mib(n_bytes: int) -> str:

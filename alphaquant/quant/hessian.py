@@ -62,8 +62,8 @@ class HessianBatch:
         hessian: float32 [B, K, K], sums over tokens.
         n_tokens: tokens that each group saw, [B].
         source: how each Hessian was made, [B]: `plain`, `routing_weighted` (shared experts behind
-            a gate included), `routing_weighted+pooled`, `pooled`, of embeddings `identity`, of tied
-            ones `plain+identity`.
+            a gate included), `routing_weighted+pooled`, `pooled`, `identity` of embeddings,
+            `plain+identity` of tied ones.
         n_pooled: tokens' worth of the mean that each Hessian was mixed with.
         held: of some groups, by index, the part of the sum that comes from held-back tokens,
             float32 [K, K].

@@ -96,6 +96,7 @@ class Budget:
                 f"budget {self.text} is below what stays unquantized: "
                 f"{len(inventory.kept)} tensors ({_kept_text(inventory)}) take "
                 f"{_bytes_text(inventory.kept_bytes)}; give a larger budget"
+                f"{_include_text(inventory)}"
             )
         return n_bits - 8 * inventory.kept_bytes
 
@@ -164,6 +165,7 @@ def check_reachable(
     raise BudgetError(
         f"budget {budget.text} cannot be reached; the formats at hand reach {reach}; "
         "give a larger budget, or smaller formats with --formats"
+        f"{_include_text(inventory) if budget.is_of_file else ''}"
     )
 
 
@@ -212,6 +214,11 @@ def counting_rule() -> str:
         "scales, zero points, padding) divided by their weights; norms and routers are left out, "
         "and a budget in bytes or bpw-file counts every tensor of the checkpoint."
     )
+
+
+def _include_text(inventory: Inventory) -> str:
+    """What else can be done where lm_head and embeddings stay as they are."""
+    return "" if inventory.include else ", or search lm_head and embeddings too (--include)"
 
 
 def _kept_text(inventory: Inventory) -> str:
