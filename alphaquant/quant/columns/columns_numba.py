@@ -118,7 +118,7 @@ def _round_half(t, power, m):
 
 @njit(**_INNER)
 def _store(t, shared, power, m, rule):
-    """Free scales t[:m] to those that can be stored (`codecs.FreeScales.nearest`); in place."""
+    """Free scales t[:m] to those that can be stored (`codecs.StoredScales.nearest`); in place."""
     if rule.is_multiple:
         for n in range(m):
             ratio = t[n] / shared[n]
