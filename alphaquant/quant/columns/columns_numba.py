@@ -5,7 +5,8 @@ They do what `rounding.quantize_gptq` and `refine.refine` do inside one block of
 between blocks are `descent.py`'s. Compiled once per machine (16 s) and cached beside this file, or
 where NUMBA_CACHE_DIR says. It is one file, although a long one, because numba looks at nothing but
 the file of an entry point to see whether what it cached is old: after a change of a function that
-the entry point calls in another file, the old code would run.
+the entry point calls in another file, the old code would run. So it would after a change of the
+constants below that `codecs` and `format_rules` give: touch this file then.
 
 Everything is transposed, [columns, rows] and contiguous, so that neighbouring numbers belong to
 neighbouring rows, which are independent: they are the lanes of a vector. A tile of 64 rows of the
