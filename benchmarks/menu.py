@@ -27,15 +27,11 @@ from alphaquant.errors import BudgetError
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import solve
 from alphaquant.spaces.assignment import uniform_assignment
-from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.menus import DEFAULT_MENU, MENUS
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import find_device
 
-PLAIN = (
-    *("int1-g256", "int1-g64", "int2-g256-asym", "int2-g128", "int2-g128-asym"),
-    *("int3-g256-asym", "int3-g128", "int3-g64", "int4-g128", "int4-g128-asym", "int4-g64"),
-    *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128", "mxfp4"),
-)
+PLAIN = (*MENUS["int"], "mxfp4")
 """What an earlier ablation left of 32 formats without tables and super-blocks."""
 
 WIDE = (

@@ -32,8 +32,8 @@ from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.config import load_config, resolve
-from alphaquant.spaces.formats import DEFAULT_MENU, parse_format
-from alphaquant.spaces.menus import REFERENCE_FORMATS
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import DEFAULT_MENU, REFERENCE_FORMATS
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.specs.search import SearchSpec

@@ -47,7 +47,7 @@ from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.modules import PackedExperts, cache_dequantized
 from alphaquant.runtime.pipeline import PackingJob, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.menus import DEFAULT_MENU
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.inputs import load_source, model_location, read_text
 from alphaquant.testing.models import VOCABULARY, tiny_model

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from alphaquant.cli.reference import COMMANDS, reference
-from alphaquant.spaces.formats import FORMAT_KINDS, GGML_REPLACED, MENUS, parse_format, parse_menu
+from alphaquant.spaces.formats import FORMAT_KINDS, GGML_REPLACED, parse_format
+from alphaquant.spaces.menus import MENUS, parse_menu
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alphaquant"

@@ -42,8 +42,7 @@ from alphaquant.search.groups import check_grouping
 from alphaquant.search.sampler import make_sampler
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.budget import Budget, parse_budget
-from alphaquant.spaces.formats import parse_menu
-from alphaquant.spaces.menus import menu_of
+from alphaquant.spaces.menus import menu_of, parse_menu
 from alphaquant.spaces.profiles import Profile, find_profile, included
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory

@@ -2,7 +2,7 @@
 
 The configuration of the layers wins: `groupsize` stands in only where neither `default` nor an
 override that matches says `group_size`. -1 means that it stands in nowhere, so the format's own
-default (128 for int and fp) holds. One scale per row is written as `"group_size": -1` in the
+default (128 for int, nl and fp) holds. One scale per row is written as `"group_size": -1` in the
 configuration. mxfp and nvfp4 have fixed blocks whatever both say.
 
     groupsize   default                            a matrix gets

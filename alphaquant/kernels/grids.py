@@ -221,6 +221,20 @@ class FloatGrid:
         return torch.cat([magnitudes, -magnitudes])
 
 
+def whole_grid(kind: str, *, is_signed: bool) -> SignGrid | IntegerGrid | TableGrid:
+    """The grid of codes that stand for whole numbers.
+
+    Args:
+        kind: `int1` to `int8`, or a name in `TABLES`.
+        is_signed: whether integers are centred; false where they have zero points.
+    """
+    if kind in TABLES:
+        return TableGrid(TABLES[kind])
+    if kind == "int1":
+        return SignGrid()
+    return IntegerGrid(int(kind.removeprefix("int")), is_signed)
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent in float32 for integers -127 .. 127, exact on every device.
 

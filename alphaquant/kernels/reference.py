@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.kernels.bodies import FLOATS
-from alphaquant.kernels.grids import (
-    TABLES,
-    FloatGrid,
-    Grid,
-    IntegerGrid,
-    SignGrid,
-    TableGrid,
-    from_e8m0,
-)
+from alphaquant.kernels.grids import FloatGrid, Grid, from_e8m0, whole_grid
 from alphaquant.kernels.order import (
     BFLOAT16,
     KernelWeight,
@@ -37,11 +29,7 @@ def grid_of(element: str, *, is_signed: bool) -> Grid:
     if element in FLOATS:
         # Only rounding asks for the largest value, and kernels never round to a grid.
         return FloatGrid(*FLOATS[element], max_value=float("inf"))
-    if element in TABLES:
-        return TableGrid(TABLES[element])
-    if element == "int1":
-        return SignGrid()
-    return IntegerGrid(int(element.removeprefix("int")), is_signed)
+    return whole_grid(element, is_signed=is_signed)
 
 
 def dequantize(weight: KernelWeight) -> Tensor:

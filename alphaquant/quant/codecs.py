@@ -37,13 +37,13 @@ from torch import Tensor
 
 from alphaquant.errors import FormatError
 from alphaquant.kernels.grids import (
-    TABLES,
     FloatGrid,
     Grid,
     IntegerGrid,
     SignGrid,
     TableGrid,
     power_of_two,
+    whole_grid,
 )
 from alphaquant.spaces.formats import ELEMENTS, SUB_BITS, Format
 from alphaquant.specs.scale_search import ScaleSearch
@@ -98,7 +98,7 @@ class SignCodec:
 
 
 @dataclass(frozen=True)
-class FreeScales:
+class StoredScales:
     """How scales that are free numbers are stored.
 
     Attributes:
@@ -128,7 +128,7 @@ class IntegerCodec:
 
     grid: IntegerGrid
     shrinks: tuple[float, ...]
-    stored: FreeScales = FreeScales()
+    stored: StoredScales = StoredScales()
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """The rule's scale, then clipped ones."""
@@ -152,7 +152,7 @@ class TableCodec:
 
     grid: TableGrid
     shrinks: tuple[float, ...]
-    stored: FreeScales = FreeScales(keeps_zero=True)
+    stored: StoredScales = StoredScales(keeps_zero=True)
 
     def candidates(self, group: Tensor) -> Iterator[GroupScales]:
         """The rule's scale, then others, of both signs."""
@@ -160,7 +160,7 @@ class TableCodec:
 
 
 def _by_extreme(
-    group: Tensor, low: float, shrinks: tuple[float, ...], stored: FreeScales
+    group: Tensor, low: float, shrinks: tuple[float, ...], stored: StoredScales
 ) -> Iterator[GroupScales]:
     """Scales that map the element of largest magnitude to the lowest value, or beyond it."""
     extreme = group.gather(-1, group.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [B, N]
@@ -254,7 +254,7 @@ def fit(codec: Codec, group: Tensor, importance: Tensor | None = None) -> GroupS
     assert best is not None
     if not isinstance(codec, SignCodec | IntegerCodec | TableCodec | FloatCodec):
         return best
-    stored = codec.stored if isinstance(codec, IntegerCodec | TableCodec) else FreeScales()
+    stored = codec.stored if isinstance(codec, IntegerCodec | TableCodec) else StoredScales()
     refined = _least_squares_scale(codec.grid, group, best, weight, stored)
     error = _squared_error(codec.grid, group, refined, weight)
     assert best_error is not None
@@ -287,13 +287,13 @@ def make_codec(fmt: Format, search: ScaleSearch, shared: Tensor | None = None) -
     """
     grid, searched = make_grid(fmt), search != "minmax"
     if isinstance(grid, TableGrid):
-        stored = FreeScales(shared, keeps_zero=True)
+        stored = StoredScales(shared, keeps_zero=True)
         return TableCodec(grid, _TABLE_SHRINKS[fmt.bits] if searched else (1.0,), stored)
     if isinstance(grid, SignGrid):
         return SignCodec(grid)
     if isinstance(grid, IntegerGrid):
         shrinks = _int_shrinks(fmt.bits) if searched else (1.0,)
-        return IntegerCodec(grid, shrinks, FreeScales(shared))
+        return IntegerCodec(grid, shrinks, StoredScales(shared))
     if fmt.shared.scale == "e8m0":
         shifts = (0, 1) if searched else (0,)
         return MxCodec(grid, ELEMENTS[fmt.element].emax, shifts)
@@ -305,12 +305,8 @@ def make_codec(fmt: Format, search: ScaleSearch, shared: Tensor | None = None) -
 
 def make_grid(fmt: Format) -> SignGrid | IntegerGrid | TableGrid | FloatGrid:
     """The grid of a format's codes."""
-    if fmt.is_table:
-        return TableGrid(TABLES[fmt.kind])
-    if fmt.kind == "int1":
-        return SignGrid()
     if not fmt.element:
-        return IntegerGrid(fmt.bits, signed=fmt.symmetric)
+        return whole_grid(fmt.kind, is_signed=fmt.symmetric)
     element = ELEMENTS[fmt.element]
     return FloatGrid(element.exponent_bits, element.mantissa_bits, element.max_value)
 
@@ -344,7 +340,7 @@ def choose_super_scales(scales: Tensor, energy: Tensor, per_super: int) -> Tenso
         cost = cost / torch.where(own == 0, 1.0, own).square()
         extreme = own.gather(-2, own.abs().argmax(-2, keepdim=True))  # [.., 1, N]
         tried = torch.stack([round_scale(extreme / n) for n in _DIVISORS])  # [D, .., 1, N]
-        made = FreeScales(tried, keeps_zero=True).nearest(own)
+        made = StoredScales(tried, keeps_zero=True).nearest(own)
         error = ((made - own).square() * cost).sum(-2, keepdim=True).nan_to_num_(torch.inf)
         found.append(tried.gather(0, error.argmin(0, keepdim=True)).squeeze(0))
     return torch.cat(found, -2)
@@ -391,7 +387,7 @@ def round_scale(scale: Tensor) -> Tensor:
 
 
 def scale_step(
-    scale: Tensor, curvature: Tensor, slope: Tensor, stored: FreeScales = FreeScales()
+    scale: Tensor, curvature: Tensor, slope: Tensor, stored: StoredScales = StoredScales()
 ) -> Tensor:
     """What is added to scales so that an objective falls; zero where nothing helps.
 
@@ -424,7 +420,7 @@ def _squared_error(
 
 
 def _least_squares_scale(
-    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None, stored: FreeScales
+    grid: Grid, group: Tensor, scales: GroupScales, weight: Tensor | None, stored: StoredScales
 ) -> GroupScales:
     """The best scale for the codes that the given scales lead to: <w, v> / <v, v>."""
     zero = None if scales.zero is None else scales.zero.unsqueeze(-1)

@@ -29,7 +29,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from alphaquant.quant.codecs import FreeScales, choose_super_scales, scale_step
+from alphaquant.quant.codecs import StoredScales, choose_super_scales, scale_step
 from alphaquant.quant.columns.column_loops import ColumnLoops, NumbaLoops
 from alphaquant.quant.columns.state import Block, Groups, Rounding, better_rows, choose_rows
 from alphaquant.quant.factor import DampedHessian, Factor
@@ -304,7 +304,7 @@ class Rounder:
         known, shared = rounding.scales[..., index, :], None
         if self.rule.is_multiple:
             shared = rounding.shared[..., index // self.plan.groups_per_shared, :]
-        stored = FreeScales(shared, keeps_zero=self.rule.kind == TABLE)
+        stored = StoredScales(shared, keeps_zero=self.rule.kind == TABLE)
         step = scale_step(known, curvature, slope, stored)
         known += step
         D[..., own, :] -= step.unsqueeze(-2) * C

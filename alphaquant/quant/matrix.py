@@ -83,8 +83,7 @@ class RoundedBatch:
             stored["scales"] = (scales / shared.unsqueeze(-1)).to(torch.float8_e4m3fn)
             stored["global_scale"] = shared.clone()
         if self.super_scales is not None:
-            per_super = fmt.super_size // fmt.group_size
-            supers = self.super_scales.repeat_interleave(per_super, -1)[..., : scales.shape[-1]]
+            supers = _by_group(fmt, self.super_scales, scales.shape[-1])
             stored["scales"] = pack_multiples((scales / supers).round())
             stored["super_scales"] = self.super_scales.to(torch.float16)
         if self.zeros is not None:
@@ -204,16 +203,12 @@ class PackedMatrix:
         found: Tensor = unpack_codes(self.tensors["scales"], SUB_BITS, n_groups).float()
         return found + float(LEAST_MULTIPLE)
 
-    def _super_scales(self) -> Tensor:
-        """The super-scale of every group, float32 [rows, G]."""
-        supers: Tensor = self.tensors["super_scales"].to(torch.float32)
-        per_super = self.format.super_size // self.format.group_size
-        return supers.repeat_interleave(per_super, -1)[:, : self.format.n_groups(self.cols)]
-
     def _scales(self) -> Tensor:
         stored = self.tensors["scales"]
         if self.format.super_size:
-            return self.multiples() * self._super_scales()
+            multiples = self.multiples()
+            supers = self.tensors["super_scales"].to(torch.float32)
+            return multiples * _by_group(self.format, supers, multiples.shape[1])
         if self.format.shared.scale == "e8m0":
             return from_e8m0(stored)
         scales = stored.to(torch.float32)
@@ -225,6 +220,12 @@ def _make_table(fmt: Format, device: torch.device) -> Tensor:
     """Values of words of codes, made once per format and device; nobody writes to it."""
     codes = torch.arange(2**fmt.bits, dtype=torch.uint8, device=device)
     return make_table(make_grid(fmt).to_values(codes), fmt.bits)
+
+
+def _by_group(fmt: Format, super_scales: Tensor, n_groups: int) -> Tensor:
+    """Super-scales [.., P], each once per group of its super-block: [.., G]."""
+    per_super = fmt.super_size // fmt.group_size
+    return super_scales.repeat_interleave(per_super, -1)[..., :n_groups]
 
 
 def pack_multiples(multiples: Tensor) -> Tensor:

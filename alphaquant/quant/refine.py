@@ -29,7 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alphaquant.quant.codecs import FreeScales, make_grid, rebuild, scale_step, snap
+from alphaquant.quant.codecs import StoredScales, make_grid, rebuild, scale_step, snap
 from alphaquant.quant.matrix import RoundedBatch
 from alphaquant.spaces.formats import Format
 
@@ -77,7 +77,7 @@ def sweep(weight: Tensor, hessian: Tensor, rounded: RoundedBatch) -> RoundedBatc
     values, scales = rounded.values.clone(), rounded.scales.clone()
     supers = None if rounded.super_scales is None else rounded.super_scales.clone()
     R = (weight - rounded.weights()) @ hessian  # [B, N, K]
-    size, stored = fmt.columns_per_scale(n_cols), FreeScales(keeps_zero=fmt.is_table)
+    size, stored = fmt.columns_per_scale(n_cols), StoredScales(keeps_zero=fmt.is_table)
     for g, start in enumerate(range(0, n_cols, size)):
         group = slice(start, min(n_cols, start + size))
         zero = None if rounded.zeros is None else rounded.zeros[..., g]

@@ -14,8 +14,9 @@ Why isotonic regression and not a running minimum: a format that noise makes dea
 one is not on the hull, so the solver never sees it and a running minimum changes nothing. What
 hurts is the smaller one's lucky low estimate; pooling the two (the least-squares fit that never
 rises with bits) takes half of that back. It is only valid where more bits cannot be worse: inside
-one chain (int symmetric, int asymmetric, fp, mxfp), not across (mxfp4 at 4.25 bits may honestly be
-worse than int4-g128-asym at 4.16), and not between formats of equal bits (elements e4m3 and e5m2).
+one chain (int symmetric, int asymmetric, nl, fp, mxfp; int and nl in super-blocks), not across
+(mxfp4 at 4.25 bits may honestly be worse than int4-g128-asym at 4.16), and not between formats of
+equal bits (elements e4m3 and e5m2).
 
 Source: docs/algorithms.md, sections 2 (S, R) and 3 (shrinkage, the knobs).
 Letters: U units, F formats, S fisher cost, R error cost, n calibration tokens, g (layer, family).

@@ -209,7 +209,7 @@ def _check_width(matrix: Matrix, fmt: Format) -> None:
     if not fmt.fits(matrix.cols):
         raise ConfigError(
             f"{matrix.name} has {matrix.cols} inputs, and {fmt.name} has blocks of "
-            f"{fmt.group_size}; give it a format of smaller blocks, such as iq4_nl"
+            f"{fmt.group_size}; give it a format of smaller blocks, such as nl4-g32"
         )
 
 

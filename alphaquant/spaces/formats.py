@@ -141,6 +141,12 @@ GGML_TWINS: Mapping[str, str] = MappingProxyType(
 )
 """Types of llama.cpp that are ours, number for number: they go by our names."""
 
+GGML_REPLACED: Mapping[str, str] = MappingProxyType(
+    {"q3_k": "int3-g16-s256", "iq4_xs": "nl4-g32-s256", "iq4_nl": "nl4-g32"}
+)
+"""Types of llama.cpp that hold the very numbers of formats of ours, which we round better; what
+its own code makes of them goes by their names: docs/llama-cpp.md."""
+
 FORMAT_KINDS: tuple[str, ...] = (
     *(f"int{b}" for b in _INT_BITS),
     *(f"nl{b}" for b in _TABLE_BITS),
@@ -275,11 +281,6 @@ class Format:
     def is_table(self) -> bool:
         """Whether codes stand for the numbers of a table."""
         return self.family == "nl"
-
-    @property
-    def scale_type(self) -> str:
-        """How a scale is stored: `float16`, `e8m0`, `e4m3`, or `sub` inside super-blocks."""
-        return "sub" if self.super_size else self.shared.scale
 
     @property
     def has_groups(self) -> bool:
@@ -499,78 +500,3 @@ def _group_size(kind: str, group_size: int | None) -> int:
             f"{kind}: group size {group_size} is not possible; use {GROUP_SIZES}, e.g. 32, 64, 128"
         )
     return group_size
-
-
-_INT_MENU: tuple[str, ...] = (
-    *("int1-g256", "int1-g64"),
-    *("int2-g256-asym", "int2-g128", "int2-g128-asym"),
-    *("int3-g256-asym", "int3-g128", "int3-g64"),
-    *("int4-g128", "int4-g128-asym", "int4-g64"),
-    *("int5-g128-asym", "int5-g64-asym", "int6-g128-asym", "int8-g128"),
-)
-
-DEFAULT_MENU: tuple[str, ...] = (
-    *("int1-g256", "int1-g64"),
-    *("nl2-g128", "nl2-g32-s256", "nl2-g16-s256"),
-    *("nl3-g128", "nl3-g64-s256", "nl3-g32-s256", "nl3-g16-s256"),
-    *("nl4-g32-s256", "int4-g64", "mxfp4", "nl4-g16-s256"),
-    *("int5-g64-asym", "int6-g128-asym", "int8-g128"),
-)
-"""Formats that a search considers unless told otherwise.
-
-Chosen by measurement: benchmarks/allocation.md. int4-g64 and mxfp4 are uniform formats of exactly
-4.25 bits, which people use: as part of the menu they are trials, so a search at that budget cannot
-end above them.
-"""
-
-GGML_REPLACED: Mapping[str, str] = MappingProxyType(
-    {"q3_k": "int3-g16-s256", "iq4_xs": "nl4-g32-s256", "iq4_nl": "nl4-g32"}
-)
-"""Types of llama.cpp that hold the very numbers of formats of ours, which we round better:
-docs/llama-cpp.md."""
-
-GGUF_MENU: tuple[str, ...] = (
-    *(kind for kind in GGML_BLOCKS if kind not in GGML_REPLACED),
-    *GGML_REPLACED.values(),
-    *GGML_TWINS.values(),
-    *("mxfp4", "bf16"),
-)
-"""Every type of llama.cpp, once: its own and those that are ours."""
-
-MENUS: dict[str, tuple[str, ...]] = {
-    "default": DEFAULT_MENU,
-    "int": _INT_MENU,
-    "gguf": GGUF_MENU,
-    "mx": ("mxfp4", "mxfp6", "mxfp8"),
-    "fp": ("fp4-e2m1-g128", "fp6-e3m2-g128", "fp8-e4m3-g128"),
-    "all": (
-        *dict.fromkeys((*DEFAULT_MENU, *_INT_MENU)),
-        "mxfp6",
-        "mxfp8",
-        "nvfp4",
-        "fp4-e2m1-g128",
-        "fp6-e3m2-g128",
-        "fp8-e4m3-g128",
-        "bf16",
-    ),
-}
-
-
-def parse_menu(text: str) -> tuple[str, ...]:
-    """Read `--formats`: menu names and format names, separated by commas.
-
-    Returns:
-        Canonical names without duplicates, sorted by nominal bits.
-
-    Raises:
-        FormatError: an unknown name, or nothing given.
-    """
-    names: set[str] = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        names |= {parse_format(n).name for n in MENUS.get(part, (part,))}
-    if not names:
-        raise FormatError(
-            f"no formats in {text!r}; give names such as int4-g128,mxfp4 or a menu: "
-            f"{', '.join(MENUS)}"
-        )
-    return tuple(sorted(names, key=lambda n: (parse_format(n).nominal_bits, n)))

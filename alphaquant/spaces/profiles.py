@@ -78,7 +78,7 @@ class FormatRule:
 
     Attributes:
         kinds: format kinds, see `alphaquant.spaces.formats.FORMAT_KINDS`.
-        group_sizes: group sizes of int and fp formats; empty for all.
+        group_sizes: group sizes of int, nl and fp formats; empty for all.
         symmetric_only: whether zero points are refused.
         elements: elements of fp and mxfp formats; empty for all.
         needs_whole_groups: whether the group must divide the inputs.
@@ -133,8 +133,9 @@ class FormatRule:
         parts += ["where nothing is fused"] if self.is_alone else []
         sizes = ("row" if size == PER_ROW else str(size) for size in self.group_sizes)
         groups = f", group {', '.join(sizes)}" if self.group_sizes else ""
-        in_supers = f" in super-blocks of {SUPER_SIZE}" if 0 not in self.super_sizes else ""
-        return " ".join(parts) + groups + in_supers
+        in_supers = f" in super-blocks of {SUPER_SIZE}" if SUPER_SIZE in self.super_sizes else ""
+        also = ", also" if in_supers and 0 in self.super_sizes else ""
+        return " ".join(parts) + groups + also + in_supers
 
 
 @dataclass(frozen=True)

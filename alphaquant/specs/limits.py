@@ -38,7 +38,7 @@ class LimitSpec:
     none."""
     formats: str = "auto"
     """Formats and menus to choose from, comma-separated, such as int3-g64-asym,mxfp4; menus:
-    default, int, mx, fp, all. auto: the profile's menu."""
+    default, int, nl, gguf, mx, fp, all. auto: the profile's menu."""
     profile: str = "any"
     """What the result must load in: any (our runtime), kernels (our runtime on GPUs), vllm
     (checked against 0.32.0), sglang (0.5.23, read and not run), transformers (5.23.0 with

@@ -27,12 +27,12 @@ from alphaquant.quant.rounding import Factor, hessian_error, quantize_gptq, quan
 from alphaquant.quant.rounding import factorize as plain_factorize
 from alphaquant.spaces.formats import (
     ASYMMETRIC_KINDS,
-    MENUS,
     SUPER_GROUPS,
     SUPER_KINDS,
     Format,
     parse_format,
 )
+from alphaquant.spaces.menus import MENUS
 from alphaquant.specs.scale_search import ScaleSearch
 
 _GROUPS = ("g32", "g64", "g128", "g256", "row")

@@ -24,7 +24,8 @@ from alphaquant.runtime.checkpoint import CheckpointWriter
 from alphaquant.runtime.integrity import write_checksums
 from alphaquant.runtime.parts import open_part
 from alphaquant.spaces.assignment import Assignment
-from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import MENUS
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.formats import draw_weights

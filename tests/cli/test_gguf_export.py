@@ -102,6 +102,7 @@ def test_types_of_llama_cpp_without_its_library_are_refused_with_what_to_install
     assert done.code == 1
     assert "iq4_nl: weights become llama.cpp's types by its own code" in done.err
     assert "pip install 'aq-search[llamacpp]'" in done.err
+    assert "formats of ours (nl4-g32 is iq4_nl, number for number)" in done.err
     given = ("--model", "demo", "--profile", "gguf", "--budget", "3bits", "--plan")
     assert "aq-search[llamacpp]" in run("aq-search", *given).err
 

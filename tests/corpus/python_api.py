@@ -8,7 +8,8 @@ import alphaquant
 from alphaquant.errors import BudgetError, ConfigError, FormatError, ModelError, StoreError
 from alphaquant.spaces.budget import parse_budget
 from alphaquant.spaces.config import load_config
-from alphaquant.spaces.formats import parse_format, parse_menu
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import parse_menu
 from alphaquant.specs.checkpoint import CheckpointSpec
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.specs.quantize import QuantizeSpec

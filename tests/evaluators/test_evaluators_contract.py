@@ -23,7 +23,7 @@ from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.evaluators.utilization import UtilizationEvaluator
 from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import load
-from alphaquant.spaces.formats import MENUS
+from alphaquant.spaces.menus import MENUS
 from alphaquant.studies.inputs import load_source, read_text
 from alphaquant.testing.evaluators import check_evaluator, check_worse, round_model
 from alphaquant.testing.models import tiny_model, tiny_tokens

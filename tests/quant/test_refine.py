@@ -10,7 +10,8 @@ from alphaquant.kernels.grids import Grid
 from alphaquant.quant.codecs import make_grid
 from alphaquant.quant.refine import refine, sweep
 from alphaquant.quant.rounding import dampen, factorize, hessian_error, quantize_gptq, quantize_rtn
-from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import MENUS
 
 FORMATS = [n for n in MENUS["all"] if n != "bf16"]
 

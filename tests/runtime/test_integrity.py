@@ -80,6 +80,12 @@ def test_a_flipped_bit_is_told_with_what_to_do(packed: Path) -> None:
         ("int4", "scales", lambda t: t.view(-1)[3:4].fill_(float("nan")), "NaN"),
         ("int4", "scales", lambda t: t.view(-1)[:1].fill_(float("-inf")), "infinite"),
         ("fp8", "scales", lambda t: t.view(-1)[-1:].fill_(float("inf")), "infinite"),
+        (
+            "nl2-g32-s256",
+            "super_scales",
+            lambda t: t.view(-1)[-1:].fill_(float("inf")),
+            "infinite",
+        ),
         ("mxfp4", "scales", lambda t: t.view(-1)[-1:].fill_(255), "NaN"),
         ("nvfp4", "scales", lambda t: t.copy_(-t.float()), "negative or zero"),
         ("nvfp4", "scales", lambda t: t.view(torch.uint8)[:1].fill_(0x7F), "NaN"),

@@ -23,7 +23,8 @@ from alphaquant.runtime import checkpoint, pipeline
 from alphaquant.runtime.checkpoint import load, quantized_bytes
 from alphaquant.runtime.pipeline import PackingJob, PipelineResult, quantize_to_checkpoint
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
-from alphaquant.spaces.formats import MENUS, parse_format
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import MENUS
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, ROUTED_EXPERTS, TOP_K, tiny_model, tiny_tokens

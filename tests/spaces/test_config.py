@@ -26,10 +26,10 @@ from alphaquant.spaces.formats import (
     ACTIVATION_KINDS,
     BF16,
     FORMAT_KINDS,
-    MENUS,
     make_format,
     parse_format,
 )
+from alphaquant.spaces.menus import MENUS
 from alphaquant.spaces.units import Inventory, Matrix
 
 FORMATS = [

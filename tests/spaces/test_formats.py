@@ -13,11 +13,9 @@ from alphaquant.spaces.formats import (
     ACTIVATION_KINDS,
     ASYMMETRIC_KINDS,
     BF16,
-    DEFAULT_MENU,
     ELEMENTS,
     FORMAT_KINDS,
     GGML_TWINS,
-    MENUS,
     PER_ROW,
     SUPER_KINDS,
     SUPER_SIZE,
@@ -26,7 +24,6 @@ from alphaquant.spaces.formats import (
     elements_of,
     make_format,
     parse_format,
-    parse_menu,
 )
 
 KINDS = [
@@ -300,25 +297,6 @@ def test_bf16_is_the_only_format_that_does_not_quantize() -> None:
     assert [k for k in KINDS if not make_format(k).is_quantized] == ["bf16"]
     assert BF16.n_groups(128) == 0
     assert BF16.shared.scale_bits == 0
-
-
-def test_a_menu_is_sorted_by_bits_and_without_duplicates() -> None:
-    assert parse_menu("int8-g128, mxfp4,int4,int4-g128") == ("int4-g128", "mxfp4", "int8-g128")
-    assert parse_menu("mx,mxfp4") == ("mxfp4", "mxfp6", "mxfp8")
-    assert set(parse_menu("default")) == set(DEFAULT_MENU)
-
-
-@pytest.mark.parametrize("menu", MENUS)
-def test_every_menu_holds_canonical_names(menu: str) -> None:
-    assert set(parse_menu(menu)) == set(MENUS[menu])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [(" , ", "no formats in"), ("int4,huge", "unknown format 'huge'")]
-)
-def test_a_menu_without_formats_is_refused(text: str, message: str) -> None:
-    with pytest.raises(FormatError, match=message):
-        parse_menu(text)
 
 
 def test_a_type_of_llama_cpp_has_the_bits_of_its_blocks_where_they_fit() -> None:

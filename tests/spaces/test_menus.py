@@ -2,13 +2,13 @@
 
 import pytest
 
+from alphaquant.cli.reference import reference
 from alphaquant.demo import model_path
 from alphaquant.errors import FormatError
 from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import map_model
 from alphaquant.spaces.budget import parse_budget
-from alphaquant.spaces.formats import DEFAULT_MENU, parse_menu
-from alphaquant.spaces.menus import SERVING_MENU, menu_of
+from alphaquant.spaces.menus import DEFAULT_MENU, MENUS, SERVING_MENU, menu_of, parse_menu
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
 from alphaquant.testing.models import tiny_model
@@ -53,3 +53,28 @@ def test_the_demo_can_be_searched_for_an_engine_at_two_bits_and_a_tenth() -> Non
 def test_the_menu_of_llama_cpp_is_all_of_its_types() -> None:
     assert menu_of("auto", find_profile("gguf")) == parse_menu("gguf")
     assert menu_of("int4-g128,q4_k", find_profile("gguf")) == ("q4_k",)
+
+
+def test_a_menu_is_sorted_by_bits_and_without_duplicates() -> None:
+    assert parse_menu("int8-g128, mxfp4,int4,int4-g128") == ("int4-g128", "mxfp4", "int8-g128")
+    assert parse_menu("mx,mxfp4") == ("mxfp4", "mxfp6", "mxfp8")
+    assert set(parse_menu("default")) == set(DEFAULT_MENU)
+
+
+@pytest.mark.parametrize("menu", MENUS)
+def test_every_menu_holds_canonical_names(menu: str) -> None:
+    assert set(parse_menu(menu)) == set(MENUS[menu])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(" , ", "no formats in"), ("int4,huge", "unknown format 'huge'")]
+)
+def test_a_menu_without_formats_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_menu(text)
+
+
+def test_the_help_names_every_menu() -> None:
+    described = " ".join(reference().split())
+    listed = described.split("menus: ", 1)[1].split(".", 1)[0]
+    assert set(listed.split(", ")) == set(MENUS)

@@ -7,7 +7,8 @@ import pytest
 
 from alphaquant.errors import ConfigError, FormatError
 from alphaquant.spaces.budget import parse_budget
-from alphaquant.spaces.formats import DEFAULT_MENU, MENUS, parse_format
+from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.menus import DEFAULT_MENU, MENUS
 from alphaquant.spaces.profiles import (
     PROFILES,
     allowed_formats,

@@ -9,7 +9,7 @@ from alphaquant.spaces.assignment import (
     uniform_assignment,
 )
 from alphaquant.spaces.budget import parse_budget
-from alphaquant.spaces.formats import DEFAULT_MENU
+from alphaquant.spaces.menus import DEFAULT_MENU
 from alphaquant.spaces.profiles import PROFILES, units_of
 from alphaquant.spaces.space import SearchSpace, make_space
 from alphaquant.spaces.units import Inventory

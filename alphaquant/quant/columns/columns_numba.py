@@ -3,7 +3,10 @@
 
 They do what `rounding.quantize_gptq` and `refine.refine` do inside one block of columns; products
 between blocks are `descent.py`'s. Compiled once per machine (16 s) and cached beside this file, or
-where NUMBA_CACHE_DIR says.
+where NUMBA_CACHE_DIR says. It is one file, although a long one, because numba looks at nothing but
+the file of an entry point to see whether what it cached is old: after a change of a function that
+the entry point calls in another file, the old code would run. So it would after a change of the
+constants below that `codecs` and `format_rules` give: touch this file then.
 
 Everything is transposed, [columns, rows] and contiguous, so that neighbouring numbers belong to
 neighbouring rows, which are independent: they are the lanes of a vector. A tile of 64 rows of the
@@ -118,7 +121,7 @@ def _round_half(t, power, m):
 
 @njit(**_INNER)
 def _store(t, shared, power, m, rule):
-    """Free scales t[:m] to those that can be stored (`codecs.FreeScales.nearest`); in place."""
+    """Free scales t[:m] to those that can be stored (`codecs.StoredScales.nearest`); in place."""
     if rule.is_multiple:
         for n in range(m):
             ratio = t[n] / shared[n]

@@ -147,7 +147,7 @@ def round_half(x):
 
 @triton.jit
 def store(x, shared, numbers, KIND: tl.constexpr):
-    """Free scales to those that can be stored (`codecs.FreeScales.nearest`)."""
+    """Free scales to those that can be stored (`codecs.StoredScales.nearest`)."""
     if numbers.is_multiple is not None:
         ratio = divide(x, shared)
         multiple = round_whole(clip(ratio, _LEAST_MULTIPLE, _MOST_MULTIPLE))

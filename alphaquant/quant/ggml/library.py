@@ -5,14 +5,14 @@ imported: the Python interface of that package is not used.
 """
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from alphaquant.errors import ModelError
 from alphaquant.models.gguf.header import check_package
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.formats import GGML_REPLACED, parse_format
 
 
 def is_installed() -> bool:
@@ -33,14 +33,16 @@ def check_formats(names: Iterable[str]) -> None:
     if not own:
         return
     if not is_installed():
-        raise _missing(", ".join(own))
+        raise _missing(own)
     check_package()
 
 
-def _missing(wanted: str) -> ModelError:
+def _missing(names: Sequence[str]) -> ModelError:
+    ours = ", ".join(f"{GGML_REPLACED[n]} is {n}" for n in names if n in GGML_REPLACED)
     return ModelError(
-        f"{wanted}: weights become llama.cpp's types by its own code, in the package xllamacpp, "
-        "which is not installed; pip install 'aq-search[llamacpp]', or name formats of ours"
+        f"{', '.join(names)}: weights become llama.cpp's types by its own code, in the package "
+        "xllamacpp, which is not installed; pip install 'aq-search[llamacpp]', or name formats of "
+        f"ours{f' ({ours}, number for number)' if ours else ''}"
     )
 
 
@@ -53,7 +55,7 @@ def open_library() -> ctypes.CDLL:
     """
     found = find_spec("xllamacpp")
     if found is None or found.origin is None:
-        raise _missing("llama.cpp's types")
+        raise _missing(["llama.cpp's types"])
     files = sorted(Path(found.origin).parent.glob("xllamacpp*.so"))
     try:
         return ctypes.CDLL(str(files[0]))

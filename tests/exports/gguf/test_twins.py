@@ -8,7 +8,7 @@ import torch
 from alphaquant.exports.gguf.twins import blocks_of, plain_twin, twin_of
 from alphaquant.quant.matrix import PackedMatrix, pack_bf16
 from alphaquant.quant.rounding import quantize_rtn
-from alphaquant.spaces.formats import parse_format
+from alphaquant.spaces.formats import GGML_BLOCKS, GGML_REPLACED, GGML_TWINS, parse_format
 from alphaquant.testing.formats import draw_weights
 
 EXACT = {
@@ -93,3 +93,14 @@ def test_bfloat16_is_written_as_it_is() -> None:
 )
 def test_what_has_no_exact_twin_has_none(name: str, cols: int) -> None:
     assert twin_of(parse_format(name), cols) is None
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [*GGML_TWINS.items(), *GGML_REPLACED.items()])
+def test_a_format_that_is_said_to_be_a_type_is_written_as_that_type(
+    theirs: str, ours: str
+) -> None:
+    twin = twin_of(parse_format(ours), 768)
+    assert twin is not None and twin.name == theirs.upper()
+    assert 8 * twin.row_bytes(768) == parse_format(ours).storage_bits(1, 768)
+    if theirs in GGML_REPLACED:
+        assert (twin.block, twin.row_bytes(twin.block)) == GGML_BLOCKS[theirs]
