@@ -147,11 +147,8 @@ def measured(engine: Engine, formats: Iterable[str], root: Path) -> list[Run]:
                 if dtype_of(engine, name, kind) != dtype:
                     continue
                 plan = engine.choice(name, kind)
-                if (
-                    plan is None
-                    or set(plan.values()) == {"bf16"}
-                    and engine.profile.name != "gguf"
-                ):
+                is_file = name != "bf16" or engine.profile.name == "gguf"
+                if plan is None or not is_file:  # others take no file without a quantized matrix
                     continue
                 folder = root / f"{name}-{kind}"
                 folder.mkdir()
