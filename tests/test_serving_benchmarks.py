@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from alphaquant.spaces.formats import MENUS
 from alphaquant.testing.models import tiny_model
 from tests.benches import import_benchmark
 
@@ -14,7 +15,9 @@ def test_the_page_of_engines_has_the_table_of_the_result_files() -> None:
     engines = import_benchmark("engines_table")
     page, results = (ROOT / "docs" / "engines.md").read_text(), engines.read_results()
     assert {result["engine"] for result in results} >= {"transformers", "llama.cpp"}
-    assert engines.page_with(engines.table(results), page) == page
+    table = engines.table(results)
+    assert engines.page_with(table, page) == page
+    assert all(f"| `{name}` |" in table for name in MENUS["gguf"])  # also one that was not run
 
 
 def test_a_format_that_was_not_run_or_did_not_load_is_told_from_one_that_is_not_there() -> None:
