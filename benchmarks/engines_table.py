@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,8 @@ def measured(engine: Engine, formats: Iterable[str], root: Path) -> list[Run]:
                 if dtype_of(engine, name, kind) != dtype:
                     continue
                 plan = engine.choice(name, kind)
-                if (
-                    plan is None
-                    or set(plan.values()) == {"bf16"}
-                    and engine.profile.name != "gguf"
-                ):
+                is_file = name != "bf16" or engine.profile.name == "gguf"
+                if plan is None or not is_file:  # others take no file without a quantized matrix
                     continue
                 folder = root / f"{name}-{kind}"
                 folder.mkdir()
@@ -195,7 +193,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The table, then a line per engine with what ran.
     """
-    names = sorted({run["format"] for r in results for run in r["runs"]}, key=in_order)
+    menus = (menu_of("auto", find_profile(result["profile"])) for result in results)
+    ran = (run["format"] for result in results for run in result["runs"])
+    names = sorted({*chain.from_iterable(menus), *ran}, key=in_order)
     head, rows = ["format"], [[f"`{name}`"] for name in names]
     for result in results:
         profile = find_profile(result["profile"])

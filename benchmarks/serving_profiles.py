@@ -161,7 +161,8 @@ def main() -> None:
                 row |= served.kl(folder)
             rows.append(row)
             logger.info("%s", json.dumps(row))
-            facts = {"effort": args.effort, **run_facts(find_device("auto"))}
+            facts = {"model": Path(args.model).name, "effort": args.effort}
+            facts |= run_facts(find_device("auto"))
             args.out.write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n")
     print(table(rows))
 

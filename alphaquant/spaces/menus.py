@@ -47,7 +47,7 @@ GGUF_MENU: tuple[str, ...] = (
     *GGML_TWINS.values(),
     *("mxfp4", "bf16"),
 )
-"""Every type of llama.cpp, once: its own and those that are ours."""
+"""Types of llama.cpp, each once: its own and those that are ours. IQ1, TQ and NVFP4 are not."""
 
 MENUS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT_MENU,

@@ -58,7 +58,8 @@ def read_config(header: GgufHeader) -> Any:
     if header.architecture not in ARCHITECTURES:
         raise ModelError(
             f"{header.path} has the architecture {header.architecture}; GGUF files of "
-            f"{', '.join(ARCHITECTURES)} are read: give the original checkpoint"
+            f"{', '.join(ARCHITECTURES)} are read: give the original checkpoint, or run the file "
+            "with aq-eval --engine llama.cpp"
         )
     _check_numbers(header)
     place, name = str(header.path.parent), header.path.name

@@ -80,10 +80,11 @@ class PackedIntForm(Form):
         """Codes, scales, zero points, and what is beside them."""
         n_groups = n_even_groups(cols, self.group_size)
         words, sparse = -(-cols * self.bits // WORD), -(-cols // (WORD // self.bits))
+        others: dict[tuple[int, ...], str] = {}
+        if sparse != words:
+            others[rows, sparse] = _SPARSE_WORDS
         found = {
-            "weight_packed": Part(
-                ((rows, words),), _INT32, other_layouts={(rows, sparse): _SPARSE_WORDS}
-            ),
+            "weight_packed": Part(((rows, words),), _INT32, other_layouts=others),
             "weight_scale": Part(((rows, n_groups),), FLOATS),
             "weight_shape": Part(((2,),), frozenset(("I64", "I32")), is_required=False),
         }

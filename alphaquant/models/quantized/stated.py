@@ -214,9 +214,9 @@ def _auto_round_form(fields: Mapping[str, Any]) -> Form | None:
             f"packing_format {packing!r} of auto-round is not read; "
             f"{', '.join(_AUTO_ROUND_PACKINGS)} are: export it as one of these"
         )
-    if version == "awq":
-        return _read_awq({"bits": fields["bits"], "group_size": fields["group_size"]}).default
     own = {"bits": fields["bits"], "group_size": fields["group_size"]}
+    if version == "awq":
+        return _read_awq(own).default
     return _gptq_form({**own, "checkpoint_format": version})
 
 

@@ -183,6 +183,11 @@ Damage = Callable[[dict[str, Tensor]], object]
             r"weight is I8 \[128, 128\]; fp8 128x128 has F8_E4M3",
         ),
         (awq(), lambda t: t.update({f"{FIRST}.g_idx": torch.zeros(128)}), "has g_idx, and awq"),
+        (  # 4-bit words have one layout in all releases
+            compressed("int4-g32"),
+            lambda t: t.update({f"{FIRST}.weight_packed": t[f"{FIRST}.weight_packed"].long()}),
+            r"weight_packed is I64 \[128, 16\]; .*do not belong together",
+        ),
         (
             compressed("int4-g32"),
             lambda t: t.update({f"{FIRST}.weight_g_idx": torch.zeros(128)}),

@@ -122,7 +122,9 @@ def grown(kind: str, small: Path, large: Path) -> Grown:
             peak = max(peak, found)
         after = int(process.stdout.readline())
     assert process.returncode == 0
-    return Grown(peak - before, after - before)
+    found = Grown(peak - before, after - before)
+    print(f"{kind}: {found} bytes")  # docs/serving.md has them: pytest -s
+    return found
 
 
 def watch(process: "subprocess.Popen[str]") -> Iterator[int]:

@@ -375,6 +375,7 @@ print([name for name in ("numba", "optuna", "cyclopts", "datasets") if name in s
 
 REFUSALS = """
 from types import SimpleNamespace
+from torch import nn
 from alphaquant.errors import AlphaQuantError
 from alphaquant.models.quantization_config import read_formats
 from alphaquant.runtime.vllm.engine_config import PackedConfig, check_version
@@ -392,11 +393,14 @@ def layer(config=(), **changes):
 
 check_servable(layer())
 entry = {"quant_method": "alphaquant", "version": 1, "formats": {"a": "int4-g64"}}
-PackedConfig.from_config(entry)
+ends = {"lm_head": "int8-g128", "model.embed_tokens": "bf16"}
+packed = PackedConfig.from_config({**entry, "formats": ends})
+assert packed.get_quant_method(nn.Embedding(1, 1), "model.embed_tokens") is None
 check_version("0.33.1+cu130")
 for trial in (
     lambda: PackedConfig.from_config({**entry, "activations": {"a": "int8-row"}}),
     lambda: PackedConfig.from_config({**entry, "version": 2}),
+    lambda: packed.get_quant_method(nn.Linear(1, 1), "lm_head"),
     lambda: check_version("0.34.0"),
     lambda: check_servable(layer({"has_bias": True})),
     lambda: check_servable(layer(activation=MoEActivation.GELU)),
@@ -418,6 +422,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(engine: Engine, tmp_path
     parts = (
         "inputs of 1 matrices are rounded, e.g. of a to int8-row",
         "has format version 2",
+        "lm_head is packed as int8-g128, and vLLM's plug-in serves packed linears and experts",
         "vLLM 0.34.0 is installed",
         "needs experts with biases",
         "as gating function",
