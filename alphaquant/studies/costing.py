@@ -18,6 +18,7 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
+from alphaquant.costs.output_hessians import measure_output_hessians, output_hessians_key
 from alphaquant.costs.partial import want_all
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import device_of
@@ -27,6 +28,7 @@ from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
+from alphaquant.quant.output_hessian import OutputHessians
 from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray
@@ -70,6 +72,8 @@ class Costs:
         return float(self.units.fisher[np.arange(len(chosen)), chosen].sum())
 
 
+_OUTPUTS = CostSettings()
+"""How the gradients for output Hessians are taken."""
 _SHORT_WEIGHTS = 10**8
 """Quantizable weights from which on a bank holds what can win only."""
 _SAMPLED_UNITS = 64
@@ -310,9 +314,38 @@ def fill_source_bank(
     key = bank_key(source.digest, calibration.digest, settings)
     bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
     tokens = calibration.tokens
-    fill_bank(bank, source.map, tokens, names, settings, wanted=wanted, progress=progress)
+    fill_bank(
+        bank,
+        source.map,
+        tokens,
+        names,
+        settings,
+        wanted=wanted,
+        progress=progress,
+        outputs=lambda: output_hessians(source, calibration, cache, progress),
+    )
     bank.verify(names)
     return bank
+
+
+def output_hessians(
+    source: Source, calibration: TokenSet, cache: Path | None, progress: Progress
+) -> OutputHessians:
+    """The output Hessians of a model on a calibration text, measured or found in the cache.
+
+    Args:
+        source: the model.
+        calibration: the text.
+        cache: where they are kept; None for the default place.
+        progress: called with a stage's name, steps done, steps.
+
+    Raises:
+        ModelError: the model cannot be walked backwards.
+        StoreError: the disk is full.
+    """
+    key = output_hessians_key(source.digest, calibration.digest, _OUTPUTS)
+    folder = cache_dir(cache) / "outputs" / key
+    return measure_output_hessians(source.map, calibration.tokens, folder, _OUTPUTS, progress)
 
 
 def needed(spec: SearchSpec) -> frozenset[str]:
