@@ -57,16 +57,19 @@ class OutputSums:
     """
 
     def __init__(self, n_rows: int) -> None:
-        sizes = [rows.stop - rows.start for rows in row_blocks(n_rows)]
-        self._products = [torch.zeros(n, n) for n in sizes]
-        self._squares = [torch.zeros(n, n) for n in sizes]
+        self._products: list[Tensor] = []
+        self._squares: list[Tensor] = []
         self._n_rows, self._n_tokens = n_rows, 0
 
     def add(self, gradients: Tensor) -> None:
         """Add the gradients of some tokens, any float dtype [t, N]."""
         for k, rows in enumerate(row_blocks(self._n_rows)):
-            own = gradients[:, rows].to("cpu", torch.float32)
+            own = gradients[:, rows].float()
             squared = own.square()
+            if k == len(self._products):
+                n = own.shape[1]
+                self._products.append(torch.zeros(n, n, device=own.device))
+                self._squares.append(torch.zeros(n, n, device=own.device))
             self._products[k].addmm_(own.T, own)
             self._squares[k].addmm_(squared.T, squared)
         self._n_tokens += len(gradients)
@@ -94,6 +97,7 @@ def _drawn(products: Tensor, squares: Tensor, n_tokens: int) -> Tensor:
         return torch.eye(len(products))
     beside = 1 - torch.eye(len(products))
     noise = (squares - products.square() / n_tokens).clamp(min=0)
+    noise *= n_tokens / max(n_tokens - 1, 1)
     signal = float((products.square() * beside).sum())
     share = float((noise * beside).sum()) / signal if signal > 0 else 0.0
     return (products * (1 - min(share, 1.0) * beside)) / mean
@@ -125,7 +129,7 @@ class OutputHessians:
             sums: by the name of the matrix, of the first of those that share one.
         """
         tensors = {
-            f"{name}.{k}": block.to(torch.float16)
+            f"{name}.{k}": block.to("cpu", torch.float16)
             for name, of_matrix in sums.items()
             for k, block in enumerate(of_matrix.blocks())
         }
