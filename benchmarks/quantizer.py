@@ -2,10 +2,11 @@
 
 On the demo model, for each format: round-to-nearest, plain GPTQ (no routing weights, no pooling,
 no refinement), plain GPTQ with one option changed at a time, the one-sided default in one pass and
-with refinement, and two-sided rounding, which is the default of commands; each quantized from calibration text in its own process through the pipeline, loaded
-from its packed checkpoint and measured on held-out text. With `--peer-python` other quantizers are
-run on the same windows (`peers.py`), their weights put into our model and measured by the same
-code. As a smoke run every family's tiny random model follows, on random tokens.
+with refinement, and two-sided rounding, which is the default of commands; each quantized from
+calibration text in its own process through the pipeline, loaded from its packed checkpoint and
+measured on held-out text. With `--peer-python` other quantizers are run on the same windows
+(`peers.py`), their weights put into our model and measured by the same code. As a smoke run every
+family's tiny random model follows, on random tokens.
 
     python benchmarks/quantizer.py demo --out benchmarks/results/quantizer-demo.json
     python benchmarks/quantizer.py demo --formats int4-g128 --peer-python PYTHON --out result.json

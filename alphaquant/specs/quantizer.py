@@ -72,8 +72,8 @@ class QuantSettings(RoundingSpec):
     """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
     better result."""
     two_sided: bool = False
-    """Weigh rounding errors by the gradients at a matrix's outputs as well as by its inputs. Default:
-    what the configuration says; where it says nothing of rounding, on with gptq."""
+    """Weigh rounding errors by the gradients at a matrix's outputs as well as by its inputs.
+    Default: what the configuration says; where it says nothing of rounding, on with gptq."""
     sequential: bool = False
     """A layer's inputs come from the quantized layers before it; only where every matrix has one
     format, not in a bank."""
