@@ -50,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alphaquant.costs.fisher import CostSettings
-from alphaquant.costs.output_hessians import measure_output_hessians
+from alphaquant.costs.output_gradients import measure_output_hessians
 from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.models.mapping import map_model

@@ -27,7 +27,6 @@ from alphaquant.errors import ModelError
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
-from alphaquant.quant.coupling import CoupledRounder, Coupling, Couplings
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
@@ -37,6 +36,7 @@ from alphaquant.quant.matrix import RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix, Stacks, some
+from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings

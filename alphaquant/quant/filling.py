@@ -17,7 +17,7 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
-from alphaquant.quant.output_hessian import Measured, OutputHessians, checked_outputs
+from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 

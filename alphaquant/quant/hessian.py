@@ -37,7 +37,7 @@ from alphaquant.models.mapping import device_of
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.models.walk import layers_skipped, watch_head
-from alphaquant.quant.output_hessian import OutputBlocks, OutputHessians
+from alphaquant.quant.two_sided.output_hessian import OutputBlocks, OutputHessians
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 

@@ -20,8 +20,8 @@ from alphaquant.quant.bank import Bank
 from alphaquant.quant.engine import quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix
+from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.columns.state import Rounding
-from alphaquant.quant.coupling import Couplings
 from alphaquant.quant.factor import DampedHessian
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import Place
+from alphaquant.quant.two_sided.coupling import Couplings
 from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -47,7 +47,7 @@ class MatrixRecord:
         heldout_gain: what that made of the error on held-back tokens, as a factor, measured on
             matrices of its kind; None where it was not tried.
         is_two_sided: whether the gradients at its outputs had a say, see
-            `alphaquant.quant.output_hessian`.
+            `alphaquant.quant.two_sided.output_hessian`.
     """
 
     matrix: str

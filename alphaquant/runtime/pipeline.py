@@ -26,9 +26,9 @@ from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.quant.output_hessian import Measured
 from alphaquant.quant.place import place_of
 from alphaquant.quant.tuning.learning import Tuning, tune
+from alphaquant.quant.two_sided.output_hessian import Measured
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums

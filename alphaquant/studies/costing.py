@@ -6,7 +6,7 @@ takes the costs two rounds.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
-from alphaquant.costs.output_hessians import measure_output_hessians, output_hessians_key
+from alphaquant.costs.output_gradients import measure_output_hessians, output_hessians_key
 from alphaquant.costs.partial import want_all
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import device_of
@@ -28,8 +28,8 @@ from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
-from alphaquant.quant.output_hessian import OutputHessians
 from alphaquant.quant.place import place_of
+from alphaquant.quant.two_sided.output_hessian import OutputHessians
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray
 from alphaquant.search.shortlist import complete_costs, shortlist
@@ -259,7 +259,8 @@ def open_candidate_bank(
         ModelError: a file of a candidate is damaged.
         StoreError: a file of the bank is damaged.
     """
-    source, settings = inputs.source, settings_of(spec.quantizer)
+    # Nothing is rounded here, so nothing is asked of the outputs either.
+    source, settings = inputs.source, replace(settings_of(spec.quantizer), two_sided=False)
     n_layers = len(source.map.layers)
     clock(Stage.BANK, 0, n_layers)
     facts = {

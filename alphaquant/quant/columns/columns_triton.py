@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alphaquant.quant.columns.coupled_triton import RowNumbers, RowScales, sweep_rows_kernel
 from alphaquant.quant.columns.grids_triton import (
     ZERO_POINT,
     GridNumbers,
@@ -44,7 +45,6 @@ from alphaquant.quant.columns.grids_triton import (
     total,
     zeros_of,
 )
-from alphaquant.quant.columns.rows_triton import RowNumbers, RowScales, sweep_rows_kernel
 from alphaquant.quant.columns.scales_triton import fit, fit_groups_kernel, load_panel
 from alphaquant.quant.columns.state import Block, Groups, Rounding
 from alphaquant.quant.format_rules import NV, Rule

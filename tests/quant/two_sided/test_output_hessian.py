@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from alphaquant.costs.fisher import CostSettings
 from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.costs.matrix_costs import trace_matrices
-from alphaquant.costs.output_hessians import measure_output_hessians, output_hessians_key
+from alphaquant.costs.output_gradients import measure_output_hessians, output_hessians_key
 from alphaquant.errors import ModelError, StoreError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
 from alphaquant.quant.bank import open_bank
 from alphaquant.quant.filling import fill_bank
-from alphaquant.quant.output_hessian import OutputSums, owners, row_blocks
+from alphaquant.quant.two_sided.output_hessian import OutputSums, owners, row_blocks
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 

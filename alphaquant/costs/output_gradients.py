@@ -2,7 +2,7 @@
 
 g is the gradient at a matrix's outputs of the log-likelihood of a label that is drawn from the
 model's own prediction, the same gradients as those of the costs (`gradients.py`). What is made of
-the sums is in `alphaquant.quant.output_hessian`.
+the sums is in `alphaquant.quant.two_sided.output_hessian`.
 
 Letters: S windows, T tokens of each.
 """
@@ -22,7 +22,7 @@ from alphaquant.costs.matrix_costs import trace_matrices
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
 from alphaquant.progress import Progress, Stage
-from alphaquant.quant.output_hessian import OutputHessians, OutputSums, owners
+from alphaquant.quant.two_sided.output_hessian import OutputHessians, OutputSums, owners
 
 OUTPUTS_VERSION = 1
 """Part of the key of stored output Hessians; another number measures them anew."""

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.quant import coupling as coupling_module
 from alphaquant.quant.codecs import nv_global_scale
 from alphaquant.quant.columns.column_loops import NumbaLoops
-from alphaquant.quant.coupling import CoupledRounder, Coupling, Couplings
 from alphaquant.quant.descent import ColumnPlan, Rounder
 from alphaquant.quant.factor import DampedHessian, factorize
 from alphaquant.quant.format_rules import rule_of
+from alphaquant.quant.two_sided import coupling as coupling_module
+from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings
 from alphaquant.spaces.formats import parse_format
 
 N, K = 40, 96

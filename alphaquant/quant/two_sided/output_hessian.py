@@ -4,7 +4,7 @@ GPTQ asks for the squared error of a matrix's outputs, tr(D H D') with D = W - Q
 mattered alike and apart. To second order the loss sees tr(O D H D') where O is the second moment
 of the gradients at the outputs (the Kronecker approximation of the Fisher information, Martens and
 Grosse 2015, arXiv 1503.05671; for rounding: YAQA, arXiv 2505.22988). It is measured with labels
-drawn from the model, as costs are (`alphaquant.costs.output_hessians`), so O is that of the
+drawn from the model, as costs are (`alphaquant.costs.output_gradients`), so O is that of the
 divergence.
 
 What is stored of it is kept small. A matrix's rows are cut into blocks of 512, and O is known
@@ -169,7 +169,7 @@ def checked_outputs(settings: QuantSettings, outputs: Measured | None) -> Output
     if outputs is None:
         raise ModelError(
             "two_sided rounding needs output Hessians: give what measures them "
-            "(alphaquant.costs.output_hessians), or two_sided=False"
+            "(alphaquant.costs.output_gradients), or two_sided=False"
         )
     return outputs()
 
