@@ -548,7 +548,11 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
     n_coupled = len(residual) // n_columns
     t = np.empty(1, dtype=np.float32)
     power = np.empty(1, dtype=np.float32)
+    bits, power_bits = t.view(np.uint32), power.view(np.uint32)
     own = np.empty(n_columns, dtype=np.float32)
+    # A call per number would take longer than its rounding, so `_snap` is here once more.
+    kind, low, high, least, width = rule.kind, rule.low, rule.high, rule.least, rule.step
+    table, middles = rule.table, rule.middles
     for i in range(n_coupled):
         row, at = uint64(i * n_columns), uint64(start + i)
         for k in range(n_columns):
@@ -578,9 +582,22 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
                 place = uint64(k) * uint64(n_rows) + at
                 known = centred[place]
                 best = known * scale + own[k] / hessian[k * n_columns + k]
-                t[0] = best / scale + zero
-                _snap(t, power, int64(1), rule)
-                code = t[0] - zero
+                value = best / scale + zero
+                if kind == SIGN:
+                    value = -_ONE if value < _ZERO else _ONE
+                elif kind <= ZERO_POINT:
+                    value = min(max(np.rint(value), low), high) + _ZERO
+                elif kind == TABLE:
+                    level = 0
+                    while level < len(middles) and value > middles[level]:
+                        level += 1
+                    value = table[level]
+                else:
+                    t[0] = min(max(value, -high), high)
+                    power_bits[0] = bits[0] & _EXPONENT
+                    unit = max(power[0], least) * width
+                    value = np.rint(t[0] / unit) * unit
+                code = value - zero
                 if code != known:
                     change = (code - known) * scale
                     centred[place] = code
