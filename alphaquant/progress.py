@@ -28,6 +28,7 @@ class Stage(StrEnum):
     HESSIANS = "hessians", "Hessians"
     BANK = "bank", "bank of formats"
     COSTS = "costs", "costs of formats"
+    OUTPUTS = "outputs", "output Hessians"
     PLANNED = "planned", "planned trials"
     STUDY = "study", "study"
     PROBE = "probe", "random assignments"

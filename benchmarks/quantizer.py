@@ -1,11 +1,12 @@
 """How good the quantizer is at one format: divergence of a uniformly quantized model.
 
 On the demo model, for each format: round-to-nearest, plain GPTQ (no routing weights, no pooling,
-no refinement), plain GPTQ with one option changed at a time, the default in one pass and with
-refinement; each quantized from calibration text in its own process through the pipeline, loaded
-from its packed checkpoint and measured on held-out text. With `--peer-python` other quantizers are
-run on the same windows (`peers.py`), their weights put into our model and measured by the same
-code. As a smoke run every family's tiny random model follows, on random tokens.
+no refinement), plain GPTQ with one option changed at a time, the one-sided default in one pass and
+with refinement, and two-sided rounding, which is the default of commands; each quantized from
+calibration text in its own process through the pipeline, loaded from its packed checkpoint and
+measured on held-out text. With `--peer-python` other quantizers are run on the same windows
+(`peers.py`), their weights put into our model and measured by the same code. As a smoke run every
+family's tiny random model follows, on random tokens.
 
     python benchmarks/quantizer.py demo --out benchmarks/results/quantizer-demo.json
     python benchmarks/quantizer.py demo --formats int4-g128 --peer-python PYTHON --out result.json
@@ -26,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +49,8 @@ from release import BOOKS, run_facts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from alphaquant.costs.fisher import CostSettings
+from alphaquant.costs.output_gradients import measure_output_hessians
 from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
@@ -146,6 +150,7 @@ def variants() -> dict[str, QuantSettings]:
     found[ONE_PASS] = QuantSettings(refine_sweeps=0, n_starts=1)
     found["default, one start"] = QuantSettings(n_starts=1)
     found["default"] = QuantSettings()
+    found["two-sided"] = QuantSettings(two_sided=True)
     return found
 
 
@@ -181,9 +186,14 @@ def measure(model: str, folder: Path, format_name: str, variant: str) -> Row:
         target = Path(scratch) / "checkpoint"
         tokens = None if settings.method == "rtn" else _tokens(folder, "calibration")
         clock = Clock()
-        done = quantize_to_checkpoint(
-            PackingJob(source.map, assignment, settings, tokens), target, facts={}
-        )
+        measured = None
+        if tokens is not None:
+            measured = partial(
+                measure_output_hessians,
+                *(source.map, tokens, Path(scratch) / "outputs", CostSettings()),
+            )
+        job = PackingJob(source.map, assignment, settings, tokens, outputs=measured)
+        done = quantize_to_checkpoint(job, target, facts={})
         clock.stop()
         peak = peak_memory()
         scores = _score(load(target), folder)

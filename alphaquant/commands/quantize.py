@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from alphaquant.specs.flat import make
 from alphaquant.specs.quantize import ConfiguredTextSpec, QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.texts import DEMO_TEXT
+from alphaquant.studies.costing import output_hessians
 from alphaquant.studies.inputs import (
     Source,
     cache_dir,
@@ -86,6 +87,7 @@ class _Summary:
         model_digest: of the weights, None if not stated.
         candidates: name of the bank with the candidates that it was searched among; None where
             its formats are made here.
+        is_stated: whether it states settings.
         evaluation: provenance of the windows that its trials were measured on.
     """
 
@@ -93,6 +95,7 @@ class _Summary:
     calibration: Mapping[str, Any]
     model_digest: str | None
     candidates: str | None = None
+    is_stated: bool = False
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -149,6 +152,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
                 *(source.map, plan.assignment, settings, windows, _activations(plan)),
                 bank=_bank(spec, summary, source, tokens, settings, plan.assignment),
                 tuning=tuning,
+                outputs=None
+                if tokens is None
+                else partial(output_hessians, source, tokens, spec.cache, progress),
             ),
             part,
             facts=facts | {"architecture": architecture.name},
@@ -267,7 +273,7 @@ def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
     candidates = _part(summary, "candidates", {"bank": str}, path).get("bank")
     stated = digest if isinstance(digest, str) else None
     evaluation = _part(summary, "evaluation", _CALIBRATION_TYPES, path)
-    return _Summary(settings, calibration, stated, candidates, evaluation)
+    return _Summary(settings, calibration, stated, candidates, bool(quantization), evaluation)
 
 
 def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
@@ -303,8 +309,11 @@ def _part(
 
 
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
-    """Flag over summary over default."""
-    return changed(summary.settings, spec.quantizer)
+    """Flag over summary over default; where no search left settings, rounding is two-sided."""
+    settings = changed(summary.settings, spec.quantizer)
+    if spec.quantizer.two_sided is None and not summary.is_stated and settings.method == "gptq":
+        return replace(settings, two_sided=True)
+    return settings
 
 
 def _asked(

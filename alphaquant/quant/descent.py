@@ -134,7 +134,7 @@ class Rounder:
             weight: float32 [.., K, N], contiguous.
         """
         rounding = self._fit_all(weight, None)
-        groups, n_stacks = self._groups(weight.device), weight.shape[:-2]
+        groups, n_stacks = self.groups(weight.device), weight.shape[:-2]
         for start, stop in self.plan.blocks:
             eye = torch.eye(stop - start, device=weight.device).expand(*n_stacks, -1, -1)
             ahead = weight[..., start:stop, :]
@@ -155,7 +155,7 @@ class Rounder:
         """
         natural, is_static = weight, static or factor.order is not None
         rounding = self._fit_all(weight, factor) if is_static else self._begun(weight, factor)
-        groups, order = self._groups(weight.device), factor.order
+        groups, order = self.groups(weight.device), factor.order
         if order is not None:
             weight = _in_order(weight, order)
             groups = replace(groups, of_columns=groups.of_columns[order])
@@ -234,7 +234,7 @@ class Rounder:
         half = None
         if hessian.half is not None and n_sweeps > 1:
             half = _Half(hessian.half, found.delta.to(torch.bfloat16))
-        groups = self._groups(start.delta.device)
+        groups = self.groups(start.delta.device)
         for sweep in range(n_sweeps):
             is_last = sweep == n_sweeps - 1
             for block in self.plan.blocks:
@@ -269,7 +269,7 @@ class Rounder:
             residual = _product(H[..., start:stop, :], D)
         products = None
         if self.rule.fits and self.plan.groups_fit:
-            products = self._products(own, rounding.centred[..., start:stop, :])
+            products = self.products(own, rounding.centred[..., start:stop, :])
         self.loops.sweep_block(rounding, groups, block, residual, own, products)
         after = D[..., start:stop, :]
         if half is not None:
@@ -279,7 +279,7 @@ class Rounder:
             told = _add_product(before, own, after, beta=2.0)
             rounding.objective.add_((after * told).sum(-2))
 
-    def _products(self, own: Tensor, centred: Tensor) -> Tensor:
+    def products(self, own: Tensor, centred: Tensor) -> Tensor:
         """H_gg c_g of the groups of a block, [.., B, N]."""
         n_columns = centred.shape[-2]
         if n_columns <= self.plan.group_size:
@@ -358,7 +358,7 @@ class Rounder:
             pending = _product(upper[..., :start, own].mT, rounding.delta[..., :start, :])
             lower = upper[..., own, own].mT
             ahead = ahead + torch.linalg.solve_triangular(lower, pending, upper=False)
-        index, groups = start // self.plan.group_size, self._groups(weight.device)
+        index, groups = start // self.plan.group_size, self.groups(weight.device)
         self.loops.fit_groups(
             rounding, groups, index, ahead.contiguous(), importance[..., own].contiguous()
         )
@@ -367,7 +367,7 @@ class Rounder:
         """A rounding whose scales are chosen from the given weights, and nothing is rounded."""
         rounding = self._begun(weight, factor)
         ones = torch.ones(self.plan.n_cols, device=weight.device)
-        self.loops.fit_groups(rounding, self._groups(weight.device), 0, weight, ones)
+        self.loops.fit_groups(rounding, self.groups(weight.device), 0, weight, ones)
         return rounding
 
     def _begun(self, weight: Tensor, factor: Factor | None) -> Rounding:
@@ -385,7 +385,7 @@ class Rounder:
             cost = (cost / cost[..., :1]).square()
             if factor.order is not None:
                 cost = torch.empty_like(cost).scatter_(-1, factor.order, cost)
-        free = replace(self._groups(weight.device), rule=self.rule._replace(is_multiple=False))
+        free = replace(self.groups(weight.device), rule=self.rule._replace(is_multiple=False))
         self.loops.fit_groups(rounding, free, 0, weight, cost.contiguous())
         squares = weight.square() * cost.unsqueeze(-1)
         energy = torch.stack([squares[..., a:b, :].sum(-2) for a, b in self.plan.groups], -2)
@@ -393,7 +393,8 @@ class Rounder:
         supers = choose_super_scales(rounding.scales, energy, per_super)
         return replace(rounding, shared=supers.contiguous())
 
-    def _groups(self, device: torch.device) -> Groups:
+    def groups(self, device: torch.device) -> Groups:
+        """The groups of the plan, for tensors on a device."""
         plan = self.plan
         of_columns = plan.group_of(device)
         return Groups(self.rule, plan.group_size, of_columns, plan.groups_per_shared)

@@ -36,6 +36,7 @@ from alphaquant.quant.matrix import RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix, Stacks, some
+from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -188,7 +189,8 @@ def _gather(
         hessian = own.to(place.device)
         is_rounded = any(parse_format(n).is_quantized for names in asked.values() for n in names)
         if settings.method == "gptq" and is_rounded:
-            orders = (settings.actorder, not settings.actorder)[: settings.n_starts]
+            n_starts = 1 if batch.outputs else settings.n_starts
+            orders = (settings.actorder, not settings.actorder)[:n_starts]
             names = [" + ".join(m.name for m in stack) for stack in matrices]
             shrunk = shrink(hessian, torch.tensor(amounts, dtype=torch.float64))
             damped = factorize(shrunk, settings.percdamp, orders, *names)
@@ -202,7 +204,18 @@ def _gather(
         tuple(batch.source[b] for b in numbers),
         tuple(batch.n_tokens[b] for b in numbers),
         place,
+        _couplings(batch, matrices, place),
     )
+
+
+def _couplings(
+    batch: HessianBatch, matrices: Sequence[Sequence[Matrix]], place: Place
+) -> Couplings | None:
+    """What is known of the outputs of stacks, None for nothing."""
+    if not batch.outputs:
+        return None
+    blocks = tuple(tuple(batch.outputs[m.name] for m in stack) for stack in matrices)
+    return Couplings(blocks, place.device)
 
 
 @dataclass(frozen=True)
@@ -267,12 +280,14 @@ class _Part:
         weight: float32 [S, K, n].
         damped: of these stacks.
         inverses: of every factor, by the rounder's plan.
+        coupling: of the rows, None where they do not know of each other.
     """
 
     rounder: Rounder
     weight: Tensor
     damped: DampedHessian | None
     inverses: Sequence[Sequence[Tensor]]
+    coupling: Coupling | None = None
 
 
 def _round_jobs(
@@ -322,11 +337,23 @@ def _parts(
         own = [f.diagonal_inverses(plan.blocks) for f in factors]
         if is_whole:
             inverses[plan.blocks] = own
-    n_together = rows.shape[1] if stacks.place.is_batched else _ROWS
-    for start in range(0, rows.shape[1], n_together):
-        cut = slice(start, start + n_together)
+    for cut, coupling in _cuts(stacks, job, rows.shape[1]):
         rounder = Rounder(rule, plan, shared[..., cut].contiguous(), stacks.place.loops)
-        yield _Part(rounder, rows[:, cut].mT.contiguous(), damped, own)
+        yield _Part(rounder, rows[:, cut].mT.contiguous(), damped, own, coupling)
+
+
+def _cuts(stacks: Stacks, job: _Job, n_rows: int) -> Iterator[tuple[slice, Coupling | None]]:
+    """Where the rows of a job are cut: at the blocks of output Hessians where these are known."""
+    if stacks.couplings is not None and stacks.damped is not None:
+        start = 0
+        for position in job.positions:
+            for rows, coupling in stacks.couplings.of(job.index, position):
+                yield slice(start + rows.start, start + rows.stop), coupling
+            start += stacks.matrices[0][position].rows
+        return
+    n_together = n_rows if stacks.place.is_batched else _ROWS
+    for start in range(0, n_rows, n_together):
+        yield slice(start, start + n_together), None
 
 
 def _round(part: _Part, settings: QuantSettings) -> Rounding:
@@ -334,6 +361,9 @@ def _round(part: _Part, settings: QuantSettings) -> Rounding:
     rounder, found = part.rounder, None
     if part.damped is None:
         return rounder.nearest(part.weight)
+    if part.coupling is not None:
+        coupled = CoupledRounder(rounder, part.coupling, part.damped, tuple(part.inverses[0]))
+        return coupled.round(part.weight, settings.refine_sweeps, static=settings.static_groups)
     for factor, own in zip(part.damped.factors, part.inverses, strict=True):
         start = rounder.gptq(part.weight, factor, own, static=settings.static_groups)
         end = rounder.refine(start, part.damped, settings.refine_sweeps)

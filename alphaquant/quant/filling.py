@@ -16,7 +16,8 @@ from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
 from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
-from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
+from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -32,6 +33,7 @@ def fill_bank(
     wanted: Wanted = lambda matrix, name: True,
     batch_size: int = 16,
     progress: Progress = lambda stage, done, total: None,
+    outputs: Measured | None = None,
 ) -> int:
     """Quantize what the bank lacks.
 
@@ -44,6 +46,7 @@ def fill_bank(
         wanted: which (matrix, format name) pairs; all by default. None that does not fit.
         batch_size: windows per forward pass.
         progress: called with ("hessians" or "bank", layers done, layers).
+        outputs: gives the output Hessians, where rounding is two-sided.
 
     Returns:
         Number of files written; 0 when all were there.
@@ -61,7 +64,8 @@ def fill_bank(
         return 0
     with locked(bank.path / LOCK_FILE, f"the bank {bank.path}", "--cache"):
         missing = _missing(bank, format_names, wanted)  # another process may have had the lock
-        return _fill(bank, model_map, tokens, missing, settings, batch_size, progress)
+        found = checked_outputs(settings, outputs) if missing else None
+        return _fill(bank, model_map, tokens, missing, (settings, found), batch_size, progress)
 
 
 Missing = Mapping[int, Mapping[str, frozenset[str]]]
@@ -90,14 +94,14 @@ def _fill(
     model_map: ModelMap,
     tokens: Tensor,
     missing: Missing,
-    settings: QuantSettings,
+    how: tuple[QuantSettings, OutputHessians | None],
     batch_size: int,
     progress: Progress,
 ) -> int:
     """Quantize layer by layer up to the last that lacks a format; the number of files written."""
     if not missing:
         return 0
-    last, outputs = max(missing), []
+    (settings, output_hessians), last, outputs = how, max(missing), []
     n_written, batches = 0, batches_of(tokens, batch_size)
     check_walk(model_map, batches)
     for step in walk(model_map, batches):
@@ -112,7 +116,8 @@ def _fill(
                 step.run()
             progress(Stage.HESSIANS, layer.index + 1, len(model_map.layers))
             progress(Stage.BANK, layer.index, len(model_map.layers))
-            found = (hessians.batches(layer), hessians.utilization())
+            batched = with_outputs(hessians.batches(layer), layer, output_hessians)
+            found = (batched, hessians.utilization())
             n_written += _write_layer(bank, model_map, layer, found, lacking, settings)
         elif layer is model_map.layers[-1]:
             step.run()

@@ -37,6 +37,7 @@ from alphaquant.models.mapping import device_of
 from alphaquant.models.routing import tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.models.walk import layers_skipped, watch_head
+from alphaquant.quant.two_sided.output_hessian import OutputBlocks, OutputHessians
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -67,6 +68,7 @@ class HessianBatch:
         n_pooled: tokens' worth of the mean that each Hessian was mixed with.
         held: of some groups, by index, the part of the sum that comes from held-back tokens,
             float32 [K, K].
+        outputs: output Hessians of all matrices, or nothing where these are not used.
     """
 
     stacks: tuple[tuple[Matrix, ...], ...]
@@ -75,6 +77,7 @@ class HessianBatch:
     source: tuple[str, ...]
     n_pooled: int = 0
     held: Mapping[int, Tensor] = field(default_factory=dict)
+    outputs: OutputBlocks = field(default_factory=dict)
 
     def tokens_per_input(self, index: int) -> float:
         """Tokens that a group saw, pooled ones included, per input."""
@@ -84,6 +87,25 @@ class HessianBatch:
     def has_data(self) -> list[bool]:
         """Whether each Hessian is more than zeros."""
         return [bool(h) for h in (self.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) > 0).tolist()]
+
+
+def with_outputs(
+    batches: Sequence[HessianBatch], layer: LayerSite, outputs: OutputHessians | None
+) -> list[HessianBatch]:
+    """The same with the output Hessians of the layer's matrices.
+
+    Args:
+        batches: of a layer.
+        layer: which.
+        outputs: of the model; None for none.
+
+    Raises:
+        StoreError: a file of them is missing or damaged.
+    """
+    if outputs is None:
+        return list(batches)
+    blocks = outputs.read(layer)
+    return [replace(batch, outputs=blocks) for batch in batches]
 
 
 def accumulate(total: Tensor, inputs: Tensor, weights: Tensor | None = None) -> None:

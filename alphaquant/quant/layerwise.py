@@ -18,9 +18,10 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.engine import quantize_layer
-from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
+from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix
+from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -55,6 +56,7 @@ def quantize_layers(
     batch_size: int = 16,
     finished: Finished = NONE_FINISHED,
     bank: Bank | None = None,
+    outputs: Measured | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize every matrix to its format; the model has its original weights after every layer.
 
@@ -69,6 +71,7 @@ def quantize_layers(
         batch_size: windows per forward pass.
         finished: layers that are quantized already, by number, each with what reads its matrices.
         bank: what a search quantized with the same settings and windows; None for none.
+        outputs: gives the output Hessians, where rounding is two-sided.
 
     Yields:
         The other layers, first to last.
@@ -84,6 +87,7 @@ def quantize_layers(
     banked = frozenset[int]() if bank is None else _held_layers(bank, model_map, assignment)
     done = banked | finished.keys()
     last = max((x.index for x in model_map.parts if x.index not in done), default=-1)
+    output_hessians = checked_outputs(settings, outputs) if last >= 0 else None
     for layer, step in _steps(model_map, settings, tokens, batch_size, last):
         if bank is not None and layer.index in banked - finished.keys():
             if step is not None:
@@ -100,7 +104,7 @@ def quantize_layers(
         hessians: list[HessianBatch] | None = None
         used: dict[str, list[int]] = {}
         if step is not None:
-            hessians, used = _observe(step, settings)
+            hessians, used = _observe(step, settings, output_hessians)
         items = _quantize(model_map, layer, assignment, settings, hessians)
         if step is not None and settings.sequential:
             with written(model_map, {item.matrix.name: item.packed for item in items}):
@@ -175,7 +179,7 @@ def _by_format(layer: LayerSite, assignment: Assignment) -> dict[str, list[Matri
 
 
 def _observe(
-    step: LayerStep | EndStep, settings: QuantSettings
+    step: LayerStep | EndStep, settings: QuantSettings, outputs: OutputHessians | None
 ) -> tuple[list[HessianBatch], dict[str, list[int]]]:
     """Hessians and tokens per expert of a layer."""
     if isinstance(step, EndStep):
@@ -183,7 +187,8 @@ def _observe(
     observer = observer_of(settings)
     with observe_layer(step.layer, observer):
         step.run()
-    return observer.batches(step.layer), observer.utilization()
+    batches = with_outputs(observer.batches(step.layer), step.layer, outputs)
+    return batches, observer.utilization()
 
 
 def _quantize(

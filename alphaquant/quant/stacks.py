@@ -13,6 +13,7 @@ from alphaquant.quant.columns.state import Rounding
 from alphaquant.quant.factor import DampedHessian
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import Place
+from alphaquant.quant.two_sided.coupling import Couplings
 from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -45,6 +46,8 @@ class MatrixRecord:
         shrinkage: how far the Hessian was drawn toward its diagonal, 0 to 1; None without data.
         heldout_gain: what that made of the error on held-back tokens, as a factor, measured on
             matrices of its kind; None where it was not tried.
+        is_two_sided: whether the gradients at its outputs had a say, see
+            `alphaquant.quant.two_sided.output_hessian`.
     """
 
     matrix: str
@@ -59,6 +62,7 @@ class MatrixRecord:
     output_error: float | None = None
     shrinkage: float | None = None
     heldout_gain: float | None = None
+    is_two_sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Stacks:
         source: how each Hessian was made.
         n_tokens: how many the matrices of each stack saw.
         place: where all of that is.
+        couplings: what is known of their outputs; None where rows are rounded each for itself.
     """
 
     matrices: tuple[tuple[Matrix, ...], ...]
@@ -96,6 +101,7 @@ class Stacks:
     source: tuple[str, ...]
     n_tokens: tuple[int, ...]
     place: Place
+    couplings: Couplings | None = None
 
     def record(
         self,
@@ -131,6 +137,7 @@ class Stacks:
             output_error=of_outputs,
             shrinkage=self.shrinkage[s] if has_data else None,
             heldout_gain=self.heldout_gain,
+            is_two_sided=self.couplings is not None and method == "gptq" and fmt.is_quantized,
         )
 
     @cached_property

@@ -28,6 +28,7 @@ from alphaquant.quant.layerwise import QuantizedLayer, quantize_layers
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import place_of
 from alphaquant.quant.tuning.learning import Tuning, tune
+from alphaquant.quant.two_sided.output_hessian import Measured
 from alphaquant.runtime.checkpoint import CheckpointWriter, LayerFile, read_layer
 from alphaquant.runtime.first_run import first_run
 from alphaquant.runtime.integrity import write_checksums
@@ -82,6 +83,7 @@ class PackingJob:
         batch_size: windows per forward pass.
         bank: of a search with these settings and windows, whose matrices are taken; None for none.
         tuning: how free numbers move when the codes are chosen; None where they stay.
+        outputs: gives the output Hessians, where rounding is two-sided.
     """
 
     model_map: ModelMap
@@ -92,6 +94,7 @@ class PackingJob:
     batch_size: int = 16
     bank: Bank | None = None
     tuning: Tuning | None = None
+    outputs: Measured | None = None
 
     @property
     def counts(self) -> BitCount:
@@ -223,6 +226,7 @@ class _Run:
             self.job.batch_size,
             {index: partial(self._read, index) for index in made},
             self.job.bank,
+            self.job.outputs,
         ):
             made[done.layer.index] = self._add(done)
             self.progress(Stage.QUANTIZE, len(made), n_layers)

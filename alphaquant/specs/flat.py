@@ -138,7 +138,9 @@ def optional(kind: type[Any], name: str) -> type[Any]:
     hints, texts = get_type_hints(kind, include_extras=True), texts_of(kind)
     rows: list[Any] = []
     for f in fields(kind):
-        text = f"{texts[f.name]} Default: what the configuration says, else {f.default}."
+        text = texts[f.name]
+        if "Default:" not in text:
+            text += f" Default: what the configuration says, else {f.default}."
         rows.append((f.name, Annotated[hints[f.name] | None, Parameter(help=text)], None))
     about = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__post_init__": check}
     return make_dataclass(name, rows, frozen=True, kw_only=True, namespace=about)

@@ -18,7 +18,7 @@ from alphaquant.specs.texts import TextSpec
 
 _OPEN = frozenset(
     ("calibration_samples", "seq_len", "evaluation_samples", "heldout_samples")
-    + ("n_starts", "refine_sweeps")
+    + ("n_starts", "refine_sweeps", "two_sided")
 )
 """Sizes that may be open, as None."""
 

@@ -6,7 +6,7 @@ takes the costs two rounds.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
+from alphaquant.costs.output_gradients import measure_output_hessians, output_hessians_key
 from alphaquant.costs.partial import want_all
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import device_of
@@ -28,6 +29,7 @@ from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import fill_bank
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
+from alphaquant.quant.two_sided.output_hessian import OutputHessians
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray
 from alphaquant.search.shortlist import complete_costs, shortlist
@@ -70,6 +72,8 @@ class Costs:
         return float(self.units.fisher[np.arange(len(chosen)), chosen].sum())
 
 
+_OUTPUTS = CostSettings()
+"""How the gradients for output Hessians are taken."""
 _SHORT_WEIGHTS = 10**8
 """Quantizable weights from which on a bank holds what can win only."""
 _SAMPLED_UNITS = 64
@@ -255,7 +259,8 @@ def open_candidate_bank(
         ModelError: a file of a candidate is damaged.
         StoreError: a file of the bank is damaged.
     """
-    source, settings = inputs.source, settings_of(spec.quantizer)
+    # Nothing is rounded here, so nothing is asked of the outputs either.
+    source, settings = inputs.source, replace(settings_of(spec.quantizer), two_sided=False)
     n_layers = len(source.map.layers)
     clock(Stage.BANK, 0, n_layers)
     facts = {
@@ -310,9 +315,38 @@ def fill_source_bank(
     key = bank_key(source.digest, calibration.digest, settings)
     bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
     tokens = calibration.tokens
-    fill_bank(bank, source.map, tokens, names, settings, wanted=wanted, progress=progress)
+    fill_bank(
+        bank,
+        source.map,
+        tokens,
+        names,
+        settings,
+        wanted=wanted,
+        progress=progress,
+        outputs=lambda: output_hessians(source, calibration, cache, progress),
+    )
     bank.verify(names)
     return bank
+
+
+def output_hessians(
+    source: Source, calibration: TokenSet, cache: Path | None, progress: Progress
+) -> OutputHessians:
+    """The output Hessians of a model on a calibration text, measured or found in the cache.
+
+    Args:
+        source: the model.
+        calibration: the text.
+        cache: where they are kept; None for the default place.
+        progress: called with a stage's name, steps done, steps.
+
+    Raises:
+        ModelError: the model cannot be walked backwards.
+        StoreError: the disk is full.
+    """
+    key = output_hessians_key(source.digest, calibration.digest, _OUTPUTS)
+    folder = cache_dir(cache) / "outputs" / key
+    return measure_output_hessians(source.map, calibration.tokens, folder, _OUTPUTS, progress)
 
 
 def needed(spec: SearchSpec) -> frozenset[str]:

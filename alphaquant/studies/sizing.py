@@ -19,6 +19,7 @@ from alphaquant.models.loads import experts_per_token
 from alphaquant.models.sites import ModelMap
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantizer import RoundingSpec
 from alphaquant.specs.run import EffortName
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import seq_len_of
@@ -38,6 +39,7 @@ class Effort:
         heldout: tokens of the gate.
         n_starts: of the quantizer.
         refine_sweeps: of the quantizer.
+        two_sided: whether the quantizer weighs errors by gradients at the outputs.
         trials: at most; None for as many as the gain that is expected is worth.
         n_front_sizes: sizes over the menu that are tried beside the budget.
         n_probes: random assignments that test how costs rank.
@@ -53,6 +55,7 @@ class Effort:
     heldout: int
     n_starts: int
     refine_sweeps: int
+    two_sided: bool
     trials: int | None
     n_front_sizes: int
     n_probes: int
@@ -71,6 +74,7 @@ EFFORTS: dict[EffortName, Effort] = {
         heldout=2**13,
         n_starts=1,
         refine_sweeps=1,
+        two_sided=False,
         trials=10,
         n_front_sizes=3,
         n_probes=10,
@@ -85,6 +89,7 @@ EFFORTS: dict[EffortName, Effort] = {
         heldout=2**14,
         n_starts=2,
         refine_sweeps=3,
+        two_sided=True,
         trials=None,
         n_front_sizes=8,
         n_probes=30,
@@ -99,6 +104,7 @@ EFFORTS: dict[EffortName, Effort] = {
         heldout=2**16,
         n_starts=2,
         refine_sweeps=8,
+        two_sided=True,
         trials=None,
         n_front_sizes=16,
         n_probes=60,
@@ -137,6 +143,7 @@ def sized(spec: SearchSpec, model_map: ModelMap) -> SearchSpec:
         "heldout_samples": max(2, -(-effort.heldout // seq_len)),
         "n_starts": effort.n_starts,
         "refine_sweeps": effort.refine_sweeps,
+        "two_sided": effort.two_sided and rounding.method == "gptq",
         "trials": effort.trials,
     }
     given = (texts, rounding, spec.run)
@@ -167,8 +174,14 @@ def size_lines(spec: SearchSpec) -> list[str]:
     )
     return [
         f"effort {spec.run.effort}: windows of {texts.seq_len} tokens, {windows}",
-        f"rounding from {rounding.n_starts} starts with {rounding.refine_sweeps} sweeps; {trials}",
+        f"rounding {_rounding_words(rounding)}; {trials}",
     ]
+
+
+def _rounding_words(rounding: RoundingSpec) -> str:
+    if rounding.two_sided:
+        return f"for inputs and outputs with {rounding.refine_sweeps} sweeps"
+    return f"from {rounding.n_starts} starts with {rounding.refine_sweeps} sweeps"
 
 
 def _calibration_tokens(effort: Effort, inventory: Inventory, config: Any) -> int:

@@ -46,6 +46,9 @@ FORMATS: tuple[str, ...] = (
 N_STACKS, N_ROWS, N_COLS, BLOCK = 2, 5, 43, 20
 """Odd sizes; the block lies inside, and is one panel of 16 columns and a quarter."""
 
+_TILE = (1, 4)
+"""Rows that know of each other; there are others before and after them."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -152,6 +155,46 @@ def check_sweep_block(loops: ColumnLoops, name: str, search: ScaleSearch, limits
         assert not torch.equal(found.centred, rounded.centred), f"{name}: no code was changed"
 
 
+def check_sweep_rows(loops: ColumnLoops, name: str, search: ScaleSearch, limits: Limits) -> None:
+    """A tile of coupled rows in the middle of all, with scales that stay and with fitted ones."""
+    case = _case(name, search)
+    columns, size, (start, stop) = slice(*case.block), case.groups.size, _TILE
+    own = case.hessian[:, columns, columns].contiguous()
+    rounded = case.with_scales()
+    eye = torch.eye(BLOCK).expand(N_STACKS, -1, -1).contiguous()
+    ahead = case.weight[:, columns].contiguous()
+    NumbaLoops().gptq_block(rounded, case.groups, case.block, ahead, case.weight, eye, None)
+    drawn = torch.randn(N_STACKS, 3 * N_ROWS, N_ROWS, generator=_seeded(6))
+    outputs = drawn.mT @ drawn
+    shares = outputs / outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    residual = (shares @ (rounded.delta.mT @ case.hessian[..., columns]))[:, start:stop]
+    codes = rounded.centred[:, columns]
+    products = torch.zeros_like(codes, memory_format=torch.contiguous_format)
+    for first in range(0, BLOCK, size):
+        group = slice(first, min(BLOCK, first + size))
+        products[:, group] = own[:, group, group] @ codes[:, group]
+    given = residual.contiguous(), shares[:, start:stop, start:stop].contiguous()
+    of_tile = products.mT[:, start:stop].contiguous()
+    for fits in (False, True)[: 1 + (case.groups.rule.fits and size <= BLOCK)]:
+        changed: list[Tensor] = []
+
+        def sweep(chosen: ColumnLoops, rounding: Rounding, groups: Groups, move: Move) -> None:
+            known = move(of_tile) if fits else None  # noqa: B023  (called at once)
+            matrices = move(given[1]), move(own)
+            part = case.block, _TILE
+            told = chosen.sweep_rows(rounding, groups, part, move(given[0]), matrices, known)
+            changed.append(told.cpu())  # noqa: B023
+
+        found = _compare(loops, case, limits, sweep, rounded, f"{name}, coupled rows, {fits}")
+        assert not torch.equal(found.centred, rounded.centred), f"{name}: no code was changed"
+        moved = (found.delta - rounded.delta)[:, columns, start:stop]
+        expected, told = moved.mT @ own, changed[1]
+        size_of = float(expected.abs().max()) * max(limits.relative, limits.codes)
+        assert torch.allclose(expected, told, rtol=0.0, atol=max(size_of, 1e-4)), (
+            f"{name}: changes"
+        )
+
+
 def check_another_order(
     loops: ColumnLoops, name: str, search: ScaleSearch, limits: Limits
 ) -> None:
@@ -176,6 +219,7 @@ CHECKS: tuple[Check, ...] = (
     check_fitted_groups,
     check_gptq_block,
     check_sweep_block,
+    check_sweep_rows,
     check_another_order,
 )
 """What every implementation promises for every format."""

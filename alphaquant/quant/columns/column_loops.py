@@ -86,6 +86,34 @@ class ColumnLoops(Protocol):
                 fitted first; None where scales stay.
         """
 
+    def sweep_rows(
+        self,
+        rounding: Rounding,
+        groups: Groups,
+        part: tuple[Block, Block],
+        residual: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        products: Tensor | None,
+    ) -> Tensor:
+        """One pass of scales and codes over a block of columns, coupled rows one after the other.
+
+        Args:
+            rounding: codes and delta of the block, and its groups' scales, are read and written,
+                those of the rows of the tile.
+            groups: in the natural order.
+            part: B columns, and n rows of a tile.
+            residual: float32 [.., n, B], P D' H_b of these rows, P their coupling with all rows;
+                overwritten.
+            matrices: the coupling between these rows, float32 [.., n, n], with ones on its
+                diagonal, and the block's part of H, float32 [.., B, B].
+            products: float32 [.., n, B], H_gg c_g of each group g of the block, whose scales are
+                fitted first; None where scales stay.
+
+        Returns:
+            What became of D' H_b of these rows, float32 [.., n, B].
+        """
+        ...
+
 
 def loops_on(device: torch.device) -> ColumnLoops:
     """The loops for tensors of a device that `can_round_on`."""
@@ -177,11 +205,8 @@ class NumbaLoops:
         products: Tensor | None,
     ) -> None:
         """One pass of scales and codes over a block of columns."""
-        columns, n_columns = slice(*block), block[1] - block[0]
-        run = n_columns if products is None else groups.size
-        ends = np.zeros(n_columns, np.int64)
-        for start in range(0, n_columns, run):
-            ends[start] = min(n_columns, start + run)
+        columns = slice(*block)
+        ends = _run_ends(groups, block, fits=products is not None)
         for s, x in enumerate(_stacked(residual)):
             columns_numba.sweep_block(
                 _flat(x),
@@ -198,6 +223,51 @@ class NumbaLoops:
                 _flat(_stacked(rounding.centred)[s, columns]),
                 _flat(_stacked(rounding.delta)[s, columns]),
             )
+
+    def sweep_rows(
+        self,
+        rounding: Rounding,
+        groups: Groups,
+        part: tuple[Block, Block],
+        residual: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        products: Tensor | None,
+    ) -> Tensor:
+        """One pass over a block of columns, coupled rows one after the other."""
+        block, (start, _) = part
+        columns = slice(*block)
+        coupling, hessian = matrices
+        changes = torch.empty_like(residual)
+        for s, x in enumerate(_stacked(residual)):
+            columns_numba.sweep_rows(
+                _flat(x),
+                _flat(_stacked(coupling)[s]),
+                _flat(_stacked(hessian)[s]),
+                _flat(torch.empty(0) if products is None else _stacked(products)[s]),
+                _run_ends(groups, block, fits=products is not None),
+                _groups_of(groups, s, columns),
+                start,
+                rounding.delta.shape[-1],
+                groups.rule,
+                _flat(_stacked(rounding.shared)[s]),
+                groups.per_shared,
+                _flat(_stacked(rounding.scales)[s]),
+                _flat(_stacked(rounding.zeros)[s]),
+                _flat(_stacked(rounding.centred)[s, columns]),
+                _flat(_stacked(rounding.delta)[s, columns]),
+                _flat(_stacked(changes)[s]),
+            )
+        return changes
+
+
+def _run_ends(groups: Groups, block: Block, *, fits: bool) -> npt.NDArray[np.int64]:
+    """Where a run of columns of a block begins, its end: a group whose scale is fitted, or all."""
+    n_columns = block[1] - block[0]
+    run = groups.size if fits else n_columns
+    ends = np.zeros(n_columns, np.int64)
+    for start in range(0, n_columns, run):
+        ends[start] = min(n_columns, start + run)
+    return ends
 
 
 def _stacked(x: Tensor, n_dims: int = 3) -> Tensor:

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alphaquant.quant.columns.coupled_triton import RowNumbers, RowScales, sweep_rows_kernel
 from alphaquant.quant.columns.grids_triton import (
     ZERO_POINT,
     GridNumbers,
@@ -470,6 +471,40 @@ class TritonLoops:
             FITS=is_fitted,
             is_whole=not is_fitted,
         )
+
+    def sweep_rows(
+        self,
+        rounding: Rounding,
+        groups: Groups,
+        part: tuple[Block, Block],
+        residual: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        products: Tensor | None,
+    ) -> Tensor:
+        """One pass over a block of columns, coupled rows one after the other."""
+        block, (start, stop) = part
+        columns, residual = slice(*block), _stacked(residual)
+        centred, delta = (_stacked(x)[:, columns] for x in (rounding.centred, rounding.delta))
+        changes = torch.empty_like(residual)
+        own, shared = _stacked(groups.of_columns, 2)[:, columns], _shared(rounding, groups)
+        scales, zeros = _stacked(rounding.scales), _stacked(rounding.zeros)
+        n_columns, (coupling, hessian) = block[1] - block[0], map(_stacked, matrices)
+        given = None if products is None else _stacked(products)
+        sweep_rows_kernel[(len(residual),)](
+            RowNumbers(residual, coupling, hessian, given, centred, delta, changes),
+            RowScales(
+                *(scales, zeros, shared, own, groups.per_shared),
+                *(scales.stride(0), _step_of(shared), own.stride(0) if len(own) > 1 else 0),
+            ),
+            _numbers_of(groups.rule, residual.device),
+            *(n_columns, n_columns if products is None else groups.size),
+            *(stop - start, start, delta.shape[-1], delta.stride(0)),
+            KIND=groups.rule.kind,
+            FITS=products is not None,
+            LANES=triton.next_power_of_2(n_columns),
+            num_warps=2,
+        )
+        return changes if rounding.delta.dim() == changes.dim() else changes[0]
 
 
 def _launch(

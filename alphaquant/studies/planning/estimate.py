@@ -254,13 +254,21 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
     traced = TRACED * _BATCH_WINDOWS * needs.seq_len * needs.token_bytes
     of_bank = needs.bank_bytes // len(needs.model_map.layers) // n_rounds
     memory = held + 2 * needs.layer_hessian_bytes + of_bank + _ROUNDED_BYTES
+    traced_memory = held + needs.layer_bytes + 4 * MOST_BYTES + traced
+    outputs: tuple[PlannedStage, ...] = ()
+    if needs.is_two_sided:
+        seconds = needs.cost_passes / n_rounds * _forward_seconds(needs, rates, n_tokens)
+        seconds += n_tokens * needs.output_products / rates.float32
+        n_bytes = needs.outputs_bytes
+        outputs = (PlannedStage(Stage.OUTPUTS, seconds, traced_memory, n_bytes),)
     return (
+        *outputs,
         PlannedStage(Stage.HESSIANS, n_rounds * hessians, held + 2 * needs.layer_hessian_bytes),
         PlannedStage(Stage.BANK, bank, memory, needs.bank_bytes),
         PlannedStage(
             Stage.COSTS,
             costs,
-            held + needs.layer_bytes + 4 * MOST_BYTES + traced,
+            traced_memory,
             needs.states_bytes,
         ),
     )

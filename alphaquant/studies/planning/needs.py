@@ -12,6 +12,7 @@ from typing import Any
 from alphaquant.evaluators.teacher import TOP_K
 from alphaquant.models.loads import experts_per_token
 from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.quant.two_sided.output_hessian import owners, row_blocks
 from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.spaces.units import Matrix
@@ -204,6 +205,26 @@ class Needs:
         return per_matrix + self.n_rounds * self.calibration * self.active
 
     @property
+    def is_two_sided(self) -> bool:
+        """Whether the quantizer asks for output Hessians."""
+        return bool(self.spec.quantizer.two_sided) and self.spec.limits.candidates is None
+
+    @property
+    def output_products(self) -> float:
+        """Multiplications of all output Hessians over one token, with those of their noise."""
+        return 2.0 * sum(
+            s.count * (1.0 if m.expert is None else self.expert_share) * _outputs_of(m)
+            for s in self.stacks
+            for m in s.matrices
+        )
+
+    @property
+    def outputs_bytes(self) -> int:
+        """Of the output Hessians, float16; the down projections of a module share theirs."""
+        names = {name for x in self.model_map.layers for name in owners(x).values()}
+        return sum(2 * _outputs_of(m) for m in self.space.inventory.matrices if m.name in names)
+
+    @property
     def bank_bytes(self) -> int:
         """Of the bank."""
         names = bank_formats(self.space)
@@ -249,6 +270,12 @@ class Needs:
             sum(stack[0].cols ** 2 * 4 for stack in _stacks_of(layer))
             for layer in self.model_map.layers
         )
+
+
+def _outputs_of(matrix: Matrix) -> int:
+    """Numbers of a matrix's output Hessian."""
+    sizes: list[int] = [rows.stop - rows.start for rows in row_blocks(matrix.rows)]
+    return sum(size * size for size in sizes)
 
 
 def _stacks_of(layer: LayerSite) -> list[tuple[Matrix, ...]]:

@@ -26,6 +26,7 @@ from alphaquant.quant.engine import quantize_batches
 from alphaquant.quant.ggml.encoding import encode
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.two_sided.output_hessian import BLOCK_ROWS, row_blocks
 from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -144,6 +145,8 @@ class Pilot:
         )
         inputs = torch.randn(2 * stack.n_cols, stack.n_cols, device=self.device)
         batch = HessianBatch((parts,), (inputs.T @ inputs)[None], (len(inputs),), ("plain",))
+        if settings.two_sided:
+            batch = replace(batch, outputs={m.name: _outputs_of(m) for m in parts})
         found: list[PackedMatrix] = []
 
         def run(formats: Sequence[str]) -> float:
@@ -185,6 +188,12 @@ class Pilot:
         whole = _seconds(lambda: [p.log_probs.amax() for p in predict_pieces(model, tokens)])
         n_active = tokens.numel() * self.needs.active_in(n_layers)
         return layers / n_active, max(whole - layers, 0.0) / tokens.numel()
+
+
+def _outputs_of(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Output Hessians of a matrix, random."""
+    drawn = [torch.randn(2 * BLOCK_ROWS, r.stop - r.start) for r in row_blocks(matrix.rows)]
+    return tuple(x.T @ x / len(x) for x in drawn)
 
 
 def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, int]:

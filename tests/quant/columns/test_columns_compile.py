@@ -91,7 +91,10 @@ def facts_of(name: str) -> Iterator[Facts]:
         if importance is not None:
             loops.gptq_block(rounding, groups, block, ahead, weight, upper, importance)
         loops.sweep_block(rounding, groups, block, ahead, own, products)
-    chooses = [True, False, *([True] if fits else []), products is not None]
+        tile, of_rows = (64, 128), None if products is None else ahead[..., :64].mT.contiguous()
+        coupled = torch.zeros(S, 64, BLOCK), (torch.zeros(S, 64, 64), upper), of_rows
+        loops.sweep_rows(rounding, groups, (block, tile), *coupled)
+    chooses = [True, False, *([True] if fits else []), products is not None, products is not None]
     for launch, does in zip(launched, chooses, strict=True):
         binary = launch.binary
         code = instructions_of(binary)
@@ -120,7 +123,13 @@ def compile_apart(folder: Path, *names: str) -> list[Facts]:
 
 
 def check_facts(facts: Facts) -> None:
-    """A row stays in its thread: nothing is exchanged, shared or spilled."""
+    """A row stays in its thread: nothing is exchanged, shared or spilled.
+
+    Coupled rows have their columns as threads, and exchange.
+    """
+    if facts.kernel == "sweep_rows_kernel":
+        assert facts.keeps_subnormals and facts.spilled_bytes <= 32, facts
+        return
     assert facts.spilled_bytes == 0, facts
     assert facts.shared_bytes == 0 and facts.n_shuffles == 0, facts
     assert facts.n_registers <= MOST_REGISTERS, facts
@@ -133,7 +142,7 @@ def check_facts(facts: Facts) -> None:
 def test_every_kind_of_format_compiles_without_detours(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     found = compile_apart(tmp_path, *FORMATS)
-    kernels = {"fit_groups_kernel", "gptq_block_kernel", "sweep_block_kernel"}
+    kernels = {f"{n}_kernel" for n in ("fit_groups", "gptq_block", "sweep_block", "sweep_rows")}
     for name in FORMATS:
         assert {f.kernel for f in found if f.name == name} == kernels
     for facts in found:

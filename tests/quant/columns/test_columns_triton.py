@@ -24,6 +24,7 @@ from alphaquant.testing.columns import (
     Limits,
     check_another_order,
     check_fitted_groups,
+    check_sweep_rows,
 )
 from alphaquant.testing.formats import draw_weights
 from alphaquant.testing.without_gpu.interpreter import import_interpreted, quick_interpreter
@@ -41,10 +42,14 @@ def loops() -> Iterator[ColumnLoops]:
         yield module.TritonLoops()
 
 
+FEWER = {
+    check_another_order: FORMATS[::3],
+    check_sweep_rows: ("int1-g8", "int2-g10-asym", "int8-row", "mxfp4", "nl4-g16-s256", "nvfp4"),
+}
 CASES = [
     pytest.param(name, check, id=f"{name} {check.__name__}")
     for check in CHECKS
-    for name in (FORMATS[::3] if check is check_another_order else FORMATS)
+    for name in FEWER.get(check, FORMATS)
 ]
 
 

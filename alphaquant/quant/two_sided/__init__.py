@@ -1,0 +1,1 @@
+"""Rounding that knows what errors of outputs cost."""
