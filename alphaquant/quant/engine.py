@@ -36,7 +36,7 @@ from alphaquant.quant.matrix import RoundedBatch, pack_bf16
 from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix, Stacks, some
-from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings
+from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings, is_coupled
 from alphaquant.spaces.formats import BF16, Format, parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -187,9 +187,10 @@ def _gather(
     if batch.has_data[numbers[0]]:
         own = batch.hessian if len(numbers) == len(batch.stacks) else batch.hessian[numbers]
         hessian = own.to(place.device)
-        is_rounded = any(parse_format(n).is_quantized for names in asked.values() for n in names)
-        if settings.method == "gptq" and is_rounded:
-            n_starts = 1 if batch.outputs else settings.n_starts
+        formats = {parse_format(n) for of_stack in asked.values() for n in of_stack}
+        if settings.method == "gptq" and any(f.is_quantized for f in formats):
+            is_alone = any(_is_rounded(f.name) and not is_coupled(f) for f in formats)
+            n_starts = settings.n_starts if is_alone or not batch.outputs else 1
             orders = (settings.actorder, not settings.actorder)[:n_starts]
             names = [" + ".join(m.name for m in stack) for stack in matrices]
             shrunk = shrink(hessian, torch.tensor(amounts, dtype=torch.float64))
@@ -344,7 +345,7 @@ def _parts(
 
 def _cuts(stacks: Stacks, job: _Job, n_rows: int) -> Iterator[tuple[slice, Coupling | None]]:
     """Where the rows of a job are cut: at the blocks of output Hessians where these are known."""
-    if stacks.couplings is not None and stacks.damped is not None:
+    if stacks.couplings is not None and stacks.damped is not None and is_coupled(job.fmt):
         start = 0
         for position in job.positions:
             for rows, coupling in stacks.couplings.of(job.index, position):

@@ -13,7 +13,7 @@ from alphaquant.quant.columns.state import Rounding
 from alphaquant.quant.factor import DampedHessian
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import Place
-from alphaquant.quant.two_sided.coupling import Couplings
+from alphaquant.quant.two_sided.coupling import Couplings, is_coupled
 from alphaquant.spaces.formats import Format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
@@ -137,7 +137,7 @@ class Stacks:
             output_error=of_outputs,
             shrinkage=self.shrinkage[s] if has_data else None,
             heldout_gain=self.heldout_gain,
-            is_two_sided=self.couplings is not None and method == "gptq" and fmt.is_quantized,
+            is_two_sided=self.couplings is not None and method == "gptq" and is_coupled(fmt),
         )
 
     @cached_property

@@ -321,7 +321,17 @@ def test_front_json_carries_provenance(long: SearchResult) -> None:
     assert {"model_digest", "data", "versions", "device", "seed"} <= facts.keys()
     assert {t["digest"] for t in facts["data"].values()}.__len__() == 3
     assert front["seconds"].keys() == {
-        *("load", "prepare", "teacher", "bank", "hessians", "outputs", "costs", "planned", "study"),
+        *(
+            "load",
+            "prepare",
+            "teacher",
+            "bank",
+            "hessians",
+            "outputs",
+            "costs",
+            "planned",
+            "study",
+        ),
         *("probe", "gate", "report"),
     }
     assert front["n_measured"] == long.n_measured

@@ -131,14 +131,18 @@ def test_a_bank_is_filled_with_both_sides_and_says_so(model_map: ModelMap, tmp_p
         bank,
         model_map,
         TOKENS,
-        ["int3-g32", "mxfp4", "bf16"],
+        ["int1-g32", "int3-g32", "mxfp4", "bf16"],
         TWO_SIDED,
         outputs=lambda: measure_output_hessians(model_map, TOKENS, tmp_path, CostSettings()),
     )
     plain = open_bank(tmp_path / "banks", "one", model_map.inventory, {})
-    fill_bank(plain, model_map, TOKENS, ["int3-g32"], QuantSettings())
+    fill_bank(plain, model_map, TOKENS, ["int1-g32", "int3-g32"], QuantSettings())
     assert all(row["is_two_sided"] for row in bank.records("int3-g32", 0))
     assert not any(row["is_two_sided"] for row in bank.records("bf16", 0))
+    assert not any(row["is_two_sided"] for row in bank.records("int1-g32", 0))
+    for matrix in model_map.inventory.matrices:
+        alone, found = plain.read(matrix, "int1-g32"), bank.read(matrix, "int1-g32")
+        assert torch.equal(alone.dequantize(), found.dequantize()), "one bit is rounded alone"
     assert not any(row["is_two_sided"] for row in plain.records("int3-g32", 0))
     differing = [
         m.name
