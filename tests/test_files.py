@@ -1,5 +1,6 @@
 """Files appear whole or not at all, writers do not touch each other's parts, locks keep out."""
 
+import json
 import os
 import signal
 import socket
@@ -81,7 +82,8 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path:
         holder.send_signal(signal.SIGKILL)
     assert path.exists()
     with locked(path, "--out q"):
-        assert path.read_text().startswith(f"process {os.getpid()} on ")
+        (claim,) = path.iterdir()
+        assert json.loads(claim.read_text())["process"] == os.getpid()
     assert names(path.parent) == []
 
 

@@ -23,8 +23,9 @@ from optuna_dashboard import wsgi
 from alphaquant.commands.dashboard_guard import Guarded
 from alphaquant.errors import ConfigError, StoreError
 from alphaquant.studies.store.folder import RunFolder, storage_of
+from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.study import our_studies
-from alphaquant.studies.store.urls import open_storage, shown_url
+from alphaquant.studies.store.urls import shown_url
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Layout::
 
-    .lock                        while a search works here, see `locked_folder`
+    .lock/                       while a search works here, see `locked_folder`
     run.json                     what was asked, of which model and texts; marks it as ours
     study.db                     Optuna's storage, see `alphaquant.studies.store.study`
     assignments/<digest>.json    every evaluated assignment
@@ -15,6 +15,7 @@ Layout::
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,8 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from alphaquant.errors import StoreError
-from alphaquant.files import locked
+from alphaquant.files import locked, whole_file
+from alphaquant.lease import Lease
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.specs.run import EffortName
@@ -44,6 +46,7 @@ _TOOL = "aq-search"
 _REPORTS = ("report.md", "report.html")
 _OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", *_REPORTS, RUN_FILE)
 _OWN_FOLDERS = ("assignments", "configs", "artifacts")
+_LEFT = re.compile(r"run\.[0-9a-f]{32}\.part")
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class RunFolder:
     path: Path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file under another name, then rename it."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        """Write a file under another name, then rename it.
+
+        Raises:
+            StoreError: the disk is full.
+        """
+        target, content = self.path / name, text.encode()
+        with whole_file(target, len(content)) as part:
+            part.write_bytes(content)
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
@@ -120,18 +125,21 @@ class RunFolder:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
+def locked_folder(path: Path) -> Iterator[Lease]:
     """Keep other searches out of a directory; it is removed again if nothing was written to it.
 
-    The lock lies inside, so that it holds wherever the directory is mounted.
+    The claim lies inside, so that it holds wherever the directory is mounted.
+
+    Yields:
+        The lease, to ask before something is written.
 
     Raises:
         StoreError: another process works on it; the message names that.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        with locked(path / LOCK_FILE, f"--out {path}"):
-            yield
+        with locked(path / LOCK_FILE, f"--out {path}") as lease:
+            yield lease
     finally:
         with suppress(OSError):  # one that holds something stays, and so do those around it
             for folder in made:
@@ -285,7 +293,9 @@ def _is_free(path: Path) -> bool:
     """Whether nothing is there but, at most, a lock and what a kill in `claim_folder` leaves."""
     if not path.exists():
         return True
-    return path.is_dir() and {f.name for f in path.iterdir()} <= {f"{RUN_FILE}.part", LOCK_FILE}
+    return path.is_dir() and all(
+        file.name == LOCK_FILE or _LEFT.fullmatch(file.name) for file in path.iterdir()
+    )
 
 
 def _remove_own(path: Path) -> None:
