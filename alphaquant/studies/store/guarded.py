@@ -67,16 +67,22 @@ class GuardedStorage(BaseStorage):
 
     Args:
         backend: the storage itself.
+        study_id: of the study in it that is written to.
         check: asks whether the lease is held; raises where it is not.
         shown: the storage's URL, for messages.
         seconds: how long an outage may last; 0 for files, which have none.
     """
 
     def __init__(
-        self, backend: BaseStorage, check: Callable[[], None], shown: str, seconds: float
+        self,
+        backend: BaseStorage,
+        study_id: int,
+        check: Callable[[], None],
+        shown: str,
+        seconds: float,
     ) -> None:
-        self._backend, self._check, self._shown = backend, check, shown
-        self._seconds = seconds
+        self._backend, self._study_id, self._check = backend, study_id, check
+        self._shown, self._seconds = shown, seconds
 
     def _read(self, ask: Callable[[], T], settled: Callable[[], T | None] | None = None) -> T:
         """Ask, again and again while the server is away.
@@ -176,12 +182,19 @@ class GuardedStorage(BaseStorage):
         param_value_internal: float,
         distribution: BaseDistribution,
     ) -> None:
-        """See Optuna."""
-        self._write(
-            lambda: self._backend.set_trial_param(
-                trial_id, param_name, param_value_internal, distribution
-            )
-        )
+        """See Optuna; a proxy that was restarted knows trials again when all were read."""
+
+        def set_it() -> None:
+            self._backend.set_trial_param(trial_id, param_name, param_value_internal, distribution)
+
+        def set_or_read_first() -> None:
+            try:
+                set_it()
+            except KeyError:  # of the proxy's cache, see Optuna 5.0.0, `_CachedStorage`
+                self._backend.get_all_trials(self._study_id, deepcopy=False)
+                set_it()
+
+        self._write(set_or_read_first)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """See Optuna."""

@@ -110,8 +110,8 @@ def open_study(
         try:
             with explained(url):
                 seconds = OUTAGE_SECONDS if is_served(url) else 0.0
-                inner = get_storage(storage)
-                guarded = GuardedStorage(inner, lease.check, shown_url(url), seconds)
+                inner, study_id = get_storage(storage), found._study_id
+                guarded = GuardedStorage(inner, study_id, lease.check, shown_url(url), seconds)
                 study = optuna.load_study(study_name=name, storage=guarded)
                 _check_owner(study, digest, what)  # whoever had the lease before may have taken it
                 _take_up(study, digest, objectives)

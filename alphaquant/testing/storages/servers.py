@@ -1,4 +1,4 @@
-"""Servers that tests and benchmarks start for themselves: PostgreSQL, and Optuna's storage proxy."""
+"""Servers that tests and benchmarks start: PostgreSQL, and Optuna's storage proxy."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 """Where Debian and Ubuntu put PostgreSQL, by version; empty where it is not installed."""
 
 _QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-_PROXY = """
-import sys, warnings
+_PROXIES = """
+import sys, threading, warnings
 warnings.simplefilter("ignore")
 from optuna.storages import RDBStorage, get_storage, run_grpc_proxy_server
-storage = RDBStorage(sys.argv[1], engine_kwargs={"pool_pre_ping": True})
-run_grpc_proxy_server(get_storage(storage), host="127.0.0.1", port=int(sys.argv[2]))
+for line in sys.stdin:
+    port, url = line.rstrip().split(" ", 1)
+    storage = get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
+    at = {"host": "127.0.0.1", "port": int(port)}
+    threading.Thread(target=run_grpc_proxy_server, args=(storage,), kwargs=at, daemon=True).start()
 """
 
 
@@ -86,50 +89,46 @@ def _as_server_user(*command: str) -> list[str]:
 
 
 @dataclass
-class Proxy:
-    """Optuna's proxy of a database, in a process of its own.
+class Proxies:
+    """Optuna's proxies of databases, in one process of their own."""
 
-    Attributes:
-        database: its URL, as SQLAlchemy reads it.
-        port: where it listens.
-    """
+    _process: subprocess.Popen[str] | None = None
 
-    database: str
-    port: int = field(default_factory=lambda: _free_port())
-    _process: subprocess.Popen[bytes] | None = None
+    def serve(self, database: str, port: int | None = None) -> str:
+        """The URL of a proxy that answers.
 
-    @property
-    def url(self) -> str:
-        """What `--storage` takes."""
-        return f"grpc://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
-        command = [sys.executable, "-c", _PROXY, self.database, str(self.port)]
-        self._process = subprocess.Popen(command, **_QUIET)
-        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+        Args:
+            database: URL of an SQLite file or of PostgreSQL with its driver.
+            port: where it listens; None for any free one.
+        """
+        if self._process is None:
+            command = [sys.executable, "-c", _PROXIES]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, text=True, bufsize=1, **_QUIET
+            )
+        assert self._process.stdin is not None
+        port = port or _free_port()
+        self._process.stdin.write(f"{port} {database}\n")
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(timeout=60)
+        return f"grpc://127.0.0.1:{port}"
 
     def kill(self) -> None:
-        """Kill it with -9."""
+        """Kill them all with -9; the next one gets another process."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
+            self._process = None
 
 
 @contextmanager
-def storage_proxy(database: str) -> Iterator[Proxy]:
-    """A proxy that runs; killed on leaving.
-
-    Args:
-        database: URL of an SQLite file or of PostgreSQL with its driver.
-    """
-    proxy = Proxy(database)
+def storage_proxies() -> Iterator[Proxies]:
+    """Proxies that are killed on leaving."""
+    proxies = Proxies()
     try:
-        proxy.start()
-        yield proxy
+        yield proxies
     finally:
-        proxy.kill()
+        proxies.kill()
 
 
 def _free_port() -> int:

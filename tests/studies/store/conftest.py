@@ -9,9 +9,9 @@ from alphaquant.studies.store.urls import sqlite_url
 from alphaquant.testing.storages.servers import (
     BINARIES,
     PostgresServer,
-    Proxy,
+    Proxies,
     postgres_server,
-    storage_proxy,
+    storage_proxies,
 )
 
 
@@ -30,10 +30,10 @@ def database(server: PostgresServer) -> str:
     return server.new_database()
 
 
-@pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Proxy]:
-    """Optuna's proxy of an SQLite file, in a process of its own."""
-    with storage_proxy(sqlite_url(tmp_path / "behind.db")) as running:
+@pytest.fixture(scope="session")
+def proxies() -> Iterator[Proxies]:
+    """A process with Optuna's proxies."""
+    with storage_proxies() as running:
         yield running
 
 
@@ -43,6 +43,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
         return str(request.getfixturevalue("database"))
     if request.param == "grpc":
-        return str(request.getfixturevalue("proxy").url)
+        behind = sqlite_url(tmp_path / "behind.db")
+        return str(request.getfixturevalue("proxies").serve(behind))
     file = tmp_path / "study"
     return sqlite_url(file) if request.param == "sqlite" else f"journal:{file}"

@@ -4,10 +4,13 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 from unittest import mock
 
@@ -18,8 +21,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from alphaquant.errors import StoreError
+from alphaquant.lease import PATIENCE_VARIABLE
 from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.studies.store import storages
+from alphaquant.studies.store import study as study_module
 from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.study import (
     TrialRow,
@@ -29,6 +34,7 @@ from alphaquant.studies.store.study import (
     our_studies,
 )
 from alphaquant.studies.store.urls import shown_url, sqlite_url
+from alphaquant.testing.storages.servers import storage_proxies
 
 ROOT = Path(__file__).parents[3]
 ROW = TrialRow(
@@ -325,4 +331,130 @@ def test_damaged_sqlite_file_is_one_line_with_what_to_do(damage: str, tmp_path: 
     words = f"s.db cannot be used .* move {file} away"
     with pytest.raises(StoreError, match=words) as caught, open_study(sqlite_url(file), "s", "f"):
         pass
+    assert "\n" not in str(caught.value)
+
+
+DRIVING = """
+import sys, time
+import optuna
+sys.path.insert(0, {root!r})
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+from alphaquant.errors import StoreError
+from alphaquant.lease import Lease
+from alphaquant.studies.store.guarded import GuardedStorage, StudyBoard
+from alphaquant.studies.store.storages import open_storage
+with open_storage({url!r}) as storage:
+    number = storage.get_study_id_from_name("s")
+    lease = Lease(StudyBoard(storage, number), "study s", "--study")
+    lease.acquire()
+    guarded = GuardedStorage(optuna.storages.get_storage(storage), number, lease.check, "it", 0)
+    study = optuna.load_study(study_name="s", storage=guarded)
+    try:
+        while True:
+            study.tell(study.ask(), [1.0, 2.0])
+            print(len(study.trials), flush=True)
+            time.sleep(0.01)
+    except StoreError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_paused_stops_and_harms_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped in the middle of its trials, wherever that is, and wakes beside the next."""
+    monkeypatch.setenv(PATIENCE_VARIABLE, "2")
+    with open_study(url, "s", "f"):
+        pass
+    command = [sys.executable, "-c", DRIVING.format(root=str(ROOT), url=url)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        before = [int(first.stdout.readline()) for _ in range(5)]
+        assert before == [1, 2, 3, 4, 5]
+        first.send_signal(SIGSTOP)
+        with pytest.raises(StoreError, match=f"in use: process {first.pid} on"):
+            open_study(url, "s", "f").__enter__()
+        time.sleep(2)
+        with open_study(url, "s", "f") as study:
+            known = [t for t in study.trials if t.state == TrialState.COMPLETE]
+            add_row(study, ROW)
+            first.send_signal(SIGCONT)
+            said = first.communicate(timeout=60)[0].splitlines()[-1]
+            add_row(study, replace(ROW, number=1, digest="d1"))
+            after = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert first.returncode == 0
+    assert f"was taken over by process {os.getpid()} on" in said
+    assert [t.number for t in after[: len(known)]] == [t.number for t in known]
+    assert len(after) == len(known) + 2
+
+
+def restarted_after(stop: Any, start: Any, seconds: float) -> threading.Thread:
+    """A server that goes away now and comes back later."""
+    stop()
+    thread = threading.Timer(seconds, start)
+    thread.start()
+    return thread
+
+
+def test_a_proxy_that_restarts_between_two_calls_is_not_noticed(tmp_path: Path) -> None:
+    """Its cache is empty then, and Optuna 5.0.0 knows no trial that it has not read again."""
+    with storage_proxies() as proxies:
+        behind = sqlite_url(tmp_path / "behind.db")
+        url = proxies.serve(behind)
+        with open_study(url, "s", "f") as study:
+            trial = study.ask()
+            proxies.kill()
+            proxies.serve(behind, int(url.rsplit(":", 1)[1]))
+            assert 0 <= trial.suggest_float("x", 0, 1) <= 1
+            finish_trial(study, trial, ROW)
+            assert len(finished_rows(study)) == 1
+
+
+@pytest.mark.parametrize("kind", ["grpc", "postgresql"])
+def test_a_server_that_restarts_is_waited_for_and_nothing_is_lost_or_doubled(
+    kind: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ExitStack() as stack:
+        if kind == "grpc":
+            proxies = stack.enter_context(storage_proxies())
+            behind = sqlite_url(tmp_path / "behind.db")
+            url = proxies.serve(behind)
+            port = int(url.rsplit(":", 1)[1])
+            stop, start = proxies.kill, lambda: proxies.serve(behind, port)
+        else:
+            server = request.getfixturevalue("server")
+            url = server.new_database()
+            stop, start = server.stop, server.start
+        with open_study(url, "s", "f") as study:
+            for number in range(6):
+                trial = next_trial(study, PlannedTrial({}, {"origin": "knobs"}), "random", 3)
+                back = restarted_after(stop, start, 1.0) if number in (1, 3) else None
+                trial.suggest_float("x", 0, 1)
+                finish_trial(study, trial, replace(ROW, number=number, digest=f"d{number}"))
+                if back is not None:
+                    back.join()
+            assert [row.digest for row in finished_rows(study)] == [f"d{i}" for i in range(6)]
+            states = [t.state for t in study.trials]
+        assert states == [TrialState.COMPLETE] * 6
+        with open_study(url, "s", "f") as study:  # it was given back, and nothing is damaged
+            assert len(finished_rows(study)) == 6
+    assert caplog.text.count("does not answer; it is tried again for up to 300 s") == 2
+    assert caplog.text.count("answers again after") == 2
+    assert "secret" not in caplog.text
+
+
+def test_a_server_that_stays_away_is_given_up_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(study_module, "OUTAGE_SECONDS", 0.5)
+    with storage_proxies() as proxies:
+        url = proxies.serve(sqlite_url(tmp_path / "behind.db"))
+        words = f"{url} cannot be used .*check that Optuna's proxy runs there.*command resumes"
+        with pytest.raises(StoreError, match=words) as caught, open_study(url, "s", "f") as study:
+            proxies.kill()
+            study.ask()
     assert "\n" not in str(caught.value)
