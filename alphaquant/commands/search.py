@@ -133,8 +133,13 @@ def search(
         tell(line)
     request = _check(spec)
     _check_places(spec)
-    with locked_folder(spec.run.out):
-        return _search(spec, request, StageClock(progress), on_trial, tell)
+    with locked_folder(spec.run.out) as lease:
+
+        def held(stage: str, done: int, total: int) -> None:
+            lease.check()
+            progress(stage, done, total)
+
+        return _search(spec, request, StageClock(held), on_trial, tell)
 
 
 def plan_search(
