@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -166,3 +167,34 @@ def locked(path: Path, what: str, other: str = "--out", *, waits: bool = False) 
         yield lease
     finally:
         lease.release()
+
+
+@contextmanager
+def in_use(path: Path, what: str) -> Iterator[None]:
+    """Say that this process reads what is in a folder, beside any others.
+
+    Where nothing may be written nothing is said: a cache that somebody else keeps.
+
+    Args:
+        path: the folder of claims; its folder is made if there is none.
+        what: what is used, for messages.
+    """
+    lease = Lease(FolderBoard(path), what, "")
+    try:
+        lease.join()
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def mark_used(path: Path) -> None:
+    """Remember when something was last used: the time of the last change of a file or folder.
+
+    Where it may not be written, as in a cache that somebody else keeps, nothing is remembered.
+    """
+    with suppress(OSError):
+        os.utime(path)

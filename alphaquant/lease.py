@@ -118,6 +118,12 @@ class Claim:
         return _start(self.process) != self.started
 
     @property
+    def may_live(self) -> bool:
+        """Whether its process may still work: one of another machine that has beaten lately."""
+        is_here = self.place == _place()
+        return not self.is_dead and (is_here or abs(self.age) <= self.patience)
+
+    @property
     def age(self) -> float:
         """Seconds since its last beat, by the clocks of both hosts; negative where they differ."""
         return time.time() - self.beat
@@ -181,6 +187,15 @@ class Lease:
             with suppress(Exception):
                 self._board.remove(self._token)
             raise
+        self._thread.start()
+
+    def join(self) -> None:
+        """Claim beside others: something that many use at once, and that nobody may remove."""
+        for token, claim in self._board.read().items():
+            if claim.is_dead:
+                self._board.remove(token)
+        self._confirmed = _clock()
+        self._write(self._claim)
         self._thread.start()
 
     def release(self) -> None:

@@ -25,6 +25,7 @@ from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.scores import check_scores
+from alphaquant.files import in_use
 from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.loading import load_skeleton, working_dtype
 from alphaquant.models.mapping import device_of, map_model
@@ -52,6 +53,7 @@ from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.costing import bank_formats, check_bank, needed
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import (
+    USERS,
     Source,
     cache_dir,
     find_device,
@@ -133,7 +135,8 @@ def search(
         tell(line)
     request = _check(spec)
     _check_places(spec)
-    with locked_folder(spec.run.out) as lease:
+    users = cache_dir(spec.run.cache) / USERS
+    with locked_folder(spec.run.out) as lease, in_use(users, "the cache"):
 
         def held(stage: str, done: int, total: int) -> None:
             lease.check()

@@ -26,7 +26,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from alphaquant.errors import StoreError
-from alphaquant.files import whole_file
+from alphaquant.files import mark_used, whole_file
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_files import JsonError, read_object
@@ -222,6 +222,7 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
             raise damaged(index, str(error)) from error
         if found.get("inventory") != inventory.digest:
             raise damaged(index, "it lists another model's matrices")
+        mark_used(index)
     else:
         write_text(index, json.dumps(stated, indent=1, sort_keys=True))
     return Bank(path, inventory, stated)
@@ -239,9 +240,10 @@ def find_bank(root: Path, key: str, inventory: Inventory) -> Bank | None:
         facts = read_object(root / key / "bank.json")
     except (OSError, JsonError):
         return None
-    return (
-        Bank(root / key, inventory, facts) if facts.get("inventory") == inventory.digest else None
-    )
+    if facts.get("inventory") != inventory.digest:
+        return None
+    mark_used(root / key / "bank.json")
+    return Bank(root / key, inventory, facts)
 
 
 def damaged(path: Path, why: str) -> StoreError:

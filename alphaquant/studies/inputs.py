@@ -24,6 +24,9 @@ from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
 
+USERS = ".users"
+"""Folder of the cache with the claims of processes that use it."""
+
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
 DEFAULT_SEQ_LEN = 512

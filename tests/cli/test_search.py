@@ -1,6 +1,7 @@
 """`aq-search`: results on stdout, the rest on stderr; wrong input is in tests/corpus."""
 
 import json
+import random
 import signal
 import time
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from optuna.trial import TrialState
 
 from alphaquant.studies import loop
+from alphaquant.studies.store.storages import open_storage
+from alphaquant.studies.store.urls import sqlite_url
 
 OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
 """What a search that was stopped counts anew."""
@@ -90,7 +94,7 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     how: signal.Signals, start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -107,6 +111,9 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
         if how == signal.SIGINT:
             assert process.returncode == 130, err
             assert err.endswith("stopped; run the same command again to resume\n")
+        elif how == signal.SIGTERM:
+            assert process.returncode == 0, err
+            assert err.endswith("stopped by SIGTERM; the same command goes on from here\n")
         else:
             assert process.returncode == -signal.SIGKILL
         assert not (out / "best.json").exists()
@@ -114,6 +121,39 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     whole = run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "whole"))
     assert whole.code == 0
     assert_same_search(out, tmp_path / "whole")
+
+
+N_KILLS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_driver_that_is_killed_twenty_times_loses_doubles_and_damages_nothing(
+    start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Each time after a random share of what a whole search takes, from an empty cache on."""
+    out, rng = tmp_path / "out", random.Random(0)
+    options = (*small, "--trials", "24", "--out")
+    began = time.monotonic()
+    process = start("aq-search", *options, str(tmp_path / "whole"), "--cache", str(tmp_path / "w"))
+    assert process.communicate(timeout=600) is not None and process.returncode == 0
+    whole = time.monotonic() - began
+    cache, n_killed = tmp_path / "cache", 0
+    for _ in range(N_KILLS):
+        process = start("aq-search", *options, str(out), "--cache", str(cache))
+        time.sleep(rng.uniform(0.2, 1) * whole)
+        process.kill()
+        process.communicate()
+        n_killed += process.returncode == -signal.SIGKILL
+    assert n_killed >= N_KILLS // 2  # the others had ended before
+    assert run("aq-search", *options, str(out), "--cache", str(cache)).code == 0
+    assert_same_search(out, tmp_path / "whole")
+    with open_storage(sqlite_url(out / "study.db"), must_exist=True) as storage:
+        (study,) = storage.get_all_studies()
+        done = storage.get_all_trials(study._study_id, states=(TrialState.COMPLETE,))
+    assert len(done) == len(read_trials(out)) == 24
+    assert run("aq-cache", "verify", "--cache", str(cache)).code == 0
+    assert not list(out.rglob("*.part"))
 
 
 @pytest.mark.slow
