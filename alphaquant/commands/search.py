@@ -11,7 +11,7 @@ first, then whose directory it is, then the model with its space, then the texts
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +78,7 @@ from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sizing import size_lines, sized
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
+from alphaquant.studies.store.artifacts import check_artifacts
 from alphaquant.studies.store.folder import (
     RunFolder,
     check_folder,
@@ -336,6 +337,8 @@ def _check_places(spec: SearchSpec) -> None:
     """
     if spec.run.storage is not None:
         check_storage(spec.run.storage)
+    if spec.run.artifacts is not None:
+        check_artifacts(spec.run.artifacts)
     check_place(spec.run.out, "--out")
     check_place(cache_dir(spec.run.cache), "--cache")
     facts = spec.facts()
@@ -409,16 +412,17 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
     with ExitStack() as stack:
         open_it = _study(spec, inputs)
         if spec.run.storage is None:
-            folder = claim_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
-            yield folder, stack.enter_context(open_it)
+            yield _folder(spec, facts), stack.enter_context(open_it)
         else:
             study = stack.enter_context(open_it)
-            yield (
-                claim_folder(
-                    spec.run.out, facts, overwrite=spec.run.overwrite, storage=spec.run.storage
-                ),
-                study,
-            )
+            yield _folder(spec, facts), study
+
+
+def _folder(spec: SearchSpec, facts: Mapping[str, Any]) -> RunFolder:
+    run = spec.run
+    return claim_folder(
+        run.out, facts, overwrite=run.overwrite, storage=run.storage, bucket=run.artifacts
+    )
 
 
 def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:

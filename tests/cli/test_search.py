@@ -100,7 +100,7 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
 ) -> None:
     out = tmp_path / "out"
     options = (*small, "--trials", "24", "--out", str(out), "--cache", str(tmp_path / "cache"))
-    stages = ("load model", "bank: every", "trial 3:", "trial 15:")
+    stages = ("load model", "bank of formats", "trial 3:", "trial 15:")
     for stage in stages:
         process = start("aq-search", *options)
         for line in process.stderr:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.artifacts import upload_artifact
 
 from alphaquant.errors import StoreError
 from alphaquant.files import locked, whole_file
@@ -33,6 +33,7 @@ from alphaquant.lease import Lease
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.specs.run import EffortName
+from alphaquant.studies.store.artifacts import artifact_store
 from alphaquant.studies.store.urls import kept_url, sqlite_url
 
 LOCK_FILE = ".lock"
@@ -45,15 +46,22 @@ _TOOL = "aq-search"
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
 _REPORTS = ("report.md", "report.html")
 _OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", *_REPORTS, RUN_FILE)
-_OWN_FOLDERS = ("assignments", "configs", "artifacts")
+_ARTIFACTS = "artifacts"
+_OWN_FOLDERS = ("assignments", "configs", _ARTIFACTS)
 _LEFT = re.compile(r"run\.[0-9a-f]{32}\.part")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An output directory that belongs to one search."""
+    """An output directory that belongs to one search.
+
+    Attributes:
+        path: the directory.
+        bucket: `s3://BUCKET/PREFIX` where trials' configurations go there; None for a directory.
+    """
 
     path: Path
+    bucket: str | None = None
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file under another name, then rename it.
@@ -79,21 +87,22 @@ class RunFolder:
 
     def attach(self, trial: optuna.Trial, config_text: str) -> None:
         """Keep a trial's configuration as its Optuna artifact, for the dashboard."""
-        self.artifacts.mkdir(parents=True, exist_ok=True)
+        if self.bucket is None:
+            (self.path / _ARTIFACTS).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="alphaquant-") as folder:
             file = Path(folder) / CONFIG_FILE
             file.write_text(config_text, encoding="utf-8")
             upload_artifact(
-                artifact_store=FileSystemArtifactStore(self.artifacts),
+                artifact_store=artifact_store(self.artifacts),
                 file_path=str(file),
                 study_or_trial=trial,
                 mimetype="application/json",
             )
 
     @property
-    def artifacts(self) -> Path:
-        """Where trials' configurations are, for an Optuna artifact store."""
-        return self.path / "artifacts"
+    def artifacts(self) -> str | Path:
+        """Where trials' configurations are, see `alphaquant.studies.store.artifacts`."""
+        return self.bucket or self.path / _ARTIFACTS
 
     def has_assignment(self, digest: str) -> bool:
         """Whether an assignment was kept."""
@@ -220,6 +229,12 @@ def storage_of(path: Path) -> str:
     return str(found.get("storage") or default_storage(path))
 
 
+def artifacts_of(path: Path) -> str | Path:
+    """Where the search of a directory keeps its trials' configurations."""
+    found = _read_run(path) or {}
+    return RunFolder(path, found.get("artifacts")).artifacts
+
+
 def effort_in(path: Path) -> EffortName | None:
     """The effort of the search that a directory holds; None where there is none."""
     found = (_read_run(path) or {}).get("facts", {}).get("effort")
@@ -227,7 +242,12 @@ def effort_in(path: Path) -> EffortName | None:
 
 
 def claim_folder(
-    path: Path, facts: Mapping[str, Any], *, overwrite: bool, storage: str | None = None
+    path: Path,
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    storage: str | None = None,
+    bucket: str | None = None,
 ) -> RunFolder:
     """Create the directory of a search, or take it up again if its facts are the same.
 
@@ -237,20 +257,24 @@ def claim_folder(
         overwrite: replace what another search left there.
         storage: URL of the study where that is not in the directory; kept in `run.json` without
             its password.
+        bucket: see `RunFolder`; kept in `run.json`.
 
     Raises:
         StoreError: see `check_folder`.
     """
     check_folder(path, facts, overwrite=overwrite)
     found = _read_run(path)
-    folder = RunFolder(path)
+    folder = RunFolder(path, bucket)
     content: dict[str, Any] = {"tool": _TOOL, "version": RUN_VERSION, "facts": dict(facts)}
     if storage is not None:
         content["storage"] = kept_url(storage)
+    if bucket is not None:
+        content["artifacts"] = bucket
     is_same = found is not None and not _changed(found, facts)
     if found is not None and not is_same:
         _remove_own(path)
-    if found is None or not is_same or found.get("storage") != content.get("storage"):
+    places = ("storage", "artifacts")
+    if not is_same or any((found or {}).get(name) != content.get(name) for name in places):
         path.mkdir(parents=True, exist_ok=True)
         folder.write_json(RUN_FILE, content)
     return folder
