@@ -207,6 +207,7 @@ def _search(
         include=request.include,
         cache=cache,
         progress=clock,
+        scratch=spec.run.scratch,
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)
@@ -341,6 +342,8 @@ def _check_places(spec: SearchSpec) -> None:
         check_artifacts(spec.run.artifacts)
     check_place(spec.run.out, "--out")
     check_place(cache_dir(spec.run.cache), "--cache")
+    if spec.run.scratch is not None:
+        check_place(spec.run.scratch, "--scratch")
     facts = spec.facts()
     if spec.run.time_limit is not None:  # the effort is found when the model is known
         facts.pop("effort")
@@ -453,6 +456,7 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
         calibration_tokens_per_expert=tokens_per_expert,
         rare_matrices=rare_matrices(prepared.costs.table, RARE_TOKENS),
         lacking_formats=tuple(sorted(prepared.costs.lacking)),
+        scratch=None if inputs.source.scratch is None else inputs.source.scratch.report(),
     )
 
 

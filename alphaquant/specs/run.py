@@ -41,6 +41,9 @@ class RunSpec:
     cache: Path | None = None
     """Directory of banks, predictions and copies of weights; default $ALPHAQUANT_CACHE or
     ~/.cache/alphaquant."""
+    scratch: Path | None = None
+    """Directory on a disk of this machine for copies of what is read often, where the cache is on
+    a network file system: prepared weights and the bank; none by default."""
     storage: str | None = None
     """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE, grpc://HOST:PORT or
     journal:FILE; default study.db in out."""
