@@ -1,4 +1,4 @@
-"""Many clients of one study, with the functions of the benchmark: none loses or doubles a trial."""
+"""Many clients of one study, by the functions of the benchmark: nothing is lost or doubled."""
 
 from pathlib import Path
 from types import ModuleType

@@ -31,7 +31,7 @@ def command(
     may use is never removed. The exit code of verify is 1 where a file is damaged.
 
     Args:
-        action: list shows sizes, verify compares every file with its checksum, prune removes.
+        action: What to do: list shows sizes, verify compares every file with its checksum, prune removes.
         cache: Directory of the cache; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant.
         kind: Only these: weights, teachers, banks, costs, spectra or gguf; default all.
         older_than: Prune what was not used for so long: 12h, 30d, 4w.

@@ -1,9 +1,13 @@
 """`aq-search`: results on stdout, the rest on stderr; wrong input is in tests/corpus."""
 
 import json
+import os
 import random
+import re
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +98,7 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     how: signal.Signals, start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
@@ -107,7 +112,7 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
             if line.startswith(stage):
                 process.send_signal(how)
                 break
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         if how == signal.SIGINT:
             assert process.returncode == 130, err
             assert err.endswith("stopped; run the same command again to resume\n")
@@ -121,6 +126,45 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     whole = run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "whole"))
     assert whole.code == 0
     assert_same_search(out, tmp_path / "whole")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk in memory of its own, which a test fills."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(path)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no disk can be mounted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("place", ["cache", "out"])
+def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(
+    place: str, disk: Path, run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The disk grows step by step, so that another write of the search is the one that fails."""
+    places = {"cache": tmp_path / "cache", "out": tmp_path / "out", place: disk / "it"}
+    options = (*small, "--out", str(places["out"]), "--cache", str(places["cache"]))
+    n_failed = 0
+    for size in ("100k", "300k", "600k", "1m", "2m", "64m"):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+        done = run("aq-search", *options)
+        if done.code == 0:
+            break
+        n_failed += 1
+        (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert re.search(r"No space left|disk is full|bytes, and \d+ are free", error), error
+        assert re.search("the same command|the cache elsewhere", error), error
+        assert not list(disk.rglob("*.part"))
+    assert done.code == 0
+    assert n_failed >= 2
+    whole = run("aq-search", *small, "--out", str(tmp_path / "whole"))
+    assert whole.code == 0
+    assert_same_search(places["out"], tmp_path / "whole")
 
 
 N_KILLS = 20
