@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(kinds, asked.clients, asked.trials)
     print(table(rows))
     if asked.out is not None:
-        command = shlex.join(["python", "benchmarks/storage_clients.py", *sys.argv[1:]])
+        words = ["FILE" if word == str(asked.out) else word for word in arguments or sys.argv[1:]]
+        command = shlex.join(["python", "benchmarks/storage_clients.py", *words])
         content = {**run_facts("cpu"), "command": command, "seconds": time.perf_counter() - began}
         content["runs"] = [asdict(row) for row in rows]
         asked.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -31,11 +31,13 @@ def command(
     may use is never removed. The exit code of verify is 1 where a file is damaged.
 
     Args:
-        action: What to do: list shows sizes, verify compares every file with its checksum, prune removes.
+        action: What to do: list shows sizes, verify compares files with their checksums, prune
+            removes.
         cache: Directory of the cache; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant.
         kind: Only these: weights, teachers, banks, costs, spectra or gguf; default all.
-        older_than: Prune what was not used for so long: 12h, 30d, 4w.
-        keep: Prune what was not used for longest, until the rest takes no more than this: 50GiB.
+        older_than: Prune what was not used for so long: 12h, 30d, 4w; none by default.
+        keep: Prune what was not used for longest, until the rest takes no more than this:
+            50GiB; none by default.
         dry_run: Say what prune would remove, and remove nothing.
         as_json: Print JSON instead of tables.
     """
