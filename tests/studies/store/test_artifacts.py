@@ -1,5 +1,7 @@
 """Artifacts in S3-compatible storage, on a server that moto runs in this process."""
 
+import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +11,17 @@ import pytest
 from moto.server import ThreadedMotoServer
 from optuna.artifacts import download_artifact, get_all_artifact_meta
 
+from alphaquant.commands.dashboard import DashboardSpec, address_of, open_dashboard
 from alphaquant.errors import StoreError
 from alphaquant.studies.store import artifacts as module
 from alphaquant.studies.store.artifacts import artifact_store, check_artifacts, is_bucket
-from alphaquant.studies.store.folder import RunFolder, artifacts_of, claim_folder
+from alphaquant.studies.store.folder import (
+    RunFolder,
+    artifacts_of,
+    claim_folder,
+    default_storage,
+)
+from alphaquant.studies.store.study import open_study
 
 PLACE = "s3://bucket/searches/one"
 
@@ -56,6 +65,24 @@ def test_a_trials_configuration_goes_to_the_bucket_and_comes_back(
     assert file.read_text() == "{}"
     artifact_store(found).remove(meta.artifact_id)
     assert keys() == []
+
+
+def test_the_dashboard_gives_configurations_of_the_bucket_away(
+    bucket: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder = claim_folder(out, {"a": 1}, overwrite=False, bucket=PLACE)
+    with open_study(default_storage(out), "s", "f") as study:
+        trial = study.ask()
+        folder.attach(trial, '{"default": "int4-g64"}')
+        (meta,) = get_all_artifact_meta(trial)
+    with open_dashboard(DashboardSpec(out)) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        address = f"{address_of(server)}artifacts/1/1/{meta.artifact_id}"
+        with urllib.request.urlopen(address) as answer:
+            assert answer.read() == b'{"default": "int4-g64"}'
+        thread.join()
 
 
 def test_a_bucket_that_is_there_passes_and_one_that_is_not_is_one_line(bucket: str) -> None:
