@@ -411,6 +411,7 @@ def test_a_proxy_that_restarts_between_two_calls_is_not_noticed(tmp_path: Path) 
             assert len(finished_rows(study)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpc", "postgresql"])
 def test_a_server_that_restarts_is_waited_for_and_nothing_is_lost_or_doubled(
     kind: str,
