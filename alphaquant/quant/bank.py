@@ -238,7 +238,7 @@ def open_bank(
             raise damaged(index, str(error)) from error
         if found.get("inventory") != inventory.digest:
             raise damaged(index, "it lists another model's matrices")
-        mark_used(index)
+        mark_used(path)
     else:
         write_text(index, json.dumps(stated, indent=1, sort_keys=True))
     return Bank(path, inventory, stated, scratch)
@@ -258,7 +258,7 @@ def find_bank(root: Path, key: str, inventory: Inventory) -> Bank | None:
         return None
     if facts.get("inventory") != inventory.digest:
         return None
-    mark_used(root / key / "bank.json")
+    mark_used(root / key)
     return Bank(root / key, inventory, facts)
 
 

@@ -16,6 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from alphaquant.commands import search
+from alphaquant.lease import PATIENCE_VARIABLE
 from alphaquant.studies import loop
 from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.urls import sqlite_url
@@ -127,6 +128,41 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     whole = run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "whole"))
     assert whole.code == 0
     assert_same_search(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_driver_that_was_paused_stops_in_one_line_and_the_second_ones_result_is_whole(
+    start: Any,
+    run: Any,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "8")
+    out = tmp_path / "out"
+    options = (*small, "--trials", "24", "--out", str(out))
+    first = start("aq-search", *options)
+    for line in first.stderr:
+        if line.startswith("trial 3:"):
+            first.send_signal(signal.SIGSTOP)
+            break
+    refused = run("aq-search", *options)
+    assert refused.code == 1
+    assert f"error: --out {out} is in use: process {first.pid} on " in refused.err
+    time.sleep(8)
+    second = run("aq-search", *options)
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=300)
+    assert second.code == 0
+    for what in (f"--out {out}", "study 'aq-search' in "):
+        assert re.search(f"took {what}.* over from process {first.pid} on ", caplog.text)
+    assert first.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "was taken over" in error and "it stops here" in error
+    assert run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "w")).code == 0
+    assert_same_search(out, tmp_path / "w")
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_what_a_process_writes_or_may_have_used_stays(root: Path) -> None:
     assert kinds(found.in_use) == {"banks", "costs"}
     assert bank.path.is_dir()
     with in_use(root / USERS, "the cache"):
-        os.utime(bank.path / "bank.json")  # as opening it does
+        os.utime(bank.path)  # as opening it does
         later = [replace(e, used=0.0) for e in list_cache(root)]  # it was listed before
         assert kinds(prune_cache(root, later, older_than="1h").in_use) == {"banks"}
     assert list_cache(root)[0].path == bank.path

@@ -131,7 +131,7 @@ def converted(file: Path, cache: Path, progress: Progress = no_progress) -> Path
             with suppress(OSError):  # what holds something stays
                 for folder in made:
                     folder.rmdir()
-    mark_used(target / ORIGIN_FILE)
+    mark_used(target)
     return target
 
 
