@@ -1,24 +1,27 @@
 """Files that appear whole or not at all, and folders that one process works on at a time."""
 
-import fcntl
+import errno
 import hashlib
+import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from safetensors import SafetensorError
 
 from alphaquant.errors import StoreError
+from alphaquant.lease import Claim, Lease, record_of
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No room on a disk, or none that is ours."""
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
     """Write a file under a name of its own and rename it when it is complete.
 
     A process that is killed leaves a `.part` behind that nobody reads. Two that write the same
@@ -27,17 +30,29 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is made if there is none.
+        n_bytes: how large it becomes, where that is known.
 
     Yields:
         The path to write to, in the same folder.
+
+    Raises:
+        StoreError: the disk is full; nothing is left of the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
+    n_written = 0
     try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            part.replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                n_written = part.stat().st_size
+                part.unlink()
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise _cannot_write(path, error, n_bytes, n_written) from error
 
 
 @contextmanager
@@ -54,13 +69,29 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        needed = "" if n_bytes is None else f"it needs {n_bytes} bytes, "
-        free = shutil.disk_usage(path.parent).free
-        raise StoreError(
-            f"cannot write {path} ({error}): {needed}{free} are free in {path.parent}; free "
-            "space there or mend the reason, then run the same command, which goes on with what "
-            "is finished"
-        ) from error
+        raise _cannot_write(path, error, n_bytes) from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether there is no room; safetensors has the system's number in its text only."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"os error {number}" in str(error) for number in _FULL)
+
+
+def _cannot_write(
+    path: Path, error: Exception, n_bytes: int | None, n_written: int = 0
+) -> StoreError:
+    """What is needed where, and that nothing is lost."""
+    needed = "" if n_bytes is None else f"it needs {n_bytes} bytes, "
+    if n_bytes is None and n_written:
+        needed = f"it needs more than {n_written} bytes, "
+    there = next(folder for folder in path.parents if folder.is_dir())
+    return StoreError(
+        f"cannot write {path} ({error}): {needed}{shutil.disk_usage(there).free} are free in "
+        f"{there}; free space there or mend the reason, then run the same command, which goes on "
+        "with what is finished"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -69,59 +100,101 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(path: Path, what: str, other: str = "--out", *, waits: bool = False) -> Iterator[None]:
-    """Keep other processes out, on this host and on those that share the file system's locks.
+@dataclass(frozen=True)
+class FolderBoard:
+    """Claims as files of one folder, see `alphaquant.lease`.
 
-    The kernel frees the lock when the process ends, however it ends: a file that a killed one left
-    behind holds nobody up. On leaving, the file is removed; what moved it meanwhile removes it
-    itself.
+    Attributes:
+        folder: made with the first claim, and removed with the last.
+    """
+
+    folder: Path
+
+    def read(self) -> dict[str, Claim]:
+        """All claims by their token."""
+        found = {}
+        for file in self.folder.glob("*.json"):
+            with suppress(FileNotFoundError):  # given back meanwhile
+                found[file.stem] = Claim.read(json.loads(file.read_text(encoding="utf-8")))
+        return found
+
+    def write(self, token: str, claim: Claim) -> None:
+        """Make or replace a claim.
+
+        It comes by a new file that is renamed: that changes the folder, so a client of a network
+        file system forgets what it remembers of it, and lists it anew.
+        """
+        file = self.folder / f"{token}.json"
+        part = file.with_suffix(".new")
+        text = json.dumps(record_of(claim))
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # the last claim went, and the folder with it
+                part.write_text(text, encoding="utf-8")
+                part.replace(file)
+                return
+
+    def remove(self, token: str) -> None:
+        """Remove a claim, if it is there."""
+        (self.folder / f"{token}.json").unlink(missing_ok=True)
+        with suppress(OSError):  # other claims are in it
+            self.folder.rmdir()
+
+
+@contextmanager
+def locked(path: Path, what: str, other: str = "--out", *, waits: bool = False) -> Iterator[Lease]:
+    """Keep other processes out, on this host and on those that share the file system.
+
+    A claim that a killed process of this machine left behind holds nobody up; one of another
+    machine, or of a process that was paused, is taken over when it is old: see
+    `alphaquant.lease`.
 
     Args:
-        path: the lock file; its folder is made if there is none.
+        path: the folder of claims; its folder is made if there is none.
         what: what is locked, for messages, such as `--out q`.
         other: the option that gives another one.
         waits: wait for whoever holds it.
 
+    Yields:
+        The lease; whoever writes what others would not write the same asks it before.
+
     Raises:
         StoreError: another process holds it; the message names its host, number and start.
     """
-    file = _lock_file(path, what, other, waits)
+    lease = Lease(FolderBoard(path), what, other)
+    lease.acquire(waits=waits)
     try:
-        started = datetime.now(UTC).isoformat(" ", "seconds")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}")
-        file.flush()
+        yield lease
+    finally:
+        lease.release()
+
+
+@contextmanager
+def in_use(path: Path, what: str) -> Iterator[None]:
+    """Say that this process reads what is in a folder, beside any others.
+
+    Where nothing may be written nothing is said: a cache that somebody else keeps.
+
+    Args:
+        path: the folder of claims; its folder is made if there is none.
+        what: what is used, for messages.
+    """
+    lease = Lease(FolderBoard(path), what, "")
+    try:
+        lease.join()
+    except OSError:
+        yield
+        return
+    try:
         yield
     finally:
-        if _is_file_at(file, path):
-            path.unlink(missing_ok=True)
-        file.close()
+        lease.release()
 
 
-def _lock_file(path: Path, what: str, other: str, waits: bool) -> TextIO:
-    """The lock file, opened and locked; another one that a holder removed meanwhile is no lock."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read() or "another process"
-            file.close()
-            raise StoreError(
-                f"{what} is in use: {holder} works on it; wait until it ends, stop it, or give "
-                f"another {other}"
-            ) from error
-        if _is_file_at(file, path):
-            return file
-        file.close()
+def mark_used(path: Path) -> None:
+    """Remember when something was last used: the time of the last change of a file or folder.
 
-
-def _is_file_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file is the one that a path names now."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    Where it may not be written, as in a cache that somebody else keeps, nothing is remembered.
+    """
+    with suppress(OSError):
+        os.utime(path)

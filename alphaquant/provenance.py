@@ -33,6 +33,8 @@ class Provenance:
         rare_matrices: matrices that too few calibration tokens reached.
         lacking_formats: formats in which the bank does not hold every matrix.
         gguf: the GGUF file that it was made from, see `GgufOrigin`; None for other checkpoints.
+        scratch: what was copied to a disk of this machine, and what was not and why; None where
+            no such disk was asked for.
         dashboard_problem: why the study lacks its note and figures; None where it has them.
     """
 
@@ -50,6 +52,7 @@ class Provenance:
     rare_matrices: tuple[str, ...]
     lacking_formats: tuple[str, ...] = ()
     gguf: Mapping[str, Any] | None = None
+    scratch: Mapping[str, Any] | None = None
     dashboard_problem: str | None = None
 
     def as_json(self) -> dict[str, Any]:

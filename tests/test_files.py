@@ -1,6 +1,9 @@
 """Files appear whole or not at all, writers do not touch each other's parts, locks keep out."""
 
+import errno
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from alphaquant.errors import StoreError
 from alphaquant.files import locked, whole_file
@@ -52,6 +56,35 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_part(
     assert names(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_with_what_is_needed_where(
+    tmp_path: Path, error: Exception
+) -> None:
+    path = tmp_path / "a.safetensors"
+    for n_bytes, needed in ((None, "it needs more than 4 bytes"), (99, "it needs 99 bytes")):
+        with pytest.raises(StoreError) as caught, whole_file(path, n_bytes) as part:
+            part.write_text("half")
+            raise error
+        message = str(caught.value)
+        assert message.startswith(f"cannot write {path} (")
+        assert f"{needed}, {shutil.disk_usage(tmp_path).free // 10**9}" in message
+        assert f"are free in {tmp_path}; free space there" in message
+        assert "\n" not in message
+    assert names(tmp_path) == []
+
+
+def test_other_errors_of_what_is_written_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a"):
+        (tmp_path / "nothing").read_text()
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -81,7 +114,8 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path:
         holder.send_signal(signal.SIGKILL)
     assert path.exists()
     with locked(path, "--out q"):
-        assert path.read_text().startswith(f"process {os.getpid()} on ")
+        (claim,) = path.iterdir()
+        assert json.loads(claim.read_text())["process"] == os.getpid()
     assert names(path.parent) == []
 
 

@@ -21,7 +21,7 @@ Check = Callable[[Mapping[str, str]], list[str]]
 PACKAGE = Path(__file__).parents[1] / "alphaquant"
 
 # The modules at the package's root that everybody may import: they import nothing but each other.
-GROUND = {"errors", "files", "checksums", "provenance", "progress", "import_hook"}
+GROUND = {"errors", "lease", "files", "checksums", "provenance", "progress", "import_hook"}
 
 # Each line: the rooms to the left that a room may import, beside the ground. kernels take integers
 # and tensors, so they see no Format and nothing else of spaces; search never sees a tensor, so it
@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "root": {"import_hook"},
     "import_hook": set(),
     "errors": set(),
-    "files": {"errors"},
+    "lease": {"errors"},
+    "files": {"errors", "lease"},
     "checksums": {"errors"},
     "provenance": {"errors"},
     "progress": {"errors"},
@@ -66,6 +67,7 @@ OUTSIDE: dict[str, set[str]] = {
     "root": set(),
     "import_hook": set(),
     "errors": set(),
+    "lease": set(),
     "files": {"safetensors"},
     "checksums": {"numpy"},
     "provenance": {"torch"},

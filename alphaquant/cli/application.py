@@ -2,7 +2,7 @@
 
 flag > file > default      `--spec FILE` reads options from a TOML file
 --print-spec               writes such a file, with everything else that was given
-exit 0 done, 1 our error, 2 a wrong option, 130 Ctrl-C
+exit 0 done, or SIGTERM where the same command goes on, 1 our error, 2 a wrong option, 130 Ctrl-C
 """
 
 import sys

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import contextmanager, nullcontext
+from types import FrameType, TracebackType
 
 from cyclopts import CycloptsError
 from rich.console import Console
@@ -201,9 +203,38 @@ def set_up(debug: bool) -> None:
     logging.getLogger("alphaquant").setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
+class Preempted(KeyboardInterrupt):
+    """SIGTERM: whoever runs the machine wants it back. What ends well on Ctrl-C ends well here."""
+
+
+@contextmanager
+def _preemptible() -> Iterator[None]:
+    """Let SIGTERM end the main thread as Ctrl-C does, once: what is left must be put in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers can be set there only
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a child that was forked meanwhile ends as it would without us
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Preempted
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def reported(debug: bool, interrupted: str, resumes: bool = False) -> Iterator[None]:
     """Turn what goes wrong into one line and exit code 1, Ctrl-C into 130.
+
+    SIGTERM ends a command that goes on where it stopped with 0, because nothing is wrong.
 
     Our errors say what to do, those of disks what they hit; anything else is a bug of ours, and
     says so. A reader of stdout that goes away ends a command without a word.
@@ -214,8 +245,12 @@ def reported(debug: bool, interrupted: str, resumes: bool = False) -> Iterator[N
         resumes: whether the same command goes on where it stopped.
     """
     try:
-        yield
+        with _preemptible() if resumes else nullcontext():
+            yield
         sys.stdout.flush()
+    except Preempted as stop:
+        say("\nstopped by SIGTERM; the same command goes on from here", sys.stderr)
+        raise SystemExit(0) from stop
     except KeyboardInterrupt as stop:
         say(f"\n{interrupted}", sys.stderr)
         raise SystemExit(INTERRUPTED) from stop

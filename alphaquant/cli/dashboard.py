@@ -15,7 +15,7 @@ def command(
     /,
     *,
     storage: str | None = None,
-    artifacts: Path | None = None,
+    artifacts: str | None = None,
     port: Annotated[int, whole(0, 65535)] = 0,
     host: str = "127.0.0.1",
 ) -> None:
@@ -26,8 +26,10 @@ def command(
     Args:
         source: The --out of a search, or the storage of its study.
         storage: Storage of the study where it is not that of the directory: sqlite:///FILE,
-            postgresql://USER@HOST/DATABASE, journal:FILE; default what the search used.
-        artifacts: Directory of the trials' configurations; default that of the directory.
+            postgresql://USER@HOST/DATABASE, grpc://HOST:PORT, journal:FILE; default what the
+            search used.
+        artifacts: Directory of the trials' configurations, or s3://BUCKET/PREFIX; default where
+            the search of the directory keeps them.
         port: Port to listen on; 0 is any free one.
         host: Address to listen on. There is no password: whoever reaches it can read and change
             the study.

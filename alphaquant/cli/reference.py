@@ -8,6 +8,7 @@ A test compares the page with this text.
 import re
 
 from alphaquant.cli.application import Command, application
+from alphaquant.cli.cache import CACHE
 from alphaquant.cli.compare import COMPARE
 from alphaquant.cli.dashboard import DASHBOARD
 from alphaquant.cli.evaluate import EVALUATE
@@ -16,7 +17,7 @@ from alphaquant.cli.quantize import QUANTIZE
 from alphaquant.cli.search import SEARCH
 from alphaquant.cli.sensitivity import SENSITIVITY
 
-COMMANDS = (SEARCH, QUANTIZE, EVALUATE, INSPECT, COMPARE, SENSITIVITY, DASHBOARD)
+COMMANDS = (SEARCH, QUANTIZE, EVALUATE, INSPECT, COMPARE, SENSITIVITY, DASHBOARD, CACHE)
 """Every program, in the order of the page."""
 
 _HEAD = """\
@@ -27,10 +28,10 @@ Made from the specifications in `alphaquant/specs` by
 print is in [commands](commands.md).
 
 Every command takes `--help`, `--version` and `--debug` (tracebacks and debug logs). Those with a
-specification (all but `aq-inspect`, `aq-compare` and `aq-dashboard`) also take `--spec FILE`, a
-TOML file of options named as in Python, and `--print-spec`, which prints such a file with all
-options as they are. What is given on the command line wins over the file, and the file over the
-default. In Python the same names have `_` for `-`:
+specification (all but `aq-inspect`, `aq-compare`, `aq-dashboard` and `aq-cache`) also take
+`--spec FILE`, a TOML file of options named as in Python, and `--print-spec`, which prints such a
+file with all options as they are. What is given on the command line wins over the file, and the
+file over the default. In Python the same names have `_` for `-`:
 `alphaquant.search("4.25bits", calibration_samples=64)`.
 """
 

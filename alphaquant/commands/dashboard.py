@@ -17,14 +17,15 @@ from socketserver import ThreadingMixIn
 from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from optuna.artifacts import FileSystemArtifactStore
 from optuna_dashboard import wsgi
 
 from alphaquant.commands.dashboard_guard import Guarded
 from alphaquant.errors import ConfigError, StoreError
-from alphaquant.studies.store.folder import RunFolder, storage_of
+from alphaquant.studies.store.artifacts import artifact_store, is_bucket
+from alphaquant.studies.store.folder import artifacts_of, storage_of
+from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.study import our_studies
-from alphaquant.studies.store.urls import open_storage, shown_url
+from alphaquant.studies.store.urls import shown_url
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,15 @@ class DashboardSpec:
     Attributes:
         source: the directory of a search.
         storage: URL of the study; None for that of the directory.
-        artifacts: directory of trials' configurations; None for that of the directory.
+        artifacts: directory of trials' configurations, or s3://BUCKET/PREFIX; None for where the
+            search of the directory keeps them.
         host: name or address that it listens on.
         port: to listen on, 0 for any free one.
     """
 
     source: Path = Path("aq-out")
     storage: str | None = None
-    artifacts: Path | None = None
+    artifacts: str | Path | None = None
     host: str = "127.0.0.1"
     port: int = 0
 
@@ -73,19 +75,18 @@ def open_dashboard(spec: DashboardSpec) -> Iterator[WSGIServer]:
         AlphaQuantError: see `serve`.
     """
     url = spec.storage or storage_of(spec.source)
-    artifacts = spec.artifacts or RunFolder(spec.source).artifacts
+    artifacts = spec.artifacts or artifacts_of(spec.source)
     with open_storage(url, must_exist=True) as storage:
         if not our_studies(storage):
             raise StoreError(
                 f"{shown_url(url)} has no study of aq-search; give the --storage of a search, or "
                 "its --out"
             )
-        if not artifacts.is_dir():
+        if not is_bucket(artifacts) and not Path(artifacts).is_dir():
             logger.warning(
                 "no artifacts in %s: trials are shown without configurations", artifacts
             )
-        # The store makes nothing; a missing directory is an empty one.
-        app = wsgi(storage, FileSystemArtifactStore(artifacts))
+        app = wsgi(storage, artifact_store(artifacts))
         with _listening(spec, Guarded(app, spec.host)) as server:
             yield server
 

@@ -12,6 +12,7 @@ from typing import Any
 from alphaquant.commands.searched import Made, searched_scores
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.exports.writing import EXPORTERS, export_packed
+from alphaquant.files import in_use
 from alphaquant.models.architectures import check_architecture, choose_architecture
 from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.loading import load_skeleton
@@ -38,6 +39,7 @@ from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.texts import DEMO_TEXT
 from alphaquant.studies.costing import output_hessians
 from alphaquant.studies.inputs import (
+    USERS,
     Source,
     cache_dir,
     find_device,
@@ -121,7 +123,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         check_sources({"calibration": _calibration_text(spec, summary)}, spec.text.bos or "auto")
     if spec.out is None:
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
-    with open_part(spec.out, spec.overwrite, _asked(spec, config, summary, settings)) as part:
+    job, users = _asked(spec, config, summary, settings), cache_dir(spec.cache) / USERS
+    with open_part(spec.out, spec.overwrite, job) as part, in_use(users, "the cache"):
         progress(Stage.LOAD, 0, 1)
         exporter = EXPORTERS.get(spec.export)
         if exporter is not None:

@@ -11,7 +11,7 @@ first, then whose directory it is, then the model with its space, then the texts
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.scores import check_scores
+from alphaquant.files import in_use
 from alphaquant.models.dtypes import named_dtype
 from alphaquant.models.loading import load_skeleton, working_dtype
 from alphaquant.models.mapping import device_of, map_model
@@ -52,6 +53,7 @@ from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.costing import bank_formats, check_bank, needed
 from alphaquant.studies.gate.judge import GateResult, judge
 from alphaquant.studies.inputs import (
+    USERS,
     Source,
     cache_dir,
     find_device,
@@ -76,6 +78,7 @@ from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sizing import size_lines, sized
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
+from alphaquant.studies.store.artifacts import check_artifacts
 from alphaquant.studies.store.folder import (
     RunFolder,
     check_folder,
@@ -133,8 +136,14 @@ def search(
         tell(line)
     request = _check(spec)
     _check_places(spec)
-    with locked_folder(spec.run.out):
-        return _search(spec, request, StageClock(progress), on_trial, tell)
+    users = cache_dir(spec.run.cache) / USERS
+    with locked_folder(spec.run.out) as lease, in_use(users, "the cache"):
+
+        def held(stage: str, done: int, total: int) -> None:
+            lease.check()
+            progress(stage, done, total)
+
+        return _search(spec, request, StageClock(held), on_trial, tell)
 
 
 def plan_search(
@@ -198,6 +207,7 @@ def _search(
         include=request.include,
         cache=cache,
         progress=clock,
+        scratch=spec.run.scratch,
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)
@@ -328,8 +338,12 @@ def _check_places(spec: SearchSpec) -> None:
     """
     if spec.run.storage is not None:
         check_storage(spec.run.storage)
+    if spec.run.artifacts is not None:
+        check_artifacts(spec.run.artifacts)
     check_place(spec.run.out, "--out")
     check_place(cache_dir(spec.run.cache), "--cache")
+    if spec.run.scratch is not None:
+        check_place(spec.run.scratch, "--scratch")
     facts = spec.facts()
     if spec.run.time_limit is not None:  # the effort is found when the model is known
         facts.pop("effort")
@@ -401,16 +415,17 @@ def _claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optu
     with ExitStack() as stack:
         open_it = _study(spec, inputs)
         if spec.run.storage is None:
-            folder = claim_folder(spec.run.out, facts, overwrite=spec.run.overwrite)
-            yield folder, stack.enter_context(open_it)
+            yield _folder(spec, facts), stack.enter_context(open_it)
         else:
             study = stack.enter_context(open_it)
-            yield (
-                claim_folder(
-                    spec.run.out, facts, overwrite=spec.run.overwrite, storage=spec.run.storage
-                ),
-                study,
-            )
+            yield _folder(spec, facts), study
+
+
+def _folder(spec: SearchSpec, facts: Mapping[str, Any]) -> RunFolder:
+    run = spec.run
+    return claim_folder(
+        run.out, facts, overwrite=run.overwrite, storage=run.storage, bucket=run.artifacts
+    )
 
 
 def _facts(spec: SearchSpec, inputs: Inputs) -> dict[str, Any]:
@@ -441,6 +456,7 @@ def _provenance(prepared: Prepared, device: str) -> Provenance:
         calibration_tokens_per_expert=tokens_per_expert,
         rare_matrices=rare_matrices(prepared.costs.table, RARE_TOKENS),
         lacking_formats=tuple(sorted(prepared.costs.lacking)),
+        scratch=None if inputs.source.scratch is None else inputs.source.scratch.report(),
     )
 
 

@@ -7,6 +7,7 @@ specification on the same device gives the same bytes.
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from alphaquant.costs.experts import (
 )
 from alphaquant.costs.fisher import CostSettings, measure_costs
 from alphaquant.errors import StoreError
-from alphaquant.files import whole_file
+from alphaquant.files import in_use, whole_file
 from alphaquant.models.dtypes import named_dtype
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.provenance import device_facts, versions
@@ -33,6 +34,7 @@ from alphaquant.specs.sensitivity import SensitivitySpec
 from alphaquant.studies.costing import fill_source_bank
 from alphaquant.studies.inputs import (
     SOURCE_STEPS,
+    USERS,
     Source,
     cache_dir,
     find_device,
@@ -83,10 +85,17 @@ def measure_expert_sensitivity(
     check_kind(spec, SensitivitySpec, "measure_expert_sensitivity")
     names = measured_formats(spec.format, spec.against)
     check_sources({"calibration": spec.text.calibration}, spec.text.bos)
-    asked, text, n_steps = spec.checkpoint, spec.text, SOURCE_STEPS + 1
+    asked = spec.checkpoint
     if asked.dtype != "auto":
         named_dtype(asked.dtype)
     check_place(cache_dir(spec.cache), "--cache")
+    with in_use(cache_dir(spec.cache) / USERS, "the cache"):
+        return _found(spec, names, progress)
+
+
+def _found(spec: SensitivitySpec, names: Sequence[str], progress: Progress) -> FoundSensitivity:
+    """Load, fill the bank with these formats, and measure."""
+    asked, text, n_steps = spec.checkpoint, spec.text, SOURCE_STEPS + 1
     progress(Stage.LOAD, 0, n_steps)
     source = load_source(
         asked.model,

@@ -29,7 +29,7 @@ from torch import Tensor
 from alphaquant.checksums import SUM, content_sum
 from alphaquant.costs.gradients import LayerTrace
 from alphaquant.errors import StoreError
-from alphaquant.files import whole_file
+from alphaquant.files import mark_used, whole_file
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -133,6 +133,7 @@ class CostStore:
         Raises:
             StoreError: a file is missing or damaged.
         """
+        mark_used(self.folder)
         parts: dict[str, list[npt.NDArray[Any]]] = {}
         for layer, size in enumerate(shape.sizes):
             found = self._read(self.file(layer), {name: (size,) for name in shape.shared})

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from alphaquant.checksums import SUM, content_sum
 from alphaquant.errors import ModelError, StoreError
-from alphaquant.files import whole_file
+from alphaquant.files import mark_used, whole_file
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage
 from alphaquant.spaces.units import Unit
@@ -147,6 +147,7 @@ def stored_spectra(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = folder / f"{digest}.safetensors"
     if path.exists():
+        mark_used(path)
         return _read(path, names)
     spectra = measure_spectra(model_map, seed=seed, progress=progress)
     arrays = {part: getattr(spectra, part) for part in _PARTS}

@@ -32,7 +32,7 @@ from alphaquant.evaluators.predictions import (
     predict_walked,
     row_chunks,
 )
-from alphaquant.files import whole_file, writing
+from alphaquant.files import mark_used, whole_file, writing
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
 from alphaquant.progress import Progress, Stage
@@ -157,6 +157,7 @@ def store_teacher(
     """
     if path.exists():
         teacher = open_teacher(path)
+        mark_used(path)
         check_windows(teacher, tokens)
         return teacher
     with whole_file(path) as part:

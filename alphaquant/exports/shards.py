@@ -53,7 +53,7 @@ class ShardWriter:
         self._n_written += 1
         file = f"model-{self._n_written:05d}-of-{self.n_files:05d}.safetensors"
         n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with writing(self.folder / file, n_bytes), whole_file(self.folder / file) as part:
+        with writing(self.folder / file, n_bytes), whole_file(self.folder / file, n_bytes) as part:
             save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"format": "pt"})
             part.chmod(0o644)  # safetensors makes files that only their owner can read
         self.n_bytes += n_bytes
@@ -112,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StoreError: the disk is full, or the directory cannot be written.
     """
     text = json.dumps(content, indent=1) + "\n"
-    with writing(path, len(text)), whole_file(path) as part:
+    with writing(path, len(text)), whole_file(path, len(text)) as part:
         part.write_text(text)
 
 

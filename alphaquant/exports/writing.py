@@ -43,7 +43,7 @@ def export_packed(exporter: Exporter, directory: Path, out: Path) -> dict[str, A
     exporter.verify(out)
     report = read_object(directory / REPORT) | {"export": facts}
     text = json.dumps(report, indent=1) + "\n"
-    with writing(out / REPORT, len(text)), whole_file(out / REPORT) as part:
+    with writing(out / REPORT, len(text)), whole_file(out / REPORT, len(text)) as part:
         part.write_text(text)
     write_checksums(out)
     return facts

@@ -26,7 +26,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from alphaquant.errors import StoreError
-from alphaquant.files import whole_file
+from alphaquant.files import mark_used, whole_file
+from alphaquant.models.pages.scratch import Scratch
 from alphaquant.quant.matrix import PackedMatrix, check_packed, packed_shapes
 from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.json_files import JsonError, read_object
@@ -80,11 +81,13 @@ class Bank:
         path: its directory.
         inventory: the model's matrices.
         facts: what it belongs to, as in `bank.json`.
+        scratch: copies of its files on this machine, which are read instead; None for none.
     """
 
     path: Path
     inventory: Inventory
     facts: Mapping[str, Any]
+    scratch: Scratch | None = None
 
     def file(self, format_name: str, layer: int, part: int = 0) -> Path:
         """A safetensors file of one layer in one format; later parts add matrices."""
@@ -150,7 +153,7 @@ class Bank:
         places: dict[str, int] = {}
         for number, path in enumerate(paths):
             try:
-                files.append(safe_open(path, "pt"))
+                files.append(safe_open(self._near(path), "pt"))
                 places |= dict.fromkeys(files[-1].keys(), number)
             except (OSError, SafetensorError) as error:
                 raise damaged(path, str(error)) from error
@@ -176,6 +179,12 @@ class Bank:
         """Bytes of all files."""
         return sum(f.stat().st_size for f in self.path.rglob("*.safetensors"))
 
+    def _near(self, path: Path) -> Path:
+        """Where to read a file."""
+        if self.scratch is None or not path.exists():
+            return path
+        return self.scratch.local(path, lambda: str(self._sidecar(path)["sha256"]))
+
     def _names(self, layer: int) -> frozenset[str]:
         return frozenset(m.name for m in self.inventory.matrices if m.layer == layer)
 
@@ -199,7 +208,13 @@ def bank_key(weights: str, calibration: str, settings: QuantSettings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, Any]) -> Bank:
+def open_bank(
+    root: Path,
+    key: str,
+    inventory: Inventory,
+    facts: Mapping[str, Any],
+    scratch: Scratch | None = None,
+) -> Bank:
     """Open the bank of a key, creating its directory if there is none.
 
     Args:
@@ -207,6 +222,7 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
         key: from `bank_key`.
         inventory: the model's matrices.
         facts: provenance to write into `bank.json` (model, data, settings, versions).
+        scratch: see `Bank`.
 
     Raises:
         StoreError: `bank.json` is damaged or of another inventory.
@@ -222,9 +238,10 @@ def open_bank(root: Path, key: str, inventory: Inventory, facts: Mapping[str, An
             raise damaged(index, str(error)) from error
         if found.get("inventory") != inventory.digest:
             raise damaged(index, "it lists another model's matrices")
+        mark_used(path)
     else:
         write_text(index, json.dumps(stated, indent=1, sort_keys=True))
-    return Bank(path, inventory, stated)
+    return Bank(path, inventory, stated, scratch)
 
 
 def find_bank(root: Path, key: str, inventory: Inventory) -> Bank | None:
@@ -239,9 +256,10 @@ def find_bank(root: Path, key: str, inventory: Inventory) -> Bank | None:
         facts = read_object(root / key / "bank.json")
     except (OSError, JsonError):
         return None
-    return (
-        Bank(root / key, inventory, facts) if facts.get("inventory") == inventory.digest else None
-    )
+    if facts.get("inventory") != inventory.digest:
+        return None
+    mark_used(root / key)
+    return Bank(root / key, inventory, facts)
 
 
 def damaged(path: Path, why: str) -> StoreError:

@@ -205,13 +205,16 @@ class CheckpointWriter:
     def write_json(self, file: str, content: Mapping[str, Any]) -> None:
         """Write a file of text, whole or not at all."""
         text = json.dumps(content, indent=1) + "\n"
-        with writing(self.folder / file, len(text)), whole_file(self.folder / file) as part:
+        with (
+            writing(self.folder / file, len(text)),
+            whole_file(self.folder / file, len(text)) as part,
+        ):
             part.write_text(text)
 
     def _save(self, file: str, tensors: Mapping[str, Tensor]) -> int:
         """Write tensors; their bytes."""
         n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with writing(self.folder / file, n_bytes), whole_file(self.folder / file) as part:
+        with writing(self.folder / file, n_bytes), whole_file(self.folder / file, n_bytes) as part:
             save_file(dict(tensors), part, metadata={"format": "pt"})
             # safetensors makes files that only their owner can read; others serve a checkpoint.
             part.chmod(0o644)

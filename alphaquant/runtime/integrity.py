@@ -119,7 +119,10 @@ def write_checksums(directory: Path) -> None:
     """
     names = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name != CHECKSUMS)
     text = "".join(f"{sha256_of(directory / name)}  {name}\n" for name in names)
-    with writing(directory / CHECKSUMS, len(text)), whole_file(directory / CHECKSUMS) as part:
+    with (
+        writing(directory / CHECKSUMS, len(text)),
+        whole_file(directory / CHECKSUMS, len(text)) as part,
+    ):
         part.write_text(text)
 
 

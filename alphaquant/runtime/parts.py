@@ -164,7 +164,7 @@ class Part:
         if any(self._records()):
             return
         self.clear()
-        (self.folder / _LOCK).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / _LOCK, ignore_errors=True)
         with suppress(OSError):  # someone else's files are in it
             self.folder.rmdir()
 
@@ -183,7 +183,7 @@ class Part:
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1) + "\n"
         path = self.folder / name
-        with writing(path, len(text)), whole_file(path) as part:
+        with writing(path, len(text)), whole_file(path, len(text)) as part:
             part.write_text(text)
 
 

@@ -41,9 +41,15 @@ class RunSpec:
     cache: Path | None = None
     """Directory of banks, predictions and copies of weights; default $ALPHAQUANT_CACHE or
     ~/.cache/alphaquant."""
+    scratch: Path | None = None
+    """Directory on a disk of this machine for copies of what is read often, where the cache is on
+    a network file system: prepared weights and the bank; none by default."""
     storage: str | None = None
-    """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:FILE; default
-    study.db in out."""
+    """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE, grpc://HOST:PORT or
+    journal:FILE; default study.db in out."""
+    artifacts: str | None = None
+    """Where trials' configurations go for the dashboard: s3://BUCKET/PREFIX; default the folder
+    artifacts in out."""
     study: str = "aq-search"
     """Name of the Optuna study."""
 

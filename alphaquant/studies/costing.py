@@ -273,7 +273,7 @@ def open_candidate_bank(
     weights = f"{source.digest}+{candidates.digest}"
     key = bank_key(weights, inputs.calibration.digest, settings)
     root = cache_dir(spec.run.cache) / "banks"
-    bank = open_bank(root, key, source.map.inventory, facts)
+    bank = open_bank(root, key, source.map.inventory, facts, source.scratch)
     store_candidates(bank, source.map, candidates)
     tokens = inputs.calibration.tokens
     fill_bank(bank, source.map, tokens, [BF16.name], settings, progress=clock)
@@ -313,7 +313,8 @@ def fill_source_bank(
         "versions": versions(),
     }
     key = bank_key(source.digest, calibration.digest, settings)
-    bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
+    root = cache_dir(cache) / "banks"
+    bank = open_bank(root, key, source.map.inventory, facts, source.scratch)
     tokens = calibration.tokens
     fill_bank(
         bank,

@@ -16,6 +16,7 @@ from alphaquant.models.loading import check_device, load_model, load_tokenizer, 
 from alphaquant.models.mapping import check_finite, map_model, weights_digest
 from alphaquant.models.pages.opening import Opened, open_weights
 from alphaquant.models.pages.prepared import remembered
+from alphaquant.models.pages.scratch import Scratch
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.progress import Progress, no_progress
@@ -23,6 +24,9 @@ from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
+
+USERS = ".users"
+"""Folder of the cache with the claims of processes that use it."""
 
 DEMO = "demo"
 DEMO_SEQ_LEN = 256
@@ -41,12 +45,14 @@ class Source:
         map: the model and its matrices.
         tokenizer: of transformers; None where the model's directory has none.
         digest: sha256 of the weights.
+        scratch: copies on this machine of what is read often; None for none.
     """
 
     name: str
     map: ModelMap
     tokenizer: Any
     digest: str
+    scratch: Scratch | None = None
 
     @property
     def runs_as(self) -> str:
@@ -73,6 +79,7 @@ def load_source(
     include: Sequence[str] = (),
     cache: Path | None = None,
     progress: Progress = no_progress,
+    scratch: Path | None = None,
 ) -> Source:
     """Load a model and its tokenizer.
 
@@ -86,14 +93,16 @@ def load_source(
         include: what is quantized beside the layers, see `map_model`.
         cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
         progress: told how far these are, as the stages `convert` and `prepare`.
+        scratch: directory of this machine for copies of weights and of the bank; None for none.
 
     Raises:
         ModelError: it cannot be found, read or quantized.
         StoreError: the copy cannot be written.
     """
     path = model_location(name, cache, progress)
+    near = None if scratch is None else Scratch(scratch)
     if device == "cpu":
-        opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress)
+        opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress, near)
     else:
         opened = Opened(load_model(path, device, dtype))
     on_step(1)
@@ -104,7 +113,7 @@ def load_source(
     on_step(2)
     digest = _digest(opened, model_map)
     on_step(3)
-    return Source(name, model_map, tokenizer, digest)
+    return Source(name, model_map, tokenizer, digest, near)
 
 
 def _digest(opened: Opened, model_map: ModelMap) -> str:

@@ -3,7 +3,9 @@
 import ast
 import io
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,3 +293,41 @@ def test_counts_and_times_are_whole_on_narrow_terminals(
     assert [line.split()[0] for line in lines] == ["costs", "study", "held-out"]
     assert " 50/112 " in lines[1] and "1:06:40" in lines[1]
     assert "1000/1200" in lines[2]
+
+
+def test_sigterm_ends_what_goes_on_with_0_and_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    undone: list[str] = []
+    with pytest.raises(SystemExit) as ended, reported(False, "stopped here", resumes=True):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a second one does not disturb what is put away
+            undone.append("put away")
+    assert ended.value.code == 0
+    assert undone == ["put away"]
+    assert capsys.readouterr() == (
+        "",
+        "\nstopped by SIGTERM; the same command goes on from here\n",
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_of_a_command_that_starts_anew_is_the_systems(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with reported(False, "stopped here"):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_forked_child_dies_of_sigterm_as_ever() -> None:
+    with reported(False, "stopped here", resumes=True):
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM

@@ -1,15 +1,25 @@
 """`aq-search`: results on stdout, the rest on stderr; wrong input is in tests/corpus."""
 
 import json
+import os
+import random
+import re
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from optuna.trial import TrialState
 
+from alphaquant.commands import search
+from alphaquant.lease import PATIENCE_VARIABLE
 from alphaquant.studies import loop
+from alphaquant.studies.store.storages import open_storage
+from alphaquant.studies.store.urls import sqlite_url
 
 OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
 """What a search that was stopped counts anew."""
@@ -90,23 +100,27 @@ def test_interrupt_ends_with_130_and_the_same_command_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     how: signal.Signals, start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     options = (*small, "--trials", "24", "--out", str(out), "--cache", str(tmp_path / "cache"))
-    stages = ("load model", "bank: every", "trial 3:", "trial 15:")
+    stages = ("load model", "bank of formats", "trial 3:", "trial 15:")
     for stage in stages:
         process = start("aq-search", *options)
         for line in process.stderr:
             if line.startswith(stage):
                 process.send_signal(how)
                 break
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         if how == signal.SIGINT:
             assert process.returncode == 130, err
             assert err.endswith("stopped; run the same command again to resume\n")
+        elif how == signal.SIGTERM:
+            assert process.returncode == 0, err
+            assert err.endswith("stopped by SIGTERM; the same command goes on from here\n")
         else:
             assert process.returncode == -signal.SIGKILL
         assert not (out / "best.json").exists()
@@ -114,6 +128,119 @@ def test_search_killed_by_a_signal_goes_on_as_if_it_had_not_been(
     whole = run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "whole"))
     assert whole.code == 0
     assert_same_search(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_driver_that_was_paused_stops_in_one_line_and_the_second_ones_result_is_whole(
+    start: Any,
+    run: Any,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "8")
+    out = tmp_path / "out"
+    options = (*small, "--trials", "24", "--out", str(out))
+    first = start("aq-search", *options)
+    for line in first.stderr:
+        if line.startswith("trial 3:"):
+            first.send_signal(signal.SIGSTOP)
+            break
+    refused = run("aq-search", *options)
+    assert refused.code == 1
+    assert f"error: --out {out} is in use: process {first.pid} on " in refused.err
+    time.sleep(8)
+    second = run("aq-search", *options)
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=300)
+    assert second.code == 0
+    for what in (f"--out {out}", "study 'aq-search' in "):
+        assert re.search(f"took {what}.* over from process {first.pid} on ", caplog.text)
+    assert first.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "was taken over" in error and "it stops here" in error
+    assert run("aq-search", *small, "--trials", "24", "--out", str(tmp_path / "w")).code == 0
+    assert_same_search(out, tmp_path / "w")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk in memory of its own, which a test fills."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(path)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no disk can be mounted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("place", ["cache", "out"])
+def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(
+    place: str,
+    disk: Path,
+    run: Any,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The disk grows step by step, so that another write of the search is the one that fails."""
+    monkeypatch.setattr(search, "check_room", lambda plan, cache: None)  # it would refuse before
+    places = {"cache": tmp_path / "cache", "out": tmp_path / "out", place: disk / "it"}
+    options = (*small, "--out", str(places["out"]), "--cache", str(places["cache"]))
+    n_failed = 0
+    for size in ("100k", "300k", "600k", "1m", "2m", "64m"):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+        done = run("aq-search", *options)
+        if done.code == 0:
+            break
+        n_failed += 1
+        (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert re.search(r"No space left|disk is full|bytes, and \d+ are free", error), error
+        assert re.search("same command|the cache elsewhere", error), error
+        assert not list(disk.rglob("*.part"))
+    assert done.code == 0
+    assert n_failed >= 2
+    whole = run("aq-search", *small, "--out", str(tmp_path / "whole"))
+    assert whole.code == 0
+    assert_same_search(places["out"], tmp_path / "whole")
+
+
+N_KILLS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_driver_that_is_killed_twenty_times_loses_doubles_and_damages_nothing(
+    start: Any, run: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Each time after a random share of what a whole search takes, from an empty cache on."""
+    out, rng = tmp_path / "out", random.Random(0)
+    options = (*small, "--trials", "24", "--out")
+    began = time.monotonic()
+    process = start("aq-search", *options, str(tmp_path / "whole"), "--cache", str(tmp_path / "w"))
+    assert process.communicate(timeout=600) is not None and process.returncode == 0
+    whole = time.monotonic() - began
+    cache, n_killed = tmp_path / "cache", 0
+    for _ in range(N_KILLS):
+        process = start("aq-search", *options, str(out), "--cache", str(cache))
+        time.sleep(rng.uniform(0.2, 1) * whole)
+        process.kill()
+        process.communicate()
+        n_killed += process.returncode == -signal.SIGKILL
+    assert n_killed >= N_KILLS // 2  # the others had ended before
+    assert run("aq-search", *options, str(out), "--cache", str(cache)).code == 0
+    assert_same_search(out, tmp_path / "whole")
+    with open_storage(sqlite_url(out / "study.db"), must_exist=True) as storage:
+        (study,) = storage.get_all_studies()
+        done = storage.get_all_trials(study._study_id, states=(TrialState.COMPLETE,))
+    assert len(done) == len(read_trials(out)) == 24
+    assert run("aq-cache", "verify", "--cache", str(cache)).code == 0
+    assert not list(out.rglob("*.part"))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from alphaquant.reports.plots import figures
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.store.folder import storage_of
-from alphaquant.studies.store.urls import open_storage
+from alphaquant.studies.store.storages import open_storage
 
 MakeSpec = Callable[..., SearchSpec]
 

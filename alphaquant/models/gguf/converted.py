@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.errors import ModelError
-from alphaquant.files import locked, sha256_of, writing
+from alphaquant.files import locked, mark_used, sha256_of, writing
 from alphaquant.models.gguf.decoded import decode, read_config, unread_settings
 from alphaquant.models.gguf.header import MAGIC, GgufHeader, read_header
 from alphaquant.progress import Progress, no_progress
@@ -131,6 +131,7 @@ def converted(file: Path, cache: Path, progress: Progress = no_progress) -> Path
             with suppress(OSError):  # what holds something stays
                 for folder in made:
                     folder.rmdir()
+    mark_used(target)
     return target
 
 

@@ -2,7 +2,8 @@
 
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from alphaquant.errors import ModelError
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import find_layers
 from alphaquant.models.pages.conversion import Unfilled, fill_from, paged_auto, plain_class
-from alphaquant.models.pages.prepared import Asked, Form, find_form
+from alphaquant.models.pages.file_digests import file_digests
+from alphaquant.models.pages.prepared import READ, Asked, Form, find_form
 from alphaquant.models.pages.private_maps import ModelPages, Place, can_map, map_pages
+from alphaquant.models.pages.scratch import Scratch
 from alphaquant.progress import Progress, no_progress
 
 
@@ -38,8 +41,11 @@ class Opened:
 class _Filler:
     """Fills one model from the prepared form of its checkpoint."""
 
-    def __init__(self, root: Path, wanted: torch.dtype, progress: Progress) -> None:
+    def __init__(
+        self, root: Path, wanted: torch.dtype, progress: Progress, scratch: Scratch | None
+    ) -> None:
         self._root, self._wanted, self._progress = root, wanted, progress
+        self._scratch = scratch
         self.pages: ModelPages | None = None
         self.folder: Path | None = None
         self.is_in_place = False
@@ -58,6 +64,7 @@ class _Filler:
         if found is None:
             return None
         form, self.folder = found
+        form = form if self._scratch is None else _near(form, self.folder, self._scratch)
         self.pages, self.is_in_place = _map_form(form, asked), form.is_in_place
         info = form.info(unfilled)
         for part in (*self.pages.layers.values(), self.pages.rest):
@@ -66,7 +73,11 @@ class _Filler:
 
 
 def open_weights(
-    name: str | Path, dtype: str, root: Path, progress: Progress = no_progress
+    name: str | Path,
+    dtype: str,
+    root: Path,
+    progress: Progress = no_progress,
+    scratch: Scratch | None = None,
 ) -> Opened:
     """Load a model for the CPU with its weights mapped from files.
 
@@ -79,6 +90,7 @@ def open_weights(
         root: folder of prepared checkpoints; a copy is made there unless the checkpoint's own
             files will do.
         progress: told how far the copy is, in files, as the stage `prepare`.
+        scratch: copies of the files on this machine, which are mapped instead; None for none.
 
     Raises:
         ModelError: the model cannot be found or read, or is quantized already.
@@ -89,7 +101,7 @@ def open_weights(
     fillers: list[_Filler] = []
 
     def through(auto: Any, wanted: torch.dtype) -> Any:
-        fillers.append(_Filler(root, wanted, progress))
+        fillers.append(_Filler(root, wanted, progress, scratch))
         return paged_auto(auto, fillers[-1].fill)
 
     try:
@@ -103,6 +115,15 @@ def open_weights(
     if filler.pages is None:
         return Opened(model)
     return Opened(model, filler.pages, filler.folder, filler.is_in_place)
+
+
+def _near(form: Form, folder: Path, scratch: Scratch) -> Form:
+    """The same form with its places in copies on this machine, where there are such."""
+    files = sorted({place.file for place in form.places.values()})
+    digests = file_digests(files, folder.parent / READ / f"near-{folder.name}.json")
+    near = {file: scratch.local(file, partial(digests.__getitem__, file)) for file in files}
+    moved = {name: replace(place, file=near[place.file]) for name, place in form.places.items()}
+    return replace(form, places=moved)
 
 
 def _map_form(form: Form, asked: Asked) -> ModelPages:

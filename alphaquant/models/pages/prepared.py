@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import StoreError
-from alphaquant.files import locked, whole_file, writing
+from alphaquant.files import locked, mark_used, whole_file, writing
 from alphaquant.models.pages.conversion import (
     Target,
     Unfilled,
@@ -354,6 +354,7 @@ def _read_form(folder: Path, *, is_new: bool = False) -> Form | None:
         if found[file] != digest:
             logger.warning("%s is damaged (its sha256 is another); the copy is made anew", file)
             return None
+    mark_used(folder)
     places: dict[str, Place] = {}
     for file in files:
         places |= {name: place for name, place in read_places(file).items() if place is not None}

@@ -2,7 +2,7 @@
 
 Layout::
 
-    .lock                        while a search works here, see `locked_folder`
+    .lock/                       while a search works here, see `locked_folder`
     run.json                     what was asked, of which model and texts; marks it as ours
     study.db                     Optuna's storage, see `alphaquant.studies.store.study`
     assignments/<digest>.json    every evaluated assignment
@@ -15,6 +15,7 @@ Layout::
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.artifacts import upload_artifact
 
 from alphaquant.errors import StoreError
-from alphaquant.files import locked
+from alphaquant.files import locked, whole_file
+from alphaquant.lease import Lease
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.specs.run import EffortName
+from alphaquant.studies.store.artifacts import artifact_store
 from alphaquant.studies.store.urls import kept_url, sqlite_url
 
 LOCK_FILE = ".lock"
@@ -43,22 +46,32 @@ _TOOL = "aq-search"
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
 _REPORTS = ("report.md", "report.html")
 _OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", *_REPORTS, RUN_FILE)
-_OWN_FOLDERS = ("assignments", "configs", "artifacts")
+_ARTIFACTS = "artifacts"
+_OWN_FOLDERS = ("assignments", "configs", _ARTIFACTS)
+_LEFT = re.compile(r"run\.[0-9a-f]{32}\.part")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An output directory that belongs to one search."""
+    """An output directory that belongs to one search.
+
+    Attributes:
+        path: the directory.
+        bucket: `s3://BUCKET/PREFIX` where trials' configurations go there; None for a directory.
+    """
 
     path: Path
+    bucket: str | None = None
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file under another name, then rename it."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        """Write a file under another name, then rename it.
+
+        Raises:
+            StoreError: the disk is full.
+        """
+        target, content = self.path / name, text.encode()
+        with whole_file(target, len(content)) as part:
+            part.write_bytes(content)
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
@@ -74,21 +87,22 @@ class RunFolder:
 
     def attach(self, trial: optuna.Trial, config_text: str) -> None:
         """Keep a trial's configuration as its Optuna artifact, for the dashboard."""
-        self.artifacts.mkdir(parents=True, exist_ok=True)
+        if self.bucket is None:
+            (self.path / _ARTIFACTS).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="alphaquant-") as folder:
             file = Path(folder) / CONFIG_FILE
             file.write_text(config_text, encoding="utf-8")
             upload_artifact(
-                artifact_store=FileSystemArtifactStore(self.artifacts),
+                artifact_store=artifact_store(self.artifacts),
                 file_path=str(file),
                 study_or_trial=trial,
                 mimetype="application/json",
             )
 
     @property
-    def artifacts(self) -> Path:
-        """Where trials' configurations are, for an Optuna artifact store."""
-        return self.path / "artifacts"
+    def artifacts(self) -> str | Path:
+        """Where trials' configurations are, see `alphaquant.studies.store.artifacts`."""
+        return self.bucket or self.path / _ARTIFACTS
 
     def has_assignment(self, digest: str) -> bool:
         """Whether an assignment was kept."""
@@ -120,18 +134,21 @@ class RunFolder:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
+def locked_folder(path: Path) -> Iterator[Lease]:
     """Keep other searches out of a directory; it is removed again if nothing was written to it.
 
-    The lock lies inside, so that it holds wherever the directory is mounted.
+    The claim lies inside, so that it holds wherever the directory is mounted.
+
+    Yields:
+        The lease, to ask before something is written.
 
     Raises:
         StoreError: another process works on it; the message names that.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        with locked(path / LOCK_FILE, f"--out {path}"):
-            yield
+        with locked(path / LOCK_FILE, f"--out {path}") as lease:
+            yield lease
     finally:
         with suppress(OSError):  # one that holds something stays, and so do those around it
             for folder in made:
@@ -212,6 +229,12 @@ def storage_of(path: Path) -> str:
     return str(found.get("storage") or default_storage(path))
 
 
+def artifacts_of(path: Path) -> str | Path:
+    """Where the search of a directory keeps its trials' configurations."""
+    found = _read_run(path) or {}
+    return RunFolder(path, found.get("artifacts")).artifacts
+
+
 def effort_in(path: Path) -> EffortName | None:
     """The effort of the search that a directory holds; None where there is none."""
     found = (_read_run(path) or {}).get("facts", {}).get("effort")
@@ -219,7 +242,12 @@ def effort_in(path: Path) -> EffortName | None:
 
 
 def claim_folder(
-    path: Path, facts: Mapping[str, Any], *, overwrite: bool, storage: str | None = None
+    path: Path,
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    storage: str | None = None,
+    bucket: str | None = None,
 ) -> RunFolder:
     """Create the directory of a search, or take it up again if its facts are the same.
 
@@ -229,20 +257,24 @@ def claim_folder(
         overwrite: replace what another search left there.
         storage: URL of the study where that is not in the directory; kept in `run.json` without
             its password.
+        bucket: see `RunFolder`; kept in `run.json`.
 
     Raises:
         StoreError: see `check_folder`.
     """
     check_folder(path, facts, overwrite=overwrite)
     found = _read_run(path)
-    folder = RunFolder(path)
+    folder = RunFolder(path, bucket)
     content: dict[str, Any] = {"tool": _TOOL, "version": RUN_VERSION, "facts": dict(facts)}
     if storage is not None:
         content["storage"] = kept_url(storage)
+    if bucket is not None:
+        content["artifacts"] = bucket
     is_same = found is not None and not _changed(found, facts)
     if found is not None and not is_same:
         _remove_own(path)
-    if found is None or not is_same or found.get("storage") != content.get("storage"):
+    places = ("storage", "artifacts")
+    if not is_same or any((found or {}).get(name) != content.get(name) for name in places):
         path.mkdir(parents=True, exist_ok=True)
         folder.write_json(RUN_FILE, content)
     return folder
@@ -285,7 +317,9 @@ def _is_free(path: Path) -> bool:
     """Whether nothing is there but, at most, a lock and what a kill in `claim_folder` leaves."""
     if not path.exists():
         return True
-    return path.is_dir() and {f.name for f in path.iterdir()} <= {f"{RUN_FILE}.part", LOCK_FILE}
+    return path.is_dir() and all(
+        file.name == LOCK_FILE or _LEFT.fullmatch(file.name) for file in path.iterdir()
+    )
 
 
 def _remove_own(path: Path) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 
 from alphaquant.errors import StoreError
 from alphaquant.evaluators.base import Metric
+from alphaquant.lease import Lease
 from alphaquant.search.sampler import FINISHED, fail_stale_trials
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.studies.objective import Measured
-from alphaquant.studies.store.urls import explained, locked_study, open_storage, shown_url
+from alphaquant.studies.store.guarded import OUTAGE_SECONDS, GuardedStorage, StudyBoard
+from alphaquant.studies.store.storages import explained, open_storage
+from alphaquant.studies.store.urls import is_served, shown_url
 
 OBJECTIVES = ("bits_per_weight", "kl")
 _DIGEST = "facts_digest"
@@ -83,9 +86,9 @@ def open_study(
 ) -> Iterator[optuna.Study]:
     """Create a study, or take up the one of the same name and facts; closed on leaving.
 
-    No other search can open it meanwhile. Trials that a killed process left running are failed;
-    their parameters come again, because
-    proposals depend on finished trials only.
+    No other search can open it meanwhile: the study itself holds the claim of this process, see
+    `alphaquant.lease`. Trials that a killed process left running are failed; their parameters come
+    again, because proposals depend on finished trials only.
 
     Args:
         url: of the Optuna storage.
@@ -97,10 +100,24 @@ def open_study(
         StoreError: the storage is damaged or unreachable, also later while the study is open, or
             the study belongs to another search or is in use by another process.
     """
-    with locked_study(url, name), open_storage(url) as storage:
+    what = f"study {name!r} in {shown_url(url)}"
+    with open_storage(url) as storage:
         with explained(url):
-            study = _take_up(storage, (url, name), digest, objectives)
-        yield study
+            found = _made(storage, name, objectives)
+            _check_owner(found, digest, what)
+            lease = Lease(StudyBoard(storage, found._study_id), what, "--study")
+            lease.acquire()
+        try:
+            with explained(url):
+                seconds = OUTAGE_SECONDS if is_served(url) else 0.0
+                inner, study_id = get_storage(storage), found._study_id
+                guarded = GuardedStorage(inner, study_id, lease.check, shown_url(url), seconds)
+                study = optuna.load_study(study_name=name, storage=guarded)
+                _check_owner(study, digest, what)  # whoever had the lease before may have taken it
+                _take_up(study, digest, objectives)
+            yield study
+        finally:
+            lease.release()
 
 
 def our_studies(storage: BaseStorage) -> list[str]:
@@ -169,30 +186,36 @@ def find_duplicate(rows: Sequence[TrialRow], digest: str) -> TrialRow | None:
     return next((row for row in rows if row.digest == digest), None)
 
 
-def _take_up(
-    storage: BaseStorage, where: tuple[str, str], digest: str, objectives: Sequence[Metric]
-) -> optuna.Study:
-    """Create or take up the study at (URL, name)."""
-    url, name = where
-    study = optuna.create_study(
+def _made(storage: BaseStorage, name: str, objectives: Sequence[Metric]) -> optuna.Study:
+    """The study of a name, made if there is none."""
+    return optuna.create_study(
         storage=storage,
         study_name=name,
         directions=["minimize", "minimize", *(metric.direction for metric in objectives)],
         load_if_exists=True,
     )
+
+
+def _check_owner(study: optuna.Study, digest: str, what: str) -> None:
+    """Refuse the study of another search, or of somebody else.
+
+    Raises:
+        StoreError: naming it.
+    """
     found = study.user_attrs.get(_DIGEST)
-    if found is None and not study.trials:
+    if found != digest and (found is not None or study.trials):
+        raise StoreError(f"{what} belongs to another search; give another --study")
+
+
+def _take_up(study: optuna.Study, digest: str, objectives: Sequence[Metric]) -> None:
+    """Make a study ours where it is new, and end what a killed process left running in it."""
+    if _DIGEST not in study.user_attrs:
         with warnings.catch_warnings():
             # Names for dashboards only; nothing reads them back.
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names([*OBJECTIVES, *(metric.name for metric in objectives)])
         study.set_user_attr(_DIGEST, digest)
-    elif found != digest:
-        raise StoreError(
-            f"study {name!r} in {shown_url(url)} belongs to another search; give another --study"
-        )
     fail_stale_trials(study)
-    return study
 
 
 def _row(number: int, trial: FrozenTrial, study_name: str) -> TrialRow:

@@ -28,7 +28,7 @@ def test_free_directory_is_claimed(made: str, tmp_path: Path) -> None:
     if made != "absent":
         path.mkdir(parents=True)
     if made == "killed while claiming":
-        (path / "run.json.part").write_text("{")
+        (path / f"run.{'0a' * 16}.part").write_text("{")
     folder = claim_folder(path, FACTS, overwrite=False)
     run = json.loads((path / "run.json").read_text())
     assert folder.path == path
@@ -136,10 +136,12 @@ def test_interrupted_write_leaves_the_old_file(
     def full(*args: Any, **kwargs: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    words = r"cannot write .*front.json .*No space.*it needs 3 bytes, \d+ are free in .*the same"
+    with pytest.raises(StoreError, match=words):
         folder.write_text("front.json", "new")
     assert (tmp_path / "front.json").read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["front.json"]
 
 
 def test_digest_of_facts_ignores_their_order() -> None:

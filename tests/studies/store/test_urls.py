@@ -1,224 +1,15 @@
-"""The three storages: one contract, errors in one line, and never a password."""
+"""URLs of studies: refused before anything is opened, shown and kept without a password."""
 
-import os
-import shutil
-import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
-from signal import SIGKILL
-from typing import Any
-from unittest import mock
 
-import optuna
-import psycopg
 import pytest
-from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 
 from alphaquant.errors import StoreError
-from alphaquant.search.sampler import PlannedTrial, next_trial
 from alphaquant.studies.store import urls
-from alphaquant.studies.store.study import (
-    TrialRow,
-    finish_trial,
-    finished_rows,
-    open_study,
-    our_studies,
-)
-from alphaquant.studies.store.urls import (
-    check_storage,
-    is_storage,
-    kept_url,
-    open_storage,
-    shown_url,
-    sqlite_url,
-)
-
-ROOT = Path(__file__).parents[3]
-SERVER_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-ROW = TrialRow(
-    *(0, "knobs", "d0", 4.1, 1000, 0.1 + 0.2, 1e-3, (0.1, 1 / 3), 0.9, 60.0, 0.2, None, 1.5)
-)
+from alphaquant.studies.store.urls import check_storage, is_served, is_storage, kept_url
 
 
-def as_server_user(*command: str) -> list[str]:
-    """A command as a user that PostgreSQL accepts: root is refused."""
-    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    return [*(user if os.getuid() == 0 else []), *command]
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A PostgreSQL server of this test's own, on a socket in the directory that it yields."""
-    if not SERVER_BINARIES:
-        pytest.skip("PostgreSQL is not installed")
-    binaries, folder = SERVER_BINARIES[-1], Path(f"/tmp/aq-postgres-{os.getpid()}")
-    folder.mkdir()
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres", "postgres")
-    quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
-    control = [str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-w"]
-    try:
-        init = [
-            str(binaries / "initdb"),
-            "-D",
-            str(folder / "data"),
-            "-A",
-            "trust",
-            "-U",
-            "tester",
-        ]
-        subprocess.run(as_server_user(*init, "--no-sync"), **quiet)
-        options = f"-c listen_addresses='' -c fsync=off -k {folder}"
-        log = str(folder / "log")
-        subprocess.run(as_server_user(*control, "-l", log, "-o", options, "start"), **quiet)
-        yield folder
-        subprocess.run(as_server_user(*control, "-m", "immediate", "stop"), **quiet)
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture
-def database(server: Path) -> str:
-    """URL of an empty database."""
-    with psycopg.connect(host=str(server), user="tester", dbname="postgres", autocommit=True) as c:
-        name = f"test{len(c.execute('SELECT 1 FROM pg_database').fetchall())}"
-        c.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
-    return f"postgresql://tester:secret@/{name}?host={server}"
-
-
-@pytest.fixture(params=["sqlite", "postgresql", "journal"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Every storage in turn, empty."""
-    if request.param == "postgresql":
-        return str(request.getfixturevalue("database"))
-    file = tmp_path / "study"
-    return sqlite_url(file) if request.param == "sqlite" else f"journal:{file}"
-
-
-def add_row(study: optuna.Study, row: TrialRow) -> None:
-    finish_trial(study, study.ask(), row)
-
-
-def test_rows_come_back_exactly_after_reopening(url: str) -> None:
-    rows = [
-        ROW,
-        replace(ROW, number=1, digest="d1", gap=0.25, duplicate_of=0),
-        replace(ROW, number=2, digest="d2", is_pruned=True),
-        replace(ROW, number=3, digest="d3"),
-    ]
-    with open_study(url, "s", "f") as study:
-        for row in rows:
-            add_row(study, row)
-    with open_study(url, "s", "f") as study:
-        assert finished_rows(study) == rows
-        assert study.metric_names == ["bits_per_weight", "kl"]
-
-
-def test_what_is_sorted_by_is_an_attribute_of_its_own(url: str) -> None:
-    with open_study(url, "s", "f") as study:
-        add_row(study, ROW)
-        attrs = study.trials[0].user_attrs
-    names = {"origin", "digest", "bits_per_weight", "checkpoint_bytes", "predicted_kl"}
-    names |= {"kl", "kl_stderr"}
-    assert attrs.keys() == names
-    assert {name: attrs[name] for name in names} == {name: asdict(ROW)[name] for name in names}
-
-
-def test_study_of_another_search_is_refused_and_the_running_trials_of_ours_fail(url: str) -> None:
-    with open_study(url, "s", "f") as study:
-        study.ask()
-    with pytest.raises(StoreError, match="another search") as caught, open_study(url, "s", "g"):
-        pass
-    assert "secret" not in str(caught.value)
-    with open_study(url, "s", "f") as study:
-        assert [t.state for t in study.trials] == [TrialState.FAIL]
-
-
-def test_readers_see_our_studies_and_leave_running_trials_alone(url: str) -> None:
-    with open_study(url, "s", "f") as study:
-        study.ask()
-        with open_storage(url, must_exist=True) as storage:
-            optuna.create_study(storage=storage, study_name="somebody's")
-            assert our_studies(storage) == ["s"]
-        assert [t.state for t in study.trials] == [TrialState.RUNNING]
-
-
-def test_readers_make_nothing(url: str, tmp_path: Path) -> None:
-    before = sorted(tmp_path.iterdir())
-    with (
-        pytest.raises(StoreError, match="no study|run aq-search first"),
-        open_storage(url, must_exist=True),
-    ):
-        pass
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def propose(study: optuna.Study, number: int) -> optuna.Trial:
-    """The next trial, whose KL depends on what the sampler proposed."""
-    trial = next_trial(study, PlannedTrial({}, {"origin": "knobs"}), "tpe", 3)
-    x = trial.suggest_float("x", 0, 1)
-    row = replace(ROW, number=number, digest=f"d{number}", kl=(x - 0.3) ** 2)
-    finish_trial(study, trial, replace(row, bits_per_weight=4 + x))
-    return trial
-
-
-def run_until_killed(url: str) -> None:
-    """Twelve trials, and a kill while the result of another one is written."""
-    with open_study(url, "s", "f") as study:
-        for number in range(12):
-            propose(study, number)
-        trial = next_trial(study, PlannedTrial({}, {"origin": "knobs"}), "tpe", 3)
-        trial.suggest_float("x", 0, 1)
-        with mock.patch.object(study, "tell", lambda *a, **k: os.kill(os.getpid(), SIGKILL)):
-            finish_trial(study, trial, ROW)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_killed_study_goes_on_with_the_trials_of_one_that_was_not(
-    url: str, tmp_path: Path
-) -> None:
-    process = get_context("fork").Process(target=run_until_killed, args=(url,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -SIGKILL
-    with open_study(url, "s", "f") as study:
-        assert len(finished_rows(study)) == 12
-        for number in range(12, 16):
-            propose(study, number)
-        resumed = finished_rows(study)
-        assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
-    with open_study(sqlite_url(tmp_path / "whole.db"), "s", "f") as study:
-        for number in range(16):
-            propose(study, number)
-        assert finished_rows(study) == resumed
-
-
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_connections_are_closed_on_leaving(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    is_file = kind == "sqlite"
-    url = sqlite_url(tmp_path / "s.db") if is_file else request.getfixturevalue("database")
-    with open_storage(url) as storage:
-        assert isinstance(storage, RDBStorage)
-        pool = storage.engine.pool
-        storage.get_all_studies()
-    assert storage.engine.pool is not pool  # dispose replaces the pool
-    if not is_file:
-        with psycopg.connect(url.replace("postgresql:", "postgres:")) as connection:
-            (n,) = connection.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            ).fetchone() or (0,)
-        assert n == 1
-
-
-@pytest.mark.parametrize("text", ["sqlite:///s.db", "journal:s", "postgresql://h/d"])
+@pytest.mark.parametrize("text", ["sqlite:///s.db", "journal:s", "postgresql://h/d", "grpc://h"])
 def test_storages_are_told_from_directories(text: str) -> None:
     assert is_storage(text)
     assert not is_storage("aq-out")
@@ -239,11 +30,14 @@ def test_kept_url_has_whole_paths_and_no_password(
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("mongodb://u:secret@h/d", "mongodb:.* not one of sqlite, postgresql, journal"),
+        ("mongodb://u:secret@h/d", "mongodb:.* not one of sqlite, postgresql, grpc, journal"),
         ("postgresql://u:secret@1@h/d", "cannot be read.*%40"),
         ("postgresql://u:secret@h:port/d", "cannot be read"),
         ("postgresql+nodriver://u:secret@h/d", "cannot be read|nodriver"),
         ("journal:", "names no file"),
+        ("grpc://u:secret@h:13000", "host with a port alone.*grpc://HOST:PORT"),
+        ("grpc://h:1/secret", "host with a port alone"),
+        ("grpc://", "host with a port alone"),
     ],
 )
 def test_url_that_cannot_be_used_is_refused_before_anything_is_opened(
@@ -261,178 +55,15 @@ def test_missing_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         StoreError, match=r"package psycopg.*pip install 'aq-search\[postgresql\]'"
     ):
         check_storage("postgresql://u:secret@h/d")
+    with pytest.raises(StoreError, match=r"package grpc, .*pip install 'aq-search\[grpc\]'"):
+        check_storage("grpc://h")
     check_storage("sqlite:///s.db")
 
 
-def test_unreachable_server_is_one_line_without_its_password(tmp_path: Path) -> None:
-    url = f"postgresql://u:secret@/d?host={tmp_path}"
-    with (
-        pytest.raises(StoreError, match="check that the server runs") as caught,
-        open_storage(url),
-    ):
-        pass
-    assert "secret" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert shown_url(url) in str(caught.value)
-
-
-def test_database_that_is_not_there_is_named_without_the_password(database: str) -> None:
-    url = database.replace("@/test", "@/none")
-    with pytest.raises(StoreError, match='"none.*does not exist') as caught, open_storage(url):
-        pass
-    assert "secret" not in str(caught.value)
-
-
-def test_password_in_what_a_database_says_is_hidden(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fail(*args: Any) -> None:
-        raise OSError("could not use secret as password")
-
-    monkeypatch.setattr(urls, "_open", fail)
-    url = "postgresql://u:secret@h/d"
-    with pytest.raises(StoreError, match=r"could not use \*\*\* as") as caught, open_storage(url):
-        pass
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"this is no journal\n",
-        b'{"op_code":0}',  # its only record is cut off
-        b'{"op_code":0}\n',
-        b'{"op_code":99,"worker_id":"a"}\n',
-        b'{"op_code":0,"worker_id":"a","study_name":"s"}\n[1]\n',
-        b'{"op_code":0\n\xff\n',
-    ],
-)
-def test_damaged_journal_is_one_line(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "s.journal"
-    file.write_bytes(content)
-    with (
-        pytest.raises(StoreError, match="s.journal cannot be used") as caught,
-        open_study(f"journal:{file}", "s", "f"),
-    ):
-        pass
-    assert "\n" not in str(caught.value)
-    assert file.read_bytes() == content
-
-
-def test_half_written_record_of_a_journal_is_cut_off_by_a_search_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "s.journal"
-    url = f"journal:{file}"
-    with open_study(url, "s", "f") as study:
-        add_row(study, ROW)
-    whole = file.read_bytes()
-    file.write_bytes(whole + b'{"op_code":4,"wor')
-    with open_storage(url, must_exist=True) as storage:
-        assert our_studies(storage) == ["s"]
-    assert file.read_bytes() != whole
-    with open_study(url, "s", "f") as study:
-        assert file.read_bytes().startswith(whole + b'{"op_code":')
-        add_row(study, replace(ROW, number=1))
-    with open_study(url, "s", "f") as study:
-        assert len(finished_rows(study)) == 2
-    assert "cut off 17 bytes" in caplog.text
-
-
-@pytest.mark.parametrize("must_exist", [False, True])
-def test_journal_in_a_directory_that_is_not_there(must_exist: bool, tmp_path: Path) -> None:
-    with (
-        pytest.raises(StoreError),
-        open_storage(f"journal:{tmp_path}/no/s", must_exist=must_exist),
-    ):
-        pass
-
-
-def read_until_over(url: str, ready: Any) -> None:
-    with open_storage(url, must_exist=True) as storage:
-        ready.release()
-        while not storage.get_all_studies()[0].user_attrs.get("over"):
-            storage.get_all_trials(1)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_sqlite_waits_while_somebody_reads(tmp_path: Path) -> None:
-    """Two readers ask all the time, and six trials are written between them."""
-    url, fork = sqlite_url(tmp_path / "s.db"), get_context("fork")
-    ready = fork.Semaphore(0)
-    with open_study(url, "s", "f"):
-        pass  # nothing of SQLite is open when processes part
-    readers = [fork.Process(target=read_until_over, args=(url, ready)) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    assert all(ready.acquire(timeout=60) for _ in readers)
-    with open_study(url, "s", "f") as study:
-        for number in range(6):
-            add_row(study, replace(ROW, number=number))
-        study.set_user_attr("over", True)
-        assert len(finished_rows(study)) == 6
-    for reader in readers:
-        reader.join(60)
-    assert [reader.exitcode for reader in readers] == [0, 0]
-
-
-HOLDING = """
-import sys
-sys.path.insert(0, {root!r})
-from alphaquant.studies.store.urls import locked_study
-with locked_study({url!r}, "s"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_study_in_use_names_its_holder_and_is_free_when_that_is_killed(url: str) -> None:
-    code = HOLDING.format(root=str(ROOT), url=url)
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        words = rf"study 's' in .* is in use: process {holder.pid} .*another --study"
-        with pytest.raises(StoreError, match=words) as caught, open_study(url, "s", "f"):
-            pass
-        assert "secret" not in str(caught.value)
-        assert "delete" not in str(caught.value)
-        with open_study(url, "another", "f") as study:
-            add_row(study, ROW)
-        with open_storage(url, must_exist=True) as storage:  # readers are never refused
-            assert our_studies(storage) == ["another"]
-        holder.kill()
-    for _ in range(50):  # a server needs a moment to see that a connection is gone
-        try:
-            with open_study(url, "s", "f") as study:
-                add_row(study, ROW)
-            break
-        except StoreError:
-            time.sleep(0.1)
-    with open_study(url, "s", "f") as study:
-        assert len(finished_rows(study)) == 1
-
-
-def test_database_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
-    file = tmp_path / "mine.db"
-    with sqlite3.connect(file) as connection:
-        connection.execute("CREATE TABLE photos (id INTEGER)")
-    connection.close()
-    before = file.read_bytes()
-    words = "database of something else, with tables such as photos; give another --storage"
-    with pytest.raises(StoreError, match=words), open_study(sqlite_url(file), "s", "f"):
-        pass
-    assert file.read_bytes() == before
-
-
-@pytest.mark.parametrize("damage", ["garbage", "truncated"])
-def test_damaged_sqlite_file_is_one_line_with_what_to_do(damage: str, tmp_path: Path) -> None:
-    file = tmp_path / "s.db"
-    with open_study(sqlite_url(file), "s", "f") as study:
-        add_row(study, ROW)
-    content = file.read_bytes()
-    file.write_bytes(b"no database" * 99 if damage == "garbage" else content[: len(content) // 2])
-    words = f"s.db cannot be used .* move {file} away"
-    with pytest.raises(StoreError, match=words) as caught, open_study(sqlite_url(file), "s", "f"):
-        pass
-    assert "\n" not in str(caught.value)
+def test_a_proxy_has_a_port_and_is_a_server() -> None:
+    assert kept_url("grpc://h") == "grpc://h:13000"
+    assert kept_url("grpc://h:5") == "grpc://h:5"
+    assert is_served("grpc://h")
+    assert is_served("postgresql://h/d")
+    assert not is_served("sqlite:///s.db")
+    assert not is_served("journal:s")

@@ -1,0 +1,1 @@
+"""Servers of studies, and what a storage must keep to."""
