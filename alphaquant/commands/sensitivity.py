@@ -94,6 +94,7 @@ def measure_expert_sensitivity(
         asked.dtype,
         lambda n_done: progress(Stage.LOAD, n_done, n_steps),
         cache=spec.cache,
+        rotate=asked.rotate,
         progress=progress,
     )
     for note in model_notes(source.map):

@@ -16,6 +16,7 @@ from alphaquant.models.loading import check_device, load_model, load_tokenizer, 
 from alphaquant.models.mapping import check_finite, map_model, weights_digest
 from alphaquant.models.pages.opening import Opened, open_weights
 from alphaquant.models.pages.prepared import remembered
+from alphaquant.models.rotation.derived import rotated, rotation_of
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.progress import Progress, no_progress
@@ -55,12 +56,14 @@ class Source:
         return f"{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
 
     def facts(self) -> dict[str, Any]:
-        """Provenance: name, architecture, digest, and the GGUF file that it was made from."""
+        """Provenance: name, architecture, digest, rotation, and the GGUF file it was made from."""
+        rotation = rotation_of(self.map.source)
         return {
             "model": self.name,
             "model_type": self.map.inventory.model_type,
             "model_digest": self.digest,
             **gguf_facts(self.map.source),
+            **({} if rotation is None else {"rotation": asdict(rotation)}),
         }
 
 
@@ -72,6 +75,7 @@ def load_source(
     *,
     include: Sequence[str] = (),
     cache: Path | None = None,
+    rotate: int | None = None,
     progress: Progress = no_progress,
 ) -> Source:
     """Load a model and its tokenizer.
@@ -85,13 +89,16 @@ def load_source(
         on_step: called with the steps done of `SOURCE_STEPS`.
         include: what is quantized beside the layers, see `map_model`.
         cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
-        progress: told how far these are, as the stages `convert` and `prepare`.
+        rotate: seed of a rotation of the residual stream; None for the weights as they are.
+        progress: told how far these are, as the stages `convert`, `rotate` and `prepare`.
 
     Raises:
-        ModelError: it cannot be found, read or quantized.
+        ModelError: it cannot be found, read, rotated or quantized.
         StoreError: the copy cannot be written.
     """
     path = model_location(name, cache, progress)
+    if rotate is not None:
+        path = str(rotated(path, name, rotate, cache_dir(cache), progress))
     if device == "cpu":
         opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress)
     else:
