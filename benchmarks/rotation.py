@@ -17,12 +17,11 @@ import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from release import parse_with_out, run_facts
 from torch import Tensor
 
@@ -93,7 +92,7 @@ def kl_of(
     return {name: one.kl for name, one in zip(names, found, strict=True)}
 
 
-def uniform(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
+def uniform(args: argparse.Namespace, cache: Path) -> Iterator[dict[str, Any]]:
     """Rows of uniform formats, one per seed and format."""
     names = [parse_format(name).name for name in args.formats]
     texts = Texts(
@@ -106,7 +105,6 @@ def uniform(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     tokens = read_text(original, texts.heldout, "heldout", texts.n_heldout, texts.seq_len, 0)
     path = cache / f"teacher-{original.digest[:16]}-{tokens.digest[:16]}.safetensors"
     on = EvaluationSet(tokens, store_teacher(path, original.map.model, tokens.tokens))
-    rows = []
     for seed in range(args.first, args.first + args.seeds):
         plain = kl_of(original, texts, seed, names, on, cache)
         source = load_source(args.model, device, "auto", cache=cache, rotate=seed)
@@ -114,25 +112,21 @@ def uniform(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
         turned = kl_of(source, texts, seed, names, on, cache)
         for name in names:
             ratio, stderr = paired_ratio(turned[name], plain[name])
-            rows.append(
-                {
-                    "seed": seed,
-                    "format": name,
-                    "kl": float(plain[name].mean()),
-                    "kl_rotated": float(turned[name].mean()),
-                    "ratio": ratio,
-                    "ratio_stderr": stderr,
-                    "kl_of_rotated_weights": float(own.mean()),
-                    "rotation": source.facts()["rotation"],
-                }
-            )
             logger.info("seed %d %s %.3f +- %.3f", seed, name, ratio, stderr)
-    return rows
+            yield {
+                "seed": seed,
+                "format": name,
+                "kl": float(plain[name].mean()),
+                "kl_rotated": float(turned[name].mean()),
+                "ratio": ratio,
+                "ratio_stderr": stderr,
+                "kl_of_rotated_weights": float(own.mean()),
+                "rotation": source.facts()["rotation"],
+            }
 
 
-def searched(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
+def searched(args: argparse.Namespace, cache: Path) -> Iterator[dict[str, Any]]:
     """Rows of searches, one per seed and budget."""
-    rows = []
     for seed in range(args.first, args.first + args.seeds):
         for budget in args.budgets:
             found = {}
@@ -144,21 +138,19 @@ def searched(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
                     )
                     found[rotate] = search(spec)
             best = {rotate: one.gate.best for rotate, one in found.items()}
-            rows.append(
-                {
-                    "seed": seed,
-                    "format": budget,
-                    "kl": best[None].kl,
-                    "kl_stderr": best[None].kl_stderr,
-                    "kl_rotated": best[seed].kl,
-                    "kl_rotated_stderr": best[seed].kl_stderr,
-                    "ratio": best[seed].kl / best[None].kl,
-                    "bits": [best[None].bits_per_weight, best[seed].bits_per_weight],
-                    "rotation": found[seed].provenance.rotation,
-                }
-            )
-            logger.info("seed %d %s %.3f", seed, budget, rows[-1]["ratio"])
-    return rows
+            ratio = best[seed].kl / best[None].kl
+            logger.info("seed %d %s %.3f", seed, budget, ratio)
+            yield {
+                "seed": seed,
+                "format": budget,
+                "kl": best[None].kl,
+                "kl_stderr": best[None].kl_stderr,
+                "kl_rotated": best[seed].kl,
+                "kl_rotated_stderr": best[seed].kl_stderr,
+                "ratio": ratio,
+                "bits": [best[None].bits_per_weight, best[seed].bits_per_weight],
+                "rotation": found[seed].provenance.rotation,
+            }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -196,11 +188,15 @@ def main() -> None:
     args = parse_with_out(parser)
     with tempfile.TemporaryDirectory(prefix="alphaquant-rotation-") as scratch:
         cache = args.cache or Path(scratch)
-        rows = (uniform if args.what == "uniform" else searched)(args, cache)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "text")}
-    result = {"rows": rows, "settings": settings, **run_facts(find_device("auto"))}
-    with whole_file(args.out) as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        rows = []
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "text")}
+        settings["model"] = Path(args.model).name
+        facts = {"settings": settings, **run_facts(find_device("auto"))}
+        for row in (uniform if args.what == "uniform" else searched)(args, cache):
+            row["rotation"].pop("source", None)  # a place on this machine
+            rows.append(row)
+            with whole_file(args.out) as part:
+                part.write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n")
     print(table(rows))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alphaquant import demo
 from alphaquant.errors import ConfigError, DataError, ModelError
@@ -19,8 +19,10 @@ from alphaquant.models.pages.prepared import remembered
 from alphaquant.models.rotation.derived import rotated, rotation_of
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
+from alphaquant.models.walk import releasing
 from alphaquant.progress import Progress, no_progress
-from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
+from alphaquant.studies.self_sampling import Asked, WriterModel, written_text
+from alphaquant.texts.windows import TextRequest, TokenSet, Write, load_tokens
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
@@ -42,12 +44,14 @@ class Source:
         map: the model and its matrices.
         tokenizer: of transformers; None where the model's directory has none.
         digest: sha256 of the weights.
+        cache: the folder of all caches, as asked for.
     """
 
     name: str
     map: ModelMap
     tokenizer: Any
     digest: str
+    cache: Path | None = None
 
     @property
     def runs_as(self) -> str:
@@ -111,7 +115,7 @@ def load_source(
     on_step(2)
     digest = _digest(opened, model_map)
     on_step(3)
-    return Source(name, model_map, tokenizer, digest)
+    return Source(name, model_map, tokenizer, digest, cache)
 
 
 def _digest(opened: Opened, model_map: ModelMap) -> str:
@@ -230,8 +234,9 @@ def read_text(
     seq_len: int | None,
     seed: int,
     bos: str = "auto",
+    progress: Progress = no_progress,
 ) -> TokenSet:
-    """Token windows of one text for a model.
+    """Token windows of one text for a model, which writes `ebss` itself.
 
     Args:
         source: the model.
@@ -241,18 +246,34 @@ def read_text(
         seq_len: tokens per window; None as in `seq_len_of`.
         seed: of the draw.
         bos: what windows start with: `auto`, `always` or `never`.
+        progress: told how far a model's own text is, as the stage `write`.
 
     Raises:
         DataError: the text cannot be found, is too short or of another vocabulary.
-        ModelError: the model has no tokenizer.
+        ModelError: the model has no tokenizer, or cannot write.
+        ConfigError: a model without routed experts is to write.
     """
     model = source.map.model
     length = seq_len_of(source.name, model, seq_len)
     request = TextRequest(text, role, n_samples, length, seed, bos)
-    return load_windows(request, source.name, model, source.tokenizer)
+
+    def write(count: int, start: tuple[int, ...]) -> Tensor:
+        by = WriterModel(model, source.tokenizer, source.digest, source.runs_as)
+        asked = Asked(count, length, start, seed)
+        with releasing(source.map):
+            return written_text(by, asked, cache_dir(source.cache), progress)
+
+    is_own = role == "calibration"
+    return load_windows(request, source.name, model, source.tokenizer, write if is_own else None)
 
 
-def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: Any) -> TokenSet:
+def load_windows(
+    request: TextRequest,
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    write: Write | None = None,
+) -> TokenSet:
     """Token windows that a model can read.
 
     Args:
@@ -260,6 +281,7 @@ def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: A
         name: of the model.
         model: the model.
         tokenizer: its tokenizer, None if it has none.
+        write: lets the model write the source `ebss`; None where it may not.
 
     Raises:
         DataError: the text cannot be found, is too short or of another vocabulary.
@@ -267,7 +289,7 @@ def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: A
     """
     if tokenizer is None:
         raise ModelError(tokenizer_missing(name))
-    found = load_tokens(request, tokenizer)
+    found = load_tokens(request, tokenizer, write)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     highest, n_ids = int(found.tokens.max()), int(embedding.weight.shape[0])
     if highest >= n_ids:

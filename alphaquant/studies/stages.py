@@ -92,7 +92,10 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
     ):
         assert n_samples is not None, "no size is open now"
         texts.append(
-            read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
+            read_text(
+                *(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos),
+                progress=progress,
+            )
         )
         progress(Stage.LOAD, SOURCE_STEPS + len(texts), LOAD_STEPS)
     for i, a in enumerate(texts):
