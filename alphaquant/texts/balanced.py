@@ -115,8 +115,9 @@ def write_balanced(
         sigma = imbalance(usage, length)
         totals = sums[:, None] + found.log_probs  # [R, V]
         scores = -totals / (length + 1) + sigma[:, None] / temperature
-        n_kept = 1 if length + 1 == n_tokens else min(width, scores.shape[-1])
-        best = scores.reshape(n_texts, -1).topk(n_kept, largest=False)  # [G, w]
+        together = scores.reshape(n_texts, -1)  # all prefixes of a text
+        n_kept = 1 if length + 1 == n_tokens else min(width, together.shape[1])
+        best = together.topk(n_kept, largest=False)  # [G, w]
         n_prefixes, vocabulary = len(tokens) // n_texts, scores.shape[-1]
         first = torch.arange(n_texts, device=best.indices.device)[:, None] * n_prefixes
         prefixes = (first + best.indices // vocabulary).flatten()  # [G * w]
