@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alphaquant.costs.experts import (
     ExpertSensitivity,
     SensitiveExpert,
@@ -41,6 +43,7 @@ from alphaquant.studies.inputs import (
     read_text,
 )
 from alphaquant.studies.store.folder import check_place
+from alphaquant.texts.balanced import imbalance
 from alphaquant.texts.windows import TokenSet, check_sources
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,13 @@ class FoundSensitivity:
     calibration: TokenSet
     bank: Bank
     sensitivity: ExpertSensitivity
+
+    @property
+    def imbalance(self) -> float:
+        """Of the experts' use on the calibration text, see `alphaquant.texts.balanced`."""
+        tables = [self.bank.utilization(layer.index) for layer in self.source.map.layers]
+        usage = [torch.tensor([counts]).double() for one in tables for counts in one.values()]
+        return float(imbalance(usage, self.calibration.tokens.numel()))
 
 
 def measure_expert_sensitivity(
@@ -136,7 +146,7 @@ def sensitivity_text(found: FoundSensitivity, width: int | None = None) -> str:
         f"sum over experts: Fisher cost {total.fisher:.6f} nats/token, "
         f"{total.saved_bits} bits saved",
         f"{n_samples} windows of {seq_len} tokens of {found.calibration.name}, "
-        f"digest {found.calibration.digest[:12]}",
+        f"digest {found.calibration.digest[:12]}, imbalance of experts {found.imbalance:.4f}",
     ]
     return "\n".join(wrapped(line, width) for line in lines)
 
@@ -149,6 +159,7 @@ def sensitivity_json(found: FoundSensitivity) -> dict[str, Any]:
         **found.source.facts(),
         "runs_as": found.source.runs_as,
         "calibration": found.calibration.provenance(),
+        "imbalance": found.imbalance,
         "bank": found.bank.path.name,
         "versions": versions(),
         **device_facts(found.source.runs_as.rsplit("-", 1)[-1]),
