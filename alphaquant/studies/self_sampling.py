@@ -116,8 +116,8 @@ def written_text(
 def _write(by: WriterModel, asked: Asked, progress: Progress) -> Tensor:
     starts = _starts(by, asked)
     n_batches = -(-asked.n_texts // BATCH)
-    found = []
-    for number, some in enumerate(starts.split(BATCH)):  # type: ignore[no-untyped-call]
+    found: list[Tensor] = []
+    for number, some in enumerate(torch.split(starts, BATCH)):
         done = number * asked.n_tokens
 
         def tell(n_tokens: int, done: int = done) -> None:

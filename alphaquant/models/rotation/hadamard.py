@@ -124,7 +124,7 @@ class Rotation:
     def rotate_columns(self, weight: Tensor) -> None:
         """Replace W [..., n] by W Q: what reads the stream, and rows that are put into it."""
         flat = weight if weight.dim() > 1 else weight.unsqueeze(0)
-        for part in torch.split(flat, max(1, _PART // self.size)):  # type: ignore[no-untyped-call]
+        for part in torch.split(flat, max(1, _PART // self.size)):
             part.copy_(self.rotated(part))
 
     @torch.no_grad()
