@@ -43,6 +43,13 @@ from alphaquant.studies.objective import EvaluationSet, Objective
 
 logger = logging.getLogger("rotation")
 
+QUANTIZERS = {
+    "default": QuantSettings(),
+    "gptq": QuantSettings(refine_sweeps=0, n_starts=1),
+    "rtn": QuantSettings(method="rtn"),
+}
+"""Ours, GPTQ in one pass, and round-to-nearest."""
+
 FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int4-row", "int4-g128", "mxfp4", "nl4-g32-s256")
 
 
@@ -56,6 +63,7 @@ class Texts:
         n_calibration: windows.
         n_heldout: likewise.
         seq_len: tokens per window; None for the default.
+        settings: of the quantizer that reads the former.
     """
 
     calibration: str
@@ -63,6 +71,7 @@ class Texts:
     n_calibration: int
     n_heldout: int
     seq_len: int | None
+    settings: QuantSettings
 
 
 def paired_ratio(rotated: Tensor, plain: Tensor) -> tuple[float, float]:
@@ -84,7 +93,7 @@ def kl_of(
     windows = read_text(
         source, texts.calibration, "calibration", texts.n_calibration, texts.seq_len, seed
     )
-    bank = fill_source_bank(source, windows, names, QuantSettings(), cache, no_progress)
+    bank = fill_source_bank(source, windows, names, texts.settings, cache, no_progress)
     objective = Objective(Swapper(source.map, bank.layer))
     inventory = source.map.inventory
     wanted = [uniform_assignment(inventory, name) for name in names]
@@ -99,6 +108,7 @@ def uniform(args: argparse.Namespace, cache: Path) -> Iterator[dict[str, Any]]:
         f"{args.text}/calibration.txt" if args.text else DEMO_TEXT,
         f"{args.text}/heldout.txt" if args.text else DEMO_TEXT,
         *(args.calibration_samples, args.heldout_samples, args.seq_len),
+        QUANTIZERS[args.quantizer],
     )
     device = find_device("auto")
     original = load_source(args.model, device, "auto", cache=cache)
@@ -177,6 +187,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", help="folder with calibration.txt and heldout.txt")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--quantizer", choices=QUANTIZERS, default="default")
     parser.add_argument("--budgets", nargs="+", default=["2.25bits", "3bits", "4.25bits"])
     parser.add_argument("--effort", default="default")
     parser.add_argument("--seeds", type=int, default=1)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from alphaquant.errors import ModelError
 from alphaquant.files import locked, writing
 from alphaquant.models.ends import find_ends, head_of
+from alphaquant.models.loading import load_skeleton
 from alphaquant.models.mapping import checkpoint_dtype, map_model, stored_dtype
 from alphaquant.models.pages.file_digests import file_digests
 from alphaquant.models.pages.opening import open_weights
@@ -149,14 +150,17 @@ def _key(directory: Path, files: list[Path], seed: int, cache: Path) -> str:
 def _make(directory: Path, name: str, seed: int, target: Path, progress: Progress) -> None:
     """Write the checkpoint under another name, `rotation.json` last, then rename it."""
     opened = open_weights(directory, "float32", target.parent.parent / "weights", progress)
-    model_map = with_source(map_model(opened.model, pages=opened.pages), directory)
-    _check_whole(model_map)
+    model_map = map_model(opened.model, pages=opened.pages)
+    is_dequantized = "quantization_config" in read_object(directory / "config.json")
+    namer = load_skeleton(directory) if is_dequantized else opened.model
+    # A dequantized model has forgotten whose scales it does not load.
+    _check_whole(with_source(map_model(namer) if is_dequantized else model_map, directory))
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         with writing(part):
-            work = _Work(model_map, Rotation(_width(model_map), seed), part, progress)
+            work = _Work(model_map, Rotation(_width(model_map), seed), part, progress, namer)
             error = work.run()
             _copy_others(directory, part, work)
             stored = _stored_error(part, work.expected, target.parent.parent, progress)
@@ -177,6 +181,8 @@ class _Work:
         rotation: Q.
         folder: where files go.
         progress: told how far it is.
+        namer: tells transformers how checkpoints call its tensors: the model, or one without
+            weights where what transformers did on loading dequantized them.
         is_untied: whether a head was made of tied embeddings.
         places: tensor -> file, so far.
         n_bytes: of these tensors.
@@ -187,6 +193,7 @@ class _Work:
     rotation: Rotation
     folder: Path
     progress: Progress
+    namer: Any
     is_untied: bool = False
     places: dict[str, str] = field(default_factory=dict)
     n_bytes: int = 0
@@ -271,8 +278,7 @@ class _Work:
         from transformers.core_model_loading import revert_weight_conversion
 
         cast = {name: tensor.to(dtypes[name]) for name, tensor in state.items()}
-        model: Any = self.model_map.model
-        named = revert_weight_conversion(model, cast)
+        named = revert_weight_conversion(self.namer, cast)
         number, total = len(set(self.places.values())) + 1, len(self.model_map.layers) + 1
         file = f"model-{number:05d}-of-{total:05d}.safetensors"
         tensors = {name: tensor.contiguous().clone() for name, tensor in named.items()}
