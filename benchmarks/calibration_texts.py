@@ -52,8 +52,9 @@ def imbalance_of(source: Source, text: str, role: str, seed: int, n_windows: int
 def run(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     """A row for each text and budget."""
     rows = []
-    for name, text in TEXTS.items():
-        for budget in args.budgets:
+    for budget in args.budgets:
+        for name in args.texts:
+            text = TEXTS[name]
             with tempfile.TemporaryDirectory(prefix="alphaquant-texts-") as out:
                 spec = SearchSpec.of(
                     **{"model": "demo", "budget": budget, "seed": args.seed},
@@ -85,6 +86,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budgets", nargs="+", default=["3bits", "4.25bits"])
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--effort", default="default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=64, help="of which balance is told")
