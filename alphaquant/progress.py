@@ -23,6 +23,8 @@ class Stage(StrEnum):
     LOAD = "load", "load model and texts"
     PILOT = "pilot", "speed of the machine"
     PREPARE = "prepare", "copy of the weights"
+    ROTATE = "rotate", "rotate the stream"
+    WRITE = "write", "text by the model"
     TEACHER = "teacher", "original's outputs"
     SPECTRA = "spectra", "spectra of weights"
     HESSIANS = "hessians", "Hessians"

@@ -32,6 +32,8 @@ class Provenance:
         calibration_tokens_per_expert: experts module -> tokens of each expert, [E].
         rare_matrices: matrices that too few calibration tokens reached.
         lacking_formats: formats in which the bank does not hold every matrix.
+        rotation: of the residual stream, see `RotationFacts` with the `kl` of the rotated weights
+            on the held-out text; None where it is as it was.
         gguf: the GGUF file that it was made from, see `GgufOrigin`; None for other checkpoints.
         scratch: what was copied to a disk of this machine, and what was not and why; None where
             no such disk was asked for.
@@ -51,6 +53,7 @@ class Provenance:
     calibration_tokens_per_expert: Mapping[str, Sequence[int]]
     rare_matrices: tuple[str, ...]
     lacking_formats: tuple[str, ...] = ()
+    rotation: Mapping[str, Any] | None = None
     gguf: Mapping[str, Any] | None = None
     scratch: Mapping[str, Any] | None = None
     dashboard_problem: str | None = None

@@ -133,6 +133,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
             *(spec.model, device, spec.dtype),
             include=config.include,
             cache=spec.cache,
+            rotate=_rotation(spec, config),
             progress=progress,
         )
         architecture = choose_architecture(source.map.model, spec.model_type)
@@ -319,6 +320,11 @@ def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     return settings
 
 
+def _rotation(spec: QuantizeSpec, config: Config) -> int | None:
+    """Seed of the rotation of the residual stream: flag over configuration."""
+    return config.rotate if spec.rotate is None else spec.rotate
+
+
 def _asked(
     spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
 ) -> dict[str, Any]:
@@ -336,6 +342,7 @@ def _asked(
         "configuration": config.model_dump(exclude_none=True, exclude={"summary", "comment"}),
         "settings": asdict(settings),
         "tuning": asdict(spec.tuning),
+        "rotate": _rotation(spec, config),
         "calibration": calibration if settings.method == "gptq" else None,
         "dtype": spec.dtype,
         "device": spec.device,

@@ -24,6 +24,7 @@ from alphaquant.commands.fitting import fitted
 from alphaquant.commands.mixes import write_mixes
 from alphaquant.costs.fisher import rare_matrices
 from alphaquant.errors import ConfigError
+from alphaquant.evaluators.base import Score
 from alphaquant.evaluators.scores import check_scores
 from alphaquant.files import in_use
 from alphaquant.models.dtypes import named_dtype
@@ -39,6 +40,7 @@ from alphaquant.reports.cautions import RARE_TOKENS
 from alphaquant.reports.decoration import decorate
 from alphaquant.reports.notes import TrialNotes, begin_study_note, study_note
 from alphaquant.reports.report import write_configs, write_report
+from alphaquant.reports.tables import with_error
 from alphaquant.search.groups import check_grouping
 from alphaquant.search.sampler import make_sampler
 from alphaquant.spaces.assignment import Assignment
@@ -201,14 +203,11 @@ def _search(
     started = time.monotonic()
     clock(Stage.LOAD, 0, LOAD_STEPS)
     steps = clock.counted(Stage.LOAD, LOAD_STEPS)
-    asked, cache = spec.checkpoint, spec.run.cache
-    source = load_source(
-        *(asked.model, request.device, asked.dtype, steps),
-        include=request.include,
-        cache=cache,
-        progress=clock,
-        scratch=spec.run.scratch,
-    )
+    asked = spec.checkpoint
+    original = None
+    if asked.rotate is not None:
+        original = _load(spec, request, clock)
+    source = _load(spec, request, clock, asked.rotate, steps)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     space, candidates = _space(spec, request, source.map.inventory)
@@ -217,13 +216,15 @@ def _search(
     spec = _sized(spec, source, space, clock)
     for line in size_lines(spec):
         tell(line)
-    inputs = replace(load_inputs(spec, source, clock), candidates=candidates)
+    inputs = replace(load_inputs(spec, source, clock), candidates=candidates, original=original)
     with _claimed(spec, inputs) as (folder, study):
         if space.idle_budget is not None:
             logger.warning("%s", space.idle_budget)
         begin_study_note(study, study_note(spec, space.menu))
         clock(Stage.LOAD, LOAD_STEPS, LOAD_STEPS)
         prepared = prepare(spec, inputs, space, clock)
+        if prepared.teachers.rotated is not None:
+            tell(_rotation_line(inputs.source, prepared.teachers.rotated))
         run = _make_run(prepared, folder, study, clock, on_trial)
         if spec.run.limit_seconds is not None:
             run.loop.deadline = started + spec.run.limit_seconds
@@ -247,6 +248,34 @@ def _search(
         original_perplexity=prepared.teachers.heldout.teacher.perplexity,
     )
     return _decorated(_write(result, clock, inputs.source.map.source), inputs)
+
+
+def _load(
+    spec: SearchSpec,
+    request: _Request,
+    clock: StageClock,
+    rotate: int | None = None,
+    on_step: Callable[[int], None] = lambda n_done: None,
+) -> Source:
+    """The model that is asked for, as it is or rotated."""
+    return load_source(
+        *(spec.checkpoint.model, request.device, spec.checkpoint.dtype, on_step),
+        include=request.include,
+        cache=spec.run.cache,
+        rotate=rotate,
+        progress=clock,
+        scratch=spec.run.scratch,
+    )
+
+
+def _rotation_line(source: Source, rotated: Score) -> str:
+    """What a rotation did, for people."""
+    facts = source.facts()["rotation"]
+    grown = "; tied embeddings are untied, the head counts on its own" * facts["is_untied"]
+    return (
+        f"residual stream rotated by {facts['matrix']}, seed {facts['seed']}: KL of the rotated "
+        f"weights, not quantized, {with_error(rotated.value, rotated.stderr or 0.0)}{grown}"
+    )
 
 
 class _Space(NamedTuple):
@@ -304,6 +333,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_formats(menu)
     make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
     check_grouping(spec.proposals.grouping)
+    _check_rotation(spec)
     check_allocators(spec)
     check_constrained(spec)
     check_scores(spec.scores)
@@ -314,6 +344,19 @@ def _check(spec: SearchSpec) -> _Request:
     include = () if spec.limits.candidate_names else included(spec.limits.include, budget, profile)
     _check_allocators_of(spec, include)
     return _Request(budget, profile, menu, device, include)
+
+
+def _check_rotation(spec: SearchSpec) -> None:
+    """Refuse a rotation of what others quantized.
+
+    Raises:
+        ConfigError: candidates are of the model as it is.
+    """
+    if spec.checkpoint.rotate is not None and spec.limits.candidate_names:
+        raise ConfigError(
+            f"--rotate {spec.checkpoint.rotate} with --candidates: their matrices are of the "
+            "model as it is, which a rotated one cannot take; leave one of the two out"
+        )
 
 
 def _check_allocators_of(spec: SearchSpec, include: Sequence[str]) -> None:
@@ -441,11 +484,14 @@ def _study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.St
 
 def _provenance(prepared: Prepared, device: str) -> Provenance:
     spec, inputs, bank = prepared.spec, prepared.inputs, prepared.bank
+    facts, rotated = inputs.source.facts(), prepared.teachers.rotated
+    if rotated is not None:
+        facts["rotation"] |= {"kl": rotated.value, "kl_stderr": rotated.stderr}
     tokens_per_expert: dict[str, list[int]] = {}
     for layer in range(inputs.source.map.inventory.n_layers):
         tokens_per_expert |= bank.utilization(layer)
     return Provenance(
-        **inputs.source.facts(),
+        **facts,
         data=inputs.text_facts(),
         device=device_facts(device),
         rounded_on=place_of(device_of(inputs.source.map.model)).device.type,

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alphaquant.costs.experts import (
     ExpertSensitivity,
     SensitiveExpert,
@@ -43,6 +45,7 @@ from alphaquant.studies.inputs import (
     read_text,
 )
 from alphaquant.studies.store.folder import check_place
+from alphaquant.texts.balanced import imbalance
 from alphaquant.texts.windows import TokenSet, check_sources
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,13 @@ class FoundSensitivity:
     calibration: TokenSet
     bank: Bank
     sensitivity: ExpertSensitivity
+
+    @property
+    def imbalance(self) -> float:
+        """Of the experts' use on the calibration text, see `alphaquant.texts.balanced`."""
+        tables = [self.bank.utilization(layer.index) for layer in self.source.map.layers]
+        usage = [torch.tensor([counts]).double() for one in tables for counts in one.values()]
+        return float(imbalance(usage, self.calibration.tokens.numel()))
 
 
 def measure_expert_sensitivity(
@@ -103,6 +113,7 @@ def _found(spec: SensitivitySpec, names: Sequence[str], progress: Progress) -> F
         asked.dtype,
         lambda n_done: progress(Stage.LOAD, n_done, n_steps),
         cache=spec.cache,
+        rotate=asked.rotate,
         progress=progress,
     )
     for note in model_notes(source.map):
@@ -144,7 +155,7 @@ def sensitivity_text(found: FoundSensitivity, width: int | None = None) -> str:
         f"sum over experts: Fisher cost {total.fisher:.6f} nats/token, "
         f"{total.saved_bits} bits saved",
         f"{n_samples} windows of {seq_len} tokens of {found.calibration.name}, "
-        f"digest {found.calibration.digest[:12]}",
+        f"digest {found.calibration.digest[:12]}, imbalance of experts {found.imbalance:.4f}",
     ]
     return "\n".join(wrapped(line, width) for line in lines)
 
@@ -157,6 +168,7 @@ def sensitivity_json(found: FoundSensitivity) -> dict[str, Any]:
         **found.source.facts(),
         "runs_as": found.source.runs_as,
         "calibration": found.calibration.provenance(),
+        "imbalance": found.imbalance,
         "bank": found.bank.path.name,
         "versions": versions(),
         **device_facts(found.source.runs_as.rsplit("-", 1)[-1]),

@@ -145,7 +145,9 @@ class TrialNotes:
             "assignment_digest": row.digest,
             "evaluation": scores,
         }
-        return dump_config(config_from_assignment(assignment, self.inventory, summary))
+        rotate = self.spec.checkpoint.rotate
+        config = config_from_assignment(assignment, self.inventory, summary, rotate=rotate)
+        return dump_config(config)
 
 
 def trial_note(

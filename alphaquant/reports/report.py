@@ -77,7 +77,8 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         **_candidates(result),
         "versions": result.provenance.versions,
     }
-    return dump_config(config_from_assignment(assignment, result.space.inventory, summary))
+    rotate, inventory = result.spec.checkpoint.rotate, result.space.inventory
+    return dump_config(config_from_assignment(assignment, inventory, summary, rotate=rotate))
 
 
 def _candidates(result: SearchResult) -> dict[str, Any]:

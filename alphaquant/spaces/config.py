@@ -214,7 +214,11 @@ def _check_width(matrix: Matrix, fmt: Format) -> None:
 
 
 def config_from_assignment(
-    assignment: Assignment, inventory: Inventory, summary: Mapping[str, object] | None = None
+    assignment: Assignment,
+    inventory: Inventory,
+    summary: Mapping[str, object] | None = None,
+    *,
+    rotate: int | None = None,
 ) -> Config:
     """The configuration that resolves to an assignment.
 
@@ -225,6 +229,7 @@ def config_from_assignment(
         assignment: a format for every matrix of the inventory.
         inventory: the model's matrices.
         summary: numbers of the search, carried in the file.
+        rotate: seed of the rotation of the residual stream, None for none.
 
     Raises:
         ConfigError: the assignment and the inventory have different matrices.
@@ -252,6 +257,7 @@ def config_from_assignment(
         **({"include": inventory.include} if inventory.include else {}),
         "default": {**_scheme_fields(default, default), "aq": "bf16"},
         "overrides": overrides,
+        **({} if rotate is None else {"rotate": rotate}),
     }
     return Config.model_validate(data if summary is None else {**data, "summary": dict(summary)})
 

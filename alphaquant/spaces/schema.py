@@ -165,6 +165,8 @@ class Config(_Part):
         default: scheme of matrices that no override matches.
         overrides: applied in order.
         include: what is quantized beside the decoder layers, `head` and `embeddings`.
+        rotate: seed of the rotation of the residual stream that the formats are for; absent for
+            the weights as they are.
         summary: what the search wrote about its result.
         search_summary: the same, as older files call it.
     """
@@ -174,6 +176,7 @@ class Config(_Part):
     default: Scheme = Scheme()
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     include: Annotated[tuple[Literal["head", "embeddings"], ...], Field(strict=False)] = ()
+    rotate: Annotated[int, Field(ge=0)] | None = None
     summary: dict[str, Any] | None = None
     search_summary: dict[str, Any] | None = None
 

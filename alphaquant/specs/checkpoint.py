@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from alphaquant.specs.check import check
+from alphaquant.specs.check import Natural, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,9 @@ class CheckpointSpec:
     """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
     float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16."""
+    rotate: Natural | None = None
+    """Seed of a rotation of the residual stream, such as 0: the same function, with outliers
+    spread over all inputs (docs/rotation.md); default: none."""
 
     def __post_init__(self) -> None:
         """Refuse wrong types.

@@ -75,6 +75,9 @@ class QuantizeSpec:
     """Of the computation: auto (on the CPU float32, or bfloat16 for a bfloat16 checkpoint whose
     float32 weights would take a quarter of the memory; else the checkpoint's), float32, bfloat16,
     float16."""
+    rotate: Natural | None = None
+    """Seed of a rotation of the residual stream (docs/rotation.md); default: what the
+    configuration says, else none."""
     cache: Path | None = None
     """Directory of copies of weights and of banks: what a search quantized the same way is taken
     from there; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""

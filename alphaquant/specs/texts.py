@@ -19,8 +19,9 @@ class CalibrationSpec:
     """The text for Hessians and costs."""
 
     calibration: str = DEMO_TEXT
-    """Text for Hessians and costs: demo, demo:code, wikitext2, c4, or a .txt/.jsonl/.npy file;
-    several domains are separated by commas, such as a=0.75,b=0.25."""
+    """Text for Hessians and costs: demo, demo:code, wikitext2, c4, a .txt/.jsonl/.npy file, or
+    ebss, which the model writes itself; several are separated by commas, such as
+    a=0.75,b=0.25."""
     calibration_samples: Positive = 128
     """Windows of calibration text."""
     seq_len: Pair | None = None

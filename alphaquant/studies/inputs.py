@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alphaquant import demo
 from alphaquant.errors import ConfigError, DataError, ModelError
@@ -17,10 +17,13 @@ from alphaquant.models.mapping import check_finite, map_model, weights_digest
 from alphaquant.models.pages.opening import Opened, open_weights
 from alphaquant.models.pages.prepared import remembered
 from alphaquant.models.pages.scratch import Scratch
+from alphaquant.models.rotation.derived import rotated, rotation_of
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
+from alphaquant.models.walk import releasing
 from alphaquant.progress import Progress, no_progress
-from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
+from alphaquant.studies.self_sampling import Asked, WriterModel, written_text
+from alphaquant.texts.windows import TextRequest, TokenSet, Write, load_tokens
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
@@ -46,6 +49,7 @@ class Source:
         tokenizer: of transformers; None where the model's directory has none.
         digest: sha256 of the weights.
         scratch: copies on this machine of what is read often; None for none.
+        cache: the folder of all caches, as asked for.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Source:
     tokenizer: Any
     digest: str
     scratch: Scratch | None = None
+    cache: Path | None = None
 
     @property
     def runs_as(self) -> str:
@@ -61,12 +66,14 @@ class Source:
         return f"{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
 
     def facts(self) -> dict[str, Any]:
-        """Provenance: name, architecture, digest, and the GGUF file that it was made from."""
+        """Provenance: name, architecture, digest, rotation, and the GGUF file it was made from."""
+        rotation = rotation_of(self.map.source)
         return {
             "model": self.name,
             "model_type": self.map.inventory.model_type,
             "model_digest": self.digest,
             **gguf_facts(self.map.source),
+            **({} if rotation is None else {"rotation": asdict(rotation)}),
         }
 
 
@@ -78,6 +85,7 @@ def load_source(
     *,
     include: Sequence[str] = (),
     cache: Path | None = None,
+    rotate: int | None = None,
     progress: Progress = no_progress,
     scratch: Path | None = None,
 ) -> Source:
@@ -92,15 +100,18 @@ def load_source(
         on_step: called with the steps done of `SOURCE_STEPS`.
         include: what is quantized beside the layers, see `map_model`.
         cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
-        progress: told how far these are, as the stages `convert` and `prepare`.
+        rotate: seed of a rotation of the residual stream; None for the weights as they are.
+        progress: told how far these are, as the stages `convert`, `rotate` and `prepare`.
         scratch: directory of this machine for copies of weights and of the bank; None for none.
 
     Raises:
-        ModelError: it cannot be found, read or quantized.
+        ModelError: it cannot be found, read, rotated or quantized.
         StoreError: the copy cannot be written.
     """
     path = model_location(name, cache, progress)
     near = None if scratch is None else Scratch(scratch)
+    if rotate is not None:
+        path = str(rotated(path, name, rotate, cache_dir(cache), progress))
     if device == "cpu":
         opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress, near)
     else:
@@ -113,7 +124,7 @@ def load_source(
     on_step(2)
     digest = _digest(opened, model_map)
     on_step(3)
-    return Source(name, model_map, tokenizer, digest, near)
+    return Source(name, model_map, tokenizer, digest, near, cache)
 
 
 def _digest(opened: Opened, model_map: ModelMap) -> str:
@@ -232,8 +243,9 @@ def read_text(
     seq_len: int | None,
     seed: int,
     bos: str = "auto",
+    progress: Progress = no_progress,
 ) -> TokenSet:
-    """Token windows of one text for a model.
+    """Token windows of one text for a model, which writes `ebss` itself.
 
     Args:
         source: the model.
@@ -243,18 +255,34 @@ def read_text(
         seq_len: tokens per window; None as in `seq_len_of`.
         seed: of the draw.
         bos: what windows start with: `auto`, `always` or `never`.
+        progress: told how far a model's own text is, as the stage `write`.
 
     Raises:
         DataError: the text cannot be found, is too short or of another vocabulary.
-        ModelError: the model has no tokenizer.
+        ModelError: the model has no tokenizer, or cannot write.
+        ConfigError: a model without routed experts is to write.
     """
     model = source.map.model
     length = seq_len_of(source.name, model, seq_len)
     request = TextRequest(text, role, n_samples, length, seed, bos)
-    return load_windows(request, source.name, model, source.tokenizer)
+
+    def write(count: int, start: tuple[int, ...]) -> Tensor:
+        by = WriterModel(model, source.tokenizer, source.digest, source.runs_as)
+        asked = Asked(count, length, start, seed)
+        with releasing(source.map):
+            return written_text(by, asked, cache_dir(source.cache), progress)
+
+    is_own = role == "calibration"
+    return load_windows(request, source.name, model, source.tokenizer, write if is_own else None)
 
 
-def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: Any) -> TokenSet:
+def load_windows(
+    request: TextRequest,
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    write: Write | None = None,
+) -> TokenSet:
     """Token windows that a model can read.
 
     Args:
@@ -262,6 +290,7 @@ def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: A
         name: of the model.
         model: the model.
         tokenizer: its tokenizer, None if it has none.
+        write: lets the model write the source `ebss`; None where it may not.
 
     Raises:
         DataError: the text cannot be found, is too short or of another vocabulary.
@@ -269,7 +298,7 @@ def load_windows(request: TextRequest, name: str, model: nn.Module, tokenizer: A
     """
     if tokenizer is None:
         raise ModelError(tokenizer_missing(name))
-    found = load_tokens(request, tokenizer)
+    found = load_tokens(request, tokenizer, write)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     highest, n_ids = int(found.tokens.max()), int(embedding.weight.shape[0])
     if highest >= n_ids:

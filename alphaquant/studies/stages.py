@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphaquant.evaluators.base import Score
+from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.scores import ScorePlan, plan_scores
 from alphaquant.evaluators.teacher import TOP_K, store_teacher
+from alphaquant.models.walk import releasing
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.quant.foreign.candidates import Candidates
 from alphaquant.specs.search import SearchSpec
@@ -27,12 +30,13 @@ class Inputs:
     """A model with its three texts.
 
     Attributes:
-        source: the model.
+        source: the model that is quantized.
         calibration: for Hessians and costs.
         evaluation: what the search sees.
         heldout: for the gate.
         scores: what is measured on the evaluation text besides bits and KL.
         candidates: checkpoints to choose from; None where formats are made.
+        original: the model as it was, where that which is quantized is a rotated copy.
     """
 
     source: Source
@@ -41,6 +45,12 @@ class Inputs:
     heldout: TokenSet
     scores: ScorePlan = field(default_factory=ScorePlan)
     candidates: Candidates | None = None
+    original: Source | None = None
+
+    @property
+    def reference(self) -> Source:
+        """The model that all others are compared with."""
+        return self.original or self.source
 
     def text_facts(self) -> dict[str, Mapping[str, Any]]:
         """Provenance of the texts, by role."""
@@ -51,6 +61,7 @@ class Inputs:
         """What trials depend on besides the specification: sha256 of weights and windows."""
         return {
             "weights": self.source.digest,
+            **({} if self.original is None else {"original_weights": self.original.digest}),
             "calibration_text": self.calibration.digest,
             "evaluation_text": self.evaluation.digest,
             "heldout_text": self.heldout.digest,
@@ -81,7 +92,10 @@ def load_inputs(spec: SearchSpec, source: Source, progress: Progress = no_progre
     ):
         assert n_samples is not None, "no size is open now"
         texts.append(
-            read_text(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos)
+            read_text(
+                *(source, text, role, n_samples, data.seq_len, spec.proposals.seed, data.bos),
+                progress=progress,
+            )
         )
         progress(Stage.LOAD, SOURCE_STEPS + len(texts), LOAD_STEPS)
     for i, a in enumerate(texts):
@@ -98,23 +112,26 @@ class Teachers:
     Attributes:
         evaluation: what the search sees.
         heldout: for the gate.
+        rotated: KL of the rotated weights in their stored dtype on the latter; None where nothing
+            is rotated.
     """
 
     evaluation: EvaluationSet
     heldout: EvaluationSet
+    rotated: Score | None = None
 
 
 def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teachers:
     """Compute the original's predictions, or open those of an earlier run."""
     texts = (inputs.evaluation, inputs.heldout)
     total, done = sum(len(t.tokens) for t in texts), 0
-    sets = []
+    sets, reference = [], inputs.reference
     for tokens in texts:
-        facts = (inputs.source.digest[:16], tokens.digest[:16], inputs.source.runs_as, str(TOP_K))
+        facts = (reference.digest[:16], tokens.digest[:16], reference.runs_as, str(TOP_K))
         path = cache_dir(spec.run.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock(Stage.TEACHER, done, total)
         progress = clock.shifted(done, total)
-        model_map = inputs.source.map
+        model_map = reference.map
         teacher = store_teacher(
             *(path, model_map.model, tokens.tokens),
             top_k=TOP_K,
@@ -124,4 +141,15 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
     clock(Stage.TEACHER, total, total)
-    return Teachers(*sets)
+    evaluation, heldout = sets
+    return Teachers(evaluation, heldout, _rotated_kl(inputs, heldout))
+
+
+def _rotated_kl(inputs: Inputs, heldout: EvaluationSet) -> Score | None:
+    """What rounding the rotated weights to their stored dtype costs alone."""
+    if inputs.original is None:
+        return None
+    model_map, tokens = inputs.source.map, heldout.tokens
+    with releasing(model_map):
+        found = measure_divergence(model_map.model, tokens.tokens, heldout.teacher)
+    return next(s for s in found.scores(tokens.digest) if s.metric == "kl")

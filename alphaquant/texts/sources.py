@@ -96,6 +96,11 @@ def find_source(name: str, role: str) -> Path | None:
     known |= {f"demo:{part}": part for part in (*demo.TEXT_PARTS, *demo.CODE_PARTS)}
     if name in known:
         return Path(demo.text_path(known[name]))
+    if name == "ebss" and role != "calibration":
+        raise DataError(
+            f"{role} text 'ebss': what a model writes itself is for calibration, and nothing is "
+            f"compared on it; give a text, such as {', '.join(known)}"
+        )
     if name in ("wikitext2", "c4"):
         return None
     path = existing_path(name)

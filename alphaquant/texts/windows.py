@@ -11,6 +11,7 @@ by `sources.py`. It runs no model and keeps no cache. Sources:
     path.jsonl, .json         one object per line, or one array of them: texts, conversations or
                               pairs, see `documents.py`; each text ends in the tokenizer's eos
     path.npy, .safetensors    token ids, flat or [n, T]; rows are concatenated (tensor `tokens`)
+    ebss                      what the model itself writes, see `balanced.py`; calibration only
     a,b  or  a=0.7,b=0.3      several of them, in equal or in the stated shares of the windows
 
 A known name wins over a file of the same name; write `./c4` for the file.
@@ -26,7 +27,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +42,12 @@ from alphaquant.texts.tokens import Tokenizer, Tokens, check_bos, starting_token
 logger = logging.getLogger(__name__)
 
 MIN_READ_TOKENS = 2_000_000
+EBSS = "ebss"
+"""The text that a model writes itself."""
+
+Write = Callable[[int, tuple[int, ...]], torch.Tensor]
+"""Lets a model write windows: how many, and what they start with; int64 [N, T]."""
+
 READ_FACTOR = 8
 """Only the first max(n_samples * seq_len * READ_FACTOR, MIN_READ_TOKENS) tokens are used."""
 
@@ -137,7 +144,9 @@ def token_digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(f"{n_samples},{seq_len}:".encode() + values.tobytes()).hexdigest()
 
 
-def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
+def load_tokens(
+    request: TextRequest, tokenizer: Tokenizer, write: Write | None = None
+) -> TokenSet:
     """Read a source and draw windows from it.
 
     The text is tokenized without special tokens and cut into windows: pieces of T - P tokens with
@@ -150,6 +159,7 @@ def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
     Args:
         request: source, role, number and length of the windows, seed.
         tokenizer: a transformers tokenizer.
+        write: lets the model write the windows of the source `ebss`; None where there is none.
 
     Returns:
         The windows [N, T] with their digest; the same request and tokenizer give the same set.
@@ -167,7 +177,10 @@ def load_tokens(request: TextRequest, tokenizer: Tokenizer) -> TokenSet:
         )
     drawn, n_available = [], 0
     for name, count in counts.items():
-        windows = _read_windows(name, count, request, tokenizer, bos)
+        if name == EBSS:
+            windows = _written(count, bos, request, write)
+        else:
+            windows = _read_windows(name, count, request, tokenizer, bos)
         n_available += len(windows)
         generator = torch.Generator().manual_seed(request.seed)
         order = torch.randperm(len(windows), generator=generator)
@@ -241,6 +254,8 @@ def check_sources(sources: Mapping[str, str], bos: str = "auto") -> None:
     roles: dict[Path, str] = {}
     for role, source in sources.items():
         for name in _parse_source(source):
+            if name == EBSS and role == "calibration":
+                continue
             path = find_source(name, role)
             if path is not None and roles.setdefault(path.resolve(), role) != role:
                 raise DataError(
@@ -320,6 +335,22 @@ def _split_windows(n_samples: int, shares: dict[str, float]) -> dict[str, int]:
             "text needs at least one; ask for more samples or leave that text out"
         )
     return counts
+
+
+def _written(
+    count: int, bos: tuple[int, ...], request: TextRequest, write: Write | None
+) -> torch.Tensor:
+    """Windows that a model writes, [count, T].
+
+    Raises:
+        DataError: there is no model that could.
+    """
+    if write is None:
+        raise DataError(
+            f"{request.role} text {request.source!r}: {EBSS} is written by the model that is "
+            "quantized, for calibration; give a text"
+        )
+    return write(count, bos)
 
 
 def _read_windows(

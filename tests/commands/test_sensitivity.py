@@ -76,6 +76,7 @@ def test_json_carries_digests_seed_and_versions(
     assert content["model"] == spec.checkpoint.model
     assert content["model_digest"] == found.source.digest
     assert content["calibration"]["digest"] == found.calibration.digest
+    assert 0.0 < content["imbalance"] == found.imbalance
     assert content["calibration"]["seed"] == content["settings"]["seed"] == 0
     assert content["versions"]["torch"]
     assert (content["format"], content["against"]) == ("int3-g32", "bf16")
@@ -93,6 +94,7 @@ def test_text_shows_both_ends_and_no_expert_twice(found: FoundSensitivity) -> No
     ranks = [line.split()[0] for line in text.splitlines()[2:-2]]
     assert ranks == [str(n) for n in (*range(1, 6), *range(12, 17))]
     assert found.calibration.digest[:12] in lines[-1]
+    assert f"imbalance of experts {found.imbalance:.4f}" in lines[-1]
     narrow = sensitivity_text(found, 50).splitlines()
     assert all(len(line) <= 50 or str(found.spec.text.calibration) in line for line in narrow)
     assert any("fragility" in line for line in narrow)

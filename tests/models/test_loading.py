@@ -15,6 +15,7 @@ from alphaquant.models import loading
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
+from alphaquant.models.rotation.derived import rotated
 from alphaquant.models.source_files import check_blocks
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.checkpoint import load
@@ -256,3 +257,21 @@ def test_what_compressed_tensors_decompresses_is_not_missing(family: str, tmp_pa
         save_file({k: t for k, t in tensors.items() if k != lost}, file, {"format": "pt"})
         with pytest.raises(ModelError, match=lost.rpartition(".")[0]):
             load_model(out, quantized=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_what_is_published_quantized_is_rotated_as_dequantized(
+    family: str, tmp_path: Path
+) -> None:
+    is_mxfp4 = family == "gpt_oss"
+    sizes = {"hidden_size": 64, "intermediate_size": 32} if is_mxfp4 else {}
+    model = tiny_model(family, **sizes)
+    tensors = in_mxfp4(model) if is_mxfp4 else in_fp8_blocks(model)
+    entry: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    if is_mxfp4:
+        entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    folder = publish(model, tmp_path / "published", tensors, entry)
+    found: Any = load_model(rotated(folder, family, 0, tmp_path / "cache"))
+    assert not hasattr(found.config, "quantization_config")
+    assert relative_difference(found(TOKENS).logits[0], load_model(folder)(TOKENS).logits[0]) < 0.1
