@@ -25,6 +25,7 @@ class Stage(StrEnum):
     PREPARE = "prepare", "copy of the weights"
     TEACHER = "teacher", "original's outputs"
     SPECTRA = "spectra", "spectra of weights"
+    STATES = "states", "hidden states"
     HESSIANS = "hessians", "Hessians"
     BANK = "bank", "bank of formats"
     COSTS = "costs", "costs of formats"

@@ -1,0 +1,47 @@
+"""Filling a bank by workers: the same files as in one process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alphaquant.models.mapping import map_model
+from alphaquant.models.sites import ModelMap
+from alphaquant.quant.bank import Bank, open_bank
+from alphaquant.quant.filling import fill_bank, fill_bank_by
+from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
+from alphaquant.work.protocol import InProcess
+from alphaquant.work.states import Text
+
+FORMATS = ["int3-g32-asym", "mxfp4"]
+SETTINGS = QuantSettings(refine_sweeps=0, n_starts=1)
+TEXT = Text(tiny_tokens(5, 16), 2)
+
+
+def contents(bank: Bank) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(bank.path)): p.read_bytes()
+        for p in sorted(bank.path.rglob("*"))
+        if p.is_file()
+    }
+
+
+def fill_in_turn(model_map: ModelMap, path: Path) -> Bank:
+    bank = open_bank(path, "key", model_map.inventory, {})
+    fill_bank(bank, model_map, TEXT.tokens, FORMATS, SETTINGS, batch_size=TEXT.batch_size)
+    return bank
+
+
+def fill_by_tasks(model_map: ModelMap, path: Path) -> Bank:
+    bank = open_bank(path, "key", model_map.inventory, {})
+    workers = InProcess(model_map)
+    assert fill_bank_by(workers, bank, model_map, TEXT, FORMATS, SETTINGS) > 0
+    return bank
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tasks_write_the_files_of_one_walk(family: str, tmp_path: Path) -> None:
+    model_map = map_model(tiny_model(family))
+    expected = contents(fill_in_turn(model_map, tmp_path / "a"))
+    assert contents(fill_by_tasks(model_map, tmp_path / "b")) == expected
