@@ -75,6 +75,7 @@ from alphaquant.studies.preparing import Prepared, check_constraints, open_score
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sizing import size_lines, sized
+from alphaquant.studies.spread_rounds import SpreadRounds
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
 from alphaquant.studies.store.folder import (
     RunFolder,
@@ -90,6 +91,7 @@ from alphaquant.studies.store.study import open_study
 from alphaquant.studies.store.urls import check_storage
 from alphaquant.studies.trials import Proposer, check_allocators, check_constrained, constraints_of
 from alphaquant.studies.truth import ChoiceTruth
+from alphaquant.studies.workers import check_workers, with_workers, worker_source
 from alphaquant.texts.windows import check_sources
 
 logger = logging.getLogger(__name__)
@@ -201,6 +203,21 @@ def _search(
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)
+    own = worker_source(source, asked.dtype, request.include, cache)
+    with with_workers(source, spec.run.workers, spec.run.cluster, own, tell) as staffed:
+        return _search_with(spec, request, staffed, (clock, started), on_trial, tell)
+
+
+def _search_with(
+    spec: SearchSpec,
+    request: _Request,
+    source: Source,
+    clocks: tuple[StageClock, float],
+    on_trial: OnTrial,
+    tell: Tell,
+) -> SearchResult:
+    """The stages behind the model; `clocks` are that of the stages and when the search began."""
+    clock, started = clocks
     space, candidates = _space(spec, request, source.map.inventory)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
@@ -299,6 +316,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_scores(spec.scores)
     check_sources(spec.texts.sources, spec.texts.bos)
     device = find_device(spec.checkpoint.device)
+    check_workers(spec.run.workers, spec.run.cluster, device)
     if spec.checkpoint.dtype != "auto":
         named_dtype(spec.checkpoint.dtype)
     include = () if spec.limits.candidate_names else included(spec.limits.include, budget, profile)
@@ -349,7 +367,7 @@ def _make_run(
     scorer = open_scorer(prepared, clock)
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.layer)
-    objective = SearchObjective(swapper, texts.evaluation, log)
+    objective = SearchObjective(swapper, texts.evaluation, log, spread=_spread(prepared))
     proposer = Proposer(
         space,
         prepared.problem,
@@ -377,7 +395,7 @@ def _judge(run: Run, prepared: Prepared) -> GateResult:
     front = front_of(run.loop.rows, prepared.inputs.scores.objectives)
     rows = {row.digest: row for row in (*front, run.best())}
     points = [(row, run.loop.assignment(row)) for row in rows.values()]
-    objective = Objective(run.truth.objective.swapper)
+    objective = Objective(run.truth.objective.swapper, spread=_spread(prepared))
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
     return judge(
         objective,
@@ -389,6 +407,12 @@ def _judge(run: Run, prepared: Prepared) -> GateResult:
         objectives=prepared.inputs.scores.objectives,
         progress=run.clock,
     )
+
+
+def _spread(prepared: Prepared) -> SpreadRounds | None:
+    """What measures trials by workers; None where there are none."""
+    workers = prepared.inputs.source.workers
+    return None if workers is None else SpreadRounds(workers, prepared.bank.path)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def fill_bank_by(
         if not missing or not can_spread(model_map, text, "the bank is filled"):
             return 0
         check_walk(model_map, text.batches)
-        with states_in(bank.path / "states", text) as states:
+        with states_in(bank.path / f"states-{text.batch_size}", text) as states:
             walks = walk_tasks(states, max(missing) - 1)
             for _ in workers.map(walks, lambda done, n: progress(Stage.STATES, done, n)):
                 pass
@@ -166,9 +166,7 @@ class _Place:
     names: frozenset[str]
 
 
-def _places(
-    bank: Bank, layer: int, lacking: Mapping[str, frozenset[str]]
-) -> dict[str, _Place]:
+def _places(bank: Bank, layer: int, lacking: Mapping[str, frozenset[str]]) -> dict[str, _Place]:
     return {
         name: _Place(len(bank.parts(name, layer)), matrices) for name, matrices in lacking.items()
     }

@@ -41,6 +41,12 @@ class RunSpec:
     cache: Path | None = None
     """Directory of banks, predictions and copies of weights; default $ALPHAQUANT_CACHE or
     ~/.cache/alphaquant."""
+    workers: Positive | None = None
+    """Processes of this machine that share the work, one per GPU with --device cuda; by default
+    one process does all. Results do not depend on how many."""
+    cluster: str | None = None
+    """Ray cluster whose nodes share the work: auto, or the address of its head; one worker per
+    GPU, or per node where there are none, or --workers in all; none by default."""
     storage: str | None = None
     """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:FILE; default
     study.db in out."""

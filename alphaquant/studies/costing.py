@@ -25,7 +25,7 @@ from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BATCH_WINDOWS, fill_bank, fill_bank_by
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.search.allocators import ALLOCATORS
@@ -43,6 +43,7 @@ from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet
+from alphaquant.work.states import Text
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,13 @@ def fill_source_bank(
     key = bank_key(source.digest, calibration.digest, settings)
     bank = open_bank(cache_dir(cache) / "banks", key, source.map.inventory, facts)
     tokens = calibration.tokens
+    if source.workers is not None:
+        text = Text(tokens, BATCH_WINDOWS)
+        fill_bank_by(
+            *(source.workers, bank, source.map, text, names, settings),
+            wanted=wanted,
+            progress=progress,
+        )
     fill_bank(bank, source.map, tokens, names, settings, wanted=wanted, progress=progress)
     bank.verify(names)
     return bank

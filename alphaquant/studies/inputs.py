@@ -20,6 +20,7 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.progress import Progress, no_progress
 from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
+from alphaquant.work.protocol import Workers
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
@@ -41,12 +42,14 @@ class Source:
         map: the model and its matrices.
         tokenizer: of transformers; None where the model's directory has none.
         digest: sha256 of the weights.
+        workers: have opened the same model and take tasks; None where all is done here.
     """
 
     name: str
     map: ModelMap
     tokenizer: Any
     digest: str
+    workers: Workers | None = None
 
     @property
     def runs_as(self) -> str:
@@ -278,4 +281,5 @@ def cache_dir(asked: Path | None) -> Path:
     As asked, else `$ALPHAQUANT_CACHE`, else `~/.cache/alphaquant`.
     """
     stated = os.environ.get("ALPHAQUANT_CACHE")
-    return asked or Path(stated or Path.home() / ".cache" / "alphaquant")
+    found = asked or Path(stated or Path.home() / ".cache" / "alphaquant")
+    return found.absolute()  # workers elsewhere have other working directories

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
+from alphaquant.work.messages import BEAT_SECONDS, Beat, Outcome, Ready, receive, send
 from alphaquant.work.protocol import OpenModel, R, Task, Tell, WorkError, tell_no_one
-from alphaquant.work.scheduling import Outcome, Schedule
-from alphaquant.work.worker import BEAT_SECONDS, Beat, Ready
+from alphaquant.work.scheduling import Schedule
 
 SILENCE_SECONDS = 300.0
 """Without processor time for so long a worker counts as hanging. Reading a large model from a
@@ -43,7 +44,7 @@ class _Process:
     """
 
     program: subprocess.Popen[bytes]
-    line: Connection
+    line: "Connection[bytes, bytes]"
     is_open: bool = False
     is_busy: bool = False
     alive: float = field(default_factory=time.monotonic)
@@ -76,10 +77,8 @@ class _ProcessCrew:
     def give(self, worker: int, task: Task[Any]) -> None:
         process = self._processes[worker]
         process.is_busy, process.alive = True, time.monotonic()
-        try:
-            process.line.send(task)
-        except OSError:
-            pass  # it is gone, which waiting for it tells
+        with suppress(OSError):  # it is gone, which waiting for it tells
+            send(process.line, task)
 
     def wait(self) -> list[tuple[int, Outcome]]:
         while True:
@@ -109,15 +108,11 @@ class _ProcessCrew:
         """End all."""
         for process in self._processes.values():
             if not process.is_busy:
-                try:
-                    process.line.send(None)
-                except OSError:
-                    continue
+                with suppress(OSError):
+                    send(process.line, None)
         for worker, process in self._processes.items():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.program.wait(0 if process.is_busy else 2 * BEAT_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
             self._end(worker)
 
     def _start(self, number: int) -> _Process:
@@ -134,7 +129,7 @@ class _ProcessCrew:
             raise WorkError(f"worker {number} cannot be started ({error})") from error
         finally:
             theirs.close()
-        ours.send(self._open)
+        send(ours, self._open)
         return _Process(program, ours)
 
     def _environment(self, number: int) -> dict[str, str]:
@@ -152,7 +147,7 @@ class _ProcessCrew:
         """
         process = self._processes[worker]
         try:
-            message = process.line.recv()
+            message = receive(process.line)
         except (EOFError, OSError):
             return self._lost(worker, _end_of(process.program))
         if isinstance(message, Beat):

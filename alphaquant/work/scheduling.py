@@ -11,29 +11,15 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from alphaquant.work.messages import Outcome
 from alphaquant.work.protocol import R, Task, Tell, WorkError
 
 logger = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 3
 """Times that a task is begun."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task.
-
-    Attributes:
-        kind: `done`; `error` of the task itself; `memory` ran out; `lost` with its worker.
-        value: the result, or the exception of an `error`.
-        reason: of the other two, a clause: `process 12 ended with signal 9`.
-    """
-
-    kind: Literal["done", "error", "memory", "lost"]
-    value: Any = None
-    reason: str = ""
 
 
 class Crew(Protocol):

@@ -17,7 +17,7 @@ Letters: B windows in a batch, T tokens, H hidden size.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +80,13 @@ class StateFiles:
         """
         hidden = {str(n): hidden_of(x) for n, x in zip(unit, outputs, strict=True)}
         n_items = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-        self.save(f"layer-{layer:03d}", unit, hidden, {"n_items": str(n_items)})
+        self.save(_kind_of(layer), unit, hidden, {"n_items": str(n_items)})
 
     def read(self, layer: int) -> list[Any]:
         """What a layer gave, by batch; tensors come from the files when they are read."""
         found: list[Any] = []
         for unit in self.text.units:
-            tensors, facts = self.load(f"layer-{layer:03d}", unit)
+            tensors, facts = self.load(_kind_of(layer), unit)
             others = (None,) * (int(facts["n_items"]) - 1)
             outputs = [tensors[str(n)] for n in unit]
             found += [(x, *others) for x in outputs] if int(facts["n_items"]) else outputs
@@ -116,18 +116,26 @@ class StateFiles:
         """Whether a file of a unit is there."""
         return self._file(kind, unit).exists()
 
+    def has_layer(self, layer: int, unit: range) -> bool:
+        """Whether what a layer gave for a unit is there."""
+        return self.has(_kind_of(layer), unit)
+
     def _file(self, kind: str, unit: range) -> Path:
         return self.folder / kind / f"batch-{unit.start:04d}.safetensors"
 
 
 @contextmanager
 def states_in(folder: Path, text: Text) -> Iterator[StateFiles]:
-    """Hidden states of a text in a folder, which is gone on leaving."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a driver that was killed
-    try:
-        yield StateFiles(folder, text)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Hidden states of a text in a folder, which is removed when the work with them is done.
+
+    What a driver that was stopped left there is used.
+
+    Args:
+        folder: its path depends on everything that the states depend on.
+        text: of what.
+    """
+    yield StateFiles(folder, text)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,8 @@ class WalkTask:
     @torch.no_grad()
     def run(self, model_map: ModelMap) -> None:
         """See `Task.run`."""
+        if all(self.states.has_layer(layer, self.unit) for layer in range(self.last + 1)):
+            return
         batches = self.states.text.batches
         for step in walk(model_map, [batches[n] for n in self.unit]):
             if step.layer.index > self.last:
@@ -170,7 +180,7 @@ def walk_tasks(states: StateFiles, last: int) -> list[WalkTask]:
 
 
 @torch.no_grad()
-def steps_from(model_map: ModelMap, states: StateFiles, first: int) -> Iterator[LayerStep]:
+def steps_from(model_map: ModelMap, states: StateFiles, first: int) -> Generator[LayerStep]:
     """The steps of a walk over all batches from one layer on, without running those below.
 
     Args:
@@ -213,6 +223,10 @@ def even_parts(numbers: range, most: int) -> list[range]:
     n_parts = min(most, len(numbers))
     bounds = [len(numbers) * part // n_parts for part in range(n_parts + 1)]
     return [numbers[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _kind_of(layer: int) -> str:
+    return f"layer-{layer:03d}"
 
 
 def _moved(output: Any, device: torch.device) -> Any:

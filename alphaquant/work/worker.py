@@ -15,60 +15,36 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from alphaquant.errors import AlphaQuantError
-
-BEAT_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The model is open.
-
-    Attributes:
-        error: why it is not; None where it is.
-    """
-
-    error: BaseException | None = None
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A sign of life.
-
-    Attributes:
-        seconds: of processor time so far, without the beats.
-    """
-
-    seconds: float
+from alphaquant.work.messages import BEAT_SECONDS, Beat, Outcome, Ready, receive, send
 
 
 class _Line:
     """The socket, for two threads that send."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: "Connection[bytes, bytes]") -> None:
         self._connection, self._lock = connection, threading.Lock()
 
     def send(self, message: Any) -> None:
         """Send a message; end the process where nobody is left to read it."""
         try:
             with self._lock:
-                self._connection.send(message)
+                send(self._connection, message)
         except OSError:
             os._exit(1)
 
     def receive(self) -> Any:
         """The next message; None where nobody is left to send one."""
         try:
-            return self._connection.recv()
+            return receive(self._connection)
         except (EOFError, OSError):
             return None
 
 
-def serve(connection: Connection[Any, Any]) -> None:
+def serve(connection: "Connection[bytes, bytes]") -> None:
     """Open the model and run tasks until there are no more."""
     line = _Line(connection)
     threading.Thread(target=_beat, args=(line,), daemon=True).start()
@@ -82,10 +58,8 @@ def serve(connection: Connection[Any, Any]) -> None:
         line.send(outcome_of(task, model_map))
 
 
-def outcome_of(task: Any, model_map: Any) -> Any:
-    """Run a task; an `Outcome`."""
-    from alphaquant.work.scheduling import Outcome
-
+def outcome_of(task: Any, model_map: Any) -> Outcome:
+    """Run a task."""
     try:
         return Outcome("done", task.run(model_map))
     except Exception as error:
@@ -122,6 +96,8 @@ def main() -> None:
     """Serve at the socket of the first argument."""
     os.dup2(2, 1)  # libraries that print do so on standard error
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
+    for name in ("torchao", "torch.utils._pytree"):  # warn of what the driver would warn of
+        logging.getLogger(name).setLevel(logging.ERROR)
     with Connection(int(sys.argv[1])) as connection:
         serve(connection)
     os._exit(0)  # threads of pools would hold the process up

@@ -1,6 +1,5 @@
 """Filling a bank by workers: the same files as in one process."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
