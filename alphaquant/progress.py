@@ -28,6 +28,7 @@ class Stage(StrEnum):
     STATES = "states", "hidden states"
     HESSIANS = "hessians", "Hessians"
     BANK = "bank", "bank of formats"
+    GRADIENTS = "gradients", "gradients"
     COSTS = "costs", "costs of formats"
     PLANNED = "planned", "planned trials"
     STUDY = "study", "study"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alphaquant.costs.cost_tasks import measure_costs_by
 from alphaquant.costs.fisher import (
     CostSettings,
     CostTable,
@@ -350,13 +351,21 @@ def measure_unit_costs(
         wanted: which matrices in which formats count; all others have no cost (NaN).
     """
     source, n_layers = inputs.source, len(inputs.source.map.layers)
+    tokens, settings = inputs.calibration.tokens, CostSettings(spec.proposals.seed)
     clock(Stage.COSTS, 0, n_layers)
+    if source.workers is not None:
+        text = Text(tokens, settings.batch_size)
+        measure_costs_by(
+            *(source.workers, source.map, bank, text, bank_formats(space), settings),
+            wanted=wanted,
+            progress=clock,
+        )
     table = measure_costs(
         source.map,
         bank,
-        inputs.calibration.tokens,
+        tokens,
         bank_formats(space),
-        CostSettings(spec.proposals.seed),
+        settings,
         with_gemq="gemq" in needed(spec),
         wanted=wanted,
         progress=clock,

@@ -92,6 +92,11 @@ class StateFiles:
             found += [(x, *others) for x in outputs] if int(facts["n_items"]) else outputs
         return found
 
+    def n_outputs(self, layer: int) -> int:
+        """Things that a layer gives, hidden states first."""
+        _, facts = self.load(_kind_of(layer), self.text.units[0])
+        return max(1, int(facts["n_items"]))
+
     def save(
         self, kind: str, unit: range, tensors: Mapping[str, Tensor], facts: Mapping[str, str]
     ) -> None:
