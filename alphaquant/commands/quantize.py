@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaquant.commands.searched import Made, searched_scores
+from alphaquant.commands.sharing import check_shared, fill_by_workers
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.models.architectures import check_architecture, choose_architecture
@@ -114,6 +115,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     if spec.dtype != "auto":
         named_dtype(spec.dtype)
     device = find_device(spec.device)
+    check_shared(spec, settings, device)
     if settings.method == "gptq":
         check_sources({"calibration": _calibration_text(spec, summary)}, spec.text.bos or "auto")
     if spec.out is None:
@@ -144,6 +146,8 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         is_changed |= tuning is not None
         facts["searched"] = _searched(config, plan, source, tokens, is_changed)
         windows = None if tokens is None else tokens.tokens
+        if tokens is not None and summary.candidates is None:
+            fill_by_workers(spec, source, tokens, plan.assignment, settings, progress)
         return quantize_to_checkpoint(
             PackingJob(
                 *(source.map, plan.assignment, settings, windows, _activations(plan)),

@@ -76,6 +76,7 @@ from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
 from alphaquant.studies.sizing import size_lines, sized
 from alphaquant.studies.spread_rounds import SpreadRounds
+from alphaquant.studies.staffing import check_workers, with_workers, worker_source
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
 from alphaquant.studies.store.folder import (
     RunFolder,
@@ -91,7 +92,6 @@ from alphaquant.studies.store.study import open_study
 from alphaquant.studies.store.urls import check_storage
 from alphaquant.studies.trials import Proposer, check_allocators, check_constrained, constraints_of
 from alphaquant.studies.truth import ChoiceTruth
-from alphaquant.studies.workers import check_workers, with_workers, worker_source
 from alphaquant.texts.windows import check_sources
 
 logger = logging.getLogger(__name__)

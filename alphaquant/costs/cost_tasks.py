@@ -37,8 +37,8 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.filling import can_spread
 from alphaquant.spaces.units import Matrix
-from alphaquant.work.protocol import Workers
-from alphaquant.work.states import StateFiles, Text, states_in, steps_from
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import StateFiles, Text, states_in, steps_from
 
 _EMBEDDINGS = "embeddings"
 """Kind of the files with gradients at what the embeddings give."""

@@ -25,8 +25,8 @@ from alphaquant.evaluators.teacher import (
 from alphaquant.files import locked, whole_file
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage
-from alphaquant.work.protocol import Workers
-from alphaquant.work.states import StateFiles, Text
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import StateFiles, Text
 
 BATCH_WINDOWS = 8
 """Windows per forward pass."""

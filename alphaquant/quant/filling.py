@@ -25,8 +25,8 @@ from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.work.protocol import Workers
-from alphaquant.work.states import (
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import (
     StateFiles,
     Text,
     hands_on_more,

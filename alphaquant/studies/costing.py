@@ -44,7 +44,7 @@ from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet
-from alphaquant.work.states import Text
+from alphaquant.work.walked import Text
 
 
 @dataclass(frozen=True)

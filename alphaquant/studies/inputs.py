@@ -20,7 +20,7 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.progress import Progress, no_progress
 from alphaquant.texts.windows import TextRequest, TokenSet, load_tokens
-from alphaquant.work.protocol import Workers
+from alphaquant.work.tasks import Workers
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""

@@ -18,8 +18,8 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank
 from alphaquant.spaces.assignment import Assignment
 from alphaquant.studies.rounds import HIDDEN_SHARE, Rounds, Steps, memory_left, tell_nobody
-from alphaquant.work.protocol import Workers
-from alphaquant.work.states import even_parts
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import even_parts
 
 MOST_PARTS = 8
 """Parts of a text, at most."""

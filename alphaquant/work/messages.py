@@ -43,11 +43,13 @@ class Outcome:
         kind: `done`; `error` of the task itself; `memory` ran out; `lost` with its worker.
         value: the result, or the exception of an `error`.
         reason: of the other two, a clause: `process 12 ended with signal 9`.
+        seconds: processor time that it took.
     """
 
     kind: Literal["done", "error", "memory", "lost"]
     value: Any = None
     reason: str = ""
+    seconds: float = 0.0
 
 
 def send(line: "Connection[bytes, bytes]", message: Any) -> None:

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from alphaquant.work.messages import BEAT_SECONDS, Beat, Outcome, Ready, receive, send
-from alphaquant.work.protocol import OpenModel, R, Task, Tell, WorkError, tell_no_one
 from alphaquant.work.scheduling import Schedule
+from alphaquant.work.tasks import OpenModel, R, Task, Tell, WorkError, tell_no_one
 
 SILENCE_SECONDS = 300.0
 """Without processor time for so long a worker counts as hanging. Reading a large model from a
@@ -114,6 +114,7 @@ class _ProcessCrew:
             with suppress(subprocess.TimeoutExpired):
                 process.program.wait(0 if process.is_busy else 2 * BEAT_SECONDS)
             self._end(worker)
+        self._processes.clear()
 
     def _start(self, number: int) -> _Process:
         ours, theirs = Pipe()

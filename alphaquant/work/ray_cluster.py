@@ -14,8 +14,8 @@ from typing import Any
 
 from alphaquant.work.messages import Outcome
 from alphaquant.work.processes import LEAST_SECONDS, SILENCE_SECONDS
-from alphaquant.work.protocol import OpenModel, R, Task, Tell, WorkError, tell_no_one
 from alphaquant.work.scheduling import Schedule
+from alphaquant.work.tasks import OpenModel, R, Task, Tell, WorkError, tell_no_one
 from alphaquant.work.worker import outcome_of
 
 _BEAT_SECONDS = 5.0

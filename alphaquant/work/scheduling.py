@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from alphaquant.work.messages import Outcome
-from alphaquant.work.protocol import R, Task, Tell, WorkError
+from alphaquant.work.tasks import R, Task, Tell, WorkError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class Schedule:
                 entry = self._running.pop(worker)
                 if outcome.kind == "done":
                     results[entry.number] = outcome.value
+                    logger.debug("%s: %.2f s", entry.task.name, outcome.seconds)
                     n_told += 1
                     tell(n_told, len(tasks))
                     continue
@@ -93,10 +94,11 @@ class Schedule:
                 n_given += 1
 
     def forget(self) -> None:
-        """Replace workers that still run tasks which nobody waits for."""
+        """Replace workers that still run tasks which nobody waits for, unless all are gone."""
         for worker in list(self._running):
             del self._running[worker]
-            self._crew.replace(worker)
+            if self._crew.n_workers:
+                self._crew.replace(worker)
 
     def _begin(self, worker: int, entry: _Entry) -> None:
         entry.n_begun += 1

@@ -60,8 +60,10 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
 
 def outcome_of(task: Any, model_map: Any) -> Outcome:
     """Run a task."""
+    started = time.process_time()
     try:
-        return Outcome("done", task.run(model_map))
+        result = task.run(model_map)
+        return Outcome("done", result, seconds=time.process_time() - started)
     except Exception as error:
         if is_lack_of_memory(error):
             return Outcome("memory", reason=f"process {os.getpid()} ran out of memory")
@@ -70,11 +72,11 @@ def outcome_of(task: Any, model_map: Any) -> Outcome:
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an exception says that there is too little memory, of the machine or a GPU."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # torch.OutOfMemoryError of a GPU, and what the allocator of the CPU says.
+    is_of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (is_of_gpu or "DefaultCPUAllocator" in str(error))
 
 
 def _portable(error: Exception) -> BaseException:

@@ -18,8 +18,8 @@ from alphaquant.testing.cost_cases import (
     make_cost_case,
 )
 from alphaquant.testing.models import tiny_model
-from alphaquant.work.protocol import InProcess
-from alphaquant.work.states import Text
+from alphaquant.work.tasks import InProcess
+from alphaquant.work.walked import Text
 
 SETTINGS = CostSettings(seed=3, n_draws=2, batch_size=4)
 TEXT = Text(COST_TOKENS, SETTINGS.batch_size)

@@ -12,8 +12,8 @@ from alphaquant.quant.bank import Bank, open_bank
 from alphaquant.quant.filling import fill_bank, fill_bank_by
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
-from alphaquant.work.protocol import InProcess, R, Task, Tell, tell_no_one
-from alphaquant.work.states import Text
+from alphaquant.work.tasks import InProcess, R, Task, Tell, tell_no_one
+from alphaquant.work.walked import Text
 
 FORMATS = ["int3-g32-asym", "mxfp4"]
 SETTINGS = QuantSettings(refine_sweeps=0, n_starts=1)

@@ -12,8 +12,8 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.provenance import versions
 from alphaquant.studies.inputs import Source, cache_dir, load_source
 from alphaquant.work.processes import Processes, visible_gpus
-from alphaquant.work.protocol import WorkError, Workers
 from alphaquant.work.ray_cluster import RayWorkers
+from alphaquant.work.tasks import WorkError, Workers
 
 _SAME_VERSIONS = ("aq-search", "torch", "transformers", "numba")
 """Packages whose versions decide numbers."""
