@@ -71,6 +71,7 @@ from alphaquant.studies.planning.estimate import (
 )
 from alphaquant.studies.planning.needs import Needs
 from alphaquant.studies.planning.pilot import UNKNOWN
+from alphaquant.studies.planning.shares import crew_of
 from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
@@ -287,7 +288,8 @@ def _sized(spec: SearchSpec, source: Source, space: SearchSpace, clock: StageClo
     if spec.run.time_limit is None:
         spec = sized(spec, source.map)
         needs = Needs(spec, source.map, space, parameter.itemsize)
-        plan = plan_stages(needs, UNKNOWN, has_copy=True)
+        crew = crew_of(spec.run, parameter.device)
+        plan = plan_stages(needs, UNKNOWN, has_copy=True, crew=crew)
     else:
         known = None if spec.run.overwrite else effort_in(spec.run.out)
         spec = spec if known is None else replaced(spec, effort=known)

@@ -51,7 +51,7 @@ class RoundTask:
     def name(self) -> str:
         """For messages."""
         first, last = self.batches.start, self.batches.stop - 1
-        return f"{len(self.assignments)} assignments on batches {first} to {last}"
+        return f"measuring {len(self.assignments)} of the assignments on batches {first} to {last}"
 
     def run(self, model_map: ModelMap) -> list[tuple[int, Divergence]]:
         """See `Task.run`; numbers of assignments, each with what one batch gave."""

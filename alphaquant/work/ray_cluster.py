@@ -20,7 +20,7 @@ from alphaquant.work.worker import outcome_of
 
 _BEAT_SECONDS = 5.0
 _START_SECONDS = 600.0
-"""Until the first worker has opened the model."""
+"""Without any worker that has opened the model."""
 _MOST_STARTS = 10
 
 
@@ -104,10 +104,10 @@ class _RayCrew:
 
     def __init__(self, ray: Any, share: Share, open_model: OpenModel, silence: float) -> None:
         self._ray, self._share, self._silence = ray, share, silence
-        self._open, self._n_starts, self._has_opened = open_model, 0, False
+        self._open, self._n_starts = open_model, 0
         self._kind = _actor_kind(ray)
         self._actors = {number: self._start() for number in range(share.n_workers)}
-        self._started = self._asked = time.monotonic()
+        self._had_one = self._asked = time.monotonic()
 
     @property
     def n_workers(self) -> int:
@@ -182,7 +182,7 @@ class _RayCrew:
             return [(worker, outcome)]
         if outcome.kind == "error":
             raise outcome.value
-        actor.is_open = self._has_opened = True
+        actor.is_open = True
         return []
 
     def _gone(self, worker: int, outcome: Outcome) -> list[tuple[int, Outcome]]:
@@ -200,7 +200,9 @@ class _RayCrew:
             WorkError: none could be placed.
         """
         now, found = time.monotonic(), list[tuple[int, Outcome]]()
-        if not self._has_opened and now - self._started > _START_SECONDS:
+        if any(actor.is_open for actor in self._actors.values()):
+            self._had_one = now
+        if now - self._had_one > _START_SECONDS:
             raise WorkError(
                 f"no worker of {self._share.n_cpus} cores and {self._share.n_gpus} GPUs has "
                 f"opened the model in {_START_SECONDS:g} s; look at Ray's dashboard for what is "
