@@ -58,7 +58,7 @@ class _ProcessCrew:
         self, n_workers: int, open_model: OpenModel, device: str, silence_seconds: float
     ) -> None:
         self._open, self._device, self._silence = open_model, device, silence_seconds
-        self._n_asked, self._n_starts = n_workers, 0
+        self._n_asked, self._n_starts, self._retired = n_workers, 0, set[int]()
         self._processes = {number: self._start(number) for number in range(n_workers)}
 
     @property
@@ -104,15 +104,25 @@ class _ProcessCrew:
         self._end(worker)
         del self._processes[worker]
 
+    def retire(self, worker: int) -> None:
+        if worker in self._processes:
+            self._end(worker)
+            self._retired.add(worker)
+
+    def refill(self) -> None:
+        for worker in self._retired:
+            self._processes[worker] = self._start(worker)
+        self._retired.clear()
+
     def close(self) -> None:
         """End all."""
-        for process in self._processes.values():
-            if not process.is_busy:
-                with suppress(OSError):
-                    send(process.line, None)
+        idle = self.idle
+        for worker in idle:
+            with suppress(OSError):
+                send(self._processes[worker].line, None)
         for worker, process in self._processes.items():
             with suppress(subprocess.TimeoutExpired):
-                process.program.wait(0 if process.is_busy else 2 * BEAT_SECONDS)
+                process.program.wait(2 * BEAT_SECONDS if worker in idle else 0)
             self._end(worker)
         self._processes.clear()
 
@@ -130,7 +140,8 @@ class _ProcessCrew:
             raise WorkError(f"worker {number} cannot be started ({error})") from error
         finally:
             theirs.close()
-        send(ours, self._open)
+        with suppress(OSError):  # it is gone, which waiting for it tells
+            send(ours, self._open)
         return _Process(program, ours)
 
     def _environment(self, number: int) -> dict[str, str]:

@@ -104,7 +104,7 @@ class _RayCrew:
 
     def __init__(self, ray: Any, share: Share, open_model: OpenModel, silence: float) -> None:
         self._ray, self._share, self._silence = ray, share, silence
-        self._open, self._n_starts = open_model, 0
+        self._open, self._n_starts, self._retired = open_model, 0, set[int]()
         self._kind = _actor_kind(ray)
         self._actors = {number: self._start() for number in range(share.n_workers)}
         self._had_one = self._asked = time.monotonic()
@@ -146,6 +146,16 @@ class _RayCrew:
     def drop(self, worker: int) -> None:
         self._end(worker)
         del self._actors[worker]
+
+    def retire(self, worker: int) -> None:
+        if worker in self._actors:
+            self._end(worker)
+            self._retired.add(worker)
+
+    def refill(self) -> None:
+        for worker in self._retired:
+            self._actors[worker] = self._start()
+        self._retired.clear()
 
     def close(self) -> None:
         """End all."""

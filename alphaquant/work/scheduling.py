@@ -49,6 +49,12 @@ class Crew(Protocol):
     def drop(self, worker: int) -> None:
         """Let a worker go for good."""
 
+    def retire(self, worker: int) -> None:
+        """Let a worker go until `refill`."""
+
+    def refill(self) -> None:
+        """Put new workers in the place of retired ones."""
+
 
 @dataclass
 class _Entry:
@@ -75,6 +81,7 @@ class Schedule:
         waiting = deque(_Entry(number, task) for number, task in enumerate(tasks))
         results: dict[int, R] = {}
         n_told = n_given = 0
+        self._crew.refill()
         tell(0, len(tasks))
         while n_given < len(tasks):
             for worker in self._crew.idle:
@@ -94,11 +101,10 @@ class Schedule:
                 n_given += 1
 
     def forget(self) -> None:
-        """Replace workers that still run tasks which nobody waits for, unless all are gone."""
+        """Let go of workers that still run tasks which nobody waits for."""
         for worker in list(self._running):
             del self._running[worker]
-            if self._crew.n_workers:
-                self._crew.replace(worker)
+            self._crew.retire(worker)
 
     def _begin(self, worker: int, entry: _Entry) -> None:
         entry.n_begun += 1
