@@ -4,7 +4,10 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +20,7 @@ import pytest
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
 from alphaquant.errors import ConfigError
-from alphaquant.specs.flat import replaced
+from alphaquant.specs.flat import flat, replaced
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.result import SearchResult
@@ -88,14 +91,14 @@ class Killer(processes._ProcessCrew):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.random, self.n_killed = random.Random(3), Counter[str]()
+        self.random, self.n_killed = random.Random(3), Counter[int]()
 
     def give(self, worker: int, task: Any) -> None:
         super().give(worker, task)
         n = self.n_killed
-        is_hit = self.random.random() < self.chance and n[task.name] < 2
+        is_hit = self.random.random() < self.chance and n[id(task)] < 2
         if is_hit and n.total() < self.n_kills:
-            n[task.name] += 1
+            n[id(task)] += 1
             pid = self._processes[worker].program.pid
             threading.Timer(self.random.uniform(0.0, 0.3), kill, [pid]).start()
 
@@ -119,10 +122,40 @@ def test_twenty_kills_of_workers_lose_nothing_and_double_nothing(
 
     monkeypatch.setattr(processes, "_ProcessCrew", make)
     shared = search(spec_in("two", workers=2))
-    assert crews[0].n_killed.total() == Killer.n_kills
     check_same(alone, shared)
+    assert crews[0].n_killed.total() == Killer.n_kills
     numbers = [row.number for row in shared.rows]
     assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_driver_that_is_killed_goes_on_with_its_workers_work(
+    spec_in: Callable[..., SearchSpec],
+) -> None:
+    alone, spec = search(spec_in("alone")), spec_in("two", workers=2)
+    options = [
+        part
+        for name, value in flat(spec).items()
+        if value not in (None, False)
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    code = "from alphaquant.cli.search import main; main()"
+    n_files = [0]
+    for more in (3, 3, 6):  # files until the next kill: predictions, bank, costs
+        driver = subprocess.Popen([sys.executable, "-c", code, *options])
+        while driver.poll() is None and len(files_of(spec.run.cache)) < n_files[-1] + more:
+            time.sleep(0.05)
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL
+        n_files.append(len(files_of(spec.run.cache)))
+    assert n_files[-1] > n_files[-2] > n_files[-3]
+    before = {
+        path: path.stat().st_mtime_ns for path in spec.run.cache.rglob("layer-*.safetensors")
+    }
+    check_same(alone, search(spec))
+    kept = [path for path in before if "states" not in str(path)]
+    assert kept and all(path.stat().st_mtime_ns == before[path] for path in kept)
 
 
 @pytest.mark.slow
