@@ -32,7 +32,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_SEARCH = "from alphaquant.cli.search import main; main()"
+_SEARCH = """
+import time
+from types import SimpleNamespace
+from alphaquant import progress
+from alphaquant.cli.search import main
+progress.time = SimpleNamespace(perf_counter=time.process_time)
+main()
+"""
+"""Stages are booked in processor seconds of the driver."""
+_SHARED = ("teacher", "hessians", "bank", "costs", "planned", "probe", "study", "gate")
+"""Stages whose work is that of tasks."""
 _TASK = re.compile(r"^DEBUG (.+): ([\d.]+) s$", re.MULTILINE)
 _OWN_FACTS = {"seconds", "n_measured", "n_passes", "stages", "versions"}
 _OLMOE = {
@@ -54,7 +64,7 @@ class Run:
         results: digest of trials and front.
         files: digest of banks, costs and predictions.
         cpu_seconds: of driver and workers.
-        task_seconds: of the tasks among them, by kind.
+        task_seconds: of the tasks among them, by kind; of one process by stage.
     """
 
     mode: str
@@ -78,7 +88,8 @@ def compare(modes: Sequence[str], options: Sequence[str]) -> Iterator[Run]:
             if done.returncode:
                 raise SystemExit(f"{mode}: {done.stderr[-2000:]}")
             seconds = children_seconds() - before
-            yield Run(mode, results_of(root), files_of(root), seconds, tasks_of(done.stderr))
+            tasks = tasks_of(done.stderr) if given else stages_of(root)
+            yield Run(mode, results_of(root), files_of(root), seconds, tasks)
 
 
 @contextmanager
@@ -114,6 +125,12 @@ def tasks_of(log: str) -> dict[str, float]:
         kind = re.split(r" \d+| on batches| of batches", name)[0]
         found[kind] = found.get(kind, 0.0) + float(seconds)
     return {kind: round(seconds, 2) for kind, seconds in found.items()}
+
+
+def stages_of(root: Path) -> dict[str, float]:
+    """Processor seconds of the stages that workers would share."""
+    found = json.loads((root / "out" / "front.json").read_text())["seconds"]
+    return {stage: found[stage] for stage in _SHARED if stage in found}
 
 
 def results_of(root: Path) -> str:
@@ -196,8 +213,8 @@ def phases() -> list[Phase]:
     spec = sized(SearchSpec.of(budget="4.25bits", model="olmoe"), model_map)
     menu = menu_of(spec.limits.formats, profile)
     space = make_space(model_map.inventory, profile, menu, parse_budget("4.25bits"))
-    needs = Needs(spec, model_map, space, 2)
-    rates = Pilot(needs, torch.bfloat16, torch.device("cpu")).measure(settings_of(spec.quantizer))
+    needs = Needs(spec, model_map, space, 4)
+    rates = Pilot(needs, torch.float32, torch.device("cpu")).measure(settings_of(spec.quantizer))
     plan = plan_stages(needs, rates, has_copy=True)
     seconds = {stage.stage: stage.seconds for stage in plan.stages}
     n_layers, rounds = len(model_map.layers), needs.n_rounds
