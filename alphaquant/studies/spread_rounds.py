@@ -1,8 +1,8 @@
-"""Divergence of many assignments, measured by workers: each takes some batches of the text.
+"""Divergence of many assignments, measured by workers: some assignments on some batches each.
 
-A batch's numbers do not depend on other batches, so they are those of `Rounds.measure` in one
-process, bit for bit. Every task dequantizes the weights for its batches anew, so a text is cut
-into `MOST_PARTS` parts at most.
+A batch's numbers depend neither on other batches nor on other assignments, so they are those of
+`Rounds.measure` in one process, bit for bit. Every task dequantizes weights anew, so a text is cut
+into `MOST_PARTS` parts at most, and as many as `TOGETHER` assignments stay together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,9 @@ from alphaquant.work.walked import even_parts
 
 MOST_PARTS = 8
 """Parts of a text, at most."""
+
+TOGETHER = 8
+"""Assignments of a task, at most; a probe's text is one batch, and its assignments are many."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,22 @@ class SpreadRounds:
     ) -> Iterator[tuple[Assignment, Divergence]]:
         """See `Rounds.measure`."""
         share = HIDDEN_SHARE * self.workers.n_together
+        n_groups = -(-len(assignments) // TOGETHER)
         tasks = [
             RoundTask(
-                *(self.bank, tuple(assignments), tokens, teacher),
-                *(part, self.batch_size, share),
+                self.bank,
+                tuple(assignments[numbers.start : numbers.stop]),
+                *(tokens, teacher, part),
+                *(self.batch_size, share),
             )
+            for numbers in even_parts(range(len(assignments)), n_groups)
             for part in even_parts(batches, MOST_PARTS)
         ]
-        for found in self.workers.map(tasks, tell):
+        for task, found in zip(tasks, self.workers.map(tasks, tell), strict=True):
             for number, measured in found:
-                yield assignments[number], measured
+                yield task.assignments[number], measured
+
+
+def n_tasks(n_assignments: int, n_batches: int) -> int:
+    """Tasks that so many assignments on so many batches are cut into."""
+    return -(-n_assignments // TOGETHER) * min(MOST_PARTS, n_batches)

@@ -12,8 +12,9 @@ from alphaquant.quant.bank import open_bank
 from alphaquant.quant.filling import fill_bank
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.studies import spread_rounds
 from alphaquant.studies.rounds import Rounds
-from alphaquant.studies.spread_rounds import MOST_PARTS, RoundTask, SpreadRounds
+from alphaquant.studies.spread_rounds import MOST_PARTS, RoundTask, SpreadRounds, n_tasks
 from alphaquant.testing.models import tiny_model, tiny_tokens
 from alphaquant.work.tasks import InProcess
 
@@ -26,7 +27,9 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """See `Progress`."""
 
 
-def test_batches_by_tasks_have_the_numbers_of_one_process(tmp_path: Path) -> None:
+def test_batches_by_tasks_have_the_numbers_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_map = map_model(tiny_model("qwen2_moe"))
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
     fill_bank(bank, model_map, TOKENS, FORMATS, QuantSettings(method="rtn"))
@@ -47,9 +50,12 @@ def test_batches_by_tasks_have_the_numbers_of_one_process(tmp_path: Path) -> Non
         return found
 
     expected = numbers(Rounds(model_map, bank.layer, 2))
-    told.clear()
-    assert numbers(SpreadRounds(workers, bank.path, 2)) == expected
-    assert told[-1] == (MOST_PARTS, MOST_PARTS)
+    for together, n_groups in ((8, 1), (2, 2)):
+        monkeypatch.setattr(spread_rounds, "TOGETHER", together)
+        told.clear()
+        assert numbers(SpreadRounds(workers, bank.path, 2)) == expected
+        assert told[-1] == (n_groups * MOST_PARTS, n_groups * MOST_PARTS)
+        assert n_tasks(3, 10) == n_groups * MOST_PARTS
     assert [len(part) for part in expected[mixed_digest(assignments)]] == [4] * 9 + [2]
 
 

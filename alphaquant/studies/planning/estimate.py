@@ -27,7 +27,7 @@ from alphaquant.studies.planning.pilot import Pilot, Rates
 from alphaquant.studies.planning.shares import ALONE, Crew, crew_of
 from alphaquant.studies.rounds import HIDDEN_SHARE
 from alphaquant.studies.sizing import EFFORTS, effort_of, sized
-from alphaquant.studies.spread_rounds import MOST_PARTS
+from alphaquant.studies.spread_rounds import n_tasks
 
 _PROGRAM_BYTES = GIB // 2
 """Of the program with its libraries."""
@@ -117,13 +117,16 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
     stages = [*_loading(needs, rates, held, has_copy), *_quantizing(needs, rates, held)]
     stages = [_shared(stage, needs, crew) for stage in stages]
     text, probed = needs.evaluation, min(effort_of(needs.spec).probe_tokens, needs.evaluation)
-    passes = (
-        (Stage.PLANNED, needs.n_planned * text, needs.n_formats, text),
-        (Stage.PROBE, needs.probe_tokens, needs.n_formats, probed),
-        (Stage.STUDY, needs.n_sampled * text, needs.n_sampled, text),
-        (Stage.GATE, needs.gate_tokens, needs.n_formats, needs.heldout),
+    passes = (  # stage, tokens of all assignments and of one, formats read, assignments together
+        (Stage.PLANNED, needs.n_planned * text, text, needs.n_formats, needs.n_planned),
+        (Stage.PROBE, needs.probe_tokens, probed, needs.n_formats, needs.probe_tokens // probed),
+        (Stage.STUDY, needs.n_sampled * text, text, needs.n_sampled, 1),
+        (
+            *(Stage.GATE, needs.gate_tokens, needs.heldout, needs.n_formats),
+            needs.gate_tokens // needs.heldout,
+        ),
     )
-    for stage, n_tokens, n_read, n_read_tokens in passes:
+    for stage, n_tokens, n_each, n_read, n_together in passes:
         seconds = _forward_seconds(needs, rates, n_tokens)
         seconds += n_read * needs.space.inventory.n_weights / rates.dequantized
         # Hidden states and dequantized weights take what is free, and no more than they need.
@@ -131,7 +134,7 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
         states = min(3 * n_tokens * needs.token_bytes, most)
         weights = min(round(n_read) * needs.layer_bytes, most // 2)
         memory = crew.n_together * (held + 4 * MOST_BYTES) + states + weights
-        n_units = min(MOST_PARTS, _n_batches(needs, n_read_tokens))
+        n_units = n_tasks(n_together, _n_batches(needs, n_each))
         stages.append(PlannedStage(stage, crew.seconds(seconds, n_units), memory))
     n_weights = needs.space.inventory.n_weights
     return Plan(needs.spec, n_weights, needs.n_formats, tuple(stages))
