@@ -414,7 +414,9 @@ class TableObjective:
     def n_windows(self) -> int:
         return len(FACTORS)
 
-    def measure(self, assignment: Assignment, n_windows: int | None = None) -> Measured:
+    def measure(
+        self, assignment: Assignment, n_windows: int | None = None, *, is_race: bool = False
+    ) -> Measured:
         n = min(n_windows or self.n_windows, self.n_windows)
         self.calls.append((assignment.digest, n))
         kl = torch.tensor(self.kl(assignment) * FACTORS[:n], dtype=torch.float32)

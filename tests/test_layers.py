@@ -34,12 +34,13 @@ _ROOMS: dict[str, set[str]] = {
     "models": {"spaces", "kernels"},
     "texts": {"spaces", "specs", "demo"},
     "search": {"spaces", "specs"},
-    "quant": {"spaces", "specs", "kernels", "models"},
-    "costs": {"spaces", "specs", "kernels", "models", "quant"},
+    "work": {"models"},
+    "quant": {"spaces", "specs", "kernels", "models", "work"},
+    "costs": {"spaces", "specs", "kernels", "models", "quant", "work"},
     "runtime": {"spaces", "specs", "kernels", "models", "quant"},
     "exports": {"spaces", "specs", "kernels", "models", "quant", "runtime"},
     "gptq": {"spaces", "specs", "kernels", "models", "quant", "runtime"},
-    "evaluators": {"spaces", "specs", "kernels", "models", "texts", "quant", "runtime"},
+    "evaluators": {"spaces", "specs", "kernels", "models", "texts", "quant", "runtime", "work"},
 }
 _BELOW_STUDIES = set(_ROOMS) - {"gptq", "runtime", "exports"}
 _BELOW_REPORTS = _BELOW_STUDIES | {"studies"}

@@ -48,6 +48,7 @@ from alphaquant.studies.inputs import (
     model_notes,
     read_text,
 )
+from alphaquant.studies.shared.quantizing import check_shared, fill_by_workers
 from alphaquant.texts.windows import TokenSet, check_sources
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     if spec.dtype != "auto":
         named_dtype(spec.dtype)
     device = find_device(spec.device)
+    check_shared(spec, settings, device)
     if settings.method == "gptq":
         check_sources({"calibration": _calibration_text(spec, summary)}, spec.text.bos or "auto")
     if spec.out is None:
@@ -151,6 +153,9 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         is_changed |= tuning is not None
         facts["searched"] = _searched(config, plan, source, tokens, is_changed)
         windows = None if tokens is None else tokens.tokens
+        if tokens is not None and summary.candidates is None:
+            own = (plan.assignment, settings, progress, _rotation(spec, config))
+            fill_by_workers(spec, source, tokens, *own)
         return quantize_to_checkpoint(
             PackingJob(
                 *(source.map, plan.assignment, settings, windows, _activations(plan)),

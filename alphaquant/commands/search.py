@@ -75,9 +75,12 @@ from alphaquant.studies.planning.estimate import (
 )
 from alphaquant.studies.planning.needs import Needs
 from alphaquant.studies.planning.pilot import UNKNOWN
+from alphaquant.studies.planning.shares import crew_of
 from alphaquant.studies.preparing import Prepared, check_constraints, open_scorer, prepare
 from alphaquant.studies.program import Run, run_program
 from alphaquant.studies.result import SearchResult, front_of
+from alphaquant.studies.shared.spread_rounds import SpreadRounds
+from alphaquant.studies.shared.staffing import check_workers, with_workers, worker_source
 from alphaquant.studies.sizing import size_lines, sized
 from alphaquant.studies.stages import LOAD_STEPS, Inputs, load_inputs
 from alphaquant.studies.store.artifacts import check_artifacts
@@ -210,6 +213,35 @@ def _search(
     source = _load(spec, request, clock, asked.rotate, steps)
     for note in model_notes(source.map):
         logger.warning("%s", note)
+    own = worker_source(
+        *(source, asked.dtype, request.include, spec.run.cache),
+        rotate=asked.rotate,
+        scratch=spec.run.scratch,
+    )
+    with with_workers(source, spec.run.workers, spec.run.cluster, own, tell) as staffed:
+        sources = (staffed, original)
+        return _search_with(spec, request, sources, (clock, started), on_trial, tell)
+
+
+def _search_with(
+    spec: SearchSpec,
+    request: _Request,
+    sources: tuple[Source, Source | None],
+    clocks: tuple[StageClock, float],
+    on_trial: OnTrial,
+    tell: Tell,
+) -> SearchResult:
+    """The stages behind the model.
+
+    Args:
+        spec: what was asked.
+        request: what was found of it before the model was loaded.
+        sources: what is searched, and the original where that is rotated.
+        clocks: that of the stages, and when the search began.
+        on_trial: see `search`.
+        tell: likewise.
+    """
+    (clock, started), (source, original) = clocks, sources
     space, candidates = _space(spec, request, source.map.inventory)
     check_constraints(space, constraints_of(spec.limits))
     check_bank(spec, space)
@@ -309,7 +341,8 @@ def _sized(spec: SearchSpec, source: Source, space: SearchSpace, clock: StageClo
     if spec.run.time_limit is None:
         spec = sized(spec, source.map)
         needs = Needs(spec, source.map, space, parameter.itemsize)
-        plan = plan_stages(needs, UNKNOWN, has_copy=True)
+        crew = crew_of(spec.run, parameter.device)
+        plan = plan_stages(needs, UNKNOWN, has_copy=True, crew=crew)
     else:
         known = None if spec.run.overwrite else effort_in(spec.run.out)
         spec = spec if known is None else replaced(spec, effort=known)
@@ -339,6 +372,7 @@ def _check(spec: SearchSpec) -> _Request:
     check_scores(spec.scores)
     check_sources(spec.texts.sources, spec.texts.bos)
     device = find_device(spec.checkpoint.device)
+    check_workers(spec.run.workers, spec.run.cluster, device)
     if spec.checkpoint.dtype != "auto":
         named_dtype(spec.checkpoint.dtype)
     include = () if spec.limits.candidate_names else included(spec.limits.include, budget, profile)
@@ -406,7 +440,7 @@ def _make_run(
     scorer = open_scorer(prepared, clock)
     log = prepared.log_of(texts.evaluation)
     swapper = Swapper(source.map, prepared.bank.layer)
-    objective = SearchObjective(swapper, texts.evaluation, log)
+    objective = SearchObjective(swapper, texts.evaluation, log, spread=_spread(prepared))
     proposer = Proposer(
         space,
         prepared.problem,
@@ -434,7 +468,7 @@ def _judge(run: Run, prepared: Prepared) -> GateResult:
     front = front_of(run.loop.rows, prepared.inputs.scores.objectives)
     rows = {row.digest: row for row in (*front, run.best())}
     points = [(row, run.loop.assignment(row)) for row in rows.values()]
-    objective = Objective(run.truth.objective.swapper)
+    objective = Objective(run.truth.objective.swapper, spread=_spread(prepared))
     names = [n for n in bank_formats(prepared.space) if run.proposer.keeps_uniform(n)]
     return judge(
         objective,
@@ -446,6 +480,12 @@ def _judge(run: Run, prepared: Prepared) -> GateResult:
         objectives=prepared.inputs.scores.objectives,
         progress=run.clock,
     )
+
+
+def _spread(prepared: Prepared) -> SpreadRounds | None:
+    """What measures trials by workers; None where there are none."""
+    workers = prepared.inputs.source.workers
+    return None if workers is None else SpreadRounds(workers, prepared.bank.path)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class CostStore:
             index = trace.layer.index
             progress(n_done, n_layers)
             if index in missing:
-                self._write(shape, index, measure(trace, missing[index]))
+                self.write(shape, index, measure(trace, missing[index]))
             left.discard(index)
             if not left:
                 break
@@ -147,7 +147,14 @@ class CostStore:
     def _file(self, shape: TableShape, layer: int, format_name: str) -> Path:
         return self.file(layer, format_name, shape.parts.get((layer, format_name)))
 
-    def _write(self, shape: TableShape, layer: int, costs: LayerCosts) -> None:
+    def write(self, shape: TableShape, layer: int, costs: LayerCosts) -> None:
+        """Write what was measured of a layer.
+
+        Args:
+            shape: says which matrices the costs of a format are of.
+            layer: number.
+            costs: in some formats, perhaps none.
+        """
         shards: list[tuple[str | None, Arrays]] = [(None, costs.shared), *costs.formats.items()]
         for name, arrays in shards:
             path = self.file(layer) if name is None else self._file(shape, layer, name)

@@ -30,6 +30,7 @@ No token is sent to an expert that the router did not choose. Derivations: docs/
 Letters: M matrices, U units, F formats, D draws of labels, S sequences, T tokens per sequence.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -233,12 +234,7 @@ def measure_costs(
         ModelError: calibration did not reach a matrix, or no format changes what it computes.
     """
     folder = bank.path / "costs"
-    facts = {"settings": asdict(settings), "version": COSTS_VERSION}
-    store = CostStore(folder / costs_key(tokens, facts))
-    trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
-    shape = TableShape(
-        _sizes(model_map), tuple(formats), _SHARED, trailing, parts_held(bank, formats, wanted)
-    )
+    store, shape = cost_files(bank, tokens, formats, settings, wanted)
     labels = SampledLabels(settings.n_draws, settings.seed)
     batches = batches_of(tokens, settings.batch_size)
 
@@ -246,7 +242,7 @@ def measure_costs(
         if trace.ends is not None:
             return end_costs(model_map, trace.ends, bank, names, wanted)
         held = held_in(bank, trace.layer.index, names, wanted)
-        return _layer_costs(trace, held, names, settings.seed)
+        return layer_costs(trace, held, names, settings.seed)
 
     store.fill(
         shape,
@@ -269,9 +265,21 @@ def measure_costs(
     return table
 
 
-def _sizes(model_map: ModelMap) -> list[int]:
+def cost_files(
+    bank: Bank, tokens: Tensor, formats: Sequence[str], settings: CostSettings, wanted: Wanted
+) -> tuple[CostStore, TableShape]:
+    """Where costs are stored, and what must be there; arguments as of `measure_costs`."""
+    facts = {"settings": asdict(settings), "version": COSTS_VERSION}
+    store = CostStore(bank.path / "costs" / costs_key(tokens, facts))
+    trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
+    parts = parts_held(bank, formats, wanted)
+    return store, TableShape(_sizes(bank), tuple(formats), _SHARED, trailing, parts)
+
+
+def _sizes(bank: Bank) -> list[int]:
     """Matrices of each part."""
-    return [len(list(part.matrices())) for part in model_map.parts]
+    counts = Counter(matrix.layer for matrix in bank.inventory.matrices)
+    return [counts[part] for part in range(bank.inventory.n_parts)]
 
 
 def _measure_gemq(
@@ -287,7 +295,7 @@ def _measure_gemq(
     facts = {"cost": "gemq", "batch_size": len(batches[0]), "version": COSTS_VERSION}
     store = CostStore(folder / costs_key(torch.cat(batches), facts))
     parts = parts_held(bank, formats, wanted)
-    shape = TableShape(_sizes(model_map), tuple(formats), ("n_tokens",), {"gemq": ()}, parts)
+    shape = TableShape(_sizes(bank), tuple(formats), ("n_tokens",), {"gemq": ()}, parts)
 
     @torch.no_grad()
     def measure(trace: LayerTrace, names: Sequence[str]) -> LayerCosts:
@@ -335,10 +343,17 @@ def check_coverage(table: CostTable) -> None:
 
 
 @torch.no_grad()
-def _layer_costs(
+def layer_costs(
     trace: LayerTrace, held: HeldLayer, formats: Sequence[str], seed: int
 ) -> LayerCosts:
-    """Costs of one layer."""
+    """Costs of one layer.
+
+    Args:
+        trace: of the layer.
+        held: what the bank holds of it.
+        formats: names, perhaps none.
+        seed: of the tokens that are drawn.
+    """
     n_sequences = sum(len(h) for h in trace.hidden)
     n_total = n_sequences * trace.hidden[0].shape[1]
     shared, costs = [], []

@@ -30,7 +30,7 @@ from alphaquant.costs.tape import Tape, TracedBatch
 from alphaquant.errors import ModelError
 from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.sites import LayerSite, ModelMap
-from alphaquant.models.walk import LayerCall, check_walk, replaced_forwards, walk
+from alphaquant.models.walk import LayerCall, LayerStep, check_walk, replaced_forwards, walk
 
 
 class Quantity(Protocol):
@@ -177,9 +177,9 @@ def trace_layers(
         StoreError: the disk is full.
     """
     check_walk(model_map, batches)
-    tapes, outputs = _run_forward(model_map, batches, (quantities, at_output), folder)
+    tapes, outputs = run_forward(model_map, batches, (quantities, at_output), folder)
     for layer in reversed(model_map.layers):
-        yield _trace_layer(layer, tapes, [len(batch) for batch in batches], folder)
+        yield trace_layer(layer, tapes, [len(batch) for batch in batches], folder)
         layer.release()
         trim_heap()
     if model_map.ends is not None:
@@ -188,18 +188,28 @@ def trace_layers(
         yield LayerTrace(model_map.ends, {}, {}, [], [], ends)
 
 
-def _run_forward(
+def run_forward(
     model_map: ModelMap,
     batches: list[Tensor],
     quantities: tuple[Sequence[Quantity], Sequence[Quantity]],
     folder: Path | None,
+    n_before: int = 0,
+    see: Callable[[LayerStep], None] = lambda step: None,
 ) -> tuple[list[Tape], list[Any]]:
     """Run all layers; tapes of the batches, with gradients at what the last layer gave, and that.
 
     What the last layer gave is kept where somebody wants to know what comes after it.
+
+    Args:
+        model_map: the model.
+        batches: token ids, int64 [B, T] each.
+        quantities: those that are traced, and those at the layers' outputs.
+        folder: see `trace_layers`.
+        n_before: sequences of the text before these batches.
+        see: called with every layer's step when it has run.
     """
     tapes, ends, outputs = [Tape() for _ in batches], Shelf(folder), list[Any]()
-    first = [0, *accumulate(len(batch) for batch in batches)]
+    first = list(accumulate((len(batch) for batch in batches), initial=n_before))
     n_ended = 0
 
     def end(logits: Tensor) -> None:
@@ -223,6 +233,7 @@ def _run_forward(
                     tape.record(step.layer, call, shelf)
                     for tape, call in zip(tapes, step.calls, strict=True)
                 ]
+            see(step)
             if model_map.ends is not None and step.layer is model_map.layers[-1]:
                 outputs = tree_map(_without_graph, step.outputs)
     return tapes, outputs
@@ -306,10 +317,10 @@ def _draw_labels(log_probs: Tensor, seeds: list[int]) -> Tensor:
     return torch.stack(labels)
 
 
-def _trace_layer(
+def trace_layer(
     layer: LayerSite, tapes: Sequence[Tape], sizes: Sequence[int], folder: Path | None
 ) -> LayerTrace:
-    """Trace one layer batch by batch."""
+    """Trace the last layer of tapes, which are of batches of these sizes; it is off them then."""
     traces, gradients = _Traces(layer, sum(sizes), Shelf(folder)), Shelf(folder)
     at_output, calls = [], []
     for tape in tapes:

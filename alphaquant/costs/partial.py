@@ -81,7 +81,7 @@ def held_in(
     Raises:
         StoreError: a file is damaged.
     """
-    names = tuple(_wanted_names(bank, name, layer, wanted) for name in formats)
+    names = tuple(wanted_names(bank, name, layer, wanted) for name in formats)
     pairs = zip(formats, names, strict=True)
     return HeldLayer(tuple(bank.layer(f, layer) if held else None for f, held in pairs), names)
 
@@ -98,14 +98,14 @@ def parts_held(
     for layer in range(bank.inventory.n_parts):
         everything = {m.name for m in bank.inventory.matrices if m.layer == layer}
         for name in formats:
-            names = _wanted_names(bank, name, layer, wanted)
+            names = wanted_names(bank, name, layer, wanted)
             if names != everything:
                 text = "\n".join(sorted(names))
                 found[layer, name] = hashlib.sha256(text.encode()).hexdigest()[:12]
     return found
 
 
-def _wanted_names(bank: Bank, name: str, layer: int, wanted: Wanted) -> frozenset[str]:
+def wanted_names(bank: Bank, name: str, layer: int, wanted: Wanted) -> frozenset[str]:
     """Matrices that a bank's layer holds in a format, of those that count."""
     matrices, held = bank.inventory.by_name, bank.matrices(name, layer)
     return frozenset(n for n in held if wanted(matrices[n], name))

@@ -157,6 +157,32 @@ class Tape:
         assert hidden is not None, "a layer's first output is its hidden states"
         return self._gradients[hidden].read()[self.n_traced :]
 
+    def traced_gradients(self) -> Tensor:
+        """Gradients of the traced totals at the last layer's hidden states, [D, B, T, H]."""
+        hidden = self._layers[-1].outputs[0]
+        assert hidden is not None, "a layer's first output is its hidden states"
+        return self._gradients[hidden].read()[: self.n_traced]
+
+    @classmethod
+    def at(cls, call: LayerCall, gradients: Tensor, n_outputs: int, shelf: Shelf) -> "Tape":
+        """A tape with one layer on it that hands on nothing but hidden states.
+
+        Args:
+            call: how it is called, without graph.
+            gradients: of the totals at its hidden states, [D, B, T, H].
+            n_outputs: things that it gives, hidden states first.
+            shelf: for hidden states and gradients.
+        """
+        inputs, spec = tree_flatten((call.args, dict(call.kwargs)))
+        hidden = next(i for i, x in enumerate(inputs) if x is call.hidden)
+        leaf = _Leaf(shelf.put(gradients[:0]))  # nobody reads its content
+        outputs: list[_Leaf | None] = [leaf, *[None] * (n_outputs - 1)]
+        tape = cls()
+        tape.n_traced = len(gradients)
+        tape._layers.append(_Recorded(inputs, spec, hidden, outputs))
+        tape._gradients[leaf] = shelf.put(gradients)
+        return tape
+
     def trace(self, layer: LayerSite, shelf: Shelf) -> TracedBatch:
         """Run the last layer again, with a graph; its inputs get their gradients, on the shelf."""
         recorded = self._layers[-1]

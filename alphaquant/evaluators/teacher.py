@@ -163,7 +163,13 @@ def store_teacher(
     with whole_file(path) as part:
         batches = batches_of(tokens, batch_size)
         predicted = _predicted(model if model_map is None else model_map, batches, progress)
-        facts = _store(part, zip(batches, predicted, strict=True), tokens, top_k)
+        starts = range(0, len(tokens), batch_size)
+        kept = (
+            kept
+            for batch, pieces, first in zip(batches, predicted, starts, strict=True)
+            for kept in kept_of(batch, pieces, first, top_k)
+        )
+        facts = write_kept(part, kept, tokens)
     progress(Stage.TEACHER, len(tokens), len(tokens))
     return Teacher(path, facts)
 
@@ -185,26 +191,53 @@ def _predicted(
         yield predict_pieces(model, batch)
 
 
-def _store(
-    path: Path, predicted: Iterable[tuple[Tensor, Iterable[Piece]]], tokens: Tensor, top_k: int
-) -> dict[str, Any]:
-    """Fill a file with the predictions of successive batches; its facts. k is `top_k` at most."""
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the predictions of a part of a text.
+
+    Attributes:
+        windows: which of the text.
+        positions: which in these windows.
+        top: `log_probs`, `rest` and, where not all are kept, `tokens`.
+        losses: of the next tokens, float32 [windows, positions].
+        vocabulary: V.
+    """
+
+    windows: slice
+    positions: slice
+    top: Mapping[str, Tensor]
+    losses: Tensor
+    vocabulary: int
+
+
+def kept_of(batch: Tensor, pieces: Iterable[Piece], first: int, top_k: int) -> Iterator[Kept]:
+    """What is kept of the predictions of a batch, which begins with window `first` of the text."""
+    for piece in pieces:
+        vocabulary = piece.log_probs.shape[-1]
+        windows = slice(first + piece.windows.start, first + piece.windows.stop)
+        top = _top(piece.log_probs, min(top_k, vocabulary))
+        losses = losses_of(piece, batch)
+        yield Kept(windows, piece.positions, top, losses, vocabulary)
+
+
+def write_kept(path: Path, parts: Iterable[Kept], tokens: Tensor) -> dict[str, Any]:
+    """Fill a file with what is kept of a text [N, T], in any order of the parts; its facts.
+
+    Raises:
+        StoreError: the disk is full, or the like.
+    """
     n_windows, seq_len = tokens.shape
     rest, losses = torch.empty(n_windows, seq_len), torch.empty(n_windows, seq_len - 1)
     sheet: _Sheet | None = None
+    vocabulary = 0
     with path.open("w+b") as file:
-        start = 0
-        for batch, pieces in predicted:
-            for piece in pieces:
-                if sheet is None:
-                    vocabulary = piece.log_probs.shape[-1]
-                    sheet = _Sheet(path, file, _shapes(tokens, min(top_k, vocabulary), vocabulary))
-                found = _top(piece.log_probs, sheet.k)
-                sheet.write(start, piece, found)
-                inside = slice(start + piece.windows.start, start + piece.windows.stop)
-                rest[inside, piece.positions] = found["rest"].cpu()
-                losses[inside, piece.positions] = losses_of(piece, batch).cpu()
-            start += len(batch)
+        for part in parts:
+            if sheet is None:
+                vocabulary, k = part.vocabulary, part.top["log_probs"].shape[-1]
+                sheet = _Sheet(path, file, _shapes(tokens, k, vocabulary))
+            sheet.write(part)
+            rest[part.windows, part.positions] = part.top["rest"].cpu()
+            losses[part.windows, part.positions] = part.losses.cpu()
         assert sheet is not None, "a text has windows"
         facts = _facts(rest, losses, tokens, (sheet.k, vocabulary))
         sheet.finish(facts)
@@ -236,8 +269,8 @@ class _Sheet:
         ends = list(accumulate(4 * math.prod(shape) for shape in self.shapes.values()))
         return dict(zip(self.shapes, pairwise((0, *ends)), strict=True))
 
-    def write(self, first: int, piece: Piece, found: Mapping[str, Tensor]) -> None:
-        """Write what is stored of a piece, whose batch begins with window `first`.
+    def write(self, part: Kept) -> None:
+        """Write what is kept of a part of the text.
 
         Raises:
             StoreError: the disk is full, or the like.
@@ -245,9 +278,9 @@ class _Sheet:
         seq_len = self.shapes["rest"][1]
         n_bytes = _HEADER_BYTES + self._offsets[list(self.shapes)[-1]][1]
         with writing(self.path, n_bytes):
-            for name, tensor in found.items():
+            for name, tensor in part.top.items():
                 # Whole windows or positions of one window: they lie side by side either way.
-                position = (first + piece.windows.start) * seq_len + piece.positions.start
+                position = part.windows.start * seq_len + part.positions.start
                 width = 4 * math.prod(self.shapes[name][2:])
                 self.file.seek(_HEADER_BYTES + self._offsets[name][0] + position * width)
                 self.file.write(tensor.cpu().contiguous().numpy().tobytes())

@@ -136,6 +136,7 @@ def walk(
     batches: Sequence[Tensor],
     results: list[Any] | None = None,
     before: Callable[[int], None] = lambda number: None,
+    first: int = 0,
 ) -> Iterator[LayerStep]:
     """Go through the decoder layers, first to last, with all batches.
 
@@ -145,6 +146,7 @@ def walk(
         results: is filled with what the model gives for every batch, after the last layer; None to
             stop there, which leaves out norm and lm_head.
         before: called with the number of each batch before the model begins with it.
+        first: number of the first layer that is run; what those before it give, the caller sets.
 
     Yields:
         One step per layer. It is run when the caller has not done so.
@@ -161,7 +163,7 @@ def walk(
                 before(number)
                 passes.append(_Pass(model_map, batch))
             for layer in model_map.layers:
-                if layer.pages is not None:
+                if layer.pages is not None and layer.index >= first:
                     layer.pages.prefetch()
                 step = LayerStep(layer, [p.wait_for(layer) for p in passes], states=states)
                 yield step

@@ -1,8 +1,14 @@
-"""Filling a bank: what it lacks is quantized, layer by layer over the original model's states."""
+"""Filling a bank: what it lacks is quantized, layer by layer over the original model's states.
+
+Workers fill it by layers too (`fill_bank_by`): first they walk the windows and keep what every
+layer gives, then each takes layers. The files are the same, bit for bit.
+"""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +26,20 @@ from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_ou
 from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import (
+    StateFiles,
+    Text,
+    hands_on_more,
+    states_in,
+    steps_from,
+    walk_tasks,
+)
+
+logger = logging.getLogger(__name__)
+
+BATCH_WINDOWS = 16
+"""Windows per forward pass; Hessians are summed batch by batch."""
 
 
 @torch.no_grad()
@@ -31,7 +51,7 @@ def fill_bank(
     settings: QuantSettings,
     *,
     wanted: Wanted = lambda matrix, name: True,
-    batch_size: int = 16,
+    batch_size: int = BATCH_WINDOWS,
     progress: Progress = lambda stage, done, total: None,
     outputs: Measured | None = None,
 ) -> int:
@@ -68,8 +88,162 @@ def fill_bank(
         return _fill(bank, model_map, tokens, missing, (settings, found), batch_size, progress)
 
 
+@torch.no_grad()
+def fill_bank_by(
+    workers: Workers,
+    bank: Bank,
+    model_map: ModelMap,
+    text: Text,
+    format_names: Sequence[str],
+    settings: QuantSettings,
+    *,
+    wanted: Wanted = lambda matrix, name: True,
+    progress: Progress = lambda stage, done, total: None,
+    outputs: Measured | None = None,
+) -> int:
+    """Let workers quantize what the bank lacks; arguments and results as of `fill_bank`.
+
+    Nothing is done where layers hand on more than hidden states, which is warned of; `fill_bank`
+    fills the bank then.
+
+    Args:
+        workers: have opened the same model.
+        bank: from `open_bank`, in a folder that all workers see.
+        model_map: the original model.
+        text: the calibration windows.
+        format_names: canonical names.
+        settings: those of the bank's key; not `sequential`.
+        wanted: which (matrix, format name) pairs; all by default. None that does not fit.
+        progress: called with ("states", units of batches done, units), then ("bank", layers).
+        outputs: gives the output Hessians, where rounding is two-sided.
+    """
+    if not _missing(bank, format_names, wanted):
+        return 0
+    with locked(bank.path / LOCK_FILE, f"the bank {bank.path}", "--cache"):
+        missing = _missing(bank, format_names, wanted)  # another process may have had the lock
+        if not missing or not can_spread(model_map, text, "the bank is filled"):
+            return 0
+        found = checked_outputs(settings, outputs)
+        check_walk(model_map, text.batches)
+        with states_in(bank.path / f"states-{text.batch_size}", text) as states:
+            walks = walk_tasks(states, max(missing) - 1)
+            for _ in workers.map(walks, lambda done, n: progress(Stage.STATES, done, n)):
+                pass
+            tasks = [
+                BankTask(
+                    *(bank.path, layer, _places(bank, layer, lacking), states, settings),
+                    outputs=found,
+                )
+                for layer, lacking in missing.items()
+            ]
+            n_layers = len(model_map.layers)
+            n_before = n_layers - len(tasks)
+
+            def tell(done: int, total: int) -> None:
+                progress(Stage.BANK, min(n_before + done, n_layers), n_layers)
+
+            return sum(workers.map(tasks, tell))
+
+
+def can_spread(model_map: ModelMap, text: Text, what: str) -> bool:
+    """Whether layers can be worked on one by one; a warning says so where they cannot.
+
+    Args:
+        model_map: the model.
+        text: its first window is looked at.
+        what: is done in one process otherwise, a clause.
+    """
+    layer = hands_on_more(model_map, text.tokens[:1])
+    if layer is not None:
+        logger.warning(
+            "%s hands on more than hidden states, so %s in one process, not by workers",
+            *(layer, what),
+        )
+    return layer is None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is lacking of a layer in one format.
+
+    Attributes:
+        part: number of the file that gets it; fixed beforehand, so that it is written once however
+            often the task is run.
+        names: of the matrices.
+    """
+
+    part: int
+    names: frozenset[str]
+
+
+def _places(bank: Bank, layer: int, lacking: Mapping[str, frozenset[str]]) -> dict[str, _Place]:
+    return {
+        name: _Place(len(bank.parts(name, layer)), matrices) for name, matrices in lacking.items()
+    }
+
+
+@dataclass(frozen=True)
+class BankTask:
+    """Quantize a part of the model.
+
+    Attributes:
+        folder: of the bank.
+        layer: number of the layer, or of what is beside the layers.
+        places: what it lacks, by format.
+        states: of the layers below.
+        settings: of the quantizer.
+        outputs: output Hessians of the model, in a folder that all workers see; None where
+            rounding is one-sided.
+    """
+
+    folder: Path
+    layer: int
+    places: Mapping[str, _Place]
+    states: StateFiles
+    settings: QuantSettings
+    outputs: OutputHessians | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"part {self.layer} of the bank"
+
+    @torch.no_grad()
+    def run(self, model_map: ModelMap) -> int:
+        """See `Task.run`; the number of files written."""
+        bank = Bank(self.folder, model_map.inventory, {})
+        left = {
+            name: place
+            for name, place in self.places.items()
+            if len(bank.parts(name, self.layer)) <= place.part
+        }
+        if not left:
+            return 0
+        steps = steps_from(model_map, self.states, self.layer)
+        step = next(steps)
+        part = model_map.parts[self.layer]
+        if part is model_map.ends:
+            ends = EndStep(model_map, self.states.text.batches, step.outputs)
+            found: Found = (ends.hessians(self.settings), {})
+        else:
+            hessians = observer_of(self.settings)
+            with observe_layer(part, hessians):
+                step.run()
+            batched = with_outputs(hessians.batches(part), part, self.outputs)
+            found = (batched, hessians.utilization())
+        steps.close()
+        return _write_layer(bank, model_map, part, found, left, self.settings)
+
+    def smaller(self) -> "BankTask":
+        """Itself: the Hessians of a layer are needed together."""
+        return self
+
+
 Missing = Mapping[int, Mapping[str, frozenset[str]]]
 """Names of matrices that are lacking, by layer and format; nothing that lacks none."""
+
+Found = tuple[list[HessianBatch], Mapping[str, list[int]]]
+"""Hessians of a part of the model, and its tokens per expert by experts module."""
 
 
 def _missing(bank: Bank, format_names: Sequence[str], wanted: Wanted) -> Missing:
@@ -118,16 +292,16 @@ def _fill(
             progress(Stage.BANK, layer.index, len(model_map.layers))
             batched = with_outputs(hessians.batches(layer), layer, output_hessians)
             found = (batched, hessians.utilization())
-            n_written += _write_layer(bank, model_map, layer, found, lacking, settings)
+            places = _places(bank, layer.index, lacking)
+            n_written += _write_layer(bank, model_map, layer, found, places, settings)
         elif layer is model_map.layers[-1]:
             step.run()
         outputs = step.outputs
     ends = model_map.ends
     if ends is not None and ends.index in missing:
         batched = EndStep(model_map, batches, outputs).hessians(settings)
-        n_written += _write_layer(
-            bank, model_map, ends, (batched, {}), missing[ends.index], settings
-        )
+        places = _places(bank, ends.index, missing[ends.index])
+        n_written += _write_layer(bank, model_map, ends, (batched, {}), places, settings)
     progress(Stage.BANK, len(model_map.layers), len(model_map.layers))
     return n_written
 
@@ -136,16 +310,16 @@ def _write_layer(
     bank: Bank,
     model_map: ModelMap,
     layer: LayerSite,
-    found: tuple[list[HessianBatch], Mapping[str, list[int]]],
-    lacking: Mapping[str, frozenset[str]],
+    found: Found,
+    places: Mapping[str, _Place],
     settings: QuantSettings,
 ) -> int:
     """Quantize a part of the model with its Hessians, and keep its tokens per expert."""
-    (batches, used), names = found, list(lacking)
+    (batches, used), names = found, list(places)
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for item in quantize_layer(
-        model_map, layer, batches, names, settings, lambda m, name: m.name in lacking[name]
+        model_map, layer, batches, names, settings, lambda m, name: m.name in places[name].names
     ):
         name = item.record.format
         tensors[name] |= {
@@ -153,7 +327,7 @@ def _write_layer(
         }
         records[name].append(asdict(item.record))
     for name in names:
-        path = bank.file(name, layer.index, len(bank.parts(name, layer.index)))
+        path = bank.file(name, layer.index, places[name].part)
         with whole_file(path) as part:
             save_file(tensors[name], part)
             sha256 = file_digest(part)

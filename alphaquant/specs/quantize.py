@@ -81,6 +81,12 @@ class QuantizeSpec:
     cache: Path | None = None
     """Directory of copies of weights and of banks: what a search quantized the same way is taken
     from there; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant."""
+    workers: Positive | None = None
+    """Processes of this machine that share the layers, one per GPU with --device cuda; by default
+    one process does all. Codes do not depend on how many."""
+    cluster: str | None = None
+    """Ray cluster whose nodes share the layers: auto, or the address of its head; one worker per
+    GPU, or per node where there are none, or --workers in all; none by default."""
     text: Annotated[ConfiguredTextSpec, subject("Text", 1)] = ConfiguredTextSpec()
     """Of the Hessians."""
     tuning: Annotated[TuningSpec, subject("Tuning", 2)] = TuningSpec()

@@ -44,6 +44,12 @@ class RunSpec:
     scratch: Path | None = None
     """Directory on a disk of this machine for copies of what is read often, where the cache is on
     a network file system: prepared weights and the bank; none by default."""
+    workers: Positive | None = None
+    """Processes of this machine that share the work, one per GPU with --device cuda; by default
+    one process does all. Results do not depend on how many."""
+    cluster: str | None = None
+    """Ray cluster whose nodes share the work: auto, or the address of its head; one worker per
+    GPU, or per node where there are none, or --workers in all; none by default."""
     storage: str | None = None
     """Optuna storage: sqlite:///FILE, postgresql://USER@HOST/DATABASE, grpc://HOST:PORT or
     journal:FILE; default study.db in out."""

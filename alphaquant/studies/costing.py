@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alphaquant.costs.cost_tasks import measure_costs_by
 from alphaquant.costs.fisher import (
     CostSettings,
     CostTable,
@@ -26,7 +27,7 @@ from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BATCH_WINDOWS, fill_bank, fill_bank_by
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.quant.two_sided.output_hessian import OutputHessians
@@ -45,6 +46,7 @@ from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet
+from alphaquant.work.walked import Text
 
 
 @dataclass(frozen=True)
@@ -316,15 +318,23 @@ def fill_source_bank(
     root = cache_dir(cache) / "banks"
     bank = open_bank(root, key, source.map.inventory, facts, source.scratch)
     tokens = calibration.tokens
+
+    def measured() -> OutputHessians:
+        return output_hessians(source, calibration, cache, progress)
+
+    if source.workers is not None:
+        text = Text(tokens, BATCH_WINDOWS)
+        fill_bank_by(
+            *(source.workers, bank, source.map, text, names, settings),
+            wanted=wanted,
+            progress=progress,
+            outputs=measured,
+        )
     fill_bank(
-        bank,
-        source.map,
-        tokens,
-        names,
-        settings,
+        *(bank, source.map, tokens, names, settings),
         wanted=wanted,
         progress=progress,
-        outputs=lambda: output_hessians(source, calibration, cache, progress),
+        outputs=measured,
     )
     bank.verify(names)
     return bank
@@ -377,13 +387,21 @@ def measure_unit_costs(
         wanted: which matrices in which formats count; all others have no cost (NaN).
     """
     source, n_layers = inputs.source, len(inputs.source.map.layers)
+    tokens, settings = inputs.calibration.tokens, CostSettings(spec.proposals.seed)
     clock(Stage.COSTS, 0, n_layers)
+    if source.workers is not None:
+        text = Text(tokens, settings.batch_size)
+        measure_costs_by(
+            *(source.workers, source.map, bank, text, bank_formats(space), settings),
+            wanted=wanted,
+            progress=clock,
+        )
     table = measure_costs(
         source.map,
         bank,
-        inputs.calibration.tokens,
+        tokens,
         bank_formats(space),
-        CostSettings(spec.proposals.seed),
+        settings,
         with_gemq="gemq" in needed(spec),
         wanted=wanted,
         progress=clock,

@@ -24,6 +24,7 @@ from alphaquant.models.walk import releasing
 from alphaquant.progress import Progress, no_progress
 from alphaquant.studies.self_sampling import Asked, WriterModel, written_text
 from alphaquant.texts.windows import TextRequest, TokenSet, Write, load_tokens
+from alphaquant.work.tasks import Workers
 
 SOURCE_STEPS = 3
 """Steps of loading a model: its weights, what is in them, their digest."""
@@ -50,6 +51,7 @@ class Source:
         digest: sha256 of the weights.
         scratch: copies on this machine of what is read often; None for none.
         cache: the folder of all caches, as asked for.
+        workers: have opened the same model and take tasks; None where all is done here.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Source:
     digest: str
     scratch: Scratch | None = None
     cache: Path | None = None
+    workers: Workers | None = None
 
     @property
     def runs_as(self) -> str:
@@ -316,4 +319,5 @@ def cache_dir(asked: Path | None) -> Path:
     As asked, else `$ALPHAQUANT_CACHE`, else `~/.cache/alphaquant`.
     """
     stated = os.environ.get("ALPHAQUANT_CACHE")
-    return asked or Path(stated or Path.home() / ".cache" / "alphaquant")
+    found = asked or Path(stated or Path.home() / ".cache" / "alphaquant")
+    return found.absolute()  # workers elsewhere have other working directories

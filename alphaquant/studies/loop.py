@@ -271,7 +271,7 @@ class TrialLoop:
         best = min(rivals, key=lambda r: r.kl)
         step, n_windows = self.objective.batch_size, self.objective.n_windows
         for n in range(step, n_windows, step):
-            found = self.objective.measure(assignment, n)
+            found = self.objective.measure(assignment, n, is_race=True)
             if is_hopeless(found.kl.tolist(), best.kl_per_window):
                 return found
         return self.objective.measure(assignment)

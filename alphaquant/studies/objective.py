@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -47,6 +48,28 @@ class Measured:
         return stderr
 
 
+class Measures(Protocol):
+    """Measures assignments batch by batch: `Rounds`, or the same by workers."""
+
+    @property
+    def batch_size(self) -> int:
+        """Windows of a batch."""
+
+    @property
+    def n_at_once(self) -> int:
+        """Batches of a text that are measured at the same time."""
+
+    def measure(
+        self,
+        assignments: Sequence[Assignment],
+        tokens: Tensor,
+        teacher: Teacher,
+        batches: range,
+        tell: Steps = tell_nobody,
+    ) -> Iterator[tuple[Assignment, Divergence]]:
+        """See `Rounds.measure`."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """Evaluates assignments on one model, whose weights are the same afterwards.
@@ -54,10 +77,12 @@ class Objective:
     Attributes:
         swapper: the model and the bank.
         batch_size: windows per forward pass.
+        spread: measures in place of this process; None for this process.
     """
 
     swapper: Swapper
     batch_size: int = 8
+    spread: Measures | None = None
 
     def measure(self, assignment: Assignment, on: EvaluationSet) -> Measured:
         """Scores of an assignment on a text."""
@@ -85,7 +110,7 @@ class Objective:
         """
         n_windows = len(on.tokens.tokens)
         log = log or EvaluationLog(None, on.tokens.tokens.shape[1])
-        rounds = Rounds(self.swapper.map, self.swapper.open_layer, self.batch_size)
+        rounds = self.spread or Rounds(self.swapper.map, self.swapper.open_layer, self.batch_size)
         for assignment, part in _lacking(rounds, assignments, on, log, n_windows, tell):
             log.add(assignment.digest, part)
         found = [log.get(assignment.digest) for assignment in assignments]
@@ -104,6 +129,7 @@ class SearchObjective:
         on: the text.
         log: what was measured before.
         batch_size: windows per forward pass.
+        spread: measures in place of this process; None for this process.
         n_evaluations: assignments measured in this run, on however many windows.
         n_passes: windows measured in this run, in parts of the text.
     """
@@ -112,6 +138,7 @@ class SearchObjective:
     on: EvaluationSet
     log: EvaluationLog
     batch_size: int = 8
+    spread: Measures | None = None
     n_evaluations: int = field(default=0)
     n_passes: float = field(default=0.0)
 
@@ -125,9 +152,27 @@ class SearchObjective:
         """Windows of the text."""
         return len(self.on.tokens.tokens)
 
-    def measure(self, assignment: Assignment, n_windows: int | None = None) -> Measured:
-        """Scores over the first windows, rounded up to whole batches; None for all."""
-        self.measure_together([assignment], n_windows)
+    @property
+    def rounds(self) -> Measures:
+        """What measures."""
+        return self.spread or Rounds(self.model_map, self.swapper.open_layer, self.batch_size)
+
+    def measure(
+        self, assignment: Assignment, n_windows: int | None = None, *, is_race: bool = False
+    ) -> Measured:
+        """Scores over the first windows, rounded up to whole batches; None for all.
+
+        Args:
+            assignment: what is measured.
+            n_windows: how many of the first windows.
+            is_race: more will be asked for soon, so workers that would be idle go ahead.
+        """
+        measured = n_windows
+        if is_race and n_windows is not None:
+            n_known, rounds = self.log.n_windows(assignment.digest), self.rounds
+            if n_known < n_windows:
+                measured = n_known + rounds.n_at_once * rounds.batch_size
+        self.measure_together([assignment], measured)
         found = self.log.get(assignment.digest)
         assert found is not None, "a measurement is logged"
         found = first_windows(found, self._wanted(n_windows))
@@ -146,7 +191,7 @@ class SearchObjective:
             n_windows: how many of the first windows; None for all.
             tell: told how much of the work is done.
         """
-        rounds = Rounds(self.swapper.map, self.swapper.open_layer, self.batch_size)
+        rounds = self.rounds
         wanted, measured = self._wanted(n_windows), set()
         for assignment, part in _lacking(rounds, assignments, self.on, self.log, wanted, tell):
             self.log.add(assignment.digest, part)
@@ -159,7 +204,7 @@ class SearchObjective:
 
 
 def _lacking(
-    rounds: Rounds,
+    rounds: Measures,
     assignments: Sequence[Assignment],
     on: EvaluationSet,
     log: EvaluationLog,

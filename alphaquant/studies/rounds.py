@@ -62,6 +62,11 @@ class Rounds:
     batch_size: int = 8
     most_bytes: int | None = None
 
+    @property
+    def n_at_once(self) -> int:
+        """Batches that are measured at the same time: one after the other here."""
+        return 1
+
     @torch.no_grad()
     def measure(
         self,

@@ -6,12 +6,16 @@ digest, so a stage that ran before costs a read.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from alphaquant.evaluators.base import Score
 from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.scores import ScorePlan, plan_scores
-from alphaquant.evaluators.teacher import TOP_K, store_teacher
+from alphaquant.evaluators.teacher import TOP_K, Teacher, store_teacher
+from alphaquant.evaluators.teacher_parts import store_teacher_by
 from alphaquant.models.walk import releasing
 from alphaquant.progress import Progress, Stage, StageClock, no_progress
 from alphaquant.quant.foreign.candidates import Candidates
@@ -121,6 +125,19 @@ class Teachers:
     rotated: Score | None = None
 
 
+def _store_teacher(path: Path, source: Source, tokens: Tensor, progress: Progress) -> Teacher:
+    """The original's predictions of a text, by workers where there are some."""
+    if source.workers is not None:
+        return store_teacher_by(source.workers, path, tokens, TOP_K, progress)
+    model_map = source.map
+    return store_teacher(
+        *(path, model_map.model, tokens),
+        top_k=TOP_K,
+        model_map=model_map,
+        progress=progress,
+    )
+
+
 def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teachers:
     """Compute the original's predictions, or open those of an earlier run."""
     texts = (inputs.evaluation, inputs.heldout)
@@ -131,13 +148,7 @@ def store_teachers(spec: SearchSpec, inputs: Inputs, clock: StageClock) -> Teach
         path = cache_dir(spec.run.cache) / "teachers" / f"{'-'.join(facts)}.safetensors"
         clock(Stage.TEACHER, done, total)
         progress = clock.shifted(done, total)
-        model_map = reference.map
-        teacher = store_teacher(
-            *(path, model_map.model, tokens.tokens),
-            top_k=TOP_K,
-            model_map=model_map,
-            progress=progress,
-        )
+        teacher = _store_teacher(path, reference, tokens.tokens, progress)
         sets.append(EvaluationSet(tokens, teacher))
         done += len(tokens.tokens)
     clock(Stage.TEACHER, total, total)

@@ -8,7 +8,7 @@ benchmarks/README.md has plans beside measurements.
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,10 @@ from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.planning.needs import TRACED, Needs
 from alphaquant.studies.planning.pilot import Pilot, Rates
+from alphaquant.studies.planning.shares import ALONE, Crew, crew_of
 from alphaquant.studies.rounds import HIDDEN_SHARE
-from alphaquant.studies.sizing import EFFORTS, sized
+from alphaquant.studies.shared.spread_rounds import n_tasks
+from alphaquant.studies.sizing import EFFORTS, effort_of, sized
 
 _PROGRAM_BYTES = GIB // 2
 """Of the program with its libraries."""
@@ -102,31 +104,38 @@ class Machine:
     progress: Progress = no_progress
 
 
-def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool) -> Plan:
+def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALONE) -> Plan:
     """What every stage of a search will take.
 
     Args:
         needs: what is computed and kept.
-        rates: of the machine.
+        rates: of the machine, for one process.
         has_copy: whether the weights are used in place, or copied already.
+        crew: who shares the work.
     """
     held = _PROGRAM_BYTES + needs.rest_bytes + 2 * needs.layer_bytes
     stages = [*_loading(needs, rates, held, has_copy), *_quantizing(needs, rates, held)]
-    passes = (
-        (Stage.PLANNED, needs.n_planned * needs.evaluation, needs.n_formats),
-        (Stage.PROBE, needs.probe_tokens, needs.n_formats),
-        (Stage.STUDY, needs.n_sampled * needs.evaluation, needs.n_sampled),
-        (Stage.GATE, needs.gate_tokens, needs.n_formats),
+    stages = [_shared(stage, needs, crew) for stage in stages]
+    text, probed = needs.evaluation, min(effort_of(needs.spec).probe_tokens, needs.evaluation)
+    passes = (  # stage, tokens of all assignments and of one, formats read, assignments together
+        (Stage.PLANNED, needs.n_planned * text, text, needs.n_formats, needs.n_planned),
+        (Stage.PROBE, needs.probe_tokens, probed, needs.n_formats, needs.probe_tokens // probed),
+        (Stage.STUDY, needs.n_sampled * text, text, needs.n_sampled, 1),
+        (
+            *(Stage.GATE, needs.gate_tokens, needs.heldout, needs.n_formats),
+            needs.gate_tokens // needs.heldout,
+        ),
     )
-    for stage, n_tokens, n_read in passes:
+    for stage, n_tokens, n_each, n_read, n_together in passes:
         seconds = _forward_seconds(needs, rates, n_tokens)
         seconds += n_read * needs.space.inventory.n_weights / rates.dequantized
         # Hidden states and dequantized weights take what is free, and no more than they need.
         most = free_memory() // HIDDEN_SHARE
         states = min(3 * n_tokens * needs.token_bytes, most)
         weights = min(round(n_read) * needs.layer_bytes, most // 2)
-        memory = held + 4 * MOST_BYTES + states + weights
-        stages.append(PlannedStage(stage, seconds, memory))
+        memory = crew.n_together * (held + 4 * MOST_BYTES) + states + weights
+        n_units = n_tasks(n_together, _n_batches(needs, n_each))
+        stages.append(PlannedStage(stage, crew.seconds(seconds, n_units), memory))
     n_weights = needs.space.inventory.n_weights
     return Plan(needs.spec, n_weights, needs.n_formats, tuple(stages))
 
@@ -165,7 +174,8 @@ def fitting_plan(
         pilot = Pilot(needs, machine.dtype, machine.device, machine.progress)
         settings = settings_of(own.quantizer)
         rates = pilot.measure(settings) if rates is None else pilot.measure_again(rates, settings)
-        plans.append(plan_stages(needs, rates, has_copy=has_copy))
+        crew = crew_of(own.run, machine.device)
+        plans.append(plan_stages(needs, rates, has_copy=has_copy, crew=crew))
         if limit is None or is_known or plans[-1].seconds <= limit:
             return plans[-1]
     minutes = plans[-1].seconds / 60
@@ -272,6 +282,22 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
             needs.states_bytes,
         ),
     )
+
+
+def _shared(stage: PlannedStage, needs: Needs, crew: Crew) -> PlannedStage:
+    """A stage before the trials, shared by workers where it can be."""
+    if stage.stage in (Stage.PREPARE, Stage.LOAD):
+        return stage
+    n_units = len(needs.model_map.layers)
+    if stage.stage == Stage.TEACHER:
+        n_units = _n_batches(needs, min(needs.evaluation, needs.heldout))
+    seconds = crew.seconds(stage.seconds, n_units)
+    return replace(stage, seconds=seconds, memory=crew.n_together * stage.memory)
+
+
+def _n_batches(needs: Needs, n_tokens: int) -> int:
+    """Batches of a text."""
+    return -(-n_tokens // (_BATCH_WINDOWS * needs.seq_len))
 
 
 def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float, with_head: bool = True) -> float:

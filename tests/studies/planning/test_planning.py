@@ -1,5 +1,6 @@
 """Plans: work counted from shapes, time from speeds, and what does not fit."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from alphaquant.spaces.menus import menu_of
 from alphaquant.spaces.profiles import find_profile
 from alphaquant.spaces.space import make_space
 from alphaquant.specs.quantizer import QuantSettings, settings_of
-from alphaquant.specs.run import duration_seconds
+from alphaquant.specs.run import RunSpec, duration_seconds
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.planning import estimate, pilot
 from alphaquant.studies.planning.estimate import (
@@ -39,6 +40,7 @@ from alphaquant.studies.planning.estimate import (
 )
 from alphaquant.studies.planning.needs import Needs
 from alphaquant.studies.planning.pilot import UNKNOWN, Pilot, Rates, shares_of
+from alphaquant.studies.planning.shares import ALONE, Crew, crew_of
 from alphaquant.studies.sizing import sized
 from alphaquant.testing.any_model import routed_architectures, tiny_config
 
@@ -275,3 +277,35 @@ def test_llama_cpp_s_types_are_timed_by_its_own_code(
     n_fitting = sum(s.n_cols == 256 for s in needs.stacks)
     assert asked.count("q4_k") == n_fitting > 0
     assert min(rates.per_format.values()) > 0
+
+
+def test_workers_divide_the_stages_that_they_share_by_whole_units(make_needs: MakeNeeds) -> None:
+    needs = make_needs({**OLMOE, "num_hidden_layers": 16}, effort="quick")
+    alone, eight, six = (plan_stages(needs, RATES, has_copy=True, crew=Crew(n)) for n in (1, 8, 6))
+    for stage in (Stage.BANK, Stage.COSTS):  # by layers: 16 are 2 turns of 8, and 3 of 6
+        assert seconds_of(eight, stage) == pytest.approx(seconds_of(alone, stage) / 8)
+        assert seconds_of(six, stage) == pytest.approx(seconds_of(alone, stage) * 3 / 16)
+    # 8192 tokens are 2 batches of 8 windows of 512
+    assert seconds_of(eight, Stage.STUDY) == pytest.approx(seconds_of(alone, Stage.STUDY) / 2)
+    assert seconds_of(eight, Stage.LOAD) == seconds_of(alone, Stage.LOAD)
+    assert eight.memory == pytest.approx(alone.memory, rel=0.2)  # free memory is looked at
+    together = plan_stages(needs, RATES, has_copy=True, crew=Crew(8, n_together=8))
+    assert together.memory > 4 * alone.memory
+
+
+def test_workers_of_one_cpu_share_its_cores_and_those_with_gpus_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crew(device: str = "cpu", **run: Any) -> Crew:
+        return crew_of(RunSpec(**run), torch.device(device))
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert crew() == ALONE == Crew(1, 1.0, 1)
+    assert crew(workers=4) == Crew(4, 0.25, 4)  # two threads each
+    assert crew(workers=16) == Crew(8, 0.125, 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert crew(workers=4) == Crew(4, 1.0, 4)
+    assert crew("cuda", workers=8) == crew(workers=8, cluster="auto") == Crew(8)

@@ -1,0 +1,1 @@
+"""Work that workers share."""
