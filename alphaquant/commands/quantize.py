@@ -48,7 +48,7 @@ from alphaquant.studies.inputs import (
     model_notes,
     read_text,
 )
-from alphaquant.studies.shared.quantizing import check_shared, fill_by_workers
+from alphaquant.studies.shared.layer_work import check_shared, fill_by_workers
 from alphaquant.texts.windows import TokenSet, check_sources
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from alphaquant.quant.bank import open_bank
 from alphaquant.quant.filling import fill_bank
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies import spread_rounds
 from alphaquant.studies.rounds import Rounds
+from alphaquant.studies.shared import spread_rounds
 from alphaquant.studies.shared.spread_rounds import MOST_PARTS, RoundTask, SpreadRounds, n_tasks
 from alphaquant.testing.models import tiny_model, tiny_tokens
 from alphaquant.work.tasks import InProcess
