@@ -182,7 +182,9 @@ class CostTask:
             costs = end_costs(model_map, self._end_trace(model_map), bank, formats, self._wanted)
         else:
             held = held_in(bank, self.layer, formats, self._wanted)
-            costs = layer_costs(self._trace(model_map), held, formats, self.seed)
+            costs = layer_costs(
+                trace_again(model_map, self.states, self.layer), held, formats, self.seed
+            )
         self.store.write(self.shape, self.layer, costs)
 
     def smaller(self) -> "CostTask":
@@ -192,33 +194,38 @@ class CostTask:
     def _wanted(self, matrix: Matrix, name: str) -> bool:
         return matrix.name in self.names[name]
 
-    def _trace(self, model_map: ModelMap) -> LayerTrace:
-        """The layer's traces, from its inputs and the gradients at its outputs."""
-        layer, shelf = model_map.layers[self.layer], Shelf(self.states.folder)
-        steps = steps_from(model_map, self.states, self.layer)
-        calls = next(steps).calls
-        device = calls[0].hidden.device
-        n_outputs = self.states.n_outputs(self.layer)
-        gradients = self._tensors(_gradients_of(self.layer), device)
-        tapes = [
-            Tape.at(call, g, n_outputs, shelf) for call, g in zip(calls, gradients, strict=True)
-        ]
-        steps.close()
-        sizes = [len(batch) for batch in self.states.text.batches]
-        return trace_layer(layer, tapes, sizes, self.states.folder)
-
     def _end_trace(self, model_map: ModelMap) -> EndTrace:
         steps = steps_from(model_map, self.states, len(model_map.layers))
         outputs = next(steps).outputs
         steps.close()
-        at_embeddings = self._tensors(_EMBEDDINGS, device_of(model_map.model))
+        at_embeddings = _tensors(self.states, _EMBEDDINGS, device_of(model_map.model))
         n_totals = self.states.load(_EMBEDDINGS, self.states.text.units[0])[1]["n_totals"]
         return EndTrace(self.states.text.batches, outputs, at_embeddings, int(n_totals))
 
-    def _tensors(self, kind: str, device: torch.device) -> list[Tensor]:
-        """Of all batches."""
-        found: list[Tensor] = []
-        for unit in self.states.text.units:
-            tensors, _ = self.states.load(kind, unit)
-            found += [tensors[str(n)].to(device) for n in unit]
-        return found
+
+def trace_again(model_map: ModelMap, states: StateFiles, index: int) -> LayerTrace:
+    """A layer's traces, from its inputs and the gradients at its outputs.
+
+    Args:
+        model_map: the original model.
+        states: what `BackTask` left.
+        index: number of the layer.
+    """
+    layer, shelf = model_map.layers[index], Shelf(states.folder)
+    steps = steps_from(model_map, states, index)
+    calls = next(steps).calls
+    gradients = _tensors(states, _gradients_of(index), calls[0].hidden.device)
+    n_outputs = states.n_outputs(index)
+    tapes = [Tape.at(call, g, n_outputs, shelf) for call, g in zip(calls, gradients, strict=True)]
+    steps.close()
+    sizes = [len(batch) for batch in states.text.batches]
+    return trace_layer(layer, tapes, sizes, states.folder)
+
+
+def _tensors(states: StateFiles, kind: str, device: torch.device) -> list[Tensor]:
+    """Of all batches."""
+    found: list[Tensor] = []
+    for unit in states.text.units:
+        tensors, _ = states.load(kind, unit)
+        found += [tensors[str(n)].to(device) for n in unit]
+    return found

@@ -10,19 +10,24 @@ Letters: S windows, T tokens of each.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from alphaquant.costs.cost_tasks import BackTask, trace_again
 from alphaquant.costs.fisher import CostSettings
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, trace_layers
 from alphaquant.costs.matrix_costs import trace_matrices
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import batches_of
+from alphaquant.models.walk import batches_of, check_walk
 from alphaquant.progress import Progress, Stage
+from alphaquant.quant.filling import can_spread
 from alphaquant.quant.two_sided.output_hessian import OutputHessians, OutputSums, owners
+from alphaquant.work.tasks import Workers
+from alphaquant.work.walked import StateFiles, Text, states_in
 
 OUTPUTS_VERSION = 1
 """Part of the key of stored output Hessians; another number measures them anew."""
@@ -79,6 +84,75 @@ def measure_output_hessians(
         if not lacking:
             break
     return found
+
+
+@torch.no_grad()
+def measure_output_hessians_by(
+    workers: Workers,
+    model_map: ModelMap,
+    text: Text,
+    folder: Path,
+    settings: CostSettings,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Let workers measure what is missing; `measure_output_hessians` finds it then.
+
+    Nothing is done where layers hand on more than hidden states, which is warned of.
+
+    Args:
+        workers: have opened the same model.
+        model_map: the original model.
+        text: the calibration windows, in batches of `CostSettings.batch_size`.
+        folder: see `measure_output_hessians`; all workers see it.
+        settings: how gradients are taken.
+        progress: called with ("gradients", units of batches done, units), then with ("outputs",
+            layers done, layers).
+    """
+    found, n_layers = OutputHessians(folder), len(model_map.layers)
+    lacking = [layer.index for layer in model_map.layers if not found.has(layer)]
+    if not lacking or not can_spread(model_map, text, "output Hessians are measured"):
+        return
+    check_walk(model_map, text.batches)
+    labels, n_before = SampledLabels(settings.n_draws, settings.seed), n_layers - len(lacking)
+    with states_in(folder / "states", text) as states:
+        back = [BackTask(states, unit, labels) for unit in text.units]
+        for _ in workers.map(back, partial(progress, Stage.GRADIENTS)):
+            pass
+        tasks = [OutputsTask(found, layer, states) for layer in lacking]
+        for _ in workers.map(tasks, lambda n, _: progress(Stage.OUTPUTS, n_before + n, n_layers)):
+            pass
+
+
+@dataclass(frozen=True)
+class OutputsTask:
+    """Measure the output Hessians of a layer.
+
+    Attributes:
+        outputs: where they go.
+        layer: its number.
+        states: of all layers, with gradients.
+    """
+
+    outputs: OutputHessians
+    layer: int
+    states: StateFiles
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"output Hessians of layer {self.layer}"
+
+    @torch.no_grad()
+    def run(self, model_map: ModelMap) -> None:
+        """See `Task.run`."""
+        layer = model_map.layers[self.layer]
+        if not self.outputs.has(layer):
+            trace = trace_again(model_map, self.states, self.layer)
+            self.outputs.save(layer, _sums_of(trace))
+
+    def smaller(self) -> "OutputsTask":
+        """Itself: traces are in files."""
+        return self
 
 
 def _sums_of(trace: LayerTrace) -> Mapping[str, OutputSums]:

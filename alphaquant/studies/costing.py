@@ -19,7 +19,11 @@ from alphaquant.costs.fisher import (
     measure_costs,
     unit_costs,
 )
-from alphaquant.costs.output_gradients import measure_output_hessians, output_hessians_key
+from alphaquant.costs.output_gradients import (
+    measure_output_hessians,
+    measure_output_hessians_by,
+    output_hessians_key,
+)
 from alphaquant.costs.partial import want_all
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import device_of
@@ -357,6 +361,10 @@ def output_hessians(
     """
     key = output_hessians_key(source.digest, calibration.digest, _OUTPUTS)
     folder = cache_dir(cache) / "outputs" / key
+    if source.workers is not None:
+        text = Text(calibration.tokens, _OUTPUTS.batch_size)
+        given = (source.workers, source.map, text, folder, _OUTPUTS)
+        measure_output_hessians_by(*given, progress)
     return measure_output_hessians(source.map, calibration.tokens, folder, _OUTPUTS, progress)
 
 

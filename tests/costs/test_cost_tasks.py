@@ -6,6 +6,10 @@ import pytest
 
 from alphaquant.costs.cost_tasks import measure_costs_by
 from alphaquant.costs.fisher import CostSettings
+from alphaquant.costs.output_gradients import (
+    measure_output_hessians,
+    measure_output_hessians_by,
+)
 from alphaquant.models.mapping import map_model
 from alphaquant.quant.bank import open_bank
 from alphaquant.quant.filling import fill_bank
@@ -58,3 +62,15 @@ def test_head_and_embeddings_are_measured_by_a_task_too(tmp_path: Path) -> None:
         fill_bank(bank, model_map, COST_TOKENS, COST_FORMATS, QuantSettings(method="rtn"))
         cases.append(CostCase(model_map, bank))
     check_same(*cases)
+
+
+def test_output_hessians_of_tasks_are_those_of_one_walk_back(tmp_path: Path) -> None:
+    model_map = map_model(tiny_model("olmoe"))
+    workers = InProcess(model_map)
+    measure_output_hessians_by(workers, model_map, TEXT, tmp_path / "b", SETTINGS)
+    for name in "ab":
+        measure_output_hessians(model_map, COST_TOKENS, tmp_path / name, SETTINGS)
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir()) and len(files) == 2
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
