@@ -25,7 +25,7 @@ from alphaquant.costs.output_gradients import (
     output_hessians_key,
 )
 from alphaquant.costs.partial import want_all
-from alphaquant.errors import ConfigError
+from alphaquant.errors import ConfigError, ModelError
 from alphaquant.models.mapping import device_of
 from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
@@ -361,11 +361,15 @@ def output_hessians(
     """
     key = output_hessians_key(source.digest, calibration.digest, _OUTPUTS)
     folder = cache_dir(cache) / "outputs" / key
-    if source.workers is not None:
-        text = Text(calibration.tokens, _OUTPUTS.batch_size)
-        given = (source.workers, source.map, text, folder, _OUTPUTS)
-        measure_output_hessians_by(*given, progress)
-    return measure_output_hessians(source.map, calibration.tokens, folder, _OUTPUTS, progress)
+    tokens, model_map = calibration.tokens, source.map
+    try:
+        if source.workers is not None:
+            text = Text(tokens, _OUTPUTS.batch_size)
+            given = (source.workers, model_map, text, folder, _OUTPUTS)
+            measure_output_hessians_by(*given, progress)
+        return measure_output_hessians(model_map, tokens, folder, _OUTPUTS, progress)
+    except ModelError as error:
+        raise ModelError(f"{error}; or round one-sided, --no-two-sided") from error
 
 
 def needed(spec: SearchSpec) -> frozenset[str]:
