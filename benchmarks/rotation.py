@@ -2,7 +2,7 @@
 
     python benchmarks/rotation.py uniform --seeds 5 --out benchmarks/results/rotation-demo.json
     python benchmarks/rotation.py search --budgets 2.25bits 3bits 4.25bits --out FILE
-    python benchmarks/rotation.py uniform --model FILE.gguf --text FOLDER --seeds 1 --out FILE
+    python benchmarks/rotation.py uniform --model FILE.gguf --text FOLDER --quantizer rtn --out R
 
 A seed draws the calibration windows and, in the rotated models, the signs. The teacher is the
 original, not rotated, and the held-out windows are those of seed 0 throughout. `search` runs

@@ -589,3 +589,16 @@ def test_a_configuration_of_an_assignment_says_what_it_includes(mixtral: Invento
     again = parse_config(dump_config(made))
     assert resolve(again, model).assignment == Assignment(mixed)
     assert not config_from_assignment(uniform_assignment(mixtral, "mxfp4"), mixtral).include
+
+
+def test_a_rotation_is_written_and_read_and_changes_no_format(inventory: Inventory) -> None:
+    assignment = Assignment({m.name: "int4-g64" for m in inventory.matrices})
+    plain = config_from_assignment(assignment, inventory)
+    turned = config_from_assignment(assignment, inventory, rotate=7)
+    assert plain.rotate is None
+    assert "rotate" not in dump_config(plain)
+    assert parse_config(dump_config(turned)) == turned
+    assert turned.rotate == 7
+    assert resolve(turned, inventory).assignment == resolve(plain, inventory).assignment
+    with pytest.raises(ConfigError, match="rotate"):
+        parse_config('{"rotate": -1}')
