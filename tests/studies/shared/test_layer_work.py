@@ -134,12 +134,11 @@ def test_a_driver_that_is_killed_goes_on_with_its_workers_work(
     spec_in: Callable[..., SearchSpec],
 ) -> None:
     alone, spec = search(spec_in("alone")), spec_in("two", workers=2)
-    options = [
-        part
-        for name, value in flat(spec).items()
-        if value not in (None, False)
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    options: list[str] = []
+    for name, value in flat(spec).items():
+        if value not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            options += [option] if value is True else [option, str(value)]
     code = "from alphaquant.cli.search import main; main()"
     n_files = [0]
     for more in (3, 3, 6):  # files until the next kill: predictions, bank, costs
