@@ -167,7 +167,9 @@ def with_source(model_map: ModelMap, name: str | Path) -> ModelMap:
     directory = locate(name)
     if directory is None:
         return model_map
-    carried = _unread(model_map.model, weight_files(directory))
+    # A model that was dequantized while it was loaded has forgotten that; the file has not.
+    is_quantized = _object(directory / "config.json").get("quantization_config") is not None
+    carried = _unread(model_map.model, weight_files(directory), is_quantized)
     kept = tuple(Kept(c.name, c.n_weights, c.n_bytes) for c in carried)
     inventory = replace(model_map.inventory, kept=(*model_map.inventory.kept, *kept))
     return replace(model_map, inventory=inventory, carried=carried, source=directory)
@@ -239,8 +241,8 @@ def _check_chosen(file: Path, config: Mapping[str, Any]) -> None:
                 )
 
 
-def _unread(model: nn.Module, files: list[Path]) -> tuple[Carried, ...]:
-    """Tensors of the files that have no place in a model."""
+def _unread(model: nn.Module, files: list[Path], is_quantized: bool) -> tuple[Carried, ...]:
+    """Tensors of the files that have no place in a model; not blocks and scales of its weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -249,7 +251,6 @@ def _unread(model: nn.Module, files: list[Path]) -> tuple[Carried, ...]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    is_quantized = getattr(typed.config, "quantization_config", None) is not None
     found = []
     for file in files:
         with safe_open(file, framework="pt") as opened:

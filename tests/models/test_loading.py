@@ -16,10 +16,11 @@ from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.rotation.derived import rotated
-from alphaquant.models.source_files import check_blocks
+from alphaquant.models.source_files import check_blocks, with_source
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.runtime.checkpoint import load
 from alphaquant.spaces.formats import parse_format
+from alphaquant.studies.inputs import load_source
 from alphaquant.testing.checkpoints import save_tiny
 from alphaquant.testing.models import tiny_model, tiny_tokens
 from alphaquant.testing.packed import (
@@ -79,6 +80,17 @@ def in_fp8_blocks(model: nn.Module) -> dict[str, Tensor]:
         tensors[f"{matrix.name}.weight"] = codes
         tensors[f"{matrix.name}.weight_scale_inv"] = scale
     return tensors
+
+
+def published_tensors(family: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """A tiny gpt-oss in mxfp4 or DeepSeek-V3 in fp8, as published; its quantization_config."""
+    if family == "gpt_oss":
+        model = tiny_model(family, hidden_size=64, intermediate_size=32)
+        entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        return model, in_mxfp4(model), entry
+    model = tiny_model(family)
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    return model, in_fp8_blocks(model), blocks
 
 
 def in_files(folder: Path, cache: Path) -> list[Any]:
@@ -264,14 +276,21 @@ def test_what_compressed_tensors_decompresses_is_not_missing(family: str, tmp_pa
 def test_what_is_published_quantized_is_rotated_as_dequantized(
     family: str, tmp_path: Path
 ) -> None:
-    is_mxfp4 = family == "gpt_oss"
-    sizes = {"hidden_size": 64, "intermediate_size": 32} if is_mxfp4 else {}
-    model = tiny_model(family, **sizes)
-    tensors = in_mxfp4(model) if is_mxfp4 else in_fp8_blocks(model)
-    entry: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    if is_mxfp4:
-        entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model, tensors, entry = published_tensors(family)
     folder = publish(model, tmp_path / "published", tensors, entry)
     found: Any = load_model(rotated(folder, family, 0, tmp_path / "cache"))
     assert not hasattr(found.config, "quantization_config")
     assert relative_difference(found(TOKENS).logits[0], load_model(folder)(TOKENS).logits[0]) < 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_scales_of_weights_that_were_dequantized_are_not_carried(
+    family: str, tmp_path: Path
+) -> None:
+    model, tensors, entry = published_tensors(family)
+    tensors |= {"mtp.norm.weight": torch.ones(4)}  # what is really beside the model is
+    folder = publish(model, tmp_path / "published", tensors, entry)
+    source = load_source(str(folder), "cpu", "auto", cache=tmp_path / "cache")
+    assert [c.name for c in source.map.carried] == ["mtp.norm.weight"]
+    skeleton = with_source(map_model(load_skeleton(folder)), folder)
+    assert skeleton.carried == source.map.carried
