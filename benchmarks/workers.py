@@ -52,7 +52,7 @@ _OLMOE = {
 }
 _TRACED_AGAIN = 0.4
 """Part of the passes of the costs that is spent once more, because layers are traced twice: in
-`compare` gradients and costs took workers 3.5 and 6.5 s, and one process 8.7 s: 1.3 of 3.5 more."""
+`compare` gradients and costs took workers 3.5 and 6.5 s, and one process 8.7 s, so 1.3 of 3.5."""
 
 
 @dataclass(frozen=True)
