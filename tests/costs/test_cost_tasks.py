@@ -22,7 +22,6 @@ from alphaquant.work.tasks import InProcess
 from alphaquant.work.walked import Text
 
 SETTINGS = CostSettings(seed=3, n_draws=2, batch_size=4)
-TEXT = Text(COST_TOKENS, SETTINGS.batch_size)
 
 
 def contents(case: CostCase) -> dict[str, bytes]:
@@ -31,7 +30,8 @@ def contents(case: CostCase) -> dict[str, bytes]:
 
 
 def measure_by_tasks(case: CostCase) -> None:
-    given = (case.map, case.bank, TEXT, COST_FORMATS, SETTINGS)
+    text = Text(COST_TOKENS, SETTINGS.batch_size, case.bank.path / "states")
+    given = (case.map, case.bank, text, COST_FORMATS, SETTINGS)
     measure_costs_by(InProcess(case.map), *given)
 
 
