@@ -12,7 +12,8 @@ workers.
 
 `schedule` plans the default search of OLMoE-1B-7B's shape with speeds that are measured here, cuts
 bank and costs into the tasks that workers would get, and hands these to workers one after the
-other, each to the first that is free. The speed-up is the time of one process over that of the
+other, each to the first that is free. Hidden states and gradients are made once for both rounds
+of the bank, where one process makes them in each. The speed-up is the time of one process over that of the
 last worker to end. Communication, files and the start of workers are left out.
 """
 
@@ -52,7 +53,7 @@ _OLMOE = {
 }
 _TRACED_AGAIN = 0.4
 """Part of the passes of the costs that is spent once more, because layers are traced twice: in
-`compare` gradients and costs took workers 3.5 and 6.5 s, and one process 8.7 s, so 1.3 of 3.5."""
+`compare` gradients and costs took workers 3.5 and 6.5 s, and one process 8.7 s: 1.3 more."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,9 @@ def phases() -> list[Phase]:
     bank = seconds[Stage.HESSIANS] + seconds[Stage.BANK]
     costs = seconds[Stage.COSTS]
     return [
-        Phase("hidden states", 0.0, (rounds * walk / n_walks,) * n_walks),
+        Phase("hidden states", 0.0, (walk / n_walks,) * n_walks),
         Phase("bank", bank, (bank / n_layers,) * n_layers),
-        Phase("gradients", 0.0, (passes / n_backs,) * n_backs),
+        Phase("gradients", 0.0, (passes / rounds / n_backs,) * n_backs),
         Phase("costs", costs, ((costs - passes + _TRACED_AGAIN * passes) / n_layers,) * n_layers),
     ]
 

@@ -38,7 +38,7 @@ from alphaquant.quant.bank import Bank
 from alphaquant.quant.filling import can_spread
 from alphaquant.spaces.units import Matrix
 from alphaquant.work.tasks import Workers
-from alphaquant.work.walked import StateFiles, Text, states_in, steps_from
+from alphaquant.work.walked import StateFiles, Text, steps_from
 
 _EMBEDDINGS = "embeddings"
 """Kind of the files with gradients at what the embeddings give."""
@@ -80,18 +80,18 @@ def measure_costs_by(
         return
     check_walk(model_map, text.batches)
     labels = SampledLabels(settings.n_draws, settings.seed)
-    with states_in(store.folder / "states", text) as states:
-        back = [BackTask(states, unit, labels) for unit in text.units]
-        for _ in workers.map(back, partial(progress, Stage.GRADIENTS)):
-            pass
-        tasks = []
-        for layer, lacking in missing.items():
-            names = {name: wanted_names(bank, name, layer, wanted) for name in lacking}
-            tasks.append(CostTask(bank.path, store, shape, layer, names, states, settings.seed))
-        n_layers = len(shape.sizes)
-        n_before = n_layers - len(tasks)
-        for _ in workers.map(tasks, lambda n, _: progress(Stage.COSTS, n_before + n, n_layers)):
-            pass
+    states = StateFiles(text.folder / store.folder.name, text)
+    back = [BackTask(states, unit, labels) for unit in text.units]
+    for _ in workers.map(back, partial(progress, Stage.GRADIENTS)):
+        pass
+    tasks = []
+    for layer, lacking in missing.items():
+        names = {name: wanted_names(bank, name, layer, wanted) for name in lacking}
+        tasks.append(CostTask(bank.path, store, shape, layer, names, states, settings.seed))
+    n_layers = len(shape.sizes)
+    n_before = n_layers - len(tasks)
+    for _ in workers.map(tasks, lambda n, _: progress(Stage.COSTS, n_before + n, n_layers)):
+        pass
 
 
 @dataclass(frozen=True)

@@ -269,11 +269,15 @@ def cost_files(
     bank: Bank, tokens: Tensor, formats: Sequence[str], settings: CostSettings, wanted: Wanted
 ) -> tuple[CostStore, TableShape]:
     """Where costs are stored, and what must be there; arguments as of `measure_costs`."""
-    facts = {"settings": asdict(settings), "version": COSTS_VERSION}
-    store = CostStore(bank.path / "costs" / costs_key(tokens, facts))
+    store = CostStore(bank.path / "costs" / gradients_key(tokens, settings))
     trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
     parts = parts_held(bank, formats, wanted)
     return store, TableShape(_sizes(bank), tuple(formats), _SHARED, trailing, parts)
+
+
+def gradients_key(tokens: Tensor, settings: CostSettings) -> str:
+    """Digest that names gradients on calibration windows [S, T], and what is measured with them."""
+    return costs_key(tokens, {"settings": asdict(settings), "version": COSTS_VERSION})
 
 
 def _sizes(bank: Bank) -> list[int]:

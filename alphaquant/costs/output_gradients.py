@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.costs.cost_tasks import BackTask, trace_again
-from alphaquant.costs.fisher import CostSettings
+from alphaquant.costs.fisher import CostSettings, gradients_key
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, trace_layers
 from alphaquant.costs.matrix_costs import trace_matrices
 from alphaquant.models.sites import ModelMap
@@ -27,7 +27,7 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.filling import can_spread
 from alphaquant.quant.two_sided.output_hessian import OutputHessians, OutputSums, owners
 from alphaquant.work.tasks import Workers
-from alphaquant.work.walked import StateFiles, Text, states_in
+from alphaquant.work.walked import StateFiles, Text
 
 OUTPUTS_VERSION = 1
 """Part of the key of stored output Hessians; another number measures them anew."""
@@ -114,13 +114,14 @@ def measure_output_hessians_by(
         return
     check_walk(model_map, text.batches)
     labels, n_before = SampledLabels(settings.n_draws, settings.seed), n_layers - len(lacking)
-    with states_in(folder / "states", text) as states:
-        back = [BackTask(states, unit, labels) for unit in text.units]
-        for _ in workers.map(back, partial(progress, Stage.GRADIENTS)):
-            pass
-        tasks = [OutputsTask(found, layer, states) for layer in lacking]
-        for _ in workers.map(tasks, lambda n, _: progress(Stage.OUTPUTS, n_before + n, n_layers)):
-            pass
+    # Where costs keep theirs: with equal settings both want the same gradients.
+    states = StateFiles(text.folder / gradients_key(text.tokens, settings), text)
+    back = [BackTask(states, unit, labels) for unit in text.units]
+    for _ in workers.map(back, partial(progress, Stage.GRADIENTS)):
+        pass
+    tasks = [OutputsTask(found, layer, states) for layer in lacking]
+    for _ in workers.map(tasks, lambda n, _: progress(Stage.OUTPUTS, n_before + n, n_layers)):
+        pass
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def store_teacher_by(
             teacher = open_teacher(path)
             check_windows(teacher, tokens)
             return teacher
-        files = StateFiles(folder, Text(tokens, BATCH_WINDOWS))
+        files = StateFiles(folder, Text(tokens, BATCH_WINDOWS, folder))
         tasks = [TeacherTask(files, unit, top_k) for unit in files.text.units]
         n_windows, n_done = len(tokens), 0
         for n in workers.map(tasks, lambda done, total: None):

@@ -31,7 +31,6 @@ from alphaquant.work.walked import (
     StateFiles,
     Text,
     hands_on_more,
-    states_in,
     steps_from,
     walk_tasks,
 )
@@ -125,24 +124,24 @@ def fill_bank_by(
             return 0
         found = checked_outputs(settings, outputs)
         check_walk(model_map, text.batches)
-        with states_in(bank.path / f"states-{text.batch_size}", text) as states:
-            walks = walk_tasks(states, max(missing) - 1)
-            for _ in workers.map(walks, lambda done, n: progress(Stage.STATES, done, n)):
-                pass
-            tasks = [
-                BankTask(
-                    *(bank.path, layer, _places(bank, layer, lacking), states, settings),
-                    outputs=found,
-                )
-                for layer, lacking in missing.items()
-            ]
-            n_layers = len(model_map.layers)
-            n_before = n_layers - len(tasks)
+        states = StateFiles(text.folder / f"walk-{text.batch_size}", text)
+        walks = walk_tasks(states, max(missing) - 1)
+        for _ in workers.map(walks, lambda done, n: progress(Stage.STATES, done, n)):
+            pass
+        tasks = [
+            BankTask(
+                *(bank.path, layer, _places(bank, layer, lacking), states, settings),
+                outputs=found,
+            )
+            for layer, lacking in missing.items()
+        ]
+        n_layers = len(model_map.layers)
+        n_before = n_layers - len(tasks)
 
-            def tell(done: int, total: int) -> None:
-                progress(Stage.BANK, min(n_before + done, n_layers), n_layers)
+        def tell(done: int, total: int) -> None:
+            progress(Stage.BANK, min(n_before + done, n_layers), n_layers)
 
-            return sum(workers.map(tasks, tell))
+        return sum(workers.map(tasks, tell))
 
 
 def can_spread(model_map: ModelMap, text: Text, what: str) -> bool:

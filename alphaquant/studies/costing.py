@@ -50,7 +50,7 @@ from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
 from alphaquant.texts.windows import TokenSet
-from alphaquant.work.walked import Text
+from alphaquant.work.walked import Text, folder_of_states
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,21 @@ def fill_and_measure(
     Raises:
         StoreError: a file of the bank or of the costs is damaged.
     """
+    if inputs.source.workers is None:
+        return _filled_and_measured(spec, inputs, space, clock)
+    with folder_of_states(states_folder(inputs.source, inputs.calibration, spec.run.cache)):
+        return _filled_and_measured(spec, inputs, space, clock)
+
+
+def states_folder(source: Source, calibration: TokenSet, cache: Path | None) -> Path:
+    """Where workers keep what layers give on a calibration text, till bank and costs are there."""
+    facts = (source.digest[:16], calibration.digest[:16], source.runs_as)
+    return cache_dir(cache) / "states" / "-".join(facts)
+
+
+def _filled_and_measured(
+    spec: SearchSpec, inputs: Inputs, space: SearchSpace, clock: StageClock
+) -> tuple[Bank, Costs]:
     names = bank_formats(space)
     if inputs.candidates is not None:
         bank = open_candidate_bank(spec, inputs, inputs.candidates, clock)
@@ -327,7 +342,7 @@ def fill_source_bank(
         return output_hessians(source, calibration, cache, progress)
 
     if source.workers is not None:
-        text = Text(tokens, BATCH_WINDOWS)
+        text = Text(tokens, BATCH_WINDOWS, states_folder(source, calibration, cache))
         fill_bank_by(
             *(source.workers, bank, source.map, text, names, settings),
             wanted=wanted,
@@ -364,7 +379,8 @@ def output_hessians(
     tokens, model_map = calibration.tokens, source.map
     try:
         if source.workers is not None:
-            text = Text(tokens, _OUTPUTS.batch_size)
+            states = states_folder(source, calibration, cache)
+            text = Text(tokens, _OUTPUTS.batch_size, states)
             given = (source.workers, model_map, text, folder, _OUTPUTS)
             measure_output_hessians_by(*given, progress)
         return measure_output_hessians(model_map, tokens, folder, _OUTPUTS, progress)
@@ -402,7 +418,8 @@ def measure_unit_costs(
     tokens, settings = inputs.calibration.tokens, CostSettings(spec.proposals.seed)
     clock(Stage.COSTS, 0, n_layers)
     if source.workers is not None:
-        text = Text(tokens, settings.batch_size)
+        folder = states_folder(source, inputs.calibration, spec.run.cache)
+        text = Text(tokens, settings.batch_size, folder)
         measure_costs_by(
             *(source.workers, source.map, bank, text, bank_formats(space), settings),
             wanted=wanted,

@@ -9,7 +9,7 @@ other batches.
 That needs layers that hand on nothing but hidden states. Where one leaves state in its arguments
 or gives more, `hands_on_more` says so, and the work is done in one process.
 
-Layout of a folder, which is removed when the work is done::
+Layout, in a folder that is removed when the work is done::
 
     <folder>/layer-003/batch-0016.safetensors    hidden states [B, T, H] of batches 16, 17, ...
 
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaquant.files import whole_file, writing
+from alphaquant.files import locked, whole_file, writing
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, hidden_of, shared_state, walk
 
@@ -43,10 +43,12 @@ class Text:
     Attributes:
         tokens: int64 [N, T].
         batch_size: B.
+        folder: where files of it go, see `folder_of_states`.
     """
 
     tokens: Tensor
     batch_size: int
+    folder: Path
 
     @property
     def batches(self) -> list[Tensor]:
@@ -130,17 +132,18 @@ class StateFiles:
 
 
 @contextmanager
-def states_in(folder: Path, text: Text) -> Iterator[StateFiles]:
-    """Hidden states of a text in a folder, which is removed when the work with them is done.
+def folder_of_states(folder: Path) -> Iterator[Path]:
+    """A folder for files of texts, which is removed when the work with them is done.
 
-    What a driver that was stopped left there is used.
+    What a driver that was stopped left there is used. A second driver waits for the first, and
+    finds what that has made.
 
     Args:
-        folder: its path depends on everything that the states depend on.
-        text: of what.
+        folder: its path depends on the model and how it computes, and on the text.
     """
-    yield StateFiles(folder, text)
-    shutil.rmtree(folder, ignore_errors=True)
+    with locked(folder.with_suffix(".lock"), f"the folder {folder}", "--cache", waits=True):
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from alphaquant.work.tasks import InProcess
 from alphaquant.work.walked import Text
 
 SETTINGS = CostSettings(seed=3, n_draws=2, batch_size=4)
-TEXT = Text(COST_TOKENS, SETTINGS.batch_size)
 
 
 def contents(case: CostCase) -> dict[str, bytes]:
@@ -35,7 +34,8 @@ def contents(case: CostCase) -> dict[str, bytes]:
 
 
 def measure_by_tasks(case: CostCase) -> None:
-    given = (case.map, case.bank, TEXT, COST_FORMATS, SETTINGS)
+    text = Text(COST_TOKENS, SETTINGS.batch_size, case.bank.path / "states")
+    given = (case.map, case.bank, text, COST_FORMATS, SETTINGS)
     measure_costs_by(InProcess(case.map), *given)
 
 
@@ -67,7 +67,8 @@ def test_head_and_embeddings_are_measured_by_a_task_too(tmp_path: Path) -> None:
 def test_output_hessians_of_tasks_are_those_of_one_walk_back(tmp_path: Path) -> None:
     model_map = map_model(tiny_model("olmoe"))
     workers = InProcess(model_map)
-    measure_output_hessians_by(workers, model_map, TEXT, tmp_path / "b", SETTINGS)
+    text = Text(COST_TOKENS, SETTINGS.batch_size, tmp_path / "states")
+    measure_output_hessians_by(workers, model_map, text, tmp_path / "b", SETTINGS)
     for name in "ab":
         measure_output_hessians(model_map, COST_TOKENS, tmp_path / name, SETTINGS)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())

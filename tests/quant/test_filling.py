@@ -17,7 +17,7 @@ from alphaquant.work.walked import Text
 
 FORMATS = ["int3-g32-asym", "mxfp4"]
 SETTINGS = QuantSettings(refine_sweeps=0, n_starts=1)
-TEXT = Text(tiny_tokens(5, 16), 2)
+TOKENS, BATCH_WINDOWS = tiny_tokens(5, 16), 2
 
 
 class Twice(InProcess):
@@ -38,16 +38,20 @@ def contents(bank: Bank) -> dict[str, bytes]:
     }
 
 
+def text_in(path: Path) -> Text:
+    return Text(TOKENS, BATCH_WINDOWS, path / "states")
+
+
 def fill_in_turn(model_map: ModelMap, path: Path) -> Bank:
     bank = open_bank(path, "key", model_map.inventory, {})
-    fill_bank(bank, model_map, TEXT.tokens, FORMATS, SETTINGS, batch_size=TEXT.batch_size)
+    fill_bank(bank, model_map, TOKENS, FORMATS, SETTINGS, batch_size=BATCH_WINDOWS)
     return bank
 
 
 def fill_by_tasks(model_map: ModelMap, path: Path) -> Bank:
     bank = open_bank(path, "key", model_map.inventory, {})
     workers = InProcess(model_map)
-    assert fill_bank_by(workers, bank, model_map, TEXT, FORMATS, SETTINGS) > 0
+    assert fill_bank_by(workers, bank, model_map, text_in(path), FORMATS, SETTINGS) > 0
     return bank
 
 
@@ -75,7 +79,10 @@ def test_a_task_that_is_run_again_writes_nothing_and_changes_nothing(tmp_path: P
     model_map = map_model(tiny_model("olmoe"))
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
     again = Twice(model_map)
-    assert fill_bank_by(again, bank, model_map, TEXT, FORMATS, SETTINGS) == len(FORMATS) * 2
+    assert (
+        fill_bank_by(again, bank, model_map, text_in(tmp_path), FORMATS, SETTINGS)
+        == len(FORMATS) * 2
+    )
     assert again.results[-1] == 0
     expected = contents(fill_in_turn(model_map, tmp_path / "b"))
     assert contents(bank) == expected

@@ -14,18 +14,18 @@ from alphaquant.work.walked import (
     StateFiles,
     Text,
     even_parts,
+    folder_of_states,
     hands_on_more,
-    states_in,
     steps_from,
     walk_tasks,
 )
 
-TEXT = Text(tiny_tokens(5, 8), 2)
+TEXT = Text(tiny_tokens(5, 8), 2, Path("nowhere"))
 
 
 def test_units_are_of_the_text_alone_and_few() -> None:
     assert [list(unit) for unit in TEXT.units] == [[0], [1], [2]]
-    long = Text(tiny_tokens(200, 2), 2)
+    long = Text(tiny_tokens(200, 2), 2, Path("nowhere"))
     assert len(long.units) == MOST_UNITS
     assert [n for unit in long.units for n in unit] == list(range(100))
     assert {len(unit) for unit in long.units} == {3, 4}
@@ -72,14 +72,14 @@ def test_a_walk_whose_files_are_there_is_not_walked_again(
 
 
 def test_a_folder_stays_when_work_is_cut_short_and_goes_when_it_is_done(tmp_path: Path) -> None:
-    folder = tmp_path / "states"
-    with pytest.raises(KeyboardInterrupt), states_in(folder, TEXT) as states:
+    folder, states = tmp_path / "states", StateFiles(tmp_path / "states" / "walk", TEXT)
+    with pytest.raises(KeyboardInterrupt), folder_of_states(folder):
         states.write(0, TEXT.units[0], [torch.zeros(2, 8, 4)])
         raise KeyboardInterrupt
     assert len(list(folder.rglob("*.safetensors"))) == 1
-    with states_in(folder, TEXT) as states:
+    with folder_of_states(folder):
         assert states.has_layer(0, TEXT.units[0])
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_that_leave_state_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ from alphaquant.spaces.assignment import Assignment
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings
-from alphaquant.studies.costing import fill_source_bank
+from alphaquant.studies.costing import fill_source_bank, states_folder
 from alphaquant.studies.inputs import Source
 from alphaquant.studies.shared.staffing import check_workers, with_workers, worker_source
 from alphaquant.texts.windows import TokenSet
+from alphaquant.work.walked import folder_of_states
 
 
 def check_shared(spec: QuantizeSpec, settings: QuantSettings, device: str) -> None:
@@ -61,5 +62,9 @@ def fill_by_workers(
         return assignment.formats[matrix.name] == name
 
     names = sorted(set(assignment.formats.values()))
-    with with_workers(source, spec.workers, spec.cluster, own) as staffed:
+    folder = states_folder(source, tokens, spec.cache)
+    with (
+        folder_of_states(folder),
+        with_workers(source, spec.workers, spec.cluster, own) as staffed,
+    ):
         fill_source_bank(staffed, tokens, names, settings, spec.cache, progress, wanted)
