@@ -276,7 +276,7 @@ def cost_files(
 
 
 def gradients_key(tokens: Tensor, settings: CostSettings) -> str:
-    """Digest that names gradients on calibration windows [S, T], and what is measured with them."""
+    """Digest that names gradients on windows [S, T], and what is measured with them."""
     return costs_key(tokens, {"settings": asdict(settings), "version": COSTS_VERSION})
 
 
