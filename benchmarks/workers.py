@@ -13,8 +13,8 @@ workers.
 `schedule` plans the default search of OLMoE-1B-7B's shape with speeds that are measured here, cuts
 bank and costs into the tasks that workers would get, and hands these to workers one after the
 other, each to the first that is free. Hidden states and gradients are made once for both rounds
-of the bank, where one process makes them in each. The speed-up is the time of one process over that of the
-last worker to end. Communication, files and the start of workers are left out.
+of the bank, where one process makes them in each. The speed-up is the time of one process over
+that of the last worker to end. Communication, files and the start of workers are left out.
 """
 
 import argparse
