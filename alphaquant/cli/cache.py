@@ -13,13 +13,18 @@ from alphaquant.cli.console import quiet_libraries
 from alphaquant.cli.screen import say
 from alphaquant.errors import ConfigError, StoreError
 
+Kind = Literal[
+    "weights", "teachers", "banks", "costs", "spectra", "outputs", "states", "rotated", "written",
+    "gguf",
+]  # fmt: skip
+
 
 def command(
     action: Literal["list", "verify", "prune"] = "list",
     /,
     *,
     cache: Path | None = None,
-    kind: Literal["weights", "teachers", "banks", "costs", "spectra", "gguf"] | None = None,
+    kind: Kind | None = None,
     older_than: str | None = None,
     keep: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -34,7 +39,8 @@ def command(
         action: What to do: list shows sizes, verify compares files with their checksums, prune
             removes.
         cache: Directory of the cache; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant.
-        kind: Only these: weights, teachers, banks, costs, spectra or gguf; default all.
+        kind: Only these: weights, teachers, banks, costs, spectra, outputs, states, rotated,
+            written or gguf; default all.
         older_than: Prune what was not used for so long: 12h, 30d, 4w; none by default.
         keep: Prune what was not used for longest, until the rest takes no more than this:
             50GiB; none by default.

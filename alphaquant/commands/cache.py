@@ -9,6 +9,11 @@ banks     matrices of one model, text and quantizer, with what   sha256 beside e
           was measured of assignments
 costs     what the formats of one bank cost                      inside each file
 spectra   of the weights of one model                            inside the file
+outputs   output Hessians of one model on one text               inside each file
+states    hidden states and gradients that workers share; gone   none
+          when the search that made them has its bank and costs
+rotated   a checkpoint with its residual stream rotated          none
+written   text that one model wrote itself                       none
 gguf      a GGUF file as a checkpoint                            none
 ========  =====================================================  =======================
 
@@ -39,7 +44,10 @@ from alphaquant.spaces.budget import parse_byte_budget
 from alphaquant.spaces.json_files import JsonError, read_object
 from alphaquant.studies.inputs import USERS
 
-KINDS = ("weights", "teachers", "banks", "costs", "spectra", "gguf")
+KINDS = (
+    *("weights", "teachers", "banks", "costs", "spectra"),
+    *("outputs", "states", "rotated", "written", "gguf"),
+)
 
 _UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _UNKNOWN = "-"
@@ -110,10 +118,12 @@ def list_cache(root: Path) -> list[Entry]:
         model = str(facts.get("model", _UNKNOWN))
         found.append(_entry("banks", path, model, without="costs"))
         found += [_entry("costs", folder, model) for folder in _folders(path / "costs")]
-    found += [
-        _entry("spectra", file, _UNKNOWN)
-        for file in sorted((root / "spectra").glob("*.safetensors"))
-    ]
+    for kind in ("spectra", "written"):
+        files = sorted((root / kind).glob("*.safetensors"))
+        found += [_entry(kind, file, _UNKNOWN) for file in files]
+    for kind in ("outputs", "states", "rotated"):
+        folders = [folder for folder in _folders(root / kind) if folder.name != READ]
+        found += [_entry(kind, folder, _UNKNOWN) for folder in folders]
     for above in _folders(root / "gguf"):
         origins = [str(_facts(f / "gguf.json").get("file", _UNKNOWN)) for f in _folders(above)]
         found.append(_entry("gguf", above, next(iter(origins), _UNKNOWN)))
@@ -292,7 +302,7 @@ def _problems(entry: Entry) -> Iterator[str | None]:
             yield None
         except StoreError as error:
             yield str(error)
-    elif entry.kind in ("costs", "spectra"):
+    elif entry.kind in ("costs", "spectra", "outputs"):
         is_one = entry.path.is_file()
         for file in [entry.path] if is_one else sorted(entry.path.glob("*.safetensors")):
             yield _summed(file)
@@ -319,7 +329,7 @@ def _summed(file: Path) -> str | None:
 
 def _is_used(root: Path, entry: Entry) -> bool:
     """Whether a live process writes an entry, or may have used it since it began."""
-    if entry.kind == "weights":
+    if entry.kind in ("weights", "rotated", "states"):
         locks = [entry.path.with_name(f"{entry.path.name}.lock")]
     else:
         holder = entry.path.parent.parent if entry.kind == "costs" else entry.path

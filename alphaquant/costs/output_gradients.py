@@ -21,6 +21,7 @@ from alphaquant.costs.cost_tasks import BackTask, trace_again
 from alphaquant.costs.fisher import CostSettings, gradients_key
 from alphaquant.costs.gradients import LayerTrace, SampledLabels, trace_layers
 from alphaquant.costs.matrix_costs import trace_matrices
+from alphaquant.files import mark_used
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of, check_walk
 from alphaquant.progress import Progress, Stage
@@ -71,6 +72,7 @@ def measure_output_hessians(
     found, n_layers = OutputHessians(folder), len(model_map.layers)
     lacking = {layer.index for layer in model_map.layers if not found.has(layer)}
     if not lacking:
+        mark_used(folder)
         return found
     progress(Stage.OUTPUTS, n_layers - len(lacking), n_layers)
     labels = SampledLabels(settings.n_draws, settings.seed)

@@ -13,6 +13,7 @@ from alphaquant.cli.application import start
 from alphaquant.cli.cache import CACHE
 from alphaquant.commands import cache as module
 from alphaquant.commands.cache import (
+    KINDS,
     Entry,
     age_seconds,
     list_cache,
@@ -38,6 +39,15 @@ def filled(found: SearchResult, cache: Path, tmp_path_factory: pytest.TempPathFa
     decoded = root / "gguf" / "ab" / "transformers-5"
     decoded.mkdir(parents=True, exist_ok=True)
     (decoded / "gguf.json").write_text('{"file": "model.gguf"}')
+    for name in (
+        "states/ab/batch.safetensors",
+        "rotated/ab/rotation.json",
+        "written/ab.safetensors",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "outputs" / "ab").mkdir(parents=True, exist_ok=True)
+    shutil.copy(costs, root / "outputs" / "ab" / "layer-000.safetensors")
     age(root, 86400)
     return root
 
@@ -62,7 +72,7 @@ def test_every_kind_is_listed_with_its_bytes_and_its_model(
     filled: Path, found: SearchResult
 ) -> None:
     entries = list_cache(filled)
-    assert kinds(entries) == {"weights", "teachers", "banks", "costs", "spectra", "gguf"}
+    assert kinds(entries) == set(KINDS)
     files = [f for f in filled.rglob("*") if f.is_file()]
     apart = sum(f.stat().st_size for f in files if f.parent.name == "read")
     assert sum(e.n_bytes for e in entries) == sum(f.stat().st_size for f in files) - apart
@@ -77,8 +87,8 @@ def test_a_cache_that_a_search_left_is_whole(filled: Path) -> None:
     checked = list(verify_cache(list_cache(filled)))
     assert [c.damaged for c in checked] == [()] * len(checked)
     n_files = {c.entry.kind: c.n_files for c in checked}
-    assert n_files["gguf"] == 0  # nothing is stored to compare with
-    assert all(n_files[kind] > 0 for kind in n_files.keys() - {"gguf"})
+    unsummed = {"gguf", "states", "rotated", "written"}  # nothing is stored to compare with
+    assert {kind for kind, n in n_files.items() if n == 0} == unsummed
 
 
 @pytest.mark.parametrize("kind", ["weights", "teachers", "banks", "costs", "spectra"])
