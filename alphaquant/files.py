@@ -176,10 +176,11 @@ def in_use(path: Path, what: str) -> Iterator[None]:
     Where nothing may be written nothing is said: a cache that somebody else keeps.
 
     Args:
-        path: the folder of claims; its folder is made if there is none.
+        path: the folder of claims; its folder is made if there is none, and removed again where
+            nothing else came into it.
         what: what is used, for messages.
     """
-    lease = Lease(FolderBoard(path), what, "")
+    lease, is_new = Lease(FolderBoard(path), what, ""), not path.parent.exists()
     try:
         lease.join()
     except OSError:
@@ -189,6 +190,9 @@ def in_use(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lease.release()
+        if is_new:
+            with suppress(OSError):  # something is in it
+                path.parent.rmdir()
 
 
 def mark_used(path: Path) -> None:
