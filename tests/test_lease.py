@@ -214,7 +214,7 @@ def test_a_driver_that_was_killed_is_followed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "60")
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "alphaquant")
     command = [sys.executable, "-c", PAUSED, str(tmp_path / "lock")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as first:

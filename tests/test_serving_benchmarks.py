@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from alphaquant.spaces.formats import MENUS
+from alphaquant.spaces.menus import MENUS
 from alphaquant.testing.models import tiny_model
 from tests.benches import import_benchmark
 

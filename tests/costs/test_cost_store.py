@@ -48,13 +48,13 @@ def names(case: CostCase) -> list[str]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
     """Layers and formats that are measured, in order."""
     calls = []
-    layer_costs = fisher._layer_costs
+    layer_costs = fisher.layer_costs
 
     def record(trace: Any, bank: Any, formats: tuple[str, ...], seed: int) -> Any:
         calls.append((trace.layer.index, tuple(formats)))
         return layer_costs(trace, bank, formats, seed)
 
-    monkeypatch.setattr(fisher, "_layer_costs", record)
+    monkeypatch.setattr(fisher, "layer_costs", record)
     return calls
 
 
