@@ -182,17 +182,23 @@ with locked(Path(sys.argv[1]), "--out q") as lease:
 """
 
 
+@contextmanager
+def holder(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that holds the lease of a folder."""
+    command, pipe = [sys.executable, "-c", PAUSED, str(folder)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
 def test_a_driver_that_was_paused_learns_that_another_one_took_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "2")
-    command = [sys.executable, "-c", PAUSED, str(tmp_path / "lock")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as first:
-        assert first.stdin is not None and first.stdout is not None
-        first.stdin.write("\n")
-        first.stdin.flush()
-        assert first.stdout.readline() == "held\n"
+    with holder(tmp_path / "lock") as first:
         first.send_signal(SIGSTOP)
         words = f"process {first.pid} on"
         with pytest.raises(StoreError, match=words), held(FolderBoard(tmp_path / "lock")):
@@ -215,13 +221,7 @@ def test_a_driver_that_was_killed_is_followed_at_once(
 ) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "60")
     caplog.set_level(logging.INFO, "alphaquant")
-    command = [sys.executable, "-c", PAUSED, str(tmp_path / "lock")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as first:
-        assert first.stdin is not None and first.stdout is not None
-        first.stdin.write("\n")
-        first.stdin.flush()
-        assert first.stdout.readline() == "held\n"
+    with holder(tmp_path / "lock") as first:
         first.send_signal(SIGKILL)
     began = time.monotonic()
     with held(FolderBoard(tmp_path / "lock")):

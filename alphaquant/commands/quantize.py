@@ -319,7 +319,10 @@ def _part(
 
 def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
     """Flag over summary over default; where no search left settings, rounding is two-sided."""
-    settings = changed(summary.settings, spec.quantizer)
+    settings, asked = summary.settings, spec.quantizer
+    if asked.method == "rtn" and not asked.two_sided:  # what a search says of GPTQ says nothing
+        settings = replace(settings, two_sided=False)
+    settings = changed(settings, asked)
     if spec.quantizer.two_sided is None and not summary.is_stated and settings.method == "gptq":
         return replace(settings, two_sided=True)
     return settings

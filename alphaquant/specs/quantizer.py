@@ -42,7 +42,7 @@ class RoundingSpec:
     a search by --effort."""
     n_starts: Annotated[int, whole(1, 2)] | None = None
     """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
-    better result. Default 2, in a search by --effort."""
+    better result, where rounding is one-sided. Default 2, in a search by --effort."""
     two_sided: bool | None = None
     """Weigh rounding errors by the gradients at a matrix's outputs as well as by its inputs: a
     pass through the model more, and less divergence at the same bits. Default on; with rtn, and
@@ -70,7 +70,7 @@ class QuantSettings(RoundingSpec):
     """Rounds of coordinate descent and scale fitting after GPTQ; 0 is plain GPTQ."""
     n_starts: Annotated[int, whole(1, 2)] = 2
     """1 quantizes in one order of columns; 2 in both orders of actorder and keeps each row's
-    better result."""
+    better result, where rounding is one-sided."""
     two_sided: bool = False
     """Weigh rounding errors by the gradients at a matrix's outputs as well as by its inputs.
     Default: what the configuration says; where it says nothing of rounding, on with gptq."""
@@ -84,7 +84,8 @@ def settings_of(rounding: RoundingSpec) -> QuantSettings:
 
     What is open gets its default.
     """
-    return QuantSettings(**{k: v for k, v in asdict(rounding).items() if v is not None})
+    given = {k: v for k, v in asdict(rounding).items() if v is not None}
+    return QuantSettings(**{"two_sided": rounding.method == "gptq", **given})
 
 
 def changed(settings: QuantSettings, changes: Any) -> QuantSettings:

@@ -9,15 +9,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from alphaquant.work.messages import BEAT_SECONDS, Beat, Outcome, Ready, receive, send
-from alphaquant.work.scheduling import Schedule
-from alphaquant.work.tasks import OpenModel, R, Task, Tell, WorkError, tell_no_one
+from alphaquant.work.scheduling import Scheduled
+from alphaquant.work.tasks import OpenModel, Task, WorkError
 
 SILENCE_SECONDS = 300.0
 """Without processor time for so long a worker counts as hanging. Reading a large model from a
@@ -201,7 +200,7 @@ class _ProcessCrew:
         process.program.wait()
 
 
-class Processes:
+class Processes(Scheduled):
     """Workers on this machine; a context manager, whose end ends them.
 
     Args:
@@ -219,12 +218,7 @@ class Processes:
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self._crew = _ProcessCrew(n_workers, open_model, device, silence_seconds)
-        self._schedule = Schedule(self._crew)
-
-    @property
-    def n_workers(self) -> int:
-        """How many are left."""
-        return self._crew.n_workers
+        super().__init__(self._crew)
 
     @property
     def n_together(self) -> int:
@@ -235,17 +229,6 @@ class Processes:
     def pids(self) -> list[int]:
         """Numbers of the processes."""
         return self._crew.pids
-
-    def map(self, tasks: Sequence[Task[R]], tell: Tell = tell_no_one) -> Iterator[R]:
-        """See `Workers.map`."""
-        try:
-            yield from self._schedule.run(tasks, tell)
-        finally:
-            self._schedule.forget()
-
-    def __enter__(self) -> "Processes":
-        """Itself."""
-        return self
 
     def __exit__(self, *error: object) -> None:
         """End them."""

@@ -8,14 +8,14 @@ paths, and have the same packages. Ray is imported when a cluster is asked for.
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alphaquant.work.messages import Outcome
 from alphaquant.work.processes import LEAST_SECONDS, SILENCE_SECONDS
-from alphaquant.work.scheduling import Schedule
-from alphaquant.work.tasks import OpenModel, R, Task, Tell, WorkError, tell_no_one
+from alphaquant.work.scheduling import Scheduled
+from alphaquant.work.tasks import OpenModel, Task, WorkError
 from alphaquant.work.worker import outcome_of
 
 _BEAT_SECONDS = 5.0
@@ -249,7 +249,7 @@ class _RayCrew:
         self._ray.kill(actor.handle)
 
 
-class RayWorkers:
+class RayWorkers(Scheduled):
     """Workers of a Ray cluster; a context manager, whose end ends them.
 
     Args:
@@ -274,12 +274,7 @@ class RayWorkers:
         self._ray, self._is_ours = _connected(address)
         self.share = share_of(self._ray.nodes(), n_workers, device)
         self._crew = _RayCrew(self._ray, self.share, open_model, silence_seconds)
-        self._schedule = Schedule(self._crew)
-
-    @property
-    def n_workers(self) -> int:
-        """How many are left."""
-        return self._crew.n_workers
+        super().__init__(self._crew)
 
     @property
     def n_together(self) -> int:
@@ -298,17 +293,6 @@ class RayWorkers:
         share, url = self.share, self.dashboard_url
         linked = "" if url is None else f"; Ray's dashboard: {url}"
         return f"{share.n_workers} workers on {share.n_nodes} nodes of a Ray cluster{linked}"
-
-    def map(self, tasks: Sequence[Task[R]], tell: Tell = tell_no_one) -> Iterator[R]:
-        """See `Workers.map`."""
-        try:
-            yield from self._schedule.run(tasks, tell)
-        finally:
-            self._schedule.forget()
-
-    def __enter__(self) -> "RayWorkers":
-        """Itself."""
-        return self
 
     def __exit__(self, *error: object) -> None:
         """End them, and leave the cluster if it was entered here."""

@@ -11,10 +11,10 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from alphaquant.work.messages import Outcome
-from alphaquant.work.tasks import R, Task, Tell, WorkError
+from alphaquant.work.tasks import R, Task, Tell, WorkError, tell_no_one
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,33 @@ class Schedule:
                 return entry
         self._crew.replace(worker)
         return entry
+
+
+class Scheduled:
+    """What all `Workers` with a crew have in common; a context manager, which gives itself.
+
+    Args:
+        crew: the workers.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._of_all, self._schedule = crew, Schedule(crew)
+
+    @property
+    def n_workers(self) -> int:
+        """How many are left."""
+        return self._of_all.n_workers
+
+    def map(self, tasks: Sequence[Task[R]], tell: Tell = tell_no_one) -> Iterator[R]:
+        """See `Workers.map`."""
+        try:
+            yield from self._schedule.run(tasks, tell)
+        finally:
+            self._schedule.forget()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
 
 
 def _advice(outcome: Outcome) -> str:

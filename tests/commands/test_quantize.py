@@ -166,6 +166,26 @@ def test_settings_are_flag_over_summary_over_default(make: MakeQuantize, tmp_pat
     assert (found["percdamp"], found["route_exponent"], found["refine_sweeps"]) == (0.05, 0, 3)
 
 
+def test_rounding_is_two_sided_where_nothing_else_was_said(
+    make: MakeQuantize, tmp_path: Path
+) -> None:
+    searched = {**INT4, "summary": {"quantization": {"two_sided": True}}}
+    one_sided = {**INT4, "summary": {"quantization": {"percdamp": 0.02}}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+        (INT4, {}, True),
+        (INT4, {"two_sided": False}, False),
+        (one_sided, {}, False),
+        (searched, {}, True),
+        (searched, {"method": "rtn"}, False),
+    ]
+    for number, (config, flags, expected) in enumerate(cases):
+        report = report_of(quantize(make(config, out=tmp_path / str(number), **flags)).path)
+        assert report["settings"]["two_sided"] is expected
+        assert {row["is_two_sided"] for row in report["matrices"]} == {expected}
+    with pytest.raises(ConfigError, match="two_sided with method rtn"):
+        quantize(make(INT4, out=tmp_path / "x", method="rtn", two_sided=True))
+
+
 @pytest.mark.parametrize("written", [0, 1, 1.0, 0.5])
 def test_a_real_number_may_be_written_as_a_whole_one(make: MakeQuantize, written: float) -> None:
     summary = {"quantization": {"percdamp": written}}

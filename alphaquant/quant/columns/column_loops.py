@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alphaquant.quant.columns import columns_numba
+from alphaquant.quant.columns import columns_numba, coupled_numba
 from alphaquant.quant.columns.state import Block, Groups, Rounding
 
 Floats = npt.NDArray[np.float32]
@@ -239,7 +239,7 @@ class NumbaLoops:
         coupling, hessian = matrices
         changes = torch.empty_like(residual)
         for s, x in enumerate(_stacked(residual)):
-            columns_numba.sweep_rows(
+            coupled_numba.sweep_rows(
                 _flat(x),
                 _flat(_stacked(coupling)[s]),
                 _flat(_stacked(hessian)[s]),

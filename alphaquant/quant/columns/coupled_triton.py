@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The loop over coupled rows on a GPU, in Triton: what `columns_numba.sweep_rows` does.
+"""The loop over coupled rows on a GPU, in Triton: what `coupled_numba.sweep_rows` does.
 
 A row has to know what those before it changed, so a program has a whole tile of one stack and goes
 through its rows and their columns one after the other; the columns of the block are its lanes. So
@@ -66,7 +66,7 @@ def _of_lane(x, lanes, k):
 
 @triton.jit
 def _fit_scale(own, codes, product, in_run, known, shared, numbers, KIND: tl.constexpr):
-    """The step of a group's scale, where it helps, in all lanes; see `columns_numba._fit_row`."""
+    """The step of a group's scale, where it helps, in all lanes; see `coupled_numba._fit_row`."""
     zero = zeros_of(own)
     curvature = zero + total(tl.where(in_run, codes * product, 0.0), 0)
     slope = zero + total(tl.where(in_run, codes * own, 0.0), 0)

@@ -29,20 +29,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from alphaquant.quant.columns.state import Block, Rounding, join_rows
+from alphaquant.quant.columns.state import Block, Rounding, choose_rows, join_rows
 from alphaquant.quant.descent import Rounder
 from alphaquant.quant.factor import DampedHessian
 from alphaquant.spaces.formats import Format
 
 START_ROWS = 16
-"""Rows of a tile in GPTQ. On the demo, int3-g64: KL 0.682 of that without output Hessians with 1,
-0.683 with 4, 0.704 with 16, 0.729 with 64; time 33, 12, 9, 5 s."""
+"""Rows of a tile in GPTQ. In a trial that was not kept (demo, int3-g64) KL was 0.682 of that
+without output Hessians with 1, 0.683 with 4, 0.704 with 16, 0.729 with 64; time 33, 12, 9, 5 s."""
 
 SWEEP_ROWS = 64
 """Rows of a tile in sweeps; speed only."""
 
 _DAMP = 0.02
-"""Of the mean diagonal, added to it. 0.1 changes the KL of int3-g64 on the demo by 0.3 %."""
+"""Of the mean diagonal, added to it; 0.1 changed KL by 0.3 % in the same trial."""
 
 
 def is_coupled(fmt: Format) -> bool:
@@ -162,8 +162,8 @@ class CoupledRounder:
             return found
         alone = self.rounder.gptq(weight, self.damped.factors[0], self.inverses, static=static)
         alone = self.rounder.refine(alone, self.damped, n_sweeps)
-        is_sound = torch.isfinite(found.objective).all(-1)
-        return _choose_stacks(is_sound, found, alone)
+        is_sound = torch.isfinite(found.objective).all(-1, keepdim=True)
+        return choose_rows(is_sound.expand_as(found.objective), found, alone)
 
     def _gptq(self, weight: Tensor, static: bool) -> Rounding:
         """GPTQ, tile after tile."""
@@ -219,7 +219,7 @@ class CoupledRounder:
         """Of every matrix the second, where its objective is lower."""
         objective, H = self.coupling.objective, self.damped.matrix
         is_better = objective(H, second.delta) < objective(H, first.delta)
-        return _choose_stacks(is_better, second, first)
+        return choose_rows(is_better.unsqueeze(-1).expand_as(first.objective), second, first)
 
 
 def _some_rows(rounder: Rounder, rows: slice | Tensor) -> Rounder:
@@ -232,11 +232,3 @@ def _some_rows(rounder: Rounder, rows: slice | Tensor) -> Rounder:
 def _permuted(rounding: Rounding, order: Tensor) -> Rounding:
     """Rows in another order, contiguous."""
     return Rounding(*(x[..., order].contiguous() for x in rounding.tensors))
-
-
-def _choose_stacks(condition: Tensor, yes: Rounding, no: Rounding) -> Rounding:
-    """Stacks of one rounding where a condition [S] holds, of the other elsewhere."""
-    pairs = zip(yes.tensors, no.tensors, strict=True)
-    return Rounding(
-        *(torch.where(condition.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs)
-    )
