@@ -7,18 +7,23 @@ paths, and have the same packages. Ray is imported when a cluster is asked for.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alphaquant.work.messages import Outcome
-from alphaquant.work.processes import LEAST_SECONDS, SILENCE_SECONDS
+from alphaquant.work.processes import SILENCE_SECONDS
 from alphaquant.work.scheduling import Scheduled
 from alphaquant.work.tasks import OpenModel, Task, WorkError
 from alphaquant.work.worker import outcome_of
 
 _BEAT_SECONDS = 5.0
+_LEAST_SHARE = 0.03
+"""Of a core, from which on a worker shows a sign of life: Ray's own threads in one that sleeps
+spend 0.01 (Ray 2.60)."""
+_CONNECT_SECONDS = 10.0
 _START_SECONDS = 600.0
 """Without any worker that has opened the model."""
 _MOST_STARTS = 10
@@ -88,7 +93,8 @@ class _Actor:
         is_open: whether it has opened the model.
         life: a question for its processor time that is not answered yet.
         alive: when its last sign of life came, seconds of `time.monotonic`.
-        seconds: processor time that it had spent then.
+        seconds: processor time that it had spent when it was last asked.
+        answered: when that was, seconds of `time.monotonic`.
     """
 
     handle: Any
@@ -97,6 +103,7 @@ class _Actor:
     life: Any = None
     alive: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    answered: float = field(default_factory=time.monotonic)
 
 
 class _RayCrew:
@@ -239,8 +246,10 @@ class _RayCrew:
                 seconds = float(self._ray.get(actor.life))
             except self._ray.exceptions.RayError:
                 return  # the call of its task tells
-            if seconds - actor.seconds >= LEAST_SECONDS:
-                actor.seconds, actor.alive = seconds, time.monotonic()
+            now = time.monotonic()
+            if seconds - actor.seconds >= _LEAST_SHARE * (now - actor.answered):
+                actor.alive = now
+            actor.seconds, actor.answered = seconds, now
         actor.life = actor.handle.seconds.remote()
 
     def _end(self, worker: int) -> None:
@@ -316,14 +325,26 @@ def _connected(address: str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
+        _check_answers(address)
         # Workers' output is in Ray's logs and dashboard; standard output belongs to the command.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise WorkError(
             f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with "
             "ray start --head, or give the address of its head"
         ) from error
     return ray, True
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a head that does not answer at once; Ray 2.60 tries again for more than five minutes.
+
+    Raises:
+        OSError: nothing listens at the host and port of an address; others are left to Ray.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
 def _actor_kind(ray: Any) -> Any:

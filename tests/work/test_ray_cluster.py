@@ -89,8 +89,7 @@ def test_a_lost_node_costs_its_tasks_and_a_damaged_model_is_told(
         assert [n for n, _ in results] == [2, 3, 4, 5]
 
 
-@pytest.mark.slow
-def test_no_cluster_is_told_in_one_line() -> None:
+def test_no_cluster_is_told_in_one_line_and_at_once() -> None:
     pytest.importorskip("ray")
     with pytest.raises(WorkError, match="^there is no Ray cluster at 127.0.0.1:1 "):
         RayWorkers("127.0.0.1:1", None, open_nothing)
