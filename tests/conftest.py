@@ -26,6 +26,7 @@ os.environ |= {
 import functools
 import gc
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -268,6 +269,14 @@ def patched_per_launch() -> Iterator[None]:
         mock.patch.object(InterpretedFunction, "__call__", call),
         mock.patch.object(interpreter_builder, "options", options),
     ):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def roomy_disk() -> Iterator[None]:
+    """A tebibyte of which half is free, whatever this machine has left: plans and copies ask."""
+    usage = type(shutil.disk_usage("."))(1 << 40, 1 << 39, 1 << 39)
+    with mock.patch.object(shutil, "disk_usage", lambda path: usage):
         yield
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -74,8 +73,7 @@ def test_a_full_disk_is_one_line_with_what_is_needed_where(
             raise error
         message = str(caught.value)
         assert message.startswith(f"cannot write {path} (")
-        assert f"{needed}, {shutil.disk_usage(tmp_path).free // 10**9}" in message
-        assert f"are free in {tmp_path}; free space there" in message
+        assert f"{needed}, {1 << 39} are free in {tmp_path}; free space there" in message
         assert "\n" not in message
     assert names(tmp_path) == []
 

@@ -125,6 +125,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Configuration of each family beyond the common part, by `model_type`."""
 
+_OTHER_FAMILIES: dict[str, Any] = {"intermediate_size": 72, "head_dim": 16, "sliding_window": 8}
+"""Of those that are not listed; some have matrices of thousands of columns by themselves."""
+
 ROUTED_EXPERTS: dict[str, int] = {
     "olmoe": 8,
     "mixtral": 4,
@@ -178,7 +181,8 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
     register_architectures()
     register_listed()
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES.get(family, {}), **changes})
+    own = FAMILIES.get(family, _OTHER_FAMILIES)
+    config = AutoConfig.for_model(family, **{**_COMMON, **own, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

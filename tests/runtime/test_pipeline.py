@@ -101,8 +101,7 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(
 def test_head_and_embeddings_are_packed_too_tied_or_scaled(
     family: str, include: tuple[str, ...], tmp_path: Path
 ) -> None:
-    sizes = {"intermediate_size": 72, "head_dim": 16, "sliding_window": 8}
-    model = tiny_model(family, **(sizes if family == "gemma3_text" else {}))
+    model = tiny_model(family)
     model_map = map_model(model, include=include)
     assignment = mixed_assignment(model_map)
     result = run(model_map, tmp_path / "packed", assignment=assignment)
