@@ -25,8 +25,8 @@ def command(
         plan: Print what every stage is estimated to take on this machine, and end.
     """
     if plan:
-        from alphaquant.commands.plan_text import plan_text
         from alphaquant.commands.search import plan_search
+        from alphaquant.commands.searching.plan_text import plan_text
 
         quiet_libraries()
         with Bars() as bars:

@@ -13,8 +13,8 @@ from optuna_dashboard._custom_plot_data import (  # type: ignore[import-untyped]
     get_plotly_graph_objects,
 )
 
-from alphaquant.commands import search as command
 from alphaquant.commands.search import search
+from alphaquant.commands.searching import outcome
 from alphaquant.reports.decoration import FIGURE_ID, decorate
 from alphaquant.reports.front import config_name
 from alphaquant.reports.plots import figures
@@ -75,7 +75,7 @@ def test_failure_is_told_and_recorded_and_loses_nothing(
 
     spec = make_spec(tmp_path / "out", trials=1)
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
-        patched.setattr(command, "decorate", fail)
+        patched.setattr(outcome, "decorate", fail)
         result = search(spec)
     assert (spec.run.out / "best.json").exists()
     front = json.loads((spec.run.out / "front.json").read_text())

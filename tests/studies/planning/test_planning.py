@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alphaquant.commands.plan_text import plan_text
+from alphaquant.commands.searching.plan_text import plan_text
 from alphaquant.errors import ConfigError, ModelError, StoreError
 from alphaquant.models.loading import auto_class
 from alphaquant.models.mapping import map_model

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from alphaquant.commands.fitting import fit_lines, fit_to, fitted
 from alphaquant.commands.search import plan_search
+from alphaquant.commands.searching.fitting import fit_lines, fit_to, fitted
 from alphaquant.errors import ConfigError
 from alphaquant.progress import no_progress
 from alphaquant.specs.search import SearchSpec

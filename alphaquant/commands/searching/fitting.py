@@ -82,10 +82,16 @@ def fitted(spec: SearchSpec, progress: Progress) -> tuple[SearchSpec, list[str]]
         progress: of decoding a GGUF file.
 
     Raises:
-        AlphaQuantError: nothing is left for weights, or what `fit_to` raises.
+        AlphaQuantError: nothing is left for weights, a budget beside `fit`, or what `fit_to`
+            raises.
     """
     if spec.limits.fit is None:
         return spec, []
+    if spec.limits.budget:
+        raise ConfigError(
+            f"--budget {spec.limits.budget} and --fit {spec.limits.fit}: the second finds a "
+            "budget; leave one of the two out"
+        )
     location = model_location(spec.checkpoint.model, spec.run.cache, progress)
     model: Any = load_skeleton(location)
     found = fit_to(spec.limits, model.config)
