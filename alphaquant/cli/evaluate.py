@@ -20,15 +20,16 @@ def command(
         spec: What to measure.
         as_json: Print JSON with provenance instead of a table.
     """
-    from alphaquant.commands import evaluate as commands
+    from alphaquant.commands.evaluate import evaluate
+    from alphaquant.commands.evaluate_text import evaluation_json, evaluation_text
 
     quiet_libraries()
     with Bars() as bars:
-        found = commands.evaluate(spec, progress=bars)
+        found = evaluate(spec, progress=bars)
     if as_json:
-        print(json.dumps(commands.evaluation_json(found), indent=1))
+        print(json.dumps(evaluation_json(found), indent=1))
     else:
-        say(commands.evaluation_text(found, screen_width()))
+        say(evaluation_text(found, screen_width()))
 
 
 EVALUATE = Command("aq-eval", command)

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from alphaquant.commands.searched import is_same_text, read_searched, searched_text
+from alphaquant.commands.searched import read_searched
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.base import Evaluator, Score, Subject
 from alphaquant.evaluators.engines.protocol import EngineRequest
@@ -24,8 +24,6 @@ from alphaquant.models.gguf.converted import find_gguf, origin_of
 from alphaquant.models.loading import load_model, load_skeleton, load_tokenizer
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.progress import Progress, Stage, no_progress
-from alphaquant.provenance import versions
-from alphaquant.reports.tables import fitted, wrapped
 from alphaquant.runtime.checkpoint import load
 from alphaquant.runtime.integrity import verify_checksums
 from alphaquant.runtime.mixed.loader import MixedStatistics, load_mixed_precision
@@ -231,77 +229,6 @@ def harness_tasks(spec: EvaluateSpec) -> tuple[str, ...]:
     return tuple(task for task in spec.names if find(task) is None)
 
 
-def evaluation_text(found: Evaluation, width: int | None = None) -> str:
-    """The scores for people, one per line, and what they were measured on.
-
-    Args:
-        found: what was measured.
-        width: characters of the screen; columns that do not fit are left out. None for all.
-    """
-    compared = {name for entry in EVALUATORS.values() if entry.compares for name in entry.names}
-    reference = {s.metric: s for s in found.reference_scores if s.metric not in compared}
-    rows = []
-    for score in found.scores:
-        stderr = "" if score.stderr is None else f"+- {score.stderr:.6f}"
-        beside = reference.get(score.metric)
-        original = "" if beside is None else f"original {beside.value:.6f}"
-        rows.append([score.metric, f"{score.value:.6f}", stderr, score.unit, original])
-    head = ("metric", "value", "stderr", "unit", "")
-    lines = [fitted(head, rows, width, ("unit",), left=("metric", "unit", ""))]
-    if found.tokens is not None:
-        n_samples, seq_len = found.tokens.tokens.shape
-        lines.append(
-            f"{n_samples} of {found.tokens.n_available} windows of {seq_len} tokens of "
-            f"{found.tokens.name}, digest {found.tokens.digest[:12]}"
-        )
-    if found.searched is not None and any(score.metric == "kl" for score in found.scores):
-        lines.append(searched_text(found.searched, found.tokens))
-    if found.engine:
-        lines.append(", ".join(f"{name} {value}" for name, value in found.engine.items()))
-    lines += [_mixed_text(role, part) for role, part in found.mixed.items()]
-    lines += [_harness_text(d) for d in found.details.values() if "lm_eval" in d]
-    return "\n".join(wrapped(line, width) for line in lines)
-
-
-def _mixed_text(role: str, found: MixedStatistics) -> str:
-    """What of a mixed_precision file is in a model."""
-    forms = ", ".join(f"{count} {name}" for name, count in sorted(found["forms"].items()))
-    return (
-        f"{role}: loaded {found['loaded']} of {found['total']} weights, matrices {forms}; "
-        f"{found['memory_saved_mb']:.2f} MiB less than in bfloat16"
-    )
-
-
-def evaluation_json(found: Evaluation) -> dict[str, Any]:
-    """The scores with their provenance, for programs."""
-    spec = found.spec
-    return {
-        "model": spec.model,
-        "reference": spec.reference,
-        "tasks": list(spec.names),
-        "scores": [asdict(s) for s in found.scores],
-        "reference_scores": [asdict(s) for s in found.reference_scores],
-        "details": found.details,
-        "reference_details": found.reference_details,
-        **({"mixed_precision": found.mixed} if found.mixed else {}),
-        "data": None if found.tokens is None else found.tokens.provenance(),
-        "task_data": None if spec.task_data is None else str(spec.task_data),
-        "dtype": spec.dtype,
-        "batch_size": spec.batch_size,
-        **({"gguf": found.gguf} if found.gguf else {}),
-        **({"engine": found.engine} if found.engine else {}),
-        **_searched_json(found),
-        "versions": versions(),
-    }
-
-
-def _searched_json(found: Evaluation) -> dict[str, Any]:
-    if found.searched is None:
-        return {}
-    is_same = is_same_text(found.searched, found.tokens)
-    return {"searched": {**found.searched, "is_same_text": is_same}}
-
-
 def _located(
     spec: EvaluateSpec, progress: Progress
 ) -> tuple[EvaluateSpec, dict[str, Mapping[str, Any]]]:
@@ -464,17 +391,3 @@ def _measure(chosen: _Chosen, model: nn.Module, progress: Callable[[int], None])
             details[evaluator.name] = found.details
         progress(done)
     return _Measured(tuple(scores), details)
-
-
-def _harness_text(details: Mapping[str, Any]) -> str:
-    """What tasks of lm-eval were measured on."""
-    rows: Sequence[Mapping[str, Any]] = details["tasks"]
-    shots = ", ".join(str(n) for n in sorted({row["n_shots"] for row in rows}))
-    n_samples, n_available, n_cut = (
-        sum(row[key] for row in rows) for key in ("n_samples", "n_available", "n_cut")
-    )
-    cut = f", {n_cut} prompts cut to the last {details['max_length']} tokens" if n_cut else ""
-    return (
-        f"lm-eval {details['lm_eval']}: {n_samples} of {n_available} documents of {len(rows)} "
-        f"tasks, {shots} shots{cut}"
-    )

@@ -4,12 +4,13 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alphaquant.commands.searched import Made, searched_scores
+from alphaquant.commands.summary import Summary, read_summary
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.exports.writing import EXPORTERS, export_packed
 from alphaquant.files import in_use
@@ -33,7 +34,6 @@ from alphaquant.spaces.config import Config, Plan, load_config, resolve
 from alphaquant.spaces.formats import BF16, Format
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.specs.check import check_kind
-from alphaquant.specs.flat import make
 from alphaquant.specs.quantize import ConfiguredTextSpec, QuantizeSpec
 from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.texts import DEMO_TEXT
@@ -53,13 +53,8 @@ from alphaquant.texts.windows import TokenSet, check_sources
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATION_TYPES = {"source": str, "n_samples": int, "seq_len": int, "seed": int, "digest": str}
-
 _LEAST_HELDBACK = 4
 """Windows that decide whether tuning is kept."""
-
-_LEAST = {"n_samples": 1, "seq_len": 2, "seed": 0}
-"""Of a summary's numbers; a specification calls the first `calibration_samples`."""
 
 
 @dataclass(frozen=True)
@@ -80,28 +75,6 @@ class _Resolved:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Summary:
-    """What `aq-search` wrote into a configuration so that its trial can be made again.
-
-    Attributes:
-        settings: how its matrices were quantized.
-        calibration: provenance of the calibration windows, see `TokenSet.provenance`.
-        model_digest: of the weights, None if not stated.
-        candidates: name of the bank with the candidates that it was searched among; None where
-            its formats are made here.
-        is_stated: whether it states settings.
-        evaluation: provenance of the windows that its trials were measured on.
-    """
-
-    settings: QuantSettings
-    calibration: Mapping[str, Any]
-    model_digest: str | None
-    candidates: str | None = None
-    is_stated: bool = False
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
-
-
 def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> PipelineResult:
     """Quantize a model as a configuration says and write a packed checkpoint.
 
@@ -114,7 +87,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
     """
     check_kind(spec, QuantizeSpec, "quantize")
     config = _load_config(spec.config)
-    summary = _read_summary(config.summary or {}, spec.config)
+    summary = read_summary(config.summary or {}, spec.config)
     settings = _settings(spec, summary)
     check_architecture(spec.model_type)
     if spec.dtype != "auto":
@@ -185,7 +158,7 @@ def dry_run(spec: QuantizeSpec, *, progress: Progress = no_progress) -> DryRun:
     """
     check_kind(spec, QuantizeSpec, "dry_run")
     config = _load_config(spec.config)
-    _settings(spec, _read_summary(config.summary or {}, spec.config))
+    _settings(spec, read_summary(config.summary or {}, spec.config))
     found = _resolve_skeleton(spec, config, progress)
     for warning in found.warnings:
         logger.warning("%s", warning)
@@ -264,60 +237,7 @@ def _exported(result: PipelineResult) -> dict[str, Any]:
     return facts
 
 
-def _read_summary(summary: Mapping[str, Any], path: Path) -> _Summary:
-    """Take from a configuration's summary what making its trial again needs.
-
-    Raises:
-        ConfigError: a part has another type, or a setting another value, than is possible.
-    """
-    quantization = _part(summary, "quantization", {}, path)
-    calibration = _part(summary, "calibration", _CALIBRATION_TYPES, path)
-    for name, least in _LEAST.items():
-        if calibration.get(name, least) < least:
-            raise ConfigError(
-                f"{path}: summary.calibration.{name} is {calibration[name]}; use {least} or more"
-            )
-    digest = summary.get("model_digest")
-    settings = _read_settings(quantization, path)
-    candidates = _part(summary, "candidates", {"bank": str}, path).get("bank")
-    stated = digest if isinstance(digest, str) else None
-    evaluation = _part(summary, "evaluation", _CALIBRATION_TYPES, path)
-    return _Summary(settings, calibration, stated, candidates, bool(quantization), evaluation)
-
-
-def _read_settings(quantization: Mapping[str, Any], path: Path) -> QuantSettings:
-    nulls = [name for name, value in quantization.items() if value is None]
-    if nulls:
-        raise ConfigError(
-            f"{path}: summary.quantization.{nulls[0]} is null; leave the key out for its default"
-        )
-    # People write 1.0 as 1; reports and digests of both are to be the same.
-    percdamp = quantization.get("percdamp")
-    if type(percdamp) is int:
-        quantization = {**quantization, "percdamp": float(percdamp)}
-    try:
-        return make(QuantSettings, quantization, "a quantization")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: summary.quantization: {error}") from error
-
-
-def _part(
-    summary: Mapping[str, Any], name: str, types: Mapping[str, type], path: Path
-) -> Mapping[str, Any]:
-    """One part of a summary, empty where it is absent; what `types` names has these types."""
-    found = summary.get(name) or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{path}: summary.{name} is {found!r}; it is an object; remove it")
-    for key in sorted(types.keys() & found.keys()):
-        if type(found[key]) is not types[key]:
-            raise ConfigError(
-                f"{path}: summary.{name}.{key} is {found[key]!r}; it is a "
-                f"{types[key].__name__}; remove it"
-            )
-    return found
-
-
-def _settings(spec: QuantizeSpec, summary: _Summary) -> QuantSettings:
+def _settings(spec: QuantizeSpec, summary: Summary) -> QuantSettings:
     """Flag over summary over default; where no search left settings, rounding is two-sided."""
     settings, asked = summary.settings, spec.quantizer
     if asked.method == "rtn" and not asked.two_sided:  # what a search says of GPTQ says nothing
@@ -334,7 +254,7 @@ def _rotation(spec: QuantizeSpec, config: Config) -> int | None:
 
 
 def _asked(
-    spec: QuantizeSpec, config: Config, summary: _Summary, settings: QuantSettings
+    spec: QuantizeSpec, config: Config, summary: Summary, settings: QuantSettings
 ) -> dict[str, Any]:
     """What decides the checkpoint and is known before anything is loaded, see `Part.claim`."""
     found, text = summary.calibration, spec.text
@@ -381,7 +301,7 @@ def _searched(
     return searched_scores(config.summary or {}, made)
 
 
-def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> TokenSet:
+def _calibration(spec: QuantizeSpec, summary: Summary, source: Source) -> TokenSet:
     """Flag over summary over default."""
     found, text = summary.calibration, spec.text
     tokens = read_text(
@@ -403,7 +323,7 @@ def _calibration(spec: QuantizeSpec, summary: _Summary, source: Source) -> Token
 
 def _tuning(
     spec: QuantizeSpec,
-    summary: _Summary,
+    summary: Summary,
     source: Source,
     tokens: TokenSet | None,
     activations: Mapping[str, Format],
@@ -441,7 +361,7 @@ def _tuning(
 
 def _bank(
     spec: QuantizeSpec,
-    summary: _Summary,
+    summary: Summary,
     source: Source,
     tokens: TokenSet | None,
     settings: QuantSettings,
@@ -478,7 +398,7 @@ def _bank(
     return bank
 
 
-def _calibration_text(spec: QuantizeSpec, summary: _Summary) -> str:
+def _calibration_text(spec: QuantizeSpec, summary: Summary) -> str:
     stated = str(summary.calibration.get("source", DEMO_TEXT))
     return stated if spec.text.calibration is None else spec.text.calibration
 
@@ -514,7 +434,7 @@ def _check_inputs(export: str, plan: Plan) -> None:
         )
 
 
-def _check_source(summary: _Summary, source: Source) -> list[str]:
+def _check_source(summary: Summary, source: Source) -> list[str]:
     """What the user should know before the result is trusted."""
     if summary.model_digest not in (None, source.digest):
         return [f"the configuration was searched on other weights than those of {source.name}"]

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from alphaquant.commands import evaluate as command
-from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_text
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.evaluate_text import evaluation_json, evaluation_text
 from alphaquant.errors import AlphaQuantError, ConfigError, DataError, ModelError
 from alphaquant.evaluators.base import Score
 from alphaquant.evaluators.registry import EVALUATORS

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from alphaquant.commands.evaluate import evaluate, evaluation_json
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.evaluate_text import evaluation_json
 from alphaquant.commands.inspect import inspect_config
 from alphaquant.commands.quantize import dry_run, quantize
 from alphaquant.commands.search import search

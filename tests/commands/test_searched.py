@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_text
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.evaluate_text import evaluation_json, evaluation_text
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.searched import Made, read_searched, searched_scores
 from alphaquant.specs.evaluate import EvaluateSpec

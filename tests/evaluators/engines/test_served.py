@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from alphaquant.commands import evaluate as command
-from alphaquant.commands.evaluate import evaluate, evaluation_json, evaluation_text
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.evaluate_text import evaluation_json, evaluation_text
 from alphaquant.errors import ConfigError, ModelError
 from alphaquant.evaluators.engines import served
 from alphaquant.evaluators.engines.protocol import EngineEntry, EngineRequest
