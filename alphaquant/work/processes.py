@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
+from alphaquant.work.crew import Numbered
 from alphaquant.work.messages import BEAT_SECONDS, Beat, Outcome, Ready, receive, send
 from alphaquant.work.scheduling import Scheduled
 from alphaquant.work.tasks import OpenModel, Task, WorkError
@@ -24,9 +25,6 @@ slow disk takes little of it, but some."""
 
 LEAST_SECONDS = 0.01
 """Of processor time between two signs of life: less is no work."""
-
-_MOST_STARTS = 10
-"""Workers that are started in the place of others, in a row without a finished task."""
 
 
 @dataclass
@@ -50,38 +48,39 @@ class _Process:
     seconds: float = 0.0
 
 
-class _ProcessCrew:
-    """See `alphaquant.work.scheduling.Crew`."""
+class _ProcessCrew(Numbered[_Process]):
+    """See `alphaquant.work.crew.Crew`."""
+
+    look_at = "look at their messages above, and run without --workers"
 
     def __init__(
         self, n_workers: int, open_model: OpenModel, device: str, silence_seconds: float
     ) -> None:
         self._open, self._device, self._silence = open_model, device, silence_seconds
-        self._n_asked, self._n_starts, self._retired = n_workers, 0, set[int]()
-        self._processes = {number: self._start(number) for number in range(n_workers)}
-
-    @property
-    def n_workers(self) -> int:
-        return len(self._processes)
+        self._n_asked = n_workers
+        super().__init__(n_workers)
 
     @property
     def idle(self) -> list[int]:
-        return [n for n, p in self._processes.items() if p.is_open and not p.is_busy]
+        """See `Crew`."""
+        return [n for n, p in self._members.items() if p.is_open and not p.is_busy]
 
     @property
     def pids(self) -> list[int]:
         """Numbers of the processes."""
-        return [p.program.pid for p in self._processes.values()]
+        return [p.program.pid for p in self._members.values()]
 
     def give(self, worker: int, task: Task[Any]) -> None:
-        process = self._processes[worker]
+        """See `Crew`."""
+        process = self._members[worker]
         process.is_busy, process.alive = True, time.monotonic()
         with suppress(OSError):  # it is gone, which waiting for it tells
             send(process.line, task)
 
     def wait(self) -> list[tuple[int, Outcome]]:
+        """See `Crew`."""
         while True:
-            lines = {p.line: n for n, p in self._processes.items()}
+            lines = {p.line: n for n, p in self._members.items()}
             found: list[tuple[int, Outcome]] = []
             for line in wait(list(lines), BEAT_SECONDS):
                 found += self._read(lines[line])  # type: ignore[index]
@@ -89,41 +88,17 @@ class _ProcessCrew:
             if found or self.idle:
                 return found
 
-    def replace(self, worker: int) -> None:
-        self._n_starts += 1
-        self._end(worker)
-        if self._n_starts > _MOST_STARTS:
-            raise WorkError(
-                f"{self._n_starts} workers ended one after the other without finishing a task; "
-                "look at their messages above, and run without --workers"
-            )
-        self._processes[worker] = self._start(worker)
-
-    def drop(self, worker: int) -> None:
-        self._end(worker)
-        del self._processes[worker]
-
-    def retire(self, worker: int) -> None:
-        if worker in self._processes:
-            self._end(worker)
-            self._retired.add(worker)
-
-    def refill(self) -> None:
-        for worker in self._retired:
-            self._processes[worker] = self._start(worker)
-        self._retired.clear()
-
     def close(self) -> None:
         """End all."""
         idle = self.idle
         for worker in idle:
             with suppress(OSError):
-                send(self._processes[worker].line, None)
-        for worker, process in self._processes.items():
+                send(self._members[worker].line, None)
+        for worker, process in self._members.items():
             with suppress(subprocess.TimeoutExpired):
                 process.program.wait(2 * BEAT_SECONDS if worker in idle else 0)
             self._end(worker)
-        self._processes.clear()
+        self._members.clear()
 
     def _start(self, number: int) -> _Process:
         ours, theirs = Pipe()
@@ -156,7 +131,7 @@ class _ProcessCrew:
         Raises:
             AlphaQuantError: it could not open the model.
         """
-        process = self._processes[worker]
+        process = self._members[worker]
         try:
             message = receive(process.line)
         except (EOFError, OSError):
@@ -177,7 +152,7 @@ class _ProcessCrew:
         """Workers that have a task, or open the model, and show no sign of life."""
         late = time.monotonic() - self._silence
         found = []
-        for worker, process in list(self._processes.items()):
+        for worker, process in list(self._members.items()):
             if (process.is_busy or not process.is_open) and process.alive < late:
                 pid, seconds = process.program.pid, self._silence
                 why = f"process {pid} used no processor time for {seconds:g} s"
@@ -185,7 +160,7 @@ class _ProcessCrew:
         return found
 
     def _lost(self, worker: int, reason: str) -> list[tuple[int, Outcome]]:
-        process = self._processes[worker]
+        process = self._members[worker]
         if process.is_busy:
             self._end(worker)
             return [(worker, Outcome("lost", reason=reason))]
@@ -193,7 +168,7 @@ class _ProcessCrew:
         return []
 
     def _end(self, worker: int) -> None:
-        process = self._processes[worker]
+        process = self._members[worker]
         process.is_busy = process.is_open = False
         process.line.close()
         process.program.kill()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphaquant.work.crew import Numbered
 from alphaquant.work.messages import Outcome
 from alphaquant.work.processes import SILENCE_SECONDS
 from alphaquant.work.scheduling import Scheduled
@@ -26,7 +27,6 @@ spend 0.01 (Ray 2.60)."""
 _CONNECT_SECONDS = 10.0
 _START_SECONDS = 600.0
 """Without any worker that has opened the model."""
-_MOST_STARTS = 10
 
 
 @dataclass(frozen=True)
@@ -106,32 +106,32 @@ class _Actor:
     answered: float = field(default_factory=time.monotonic)
 
 
-class _RayCrew:
-    """See `alphaquant.work.scheduling.Crew`."""
+class _RayCrew(Numbered[_Actor]):
+    """See `alphaquant.work.crew.Crew`."""
+
+    look_at = "look at their logs in Ray's dashboard"
 
     def __init__(self, ray: Any, share: Share, open_model: OpenModel, silence: float) -> None:
         self._ray, self._share, self._silence = ray, share, silence
-        self._open, self._n_starts, self._retired = open_model, 0, set[int]()
-        self._kind = _actor_kind(ray)
-        self._actors = {number: self._start() for number in range(share.n_workers)}
+        self._open, self._kind = open_model, _actor_kind(ray)
+        super().__init__(share.n_workers)
         self._had_one = self._asked = time.monotonic()
 
     @property
-    def n_workers(self) -> int:
-        return len(self._actors)
-
-    @property
     def idle(self) -> list[int]:
-        return [n for n, a in self._actors.items() if a.is_open and a.call is None]
+        """See `Crew`."""
+        return [n for n, a in self._members.items() if a.is_open and a.call is None]
 
     def give(self, worker: int, task: Task[Any]) -> None:
-        actor = self._actors[worker]
+        """See `Crew`."""
+        actor = self._members[worker]
         actor.alive = time.monotonic()
         actor.call = actor.handle.run.remote(task)
 
     def wait(self) -> list[tuple[int, Outcome]]:
+        """See `Crew`."""
         while True:
-            calls = {a.call: n for n, a in self._actors.items() if a.call is not None}
+            calls = {a.call: n for n, a in self._members.items() if a.call is not None}
             done, _ = self._ray.wait(list(calls), num_returns=1, timeout=_BEAT_SECONDS)
             found: list[tuple[int, Outcome]] = []
             for call in done:
@@ -140,36 +140,12 @@ class _RayCrew:
             if found or self.idle:
                 return found
 
-    def replace(self, worker: int) -> None:
-        self._n_starts += 1
-        self._end(worker)
-        if self._n_starts > _MOST_STARTS:
-            raise WorkError(
-                f"{self._n_starts} workers ended one after the other without finishing a task; "
-                "look at their logs in Ray's dashboard"
-            )
-        self._actors[worker] = self._start()
-
-    def drop(self, worker: int) -> None:
-        self._end(worker)
-        del self._actors[worker]
-
-    def retire(self, worker: int) -> None:
-        if worker in self._actors:
-            self._end(worker)
-            self._retired.add(worker)
-
-    def refill(self) -> None:
-        for worker in self._retired:
-            self._actors[worker] = self._start()
-        self._retired.clear()
-
     def close(self) -> None:
         """End all."""
-        for worker in list(self._actors):
+        for worker in list(self._members):
             self.drop(worker)
 
-    def _start(self) -> _Actor:
+    def _start(self, number: int) -> _Actor:
         share = self._share
         handle = self._kind.options(
             num_cpus=share.n_cpus,
@@ -185,7 +161,7 @@ class _RayCrew:
         Raises:
             AlphaQuantError: a worker could not open the model.
         """
-        actor, exceptions = self._actors[worker], self._ray.exceptions
+        actor, exceptions = self._members[worker], self._ray.exceptions
         call, actor.call = actor.call, None
         try:
             outcome: Outcome = self._ray.get(call)
@@ -204,8 +180,8 @@ class _RayCrew:
 
     def _gone(self, worker: int, outcome: Outcome) -> list[tuple[int, Outcome]]:
         """What became of a task whose worker is gone; one that had none is replaced."""
-        if self._actors[worker].is_open:
-            self._actors[worker].is_open = False
+        if self._members[worker].is_open:
+            self._members[worker].is_open = False
             return [(worker, outcome)]
         self.replace(worker)
         return []
@@ -217,7 +193,7 @@ class _RayCrew:
             WorkError: none could be placed.
         """
         now, found = time.monotonic(), list[tuple[int, Outcome]]()
-        if any(actor.is_open for actor in self._actors.values()):
+        if any(actor.is_open for actor in self._members.values()):
             self._had_one = now
         if now - self._had_one > _START_SECONDS:
             raise WorkError(
@@ -228,7 +204,7 @@ class _RayCrew:
         if now - self._asked < _BEAT_SECONDS:
             return found
         self._asked = now
-        for worker, actor in list(self._actors.items()):
+        for worker, actor in list(self._members.items()):
             if actor.is_open and actor.call is not None:
                 self._listen(actor)
                 if now - actor.alive > self._silence:
@@ -253,7 +229,7 @@ class _RayCrew:
         actor.life = actor.handle.seconds.remote()
 
     def _end(self, worker: int) -> None:
-        actor = self._actors[worker]
+        actor = self._members[worker]
         actor.is_open, actor.call = False, None
         self._ray.kill(actor.handle)
 
@@ -358,6 +334,7 @@ def _actor_kind(ray: Any) -> Any:
 
         @ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
         def open(self, open_model: OpenModel) -> Outcome:
+            """Open the model: what became of it."""
             os.dup2(2, 1)
             try:
                 self._map = open_model()
@@ -367,11 +344,13 @@ def _actor_kind(ray: Any) -> Any:
 
         @ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
         def run(self, task: Task[Any]) -> Outcome:
+            """Run a task: what became of it."""
             found: Outcome = outcome_of(task, self._map)
             return found
 
         @ray.method(concurrency_group="life")  # type: ignore[untyped-decorator]
         def seconds(self) -> float:
+            """Processor time of this process so far."""
             return time.process_time()
 
     return ray.remote(concurrency_groups={"work": 1, "life": 1})(Worker)

@@ -11,8 +11,9 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from alphaquant.work.crew import Crew
 from alphaquant.work.messages import Outcome
 from alphaquant.work.tasks import R, Task, Tell, WorkError, tell_no_one
 
@@ -20,40 +21,6 @@ logger = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 3
 """Times that a task is begun."""
-
-
-class Crew(Protocol):
-    """Workers, each known by a number, to be given one task at a time."""
-
-    @property
-    def idle(self) -> list[int]:
-        """Numbers of the workers that wait for a task."""
-
-    @property
-    def n_workers(self) -> int:
-        """How many there are."""
-
-    def give(self, worker: int, task: Task[Any]) -> None:
-        """Let a worker begin a task."""
-
-    def wait(self) -> list[tuple[int, Outcome]]:
-        """Wait until at least one worker is done with its task, in whatever way."""
-
-    def replace(self, worker: int) -> None:
-        """Put a new worker in the place of one that is lost or out of memory.
-
-        Raises:
-            WorkError: none can be started.
-        """
-
-    def drop(self, worker: int) -> None:
-        """Let a worker go for good."""
-
-    def retire(self, worker: int) -> None:
-        """Let a worker go until `refill`."""
-
-    def refill(self) -> None:
-        """Put new workers in the place of retired ones."""
 
 
 @dataclass

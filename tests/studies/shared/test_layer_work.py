@@ -99,7 +99,7 @@ class Killer(processes._ProcessCrew):
         is_hit = self.random.random() < self.chance and n[id(task)] < 2
         if is_hit and n.total() < self.n_kills:
             n[id(task)] += 1
-            pid = self._processes[worker].program.pid
+            pid = self._members[worker].program.pid
             threading.Timer(self.random.uniform(0.0, 0.3), kill, [pid]).start()
 
 
