@@ -53,6 +53,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """What the finders behind this one find, with our call behind its loader."""
         if fullname != self.module:
             return None
         # Only the finders behind this one: another hook that asks all finders, this one included,
@@ -73,11 +74,15 @@ class _Loader(Loader):
         self._loader, self._target = loader, target
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the other loader does."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module shall look as if this loader had never been there: `inspect` and reloading
-        # ask `__loader__` and `__spec__`.
+        """As the other loader does, then the call.
+
+        The module looks as if this loader had never been there: `inspect` and reloading ask
+        `__loader__` and `__spec__`.
+        """
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -72,11 +72,17 @@ class _Tap:
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
+        """Keep the inputs of a linear."""
         self.inputs.setdefault(site.matrix.name, []).append(inputs.detach())
 
     def on_experts(
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> None:
+        """Keep the inputs and the routing of experts.
+
+        Raises:
+            ModelError: they are called a second time.
+        """
         if site.name in self.inputs:
             raise ModelError(
                 f"{site.name} is called more than once per layer, so its routing cannot be "

@@ -254,6 +254,14 @@ class _ExpertSums:
         self.held2 = {e: torch.zeros(width, width, device=device) for e in sample}
 
     def add(self, inputs: Tensor, expert_ids: Tensor, weights: Tensor, exponent: int) -> None:
+        """Add the tokens of a batch, each weighed by its routing weight to this power.
+
+        Args:
+            inputs: [m, K], of all experts.
+            expert_ids: int64 [m, k].
+            weights: float [m, k].
+            exponent: 0 counts all tokens alike.
+        """
         for tokens in tokens_by_expert(expert_ids, weights, self.site.n_experts):
             e = tokens.expert
             x, output_weights = self.site.given(inputs, tokens)
@@ -268,6 +276,12 @@ class _ExpertSums:
             self.n_tokens[e] += tokens.rows.numel()
 
     def batches(self, pooled_tokens: int, exponent: int) -> list[HessianBatch]:
+        """The sums, of gate and up, then of down.
+
+        Args:
+            pooled_tokens: tokens of all experts that each one's Hessian has beside its own.
+            exponent: see `add`.
+        """
         counts = tuple(self.n_tokens.tolist())
         base = "routing_weighted" if exponent else "plain"
         source = tuple(

@@ -122,6 +122,7 @@ def check_gptq_block(loops: ColumnLoops, name: str, search: ScaleSearch, limits:
         def round_block(
             chosen: ColumnLoops, rounding: Rounding, groups: Groups, move: Move
         ) -> None:
+            """A block of GPTQ."""
             weights = move(importance) if chooses else None  # noqa: B023  (called at once)
             given = move(ahead), move(case.weight), move(upper)
             chosen.gptq_block(rounding, groups, case.block, *given, weights)
@@ -148,6 +149,7 @@ def check_sweep_block(loops: ColumnLoops, name: str, search: ScaleSearch, limits
     for fits in (False, True)[: 1 + (case.groups.rule.fits and size <= BLOCK)]:
 
         def sweep(chosen: ColumnLoops, rounding: Rounding, groups: Groups, move: Move) -> None:
+            """A sweep over a block of columns."""
             known = move(products) if fits else None  # noqa: B023  (called at once)
             chosen.sweep_block(rounding, groups, case.block, move(residual), move(own), known)
 
@@ -179,6 +181,7 @@ def check_sweep_rows(loops: ColumnLoops, name: str, search: ScaleSearch, limits:
         changed: list[Tensor] = []
 
         def sweep(chosen: ColumnLoops, rounding: Rounding, groups: Groups, move: Move) -> None:
+            """A sweep over the rows of a tile, which are coupled."""
             known = move(of_tile) if fits else None  # noqa: B023  (called at once)
             matrices = move(given[1]), move(own)
             part = case.block, _TILE
@@ -238,6 +241,7 @@ def _compare(
     for chosen, device in ((NumbaLoops(), "cpu"), (loops, limits.device)):
 
         def move(x: Tensor, device: str = device) -> Tensor:
+            """The same numbers on the device, in the same strides."""
             same = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
             return same.copy_(x)
 

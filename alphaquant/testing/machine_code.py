@@ -131,13 +131,16 @@ class _ClaimedDriver:
         self.capability = capability
 
     def get_current_target(self) -> Any:
+        """What is compiled for."""
         compiler = importlib.import_module("triton.backends.compiler")
         return compiler.GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # binaries are kept by device
+        """A number under which binaries are kept: one per capability."""
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
+        """The only one."""
         return 0
 
 
