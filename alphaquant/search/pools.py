@@ -17,8 +17,12 @@ from alphaquant.search.arrays import BoolArray, FloatArray, IntArray
 from alphaquant.search.problem import Problem
 from alphaquant.search.solver import Solution, close_gap, frontier, solve
 from alphaquant.spaces.formats import parse_format
-from alphaquant.spaces.units import Unit
+from alphaquant.spaces.units import GATE, UP, Unit
 
+_FUSED_ATTENTION = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+)
 _TINY = float(np.finfo(np.float64).tiny)
 _PRICE_FACTORS = (1.0, 2.0, 4.0, 8.0)
 _CLOSE_ENOUGH = 1e-3
@@ -108,6 +112,22 @@ def expert_members(problem: Problem, rows: IntArray) -> IntArray:
     index: dict[str, int] = {}
     keys = (_expert_key(problem.units[row]) for row in rows)
     return np.array([index.setdefault(key, len(index)) for key in keys], dtype=np.int64)
+
+
+def fused_pool(problem: Problem, limit_bits: int) -> Pool:
+    """What one kernel of an engine loads as one: each layer's experts, its q/k/v, its gate and up.
+
+    Units on their own where the smallest formats of such members exceed the limit together.
+
+    Args:
+        problem: all units are in the pool.
+        limit_bits: what the members may take.
+    """
+    rows, index = np.arange(len(problem.units)), dict[object, int]()
+    member = np.array([index.setdefault(_fused_key(u), len(index)) for u in problem.units])
+    pool = _pool_of(problem, rows, member)
+    fits = least_bits(pool.bits, pool.allowed) <= limit_bits
+    return pool if fits else _pool_of(problem, rows, rows)
 
 
 def least_bits(bits: IntArray, allowed: BoolArray) -> float:
@@ -211,6 +231,19 @@ def _expert_key(unit: Unit) -> str:
     experts = {(m.expert, m.name.rpartition(".")[0]) for m in unit.matrices}
     expert, path = next(iter(experts))
     return path if len(experts) == 1 and expert is not None else f"unit {unit.name}"
+
+
+def _fused_key(unit: Unit) -> object:
+    """What units of one kernel share."""
+    projections = {m.projection for m in unit.matrices}
+    if unit.kind == "expert":
+        return unit.layer, "experts"
+    if unit.kind == "attention":
+        fused = (part for part in _FUSED_ATTENTION if projections <= part)
+        return unit.layer, next(fused, unit.name)
+    if unit.kind in ("shared", "dense") and projections <= {*GATE, *UP}:
+        return unit.layer, unit.kind
+    return unit.name
 
 
 def _kept_widths(pool: Pool, limit_bits: int, widths: IntArray) -> tuple[int, ...]:

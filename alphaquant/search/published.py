@@ -1,4 +1,4 @@
-"""Published allocators: alpha-Hill, AlphaQ, PMQ and GEMQ, as plug-ins of one contract.
+"""Published allocators: alpha-Hill, AlphaQ, PMQ, GEMQ and PrismaQuant, of one contract.
 
 What all of them share here, and where that departs from the papers:
 
@@ -15,16 +15,21 @@ What all of them share here, and where that departs from the papers:
 * PMQ and GEMQ keep, in each layer, one expert at the highest and one at the second-highest of the
   widths 1, 2, 3, with budgets of 1.5 to 2.5 bits. Menus and budgets are free here, so the widths
   move with the budget, see `solve_keeping_wide`: 3 and 2 bits for budgets between int2 and int3.
+* PrismaQuant has a menu of three formats, measures a Fisher per matrix and multiplies it with the
+  rendered matrix's squared error, and measures experts' own KL; the rule here has our menu and our
+  Fisher costs, which see the rendered matrix too. Its search among finished models by their KL is
+  what a study does anyway.
 
 Sources: AlphaQuant (formats by percentiles of alpha); AlphaQ, arXiv 2606.04980 (integer program,
 ratio mode, alpha by FARMS); PMQ, MC-MoE, arXiv 2410.06270 (integer program per block); GEMQ, arXiv
-2605.23078 (global integer program).
+2605.23078 (global integer program); PrismaQuant 0.16.2 (multiple-choice knapsack over units that
+vLLM loads as one).
 
 Letters: U units, F formats, R units that are searched, P pool members (experts or units).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import rankdata
@@ -35,6 +40,7 @@ from alphaquant.search.pools import (
     Pool,
     code_widths,
     expert_members,
+    fused_pool,
     layer_parts,
     least_bits,
     make_pool,
@@ -132,6 +138,25 @@ class AlphaHillAllocator:
         return Solution(levels.choice(positions), 0.0, levels.total_bits(positions), 0.0, 0.0)
 
 
+@dataclass(frozen=True)
+class FusedAllocator:
+    """PrismaQuant: the least Fisher cost where all that an engine fuses has one format.
+
+    Where that does not fit units are searched one by one.
+    """
+
+    name: str = "prismaquant"
+    needs: tuple[str, ...] = ()
+
+    def allocate(self, problem: Problem, limit_bits: int, seed: int) -> Solution:
+        """See `alphaquant.search.allocators.Allocator`."""
+        problem.check_limit(limit_bits)
+        pool = fused_pool(problem, limit_bits)
+        cost = pool.sum(problem.cost("fisher"))
+        solution = solve_closely(cost, pool.bits, pool.allowed, limit_bits)
+        return replace(solution, choice=solution.choice[pool.member])
+
+
 def alphaq_cost(problem: Problem, pool: Pool, gamma: float = 1.0) -> FloatArray:
     """AlphaQ: s n v 4^-b, s = (median alpha / alpha)^gamma, b stored bits per weight, [P, F].
 
@@ -183,6 +208,7 @@ PUBLISHED = (
     ExpertAllocator("alphaq", ("alpha", "variance"), alphaq_cost, False, False, False),
     ExpertAllocator("pmq", ("routing_weight",), pmq_cost, is_layerwise=True),
     ExpertAllocator("gemq", ("gemq",), gemq_cost),
+    FusedAllocator(),
 )
 
 

@@ -21,7 +21,8 @@ class ProposalSpec:
     """Units that share a format in mode groups: layer (and role), utilization."""
     allocator: str | None = None
     """Run one allocator alone, beside uniform formats: blend, fisher, token-fisher, error,
-    utilization, random, uniform, alpha-hill, alphaq, pmq, gemq or evolution; none by default."""
+    utilization, random, uniform, alpha-hill, alphaq, pmq, gemq, prismaquant or evolution; none
+    by default."""
     allocators: str = ""
     """Allocators among the first trials, of the same names, comma-separated; all: every published
     and plain one but random and evolution; none by default."""

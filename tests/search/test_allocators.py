@@ -141,7 +141,8 @@ def test_rules_without_a_cost_claim_none() -> None:
 def test_all_allocators_are_available_where_everything_was_measured() -> None:
     assert available(ORDINARY) == tuple(ALLOCATORS)
     expected = (
-        "blend fisher token-fisher error utilization random uniform alpha-hill alphaq pmq gemq"
+        "blend fisher token-fisher error utilization random uniform alpha-hill alphaq pmq gemq "
+        "prismaquant"
     )
     assert sorted(ALLOCATORS) == sorted(expected.split())
 

@@ -10,6 +10,7 @@ from alphaquant.search.pools import (
     Pool,
     code_widths,
     expert_members,
+    fused_pool,
     layer_parts,
     least_bits,
     make_pool,
@@ -46,6 +47,24 @@ def test_a_member_has_the_sums_of_its_units() -> None:
     assert pool.layers.tolist() == [0] * 4 + [1] * 4
     cost = PROBLEM.costs["error"]
     assert pool.sum(cost)[7] == pytest.approx(cost[16] + cost[17])
+
+
+def test_what_an_engine_fuses_is_one_member() -> None:
+    parts = [
+        *((f"self_attn.{name}_proj", "attention") for name in "qkvo"),
+        *((f"self_attn.{name}", "attention") for name in ("q_a_proj", "kv_a_proj_with_mqa")),
+        *((f"mlp.shared_expert.{name}_proj", "shared") for name in ("gate", "up", "down")),
+        *((f"mlp.experts.{e}.{name}_proj", "expert") for e in (0, 1) for name in ("up", "down")),
+    ]
+    units = [
+        Unit(f"{layer}.{name}", (Matrix(f"model.layers.{layer}.{name}", 8, 8, kind, layer),))
+        for layer in (0, 1)
+        for name, kind in parts
+    ]
+    many = example_problem(0, n_layers=2, n_experts=6)
+    pool = fused_pool(changed(many, units=units), 10**9)
+    one = [0, 0, 0, 1, 2, 2, 3, 3, 4, 5, 5, 5, 5]
+    assert pool.member.tolist() == [*one, *(6 + m for m in one)]
 
 
 def test_what_one_unit_may_not_take_its_expert_may_not() -> None:

@@ -183,3 +183,54 @@ def test_constant_alpha_is_uniform() -> None:
     problem = _with_features(wide, alpha=np.full(len(wide.units), 4.0))
     limit_bits = int(problem.bits[:, INT4].sum())
     assert (ALLOCATORS["alpha-hill"].allocate(problem, limit_bits, 0).choice == INT4).all()
+
+
+def _groups(problem: Problem) -> dict[tuple[int, str], IntArray]:
+    """Units that vLLM loads as one: the example has no q, k and v."""
+    fused: dict[tuple[int, str], list[int]] = {}
+    for row, unit in enumerate(problem.units):
+        part = unit.name.rpartition(".")[2]
+        role = (
+            "experts"
+            if unit.kind == "expert"
+            else "qkv"
+            if part in "q_proj k_proj v_proj"
+            else part
+        )
+        fused.setdefault((unit.layer, role), []).append(row)
+    return {key: np.array(rows) for key, rows in fused.items()}
+
+
+@pytest.mark.parametrize("bits_per_weight", [2.5, 3.5, 6.0])
+def test_prismaquant_gives_what_is_fused_one_format_and_the_rest_its_own(
+    bits_per_weight: float,
+) -> None:
+    choice = _choice("prismaquant", PROBLEM, bits_per_weight)
+    assert all(len(set(choice[rows])) == 1 for rows in _groups(PROBLEM).values())
+    assert len(set(choice.tolist())) > 2
+
+
+def test_prismaquant_is_the_least_fisher_cost_of_fused_choices() -> None:
+    problem = take(example_problem(4, n_layers=2, n_experts=2), np.arange(10), np.array([0, 3, 6]))
+    limit_bits, fused = problem.limit_bits(3.5), list(_groups(problem).values())
+    costs, best = problem.costs["fisher"], np.inf
+    for formats in itertools.product(range(3), repeat=len(fused)):
+        choice = np.empty(len(problem.units), dtype=np.int64)
+        for rows, column in zip(fused, formats, strict=True):
+            choice[rows] = column
+        if _bits(problem, choice).sum() <= limit_bits:
+            best = min(best, float(costs[np.arange(len(choice)), choice].sum()))
+    solution = ALLOCATORS["prismaquant"].allocate(problem, limit_bits, 0)
+    assert solution.cost == pytest.approx(best, rel=2e-3)
+    assert solution.lower_bound <= best * (1 + 1e-9)
+
+
+def test_prismaquant_takes_units_one_by_one_where_fused_ones_have_no_format_in_common() -> None:
+    allowed = PROBLEM.allowed.copy()
+    low = PROBLEM.bits.sum(0).argmin()
+    allowed[EXPERTS[::2], low] = False
+    allowed[EXPERTS[1::2]] = False
+    allowed[EXPERTS[1::2], low] = True
+    choice = _choice("prismaquant", changed(PROBLEM, allowed=allowed), 5.0)
+    assert set(choice[EXPERTS[1::2]]) == {low}
+    assert low not in choice[EXPERTS[::2]]
