@@ -2,11 +2,8 @@
 """The column loops of GPTQ and of coordinate descent on a CPU, compiled with numba.
 
 They do what `rounding.quantize_gptq` and `refine.refine` do inside one block of columns; products
-between blocks are `descent.py`'s. Compiled once per machine (16 s) and cached beside this file, or
-where NUMBA_CACHE_DIR says. It is one file, although a long one, because numba looks at nothing but
-the file of an entry point to see whether what it cached is old: after a change of a function that
-the entry point calls in another file, the old code would run. So it would after a change of the
-constants below that `codecs` and `format_rules` give: touch this file then.
+between blocks are `descent.py`'s. Compiled once per machine (16 s) and kept beside this file, or
+where NUMBA_CACHE_DIR says (`compiled.py`).
 
 Everything is transposed, [columns, rows] and contiguous, so that neighbouring numbers belong to
 neighbouring rows, which are independent: they are the lanes of a vector. A tile of 64 rows of the
@@ -22,280 +19,18 @@ Letters: B columns of a block, N rows, G groups; x weights, q rounded weights, c
 H the diagonal block of the Hessian, R = H D the block's rows of the residual, D = W - Q.
 """
 
-from math import copysign
-
 import numpy as np
-from numba import int64, njit, uint64
+from numba import int64, uint64
 
-from alphaquant.quant.codecs import LEAST_MULTIPLE, MOST_MULTIPLE
-from alphaquant.quant.format_rules import FLOAT, INTEGER, MX, SIGN, TABLE, ZERO_POINT
+from alphaquant.quant.columns.compiled import entry, inner
+from alphaquant.quant.columns.grids_numba import TILE, TWO, ZERO, fit, snap, store
 
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-# Only the entry points are called from Python and cached; with wrappers and files for every
-# function, and variants for literal numbers, compiling took 24 s instead of 16.
-_INNER = {**_OPTIONS, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_TILE = 64
 _PANEL = 16
 _STEP = 8
-_ERROR_MAX = np.float32(2.0**100)
-_EXPONENT = np.uint32(0x7F800000)
-_HALF_MAX, _HALF_LEAST, _HALF_STEP = (
-    np.float32(65504.0),
-    np.float32(2.0**-14),
-    np.float32(2.0**-10),
-)
-_HALF_TINY = np.float32(2.0**-24)
-_E4M3_MAX, _E4M3_LEAST, _E4M3_STEP = np.float32(448.0), np.float32(2.0**-6), np.float32(2.0**-3)
-_E4M3_TINY = np.float32(2.0**-9)
-_E8M0_MIN, _E8M0_MAX = np.float32(2.0**-127), np.float32(2.0**127)
-_TINY = np.float32(np.finfo(np.float32).tiny)
-_LEAST_MULTIPLE, _MOST_MULTIPLE = np.float32(LEAST_MULTIPLE), np.float32(MOST_MULTIPLE)
-_ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
+ERROR_MAX = np.float32(2.0**100)
 
 
-@njit(**_INNER)
-def _round_float(t, power, m, high, least, step):
-    """Numbers t[:m] to the nearest small floats, ties to even, saturating; in place."""
-    bits, power_bits = t.view(np.uint32), power.view(np.uint32)
-    for n in range(m):
-        t[n] = min(max(t[n], -high), high)
-    for n in range(m):
-        power_bits[n] = bits[n] & _EXPONENT  # the power of two at or below |t|
-    for n in range(m):
-        width = max(power[n], least) * step
-        t[n] = np.rint(t[n] / width) * width
-
-
-@njit(**_INNER)
-def _snap_table(t, scratch, m, table, middles):
-    """Numbers t[:m] to the nearest of a table, in place; the first for what is no number.
-
-    The steps between neighbours that lie below are added up: integers, so exact.
-    """
-    for n in range(m):
-        scratch[n] = t[n]
-    for n in range(m):
-        t[n] = table[0]
-    j = 0
-    while j < len(middles):  # 3, 7 or 15 of them
-        m0, d0 = middles[j], table[j + 1] - table[j]
-        if j + 3 <= len(middles):
-            m1, d1 = middles[j + 1], table[j + 2] - table[j + 1]
-            m2, d2 = middles[j + 2], table[j + 3] - table[j + 2]
-            for n in range(m):
-                x = scratch[n]
-                low = (d0 if x > m0 else _ZERO) + (d1 if x > m1 else _ZERO)
-                t[n] += low + (d2 if x > m2 else _ZERO)
-            j += 3
-        else:
-            for n in range(m):
-                t[n] += d0 if scratch[n] > m0 else _ZERO
-            j += 1
-
-
-@njit(**_INNER)
-def _snap(t, power, m, rule):
-    """Scaled numbers t[:m], zero point added, to grid values; in place."""
-    if rule.kind == SIGN:
-        for n in range(m):
-            t[n] = -_ONE if t[n] < _ZERO else _ONE
-    elif rule.kind <= ZERO_POINT:
-        low, high = rule.low, rule.high
-        for n in range(m):
-            t[n] = min(max(np.rint(t[n]), low), high) + _ZERO
-    elif rule.kind == TABLE:
-        _snap_table(t, power, m, rule.table, rule.middles)
-    else:
-        _round_float(t, power, m, rule.high, rule.least, rule.step)
-
-
-@njit(**_INNER)
-def _round_half(t, power, m):
-    """Scales t[:m] to float16, neither zero nor infinite; 1 for zeros (`codecs.round_scale`)."""
-    asked = t.copy()
-    _round_float(t, power, m, _HALF_MAX, _HALF_LEAST, _HALF_STEP)
-    for n in range(m):
-        if t[n] == _ZERO:
-            t[n] = _ONE if asked[n] == _ZERO else np.float32(copysign(_HALF_TINY, asked[n]))
-
-
-@njit(**_INNER)
-def _store(t, shared, power, m, rule):
-    """Free scales t[:m] to those that can be stored (`codecs.StoredScales.nearest`); in place."""
-    if rule.is_multiple:
-        for n in range(m):
-            ratio = t[n] / shared[n]
-            least = -_ONE if ratio < _ZERO else _ONE
-            found = min(max(np.rint(ratio), _LEAST_MULTIPLE), _MOST_MULTIPLE) + _ZERO
-            if rule.kind == INTEGER:
-                found = least if found == _ZERO else found
-            t[n] = found * shared[n]
-    elif rule.kind == TABLE:
-        asked = t.copy()
-        _round_half(t, power, m)
-        for n in range(m):
-            t[n] = asked[n] if asked[n] == _ZERO else t[n]
-    else:
-        _round_half(t, power, m)
-
-
-@njit(**_INNER)
-def _statistics(x, base, stride, n_columns, m, rule, first, second):
-    """What scales are made of: `first` and, with zero points, `second`, by row.
-
-    The mean magnitude (signs), the number of largest magnitude (symmetric integers), the least and
-    the largest number (with zero points), the largest magnitude (floats).
-    """
-    for n in range(m):
-        first[n] = _ZERO
-        second[n] = _ZERO
-    for c in range(n_columns):
-        at = base + uint64(c) * stride
-        if rule.kind == SIGN:
-            for n in range(m):
-                first[n] += abs(x[at + uint64(n)])
-        elif rule.kind == INTEGER or rule.kind == TABLE:
-            for n in range(m):
-                number = x[at + uint64(n)]
-                first[n] = number if abs(number) > abs(first[n]) else first[n]
-        elif rule.kind == ZERO_POINT:
-            for n in range(m):
-                number = x[at + uint64(n)]
-                first[n] = min(first[n], number)
-                second[n] = max(second[n], number)
-        else:
-            for n in range(m):
-                first[n] = max(first[n], abs(x[at + uint64(n)]))
-    if rule.kind == SIGN:
-        for n in range(m):
-            first[n] = first[n] / np.float32(n_columns)
-
-
-@njit(**_INNER)
-def _candidate(factor, first, second, shared, m, rule, scale, zero, power):
-    """Scales and zero points of one candidate (`codecs.*Codec.candidates`)."""
-    if rule.kind == SIGN:
-        for n in range(m):
-            scale[n] = first[n]
-        _round_float(scale, power, m, _HALF_MAX, _HALF_LEAST, _HALF_STEP)
-    elif rule.kind == INTEGER or rule.kind == TABLE:
-        for n in range(m):
-            scale[n] = factor * first[n] / rule.low
-        _store(scale, shared, power, m, rule)
-    elif rule.kind == ZERO_POINT:
-        for n in range(m):
-            scale[n] = factor * (second[n] - first[n]) / rule.high
-        _round_half(scale, power, m)
-        for n in range(m):
-            found = np.rint(-factor * first[n] / scale[n])
-            zero[n] = min(max(found, rule.low), rule.high)
-    elif rule.kind == FLOAT:
-        for n in range(m):
-            scale[n] = factor * first[n] / rule.high
-        _round_half(scale, power, m)
-    elif rule.kind == MX:
-        bits, power_bits = first.view(np.uint32), power.view(np.uint32)
-        for n in range(m):
-            power_bits[n] = bits[n] & _EXPONENT
-        for n in range(m):
-            scale[n] = min(max(power[n] * rule.unit * factor, _E8M0_MIN), _E8M0_MAX)
-    else:
-        for n in range(m):
-            scale[n] = factor * (first[n] / rule.high / shared[n])
-        _round_float(scale, power, m, _E4M3_MAX, _E4M3_LEAST, _E4M3_STEP)
-        for n in range(m):
-            scale[n] = max(scale[n], _E4M3_TINY) * shared[n]
-
-
-@njit(**_INNER)
-def _squared_error(
-    x, base, stride, importance, i, n_columns, m, rule, scale, zero, error, t, power
-):
-    """Weighted squared errors of a group under given scales, by row."""
-    for n in range(m):
-        error[n] = _ZERO
-    low, high = rule.low, rule.high
-    for c in range(n_columns):
-        at, weight = base + uint64(c) * stride, importance[i + c]
-        if rule.kind == INTEGER or rule.kind == ZERO_POINT:
-            for n in range(m):
-                number = x[at + uint64(n)]
-                value = min(max(np.rint(number / scale[n] + zero[n]), low), high)
-                off = (value - zero[n]) * scale[n] - number
-                error[n] += weight * off * off
-        else:
-            for n in range(m):
-                t[n] = x[at + uint64(n)] / scale[n]
-            _snap(t, power, m, rule)
-            for n in range(m):
-                off = t[n] * scale[n] - x[at + uint64(n)]
-                error[n] += weight * off * off
-
-
-@njit(**_INNER)
-def _least_squares(
-    x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero, fitted, t, power
-):
-    """The best scale for the codes that the given scales lead to, rounded: <x, c> / <c, c>."""
-    cross = np.zeros(_TILE, dtype=np.float32)
-    square = np.zeros(_TILE, dtype=np.float32)
-    for c in range(n_columns):
-        at, weight = base + uint64(c) * stride, importance[i + c]
-        for n in range(m):
-            t[n] = x[at + uint64(n)] / scale[n] + zero[n]
-        _snap(t, power, m, rule)
-        for n in range(m):
-            code = t[n] - zero[n]
-            cross[n] += weight * code * x[at + uint64(n)]
-            square[n] += weight * code * code
-    for n in range(m):
-        best = cross[n] / max(square[n], _TINY)
-        fitted[n] = best if square[n] > _ZERO else scale[n]
-    _store(fitted, shared, power, m, rule)
-
-
-@njit(**_INNER)
-def _fit(x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero):
-    """Choose scales and zeros of a group of columns, by row (`codecs.fit`)."""
-    t = np.empty(_TILE, dtype=np.float32)
-    power = np.empty(_TILE, dtype=np.float32)
-    first = np.empty(_TILE, dtype=np.float32)
-    second = np.empty(_TILE, dtype=np.float32)
-    _statistics(x, base, stride, n_columns, m, rule, first, second)
-    for n in range(m):
-        zero[n] = _ZERO
-    _candidate(rule.factors[0], first, second, shared, m, rule, scale, zero, power)
-    if len(rule.factors) == 1 and not rule.weighted:
-        return
-    tried = np.empty(_TILE, dtype=np.float32)
-    tried_zero = np.zeros(_TILE, dtype=np.float32)
-    least = np.empty(_TILE, dtype=np.float32)
-    error = np.empty(_TILE, dtype=np.float32)
-    _squared_error(
-        x, base, stride, importance, i, n_columns, m, rule, scale, zero, least, t, power
-    )
-    for k in range(1, len(rule.factors)):
-        _candidate(rule.factors[k], first, second, shared, m, rule, tried, tried_zero, power)
-        _squared_error(
-            x, base, stride, importance, i, n_columns, m, rule, tried, tried_zero, error, t, power
-        )
-        for n in range(m):
-            if error[n] < least[n]:
-                least[n], scale[n], zero[n] = error[n], tried[n], tried_zero[n]
-    if not rule.fits:
-        return
-    _least_squares(
-        x, base, stride, importance, i, n_columns, m, rule, shared, scale, zero, tried, t, power
-    )
-    _squared_error(
-        x, base, stride, importance, i, n_columns, m, rule, tried, zero, error, t, power
-    )
-    for n in range(m):
-        if error[n] < least[n]:
-            scale[n] = tried[n]
-
-
-@njit(**_OPTIONS)
+@entry
 def fit_group(x, importance, n_rows, rule, shared, scales, zeros):
     """Choose scales and zeros of one group from all of its columns.
 
@@ -309,12 +44,12 @@ def fit_group(x, importance, n_rows, rule, shared, scales, zeros):
         zeros: float32 [N], written.
     """
     stride = uint64(n_rows)
-    for start in range(0, n_rows, _TILE):
-        m = min(_TILE, n_rows - start)
+    for start in range(0, n_rows, TILE):
+        m = min(TILE, n_rows - start)
         rows = slice(start, start + m)
-        scale = np.empty(_TILE, dtype=np.float32)
-        zero = np.empty(_TILE, dtype=np.float32)
-        _fit(
+        scale = np.empty(TILE, dtype=np.float32)
+        zero = np.empty(TILE, dtype=np.float32)
+        fit(
             x, uint64(start), stride, importance, int64(0), len(importance), m, rule, shared[rows],
             scale, zero,
         )  # fmt: skip
@@ -322,13 +57,13 @@ def fit_group(x, importance, n_rows, rule, shared, scales, zeros):
         zeros[rows] = zero[:m]
 
 
-@njit(**_INNER)
+@inner
 def _spread(tile, changes, first, stop, j, matrix, width, row, m):
     """tile[j] -= sum over k of changes[k] * matrix[row + k, j], k in first .. stop - 1."""
-    to = uint64(j * _TILE)
+    to = uint64(j * TILE)
     k = first
     while k + _STEP <= stop:
-        at = uint64((k - first) * _TILE)
+        at = uint64((k - first) * TILE)
         above = (row + k - first) * width + j
         h0, h1 = matrix[above], matrix[above + width]
         h2, h3 = matrix[above + 2 * width], matrix[above + 3 * width]
@@ -338,36 +73,36 @@ def _spread(tile, changes, first, stop, j, matrix, width, row, m):
             o = at + uint64(n)
             low = (
                 changes[o] * h0
-                + changes[o + uint64(_TILE)] * h1
-                + changes[o + uint64(2 * _TILE)] * h2
-                + changes[o + uint64(3 * _TILE)] * h3
+                + changes[o + uint64(TILE)] * h1
+                + changes[o + uint64(2 * TILE)] * h2
+                + changes[o + uint64(3 * TILE)] * h3
             )
             high = (
-                changes[o + uint64(4 * _TILE)] * h4
-                + changes[o + uint64(5 * _TILE)] * h5
-                + changes[o + uint64(6 * _TILE)] * h6
-                + changes[o + uint64(7 * _TILE)] * h7
+                changes[o + uint64(4 * TILE)] * h4
+                + changes[o + uint64(5 * TILE)] * h5
+                + changes[o + uint64(6 * TILE)] * h6
+                + changes[o + uint64(7 * TILE)] * h7
             )
             tile[to + uint64(n)] -= low + high
         k += _STEP
     while k < stop:
-        at = uint64((k - first) * _TILE)
+        at = uint64((k - first) * TILE)
         h0 = matrix[(row + k - first) * width + j]
         for n in range(m):
             tile[to + uint64(n)] -= changes[at + uint64(n)] * h0
         k += 1
 
 
-@njit(**_INNER)
+@inner
 def _load(tile, x, start, stride, n_columns, m):
     """Copy m rows, from `start` on, of columns that are `stride` apart into a tile."""
     for k in range(n_columns):
-        at, to = uint64(start) + uint64(k) * stride, uint64(k * _TILE)
+        at, to = uint64(start) + uint64(k) * stride, uint64(k * TILE)
         for n in range(m):
             tile[to + uint64(n)] = x[at + uint64(n)]
 
 
-@njit(**_OPTIONS)
+@entry
 def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule, shared,
                per_shared, scales, zeros, centred, delta, objective):  # fmt: skip
     """Round one block of columns with error compensation inside the block.
@@ -391,21 +126,21 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
         objective: float32 [N], the squared scaled errors are added.
     """
     n_columns, stride = len(begins), uint64(n_rows)
-    tile = np.empty(n_columns * _TILE, dtype=np.float32)
-    errors = np.empty(_PANEL * _TILE, dtype=np.float32)
-    t = np.empty(_TILE, dtype=np.float32)
-    power = np.empty(_TILE, dtype=np.float32)
-    scale = np.empty(_TILE, dtype=np.float32)
-    zero = np.empty(_TILE, dtype=np.float32)
-    for start in range(0, n_rows, _TILE):
-        m = min(_TILE, n_rows - start)
+    tile = np.empty(n_columns * TILE, dtype=np.float32)
+    errors = np.empty(_PANEL * TILE, dtype=np.float32)
+    t = np.empty(TILE, dtype=np.float32)
+    power = np.empty(TILE, dtype=np.float32)
+    scale = np.empty(TILE, dtype=np.float32)
+    zero = np.empty(TILE, dtype=np.float32)
+    for start in range(0, n_rows, TILE):
+        m = min(TILE, n_rows - start)
         _load(tile, ahead, start, stride, n_columns, m)
         first = int64(0)
         while first < n_columns:
             if begins[first] > 0:
                 of_shared = groups[first] // per_shared * n_rows + start
-                _fit(
-                    tile, uint64(first * _TILE), uint64(_TILE), importance, first, begins[first],
+                fit(
+                    tile, uint64(first * TILE), uint64(TILE), importance, first, begins[first],
                     m, rule, shared[of_shared : of_shared + m], scale, zero,
                 )  # fmt: skip
                 at = uint64(groups[first]) * stride + uint64(start)
@@ -416,18 +151,18 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
             while stop < n_columns and stop - first < _PANEL and begins[stop] == 0:
                 stop += 1
             for k in range(first, stop):
-                own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
+                own, at = uint64(k * TILE), uint64(start) + uint64(k) * stride
                 _load(scale, scales, groups[k] * n_rows + start, stride, int64(1), m)
                 _load(zero, zeros, groups[k] * n_rows + start, stride, int64(1), m)
                 for n in range(m):
                     t[n] = tile[own + uint64(n)] / scale[n] + zero[n]
-                _snap(t, power, m, rule)
-                inside, error = upper[k * n_columns + k], uint64((k - first) * _TILE)
+                snap(t, power, m, rule)
+                inside, error = upper[k * n_columns + k], uint64((k - first) * TILE)
                 for n in range(m):
                     code = t[n] - zero[n]
                     q = code * scale[n]
                     e = (tile[own + uint64(n)] - q) / inside
-                    e = min(max(e, -_ERROR_MAX), _ERROR_MAX)
+                    e = min(max(e, -ERROR_MAX), ERROR_MAX)
                     centred[at + uint64(n)] = code
                     delta[at + uint64(n)] = original[at + uint64(n)] - q
                     errors[error + uint64(n)] = e
@@ -435,7 +170,7 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
                     e = errors[error + uint64(n)]
                     objective[uint64(start) + uint64(n)] += e * e
                 for j in range(k + 1, stop):
-                    u, to = upper[k * n_columns + j], uint64(j * _TILE)
+                    u, to = upper[k * n_columns + j], uint64(j * TILE)
                     for n in range(m):
                         tile[to + uint64(n)] -= errors[error + uint64(n)] * u
             for j in range(stop, n_columns):
@@ -443,7 +178,7 @@ def gptq_block(ahead, original, upper, begins, groups, importance, n_rows, rule,
             first = stop
 
 
-@njit(**_OPTIONS)
+@entry
 def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared, per_shared,
                 scales, zeros, centred, delta):  # fmt: skip
     """One pass of scales and codes over a block of columns.
@@ -466,17 +201,17 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared,
         delta: float32 [B * N], D, read and written.
     """
     n_columns, stride = len(ends), uint64(n_rows)
-    tile = np.empty(n_columns * _TILE, dtype=np.float32)
-    totals = np.zeros(n_columns * _TILE, dtype=np.float32)
-    steps = np.empty(_PANEL * _TILE, dtype=np.float32)
-    t = np.empty(_TILE, dtype=np.float32)
-    power = np.empty(_TILE, dtype=np.float32)
-    scale = np.empty(_TILE, dtype=np.float32)
-    zero = np.empty(_TILE, dtype=np.float32)
-    for start in range(0, n_rows, _TILE):
-        m = min(_TILE, n_rows - start)
+    tile = np.empty(n_columns * TILE, dtype=np.float32)
+    totals = np.zeros(n_columns * TILE, dtype=np.float32)
+    steps = np.empty(_PANEL * TILE, dtype=np.float32)
+    t = np.empty(TILE, dtype=np.float32)
+    power = np.empty(TILE, dtype=np.float32)
+    scale = np.empty(TILE, dtype=np.float32)
+    zero = np.empty(TILE, dtype=np.float32)
+    for start in range(0, n_rows, TILE):
+        m = min(TILE, n_rows - start)
         _load(tile, residual, start, stride, n_columns, m)
-        totals[:] = _ZERO
+        totals[:] = ZERO
         run = int64(0)
         while run < n_columns:
             end = ends[run]
@@ -489,7 +224,7 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared,
             while first < end:
                 stop = min(first + _PANEL, end)
                 for k in range(first, stop):
-                    own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
+                    own, at = uint64(k * TILE), uint64(start) + uint64(k) * stride
                     _load(scale, scales, groups[k] * n_rows + start, stride, int64(1), m)
                     _load(zero, zeros, groups[k] * n_rows + start, stride, int64(1), m)
                     curvature = hessian[k * n_columns + k]
@@ -497,8 +232,8 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared,
                         q = centred[at + uint64(n)] * scale[n]
                         best = q + tile[own + uint64(n)] / curvature
                         t[n] = best / scale[n] + zero[n]
-                    _snap(t, power, m, rule)
-                    step = uint64((k - first) * _TILE)
+                    snap(t, power, m, rule)
+                    step = uint64((k - first) * TILE)
                     for n in range(m):
                         code = t[n] - zero[n]
                         change = (code - centred[at + uint64(n)]) * scale[n]
@@ -507,29 +242,29 @@ def sweep_block(residual, hessian, products, ends, groups, n_rows, rule, shared,
                         steps[step + uint64(n)] = change
                         totals[own + uint64(n)] += change
                     for j in range(k + 1, stop):
-                        h, to = hessian[k * n_columns + j], uint64(j * _TILE)
+                        h, to = hessian[k * n_columns + j], uint64(j * TILE)
                         for n in range(m):
                             tile[to + uint64(n)] -= steps[step + uint64(n)] * h
                 for j in range(stop, end):
                     _spread(tile, steps, first, stop, j, hessian, n_columns, first, m)
                 first = stop
             for j in range(end, n_columns):
-                _spread(tile, totals[run * _TILE :], run, end, j, hessian, n_columns, run, m)
+                _spread(tile, totals[run * TILE :], run, end, j, hessian, n_columns, run, m)
             run = end
 
 
-@njit(**_INNER)
+@inner
 def _fit_run(tile, totals, products, run, end, group, start, m, stride, rule, shared, scales,
              centred, delta, power):  # fmt: skip
     """The best scale for a group's codes, where it helps after rounding to what is stored.
 
     With a step d of the scale the objective changes by d (d A - 2 r), A = c' H c, r = c' R.
     """
-    curvature = np.zeros(_TILE, dtype=np.float32)
-    slope = np.zeros(_TILE, dtype=np.float32)
-    fitted = np.empty(_TILE, dtype=np.float32)
+    curvature = np.zeros(TILE, dtype=np.float32)
+    slope = np.zeros(TILE, dtype=np.float32)
+    fitted = np.empty(TILE, dtype=np.float32)
     for k in range(run, end):
-        own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
+        own, at = uint64(k * TILE), uint64(start) + uint64(k) * stride
         for n in range(m):
             code = centred[at + uint64(n)]
             curvature[n] += code * products[at + uint64(n)]
@@ -538,17 +273,17 @@ def _fit_run(tile, totals, products, run, end, group, start, m, stride, rule, sh
     for n in range(m):
         known = scales[of_group + uint64(n)]
         solved = known + slope[n] / curvature[n]
-        usable = curvature[n] > _ZERO and abs(solved) < _ERROR_MAX and solved != _ZERO
+        usable = curvature[n] > ZERO and abs(solved) < ERROR_MAX and solved != ZERO
         fitted[n] = solved if usable else known
-    _store(fitted, shared, power, m, rule)
+    store(fitted, shared, power, m, rule)
     for n in range(m):
         known = scales[of_group + uint64(n)]
         step = fitted[n] - known
-        helps = (step * curvature[n] - _TWO * slope[n]) * step < _ZERO
-        fitted[n] = step if helps else _ZERO  # from here on the step
+        helps = (step * curvature[n] - TWO * slope[n]) * step < ZERO
+        fitted[n] = step if helps else ZERO  # from here on the step
         scales[of_group + uint64(n)] = known + fitted[n]
     for k in range(run, end):
-        own, at = uint64(k * _TILE), uint64(start) + uint64(k) * stride
+        own, at = uint64(k * TILE), uint64(start) + uint64(k) * stride
         for n in range(m):
             change = fitted[n] * centred[at + uint64(n)]
             totals[own + uint64(n)] = change

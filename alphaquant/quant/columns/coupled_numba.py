@@ -2,29 +2,21 @@
 """The loop over coupled rows on a CPU, compiled with numba; see `columns_numba.py`.
 
 Unlike the loops there it has columns as the lanes of a vector, because a row has to know what
-those before it changed. What numba cached is old, and it does not see that, where `_store` or a
-constant of `columns_numba.py` changes: touch this file then.
+those before it changed.
 
 Letters: B columns of a block, R rows of a tile, N rows, G groups; as in `columns_numba.py`.
 """
 
 import numpy as np
-from numba import int64, njit, uint64
+from numba import int64, uint64
 
-from alphaquant.quant.columns.columns_numba import (
-    _ERROR_MAX,
-    _EXPONENT,
-    _INNER,
-    _ONE,
-    _OPTIONS,
-    _TWO,
-    _ZERO,
-    _store,
-)
+from alphaquant.quant.columns.columns_numba import ERROR_MAX
+from alphaquant.quant.columns.compiled import entry, inner
+from alphaquant.quant.columns.grids_numba import EXPONENT, ONE, TWO, ZERO, store
 from alphaquant.quant.format_rules import SIGN, TABLE, ZERO_POINT
 
 
-@njit(**_OPTIONS)
+@entry
 def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_rows, rule, shared,
                per_shared, scales, zeros, centred, delta, changes):  # fmt: skip
     """One pass of scales and codes over a block of columns, some coupled rows after each other.
@@ -53,7 +45,7 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
     power = np.empty(1, dtype=np.float32)
     bits, power_bits = t.view(np.uint32), power.view(np.uint32)
     own = np.empty(n_columns, dtype=np.float32)
-    # A call per number takes longer than its rounding: `columns_numba._snap` is here once more.
+    # A call per number takes longer than its rounding: `grids_numba.snap` is here once more.
     kind, low, high, least, width = rule.kind, rule.low, rule.high, rule.least, rule.step
     table, middles = rule.table, rule.middles
     for i in range(n_coupled):
@@ -70,7 +62,7 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
                     own, products[i * n_columns :], run, end, groups[run] * n_rows + start + i,
                     n_rows, at, rule, shared[of_shared : of_shared + 1], scales, centred, power,
                 )  # fmt: skip
-                if step != _ZERO:
+                if step != ZERO:
                     is_same = False
                     for k in range(run, end):
                         change = step * centred[uint64(k) * uint64(n_rows) + at]
@@ -87,9 +79,9 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
                 best = known * scale + own[k] / hessian[k * n_columns + k]
                 value = best / scale + zero
                 if kind == SIGN:
-                    value = -_ONE if value < _ZERO else _ONE
+                    value = -ONE if value < ZERO else ONE
                 elif kind <= ZERO_POINT:
-                    value = min(max(np.rint(value), low), high) + _ZERO
+                    value = min(max(np.rint(value), low), high) + ZERO
                 elif kind == TABLE:
                     level = 0
                     while level < len(middles) and value > middles[level]:
@@ -97,7 +89,7 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
                     value = table[level]
                 else:
                     t[0] = min(max(value, -high), high)
-                    power_bits[0] = bits[0] & _EXPONENT
+                    power_bits[0] = bits[0] & EXPONENT
                     unit = max(power[0], least) * width
                     value = np.rint(t[0] / unit) * unit
                 code = value - zero
@@ -118,7 +110,7 @@ def sweep_rows(residual, coupling, hessian, products, ends, groups, start, n_row
                 residual[to + uint64(k)] += share * changes[row + uint64(k)]
 
 
-@njit(**_INNER)
+@inner
 def _subtract_row(own, hessian, k, change, n_columns):
     """Own -= change * H[k]."""
     row = uint64(k * n_columns)
@@ -126,10 +118,10 @@ def _subtract_row(own, hessian, k, change, n_columns):
         own[j] -= change * hessian[row + uint64(j)]
 
 
-@njit(**_INNER)
+@inner
 def _fit_row(own, products, run, end, of_group, n_rows, at, rule, shared, scales, centred, power):
     """The step of the scale of one row's group that `_fit_run` would take; it is taken here."""
-    curvature, slope = _ZERO, _ZERO
+    curvature, slope = ZERO, ZERO
     for k in range(run, end):
         code = centred[uint64(k) * uint64(n_rows) + at]
         curvature += code * products[k]
@@ -137,11 +129,11 @@ def _fit_row(own, products, run, end, of_group, n_rows, at, rule, shared, scales
     known = scales[of_group]
     solved = known + slope / curvature
     fitted = np.empty(1, dtype=np.float32)
-    usable = curvature > _ZERO and abs(solved) < _ERROR_MAX and solved != _ZERO
+    usable = curvature > ZERO and abs(solved) < ERROR_MAX and solved != ZERO
     fitted[0] = solved if usable else known
-    _store(fitted, shared, power, int64(1), rule)
+    store(fitted, shared, power, int64(1), rule)
     step = fitted[0] - known
-    if not (step * curvature - _TWO * slope) * step < _ZERO:
-        return _ZERO
+    if not (step * curvature - TWO * slope) * step < ZERO:
+        return ZERO
     scales[of_group] = known + step
     return step

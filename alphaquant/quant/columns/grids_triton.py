@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Rounding to a format's grid and to the types of scales, inside Triton kernels.
 
-The same numbers as `columns_numba.py` gives, bit for bit: divisions are rounded to nearest, small
+The same numbers as `grids_numba.py` gives, bit for bit: divisions are rounded to nearest, small
 floats are rounded by the bits of their exponent, and a whole number is made by adding and
 subtracting 1.5 * 2^23, which is exact up to 2^22 and rounds ties to even. Triton's own division
 may be off by two units, and it has no rounding to whole numbers that its interpreter knows.

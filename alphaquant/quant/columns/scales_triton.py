@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Choosing the scales of a group of columns, inside Triton kernels (`codecs.fit`).
 
-What `columns_numba.py` does for 64 rows, a program does for its R rows: the format's own scale and
+What `grids_numba.py` does for 64 rows, a program does for its R rows: the format's own scale and
 other candidates, the one of least weighted squared error, then least squares for scales that are
 free numbers. Columns are read from memory P at a time, once per candidate.
 
