@@ -58,7 +58,7 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import Bank
 from alphaquant.spaces.units import Unit
 
-COSTS_VERSION = 5
+COSTS_VERSION = 6
 """Part of the key of stored costs; another number measures them anew."""
 
 _SHARED = ("n_tokens", "routing_weight", "active_share")

@@ -142,20 +142,20 @@ class ExpertError:
         """
         used = self._draw(self.input_squares)
         n_formats, n_rows, _ = errors.shape
-        gate_up = self.site.gate_up(self.tokens.expert, used.inputs)  # [n, 2I]
+        gate_up = self.site.gate_up(self.tokens.expert, used.inputs).float()  # [n, 2I]
         changed = gate_up.repeat(n_formats, 1, 1)  # [F, n, 2I]
-        moved = used.inputs @ errors.flatten(0, 1).T  # [n, F * I]
+        moved = (used.inputs @ errors.flatten(0, 1).to(used.inputs).T).float()  # [n, F * I]
         changed[..., own] += moved.view(-1, n_formats, n_rows).transpose(0, 1)
         features = self.site.apply_gate(changed) - self.site.apply_gate(gate_up)  # [F, n, I]
-        down = self.site.views(self.tokens.expert).down.float()  # [H, I]
-        return self._error(features @ self._seen_outside(down).T, used)
+        down = self.site.views(self.tokens.expert).down.to(used.inputs)  # [H, I]
+        return self._error(features.to(down) @ self._seen_outside(down).T, used)
 
     def down(self, errors: Tensor) -> Tensor:
         """Of the down projection, see `OutputError`; errors are float32 [F, H, I]."""
         used = self._draw(self.feature_squares)
         gate_up = self.site.gate_up(self.tokens.expert, used.inputs)
         features = self.site.apply_gate(gate_up)  # [n, I]
-        return self._error(features @ self._seen_outside(errors).mT, used)
+        return self._error(features @ self._seen_outside(errors.to(features)).mT, used)
 
     def _draw(self, squares: Tensor) -> "_UsedTokens":
         """Tokens in proportion to c^2 times these [m]."""
@@ -166,17 +166,19 @@ class ExpertError:
         given = tokens_given(self.trace.experts[self.site.name], self.site, few)
         weights = given.weights.float().unsqueeze(-1)
         importance = _importance(self.trace.at_output, few.rows).to(weights)
-        return _UsedTokens(drawn.counts.to(rows.device), given.inputs.float(), weights, importance)
+        inputs = given.inputs if given.inputs.dtype == torch.bfloat16 else given.inputs.float()
+        return _UsedTokens(drawn.counts.to(rows.device), inputs, weights, importance)
 
     def _seen_outside(self, down: Tensor) -> Tensor:
         """Down projections [..., I] as the block's output sees them."""
         found = outward(self.site, self.trace.hidden[0].shape[-1])
-        return down if found is None else found @ down
+        return down if found is None else found.to(down) @ down
 
     def _error(self, change: Tensor, used: "_UsedTokens") -> Tensor:
         """Of changes of the expert's outputs, [F, n, H]."""
         n_total = sum(hidden[..., 0].numel() for hidden in self.trace.hidden)
-        return _squares(used.weights * change, used.importance) @ used.counts / n_total
+        weighted = used.weights * change.float()
+        return _squares(weighted, used.importance) @ used.counts / n_total
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class _UsedTokens:
 
     Attributes:
         counts: how often each counts, float64 [n].
-        inputs: x, float32 [n, H].
+        inputs: x, [n, H], in bfloat16 where the model computes in that, else in float32.
         weights: c, by which their outputs are multiplied, float32 [n, 1].
         importance: gradients at the layer's output, float32 [1, n, H], or empty.
     """

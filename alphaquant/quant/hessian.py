@@ -27,6 +27,7 @@ Letters: B windows in a batch, T tokens of each, E experts, K inputs, n tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class HessianBatch:
         """Tokens that a group saw, pooled ones included, per input."""
         return (self.n_tokens[index] + self.n_pooled) / self.hessian.shape[-1]
 
-    @property
+    @cached_property
     def has_data(self) -> list[bool]:
         """Whether each Hessian is more than zeros."""
         return [bool(h) for h in (self.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) > 0).tolist()]

@@ -7,6 +7,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from alphaquant.costs.fisher import (
     rare_matrices,
     unit_costs,
 )
+from alphaquant.costs.matrix_costs import sums_by_token
 from alphaquant.costs.output_error import outward
 from alphaquant.errors import ModelError
 from alphaquant.models.mapping import map_model
@@ -459,6 +461,25 @@ def test_a_model_in_bfloat16_has_the_costs_of_one_in_float32(tmp_path: Path) -> 
     for name in ("token_fisher", "error", "gemq", "weight_error"):
         found, expected = getattr(tables[1], name), getattr(tables[0], name)
         assert np.median(np.abs(found / expected - 1)) < 0.1, name
+
+
+def _trace(**seen: Tensor) -> Any:
+    return SimpleNamespace(**seen)
+
+
+def test_products_of_tokens_in_bfloat16_are_those_of_the_same_numbers_in_float32() -> None:
+    generator = torch.Generator().manual_seed(3)
+    errors = 1e-3 * torch.randn(2, 48, 160, generator=generator)
+    x = torch.randn(300, 160, generator=generator).bfloat16()
+    g = torch.randn(1, 300, 48, generator=generator).bfloat16()
+    sequence = torch.arange(300) // 30
+    half, whole = (
+        sums_by_token(errors, _trace(inputs=x, gradients=g, sequence=sequence), 10)
+        for x, g in ((x, g), (x.float(), g.float()))
+    )
+    assert not torch.equal(half.squares, whole.squares)
+    assert torch.allclose(half.squares, whole.squares, rtol=2e-3)
+    assert float((half.products - whole.products).norm() / whole.products.norm()) < 5e-3
 
 
 # Units
