@@ -16,6 +16,7 @@ from alphaquant.commands import search as command
 from alphaquant.commands.evaluate import evaluate
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import plan_search, search
+from alphaquant.commands.searching import outcome
 from alphaquant.errors import (
     AlphaQuantError,
     BudgetError,
@@ -176,7 +177,7 @@ def test_search_killed_in_its_steps_is_one_that_was_not_and_measures_nothing_twi
     for module, name, die in (
         (loop, "is_hopeless", die_in_a_race),
         (judge, "uniform_assignment", die_in_a_race),
-        (command, "write_configs", die_in_a_race),
+        (outcome, "write_configs", die_in_a_race),
     ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(module, name, die)
