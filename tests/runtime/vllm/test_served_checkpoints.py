@@ -193,6 +193,7 @@ def own(model: Path) -> Served:
 
 def check_same(found: Served, expected: Served) -> None:
     error = (found.logits - expected.logits).norm(dim=-1) / expected.logits.norm(dim=-1)
+    print(f"median {float(error.median()):.1e}, largest {float(error.max()):.1e}")
     assert error.max() < LARGEST_ERROR
     assert found.greedy == expected.greedy
 
