@@ -85,6 +85,23 @@ def unpack_codes(packed: Tensor, bits: int, n_codes: int) -> Tensor:
     return codes.reshape(*packed.shape[:-1], n_cells * cell_codes)[..., :n_codes].contiguous()
 
 
+def pick_codes(packed: Tensor, bits: int, places: Tensor) -> Tensor:
+    """Some codes of one stream; no others are unpacked.
+
+    Args:
+        packed: uint8 [bytes], one stream.
+        bits: bits per code, 1 to 8.
+        places: int64 [...], numbers of codes, on the device of `packed`.
+
+    Returns:
+        uint8 [...].
+    """
+    first, shift = places * bits // 8, places * bits % 8
+    second = (first + 1).clamp(max=len(packed) - 1)  # past the end where the code does not reach
+    pair = packed[first].to(torch.int32) | (packed[second].to(torch.int32) << 8)
+    return ((pair >> shift) & ((1 << bits) - 1)).to(torch.uint8)
+
+
 def make_table(values: Tensor, bits: int) -> Tensor:
     """What every word of codes stands for.
 

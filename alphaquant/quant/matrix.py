@@ -13,7 +13,13 @@ from torch import Tensor
 
 from alphaquant.errors import StoreError
 from alphaquant.kernels.grids import E8M0_BIAS, from_e8m0
-from alphaquant.kernels.packing import look_up, make_table, pack_codes, unpack_codes
+from alphaquant.kernels.packing import (
+    look_up,
+    make_table,
+    pack_codes,
+    pick_codes,
+    unpack_codes,
+)
 from alphaquant.quant.codecs import LEAST_MULTIPLE, make_grid, rebuild
 from alphaquant.quant.ggml.decoding import decode
 from alphaquant.spaces.formats import SUB_BITS, Format, parse_format
@@ -150,10 +156,11 @@ class PackedMatrix:
         """
         own = {name: t[ids] for name, t in self.tensors.items() if name in _BY_ROW}
         if "zeros" in self.tensors:
-            n_groups = self.format.n_groups(self.cols)
-            flat = unpack_codes(self.tensors["zeros"], self.format.bits, self.rows * n_groups)
+            n_groups, bits = self.format.n_groups(self.cols), self.format.bits
+            groups = torch.arange(n_groups, device=ids.device)
+            places = ids.unsqueeze(-1) * n_groups + groups  # [n, G]
             own["zeros"] = pack_codes(
-                flat.view(self.rows, n_groups)[ids].flatten(), self.format.bits
+                pick_codes(self.tensors["zeros"], bits, places).flatten(), bits
             )
         shared = {name: t for name, t in self.tensors.items() if name not in {*_BY_ROW, "zeros"}}
         return replace(self, rows=len(ids), tensors={**own, **shared}).dequantize()

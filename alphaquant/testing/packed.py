@@ -7,7 +7,7 @@ The models for exports have hidden 256 and experts of width 128, so that groups 
 and a spread of weights at which logits depend on every matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def mixed_assignment(model_map: ModelMap) -> Assignment:
 def quantize_mixed(
     model_map: ModelMap, assignment: Assignment | None = None
 ) -> dict[int, list[QuantizedMatrix]]:
-    """The matrices of every layer, rounded to nearest.
+    """The matrices of every layer and of what is beside them, rounded to nearest.
 
     Args:
         model_map: the model.
@@ -60,28 +60,35 @@ def quantize_mixed(
     """
     assignment = mixed_assignment(model_map) if assignment is None else assignment
     names = sorted(set(assignment.formats.values()))
+    parts = model_map.layers if model_map.ends is None else (*model_map.layers, model_map.ends)
     return {
-        layer.index: list(
+        part.index: list(
             quantize_layer(
-                model_map, layer, None, names, _RTN, lambda m, n: assignment.formats[m.name] == n
+                model_map, part, None, names, _RTN, lambda m, n: assignment.formats[m.name] == n
             )
         )
-        for layer in model_map.layers
+        for part in parts
     }
 
 
-def save_packed(model: nn.Module, folder: Path, assignment: Assignment | None = None) -> Path:
+def save_packed(
+    model: nn.Module,
+    folder: Path,
+    assignment: Assignment | None = None,
+    include: Sequence[str] = (),
+) -> Path:
     """Write a packed checkpoint of a model.
 
     Args:
         model: from `tiny_model`, not changed.
         folder: directory to make.
         assignment: format of every matrix; None for `mixed_assignment`.
+        include: what is packed beside the layers, names in `alphaquant.spaces.units.ENDS`.
 
     Returns:
         The folder.
     """
-    model_map = map_model(model)
+    model_map = map_model(model, include=include)
     with open_part(folder) as part:
         writer = CheckpointWriter(part.checkpoint)
         for index, items in quantize_mixed(model_map, assignment).items():

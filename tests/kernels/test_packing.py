@@ -10,6 +10,7 @@ from alphaquant.kernels.packing import (
     make_table,
     pack_codes,
     packed_row_bytes,
+    pick_codes,
     unpack_codes,
 )
 
@@ -53,6 +54,15 @@ def test_looked_up_values_are_those_of_the_codes(
     found = look_up(packed, bits, n_codes, make_table(values, bits))
     assert torch.equal(found, values[unpack_codes(packed, bits, n_codes).to(torch.int64)])
     assert found.is_contiguous()
+
+
+@given(st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**16))
+def test_picked_codes_are_those_of_the_whole_stream(bits: int, n_codes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (n_codes,), generator=generator, dtype=torch.uint8)
+    places = torch.randint(0, n_codes, (2, 9), generator=generator)
+    places[0, 0] = n_codes - 1  # which may end where the stream ends
+    assert torch.equal(pick_codes(pack_codes(codes, bits), bits, places), codes[places])
 
 
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**16))

@@ -2,13 +2,15 @@
 
 Order of calls, of vLLM 0.32 and 0.33: `from_config` (the entry of config.json),
 `maybe_update_config` (the folder and the model's type), `apply_vllm_mapper` (names of the model
-class), `get_quant_method` for every layer while the model is built.
+class), `get_quant_method` for every layer while the model is built, `get_checkpoint_weight_mapper`
+before tensors are read. Between processes the configuration is pickled.
 
-What is not packed stays vLLM's: embeddings, heads, routers, norms, and layers whose matrices are
-all bf16, which its own kernels run.
+What is not packed stays vLLM's: routers, norms, and layers whose matrices are all bf16, which its
+own kernels run.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from alphaquant.errors import ModelError
 from alphaquant.models.quantization_config import QUANT_METHOD, PackedFormats, read_formats
 from alphaquant.runtime.vllm.engine_names import (
     RENAMED,
+    Ends,
+    check_served,
+    find_ends,
     formats_of,
     rename_matrices,
     shard_names,
@@ -51,7 +56,9 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
     Attributes:
         formats: of the matrices, by the names that vLLM uses.
         model_type: of the model, as in config.json.
+        ends: what is packed beside the layers.
         checked: formats whose kernels were compared in this process.
+        served: matrices that a layer of vLLM was built for, in this process.
     """
 
     def __init__(self, formats: PackedFormats) -> None:
@@ -67,7 +74,26 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
         check_formats(formats)
         self.formats: Mapping[str, Format] = formats.weights
         self.model_type = ""
+        self.ends = Ends(None, None)
         self.checked: set[tuple[str, Format]] = set()
+        self.served: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process of vLLM."""
+        self.__dict__.update(state)
+        self._ask_for_ends()
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """Matrices that are not bf16."""
+        return frozenset(name for name, fmt in self.formats.items() if fmt.is_quantized)
+
+    def _ask_for_ends(self) -> None:
+        """Let vLLM ask for embeddings and heads where these are packed."""
+        if self.ends.head is not None or self.ends.embeddings is not None:
+            from alphaquant.runtime.vllm.vocabulary_method import ask_for_plain_ends
+
+            ask_for_plain_ends()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PackedConfig":
@@ -114,15 +140,26 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
             check_stored(Path(model_name), self.formats)
         self.model_type = getattr(hf_config, "model_type", "")
         self.formats = rename_matrices(self.formats, lambda n: substituted(n, self.model_type))
+        self.ends = find_ends(self.packed, hf_config)
+        self._ask_for_ends()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename matrices as the model class renames tensors."""
         self.formats = rename_matrices(self.formats, hf_to_vllm_mapper.map_name)
+        found = find_ends(self.packed, None)
+        self.ends = replace(self.ends, head=found.head, embeddings=found.embeddings)
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Renames tensors that are read, before the model class does; see `engine_names`."""
+        """Renames tensors that are read, before the model class does; see `engine_names`.
+
+        Raises:
+            ModelError: the model was built without a layer for some packed matrix.
+        """
+        from vllm.distributed import get_pp_group
         from vllm.model_executor.models.utils import WeightsMapper
 
+        if get_pp_group().world_size == 1:
+            check_served(self.packed, self.served)
         return WeightsMapper(orig_to_new_substr=dict(RENAMED.get(self.model_type, {})))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -133,17 +170,24 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
 
         if isinstance(layer, RoutedExperts):
             return self._of_experts(layer)
         if isinstance(layer, LinearBase):
             return self._of_linear(prefix) or UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            is_head = isinstance(layer, ParallelLMHead)
+            return self._of_vocabulary(layer.org_vocab_size, prefix, is_head=is_head)
         fmt = self.formats.get(prefix)
         if fmt is not None and fmt.is_quantized:
             raise ModelError(
-                f"{prefix} is packed as {fmt.name}, and vLLM's plug-in serves packed linears and "
-                "experts; search with --include none, or take it out of the configuration's "
-                "include"
+                f"{prefix} is packed as {fmt.name} and is a "
+                f"{type(layer).__name__} of vLLM, where the plug-in serves linears, experts, "
+                "lm_head and embeddings; give it bf16 and quantize again"
             )
         return None
 
@@ -154,6 +198,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
         formats = formats_of(names, self.formats, prefix)
         if formats is None or not any(fmt.is_quantized for fmt in formats):
             return None
+        self.served.update(names)
         return PackedLinearMethod(dict(zip(names, formats, strict=True)), self.checked)
 
     def _of_experts(self, layer: Any) -> Any:
@@ -168,5 +213,29 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
         if formats is None or not any(fmt.is_quantized for fmt in formats):
             return None
         check_servable(layer)
+        self.served.update(names)
         known = dict(zip(names, formats, strict=True))
         return PackedExpertsMethod(layer.moe_config, known, self.checked)
+
+    def _of_vocabulary(self, n_words: int, prefix: str, *, is_head: bool) -> Any:
+        """How a layer with a row per word is loaded and run."""
+        from alphaquant.runtime.vllm.packed_vocabulary import PackedVocabulary
+        from alphaquant.runtime.vllm.vocabulary_method import (
+            PackedVocabularyMethod,
+            TiedHeadMethod,
+        )
+
+        if is_head and self.ends.is_tied_head(n_words):
+            return TiedHeadMethod(str(self.ends.embeddings))
+        name = self.ends.matrix_of(prefix, n_words, is_head=is_head)
+        if name is None:
+            return None
+        self.served.add(name)
+        matrix = PackedVocabulary(
+            name,
+            self.formats[name],
+            self.checked,
+            is_looked_up=not is_head,
+            is_multiplied=is_head or self.ends.is_tied,
+        )
+        return PackedVocabularyMethod(matrix)

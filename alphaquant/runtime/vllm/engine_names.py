@@ -2,10 +2,12 @@
 
 Checkpoints of ours have the names of transformers' modules, a matrix per expert. vLLM has those
 too, with two differences: it fuses linears into one layer (`qkv_proj` of q, k, v), and a few
-models keep the names of their first files (Mixtral: `block_sparse_moe.experts.3.w1`).
+models keep the names of their first files (Mixtral: `block_sparse_moe.experts.3.w1`). Many build
+embeddings without a name (`Ends`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from alphaquant.errors import ModelError
@@ -32,6 +34,12 @@ RENAMED: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 vLLM's own model class renames projections (`gate_proj` to `w1`) but not what is before them.
 """
+
+HEADS = ("lm_head", "embed_out", "output_layer")
+"""Last parts of the names that model classes give a head."""
+
+EMBEDDINGS = ("embed_tokens", "embeddings", "word_embeddings", "embed_in", "wte", "tok_embeddings")
+"""Likewise of token embeddings."""
 
 
 def shard_names(prefix: str, fused: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -93,3 +101,79 @@ def substituted(name: str, model_type: str) -> str:
     for old, new in RENAMED.get(model_type, {}).items():
         name = name.replace(old, new)
     return name
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is packed beside the layers.
+
+    Attributes:
+        head: name of the head; None where it is not packed, or tied.
+        embeddings: name of the embeddings; None where they are not packed.
+        n_words: rows of both; other layers with a row per word are none of them.
+        is_tied: whether the head has the weights of the embeddings.
+    """
+
+    head: str | None
+    embeddings: str | None
+    n_words: int = 0
+    is_tied: bool = False
+
+    def matrix_of(self, prefix: str, n_words: int, *, is_head: bool) -> str | None:
+        """The packed matrix that a layer of vLLM holds; None where it holds none.
+
+        Args:
+            prefix: of the layer: `model.embed_tokens`, `embed_tokens`, or nothing, as many model
+                classes do not name embeddings.
+            n_words: its rows, without padding.
+            is_head: whether it is a head.
+        """
+        name = self.head if is_head else self.embeddings
+        if name is None or n_words != self.n_words:
+            return None
+        is_named = not prefix or f".{name}".endswith(f".{prefix.lstrip('.')}")
+        return name if is_named else None
+
+    def is_tied_head(self, n_words: int) -> bool:
+        """Whether a head multiplies with packed embeddings."""
+        tied = self.is_tied and self.head is None and self.embeddings is not None
+        return tied and n_words == self.n_words
+
+
+def find_ends(names: Iterable[str], config: object) -> Ends:
+    """What is packed beside the layers.
+
+    Args:
+        names: of packed matrices, as vLLM calls them.
+        config: of the model, from transformers.
+    """
+    parts = {name: name.split(".") for name in names}
+    beside = {name: p[-1] for name, p in parts.items() if not any(map(str.isdigit, p))}
+    head, table = (
+        next((name for name, last in beside.items() if last in known), None)
+        for known in (HEADS, EMBEDDINGS)
+    )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ties = [getattr(part, "tie_word_embeddings", False) for part in (config, text)]
+    return Ends(head, table, getattr(text, "vocab_size", 0), any(ties))
+
+
+def check_served(packed: Collection[str], served: Collection[str]) -> None:
+    """Refuse a model of vLLM that has no layer for a packed matrix, or builds it unquantized.
+
+    Where a class drops tensors that it does not know, it would run with whatever is in memory.
+
+    Args:
+        packed: matrices of the checkpoint.
+        served: those that a layer was built for.
+
+    Raises:
+        ModelError: naming the first ones.
+    """
+    lost = sorted(set(packed) - set(served))
+    if lost:
+        raise ModelError(
+            f"{len(lost)} packed matrices have no layer in vLLM's class of this model that could "
+            f"be packed, e.g. {', '.join(lost[:3])}; give them bf16 and quantize again, or run "
+            "the checkpoint with alphaquant.load"
+        )

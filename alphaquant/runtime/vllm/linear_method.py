@@ -16,7 +16,6 @@ from vllm.model_executor.layers.linear import (
 )
 
 from alphaquant.errors import ModelError
-from alphaquant.runtime.vllm.dequantized_products import dequantized_linear
 from alphaquant.runtime.vllm.matrix_bank import MatrixBank
 from alphaquant.runtime.vllm.ordered_layers import (
     Checked,
@@ -30,6 +29,7 @@ from alphaquant.runtime.vllm.packed_layers import (
     add_placeholders,
     give_up,
     make_room,
+    multiply,
     stored_dtypes,
     take_matrices,
 )
@@ -127,13 +127,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N], shards beside each other."""
-        if self.shards:
-            flat = x.reshape(-1, x.shape[-1])
-            outputs = [shard.product(layer, flat) for shard in self.shards]
-            y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
-            y = y.reshape(*x.shape[:-1], y.shape[-1])
-        else:
-            y = dequantized_linear(x, layer.packed_bytes, self.facts)
+        y = multiply(layer, x, self.shards, self.facts)
         return y if bias is None else y + bias
 
 

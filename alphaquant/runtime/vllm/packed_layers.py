@@ -1,4 +1,4 @@
-"""What packed linears and experts have in common: their bytes in a layer of vLLM.
+"""What packed layers have in common: their bytes in a layer of vLLM, and their products.
 
 A layer gets one buffer of bytes, and a parameter without elements for every kind of
 tensor that a file may have (`codes`, `scales`, ...): vLLM finds these by the last part of a
@@ -6,7 +6,7 @@ tensor's name, and they carry the function that loads it. Buffers, because vLLM 
 that no tensor was loaded into as missing where it is asked to look.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from alphaquant.quant.matrix import PackedMatrix, packed_shapes
 from alphaquant.runtime.integrity import bad_span, numbers_error, span_of
+from alphaquant.runtime.vllm.dequantized_products import dequantized_linear
 from alphaquant.runtime.vllm.matrix_bank import TENSORS, MatrixBank
+from alphaquant.runtime.vllm.ordered_layers import OrderedShard
 
 Loader = Callable[..., Any]
 
@@ -62,7 +64,7 @@ def stored_dtypes(bank: MatrixBank) -> Mapping[str, torch.dtype]:
 
     But `weight` stays uint8: vLLM takes a bfloat16 one for the weight itself.
     """
-    if len(bank.names) > 1:
+    if len(bank.names) != 1:
         return {}
     shapes = packed_shapes(bank.places[0].format, 1, 1)
     return {name: dtype for name, (_, dtype) in shapes.items() if name != "weight"}
@@ -89,6 +91,24 @@ def take_matrices(layer: nn.Module, bank: MatrixBank, label: str) -> list[Packed
     if bad is not None:
         raise numbers_error(*bad, "the checkpoint")
     return matrices
+
+
+def multiply(layer: nn.Module, x: Tensor, shards: Sequence[OrderedShard], facts: str) -> Tensor:
+    """The outputs of a layer's matrices beside each other, [..., K] -> [..., N].
+
+    Args:
+        layer: of vLLM.
+        x: [..., K].
+        shards: its matrices in kernel order; none where torch multiplies.
+        facts: of its bank.
+    """
+    if not shards:
+        y: Tensor = dequantized_linear(x, layer.get_buffer(MEMORY), facts)
+        return y
+    flat = x.reshape(-1, x.shape[-1])
+    outputs = [shard.product(layer, flat) for shard in shards]
+    y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _tensors(matrices: Mapping[str, PackedMatrix]) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from alphaquant.quant.matrix import PackedMatrix
-from alphaquant.runtime.vllm.dequantized_products import dequantized_experts, dequantized_linear
+from alphaquant.runtime.vllm import dequantized_products
+from alphaquant.runtime.vllm.dequantized_products import (
+    dequantized_experts,
+    dequantized_linear,
+    dequantized_rows,
+)
 from alphaquant.runtime.vllm.matrix_bank import MatrixBank
 from alphaquant.runtime.vllm.slices import Slice
 from alphaquant.testing.packed import draw_packed
@@ -44,6 +49,38 @@ def test_outputs_of_shards_stand_beside_each_other(dtype: torch.dtype) -> None:
     assert torch.equal(dequantized_linear(x, memory, bank.facts), expected)
 
 
+def test_rows_of_a_large_matrix_are_dequantized_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As lm_head is, whose weight may not fit into memory."""
+    matrices = [draw_packed(name, 11, HIDDEN) for name in FORMATS]
+    bank, memory = stored(matrices)
+    x = torch.randn(2, HIDDEN)
+    whole = dequantized_linear(x, memory, bank.facts)
+    sizes = []
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        sizes.append(weight.shape[0])
+        return linear(x, weight)
+
+    monkeypatch.setattr(dequantized_products, "N_WEIGHTS", 4 * HIDDEN + 1)
+    monkeypatch.setattr(dequantized_products, "linear", counted)
+    found = dequantized_linear(x, memory, bank.facts)
+    assert sizes == [4, 4, 3] * len(FORMATS)
+    # float32 sums of 64 products in another order
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_looked_up_rows_are_those_of_the_weights(name: str, dtype: torch.dtype) -> None:
+    matrix = draw_packed(name, 11, HIDDEN)
+    bank, memory = stored([matrix])
+    ids = torch.tensor([[3, 10], [0, 3]])
+    found = dequantized_rows(ids, memory, bank.facts, dtype)
+    assert torch.equal(found, matrix.dequantize()[ids].to(dtype))
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_experts_of_a_rank_add_their_weighted_outputs(first: int) -> None:
     matrices = experts()
@@ -77,3 +114,6 @@ def test_operators_have_the_shapes_that_a_compiler_is_told() -> None:
     torch.library.opcheck(
         dequantized_linear, (x, bytes_, pair.facts), test_utils="test_faketensor"
     )
+    one, memory = stored([draw_packed("int4-g32", 8, HIDDEN)])
+    rows = (torch.zeros(3, dtype=torch.int64), memory, one.facts, torch.bfloat16)
+    torch.library.opcheck(dequantized_rows, rows, test_utils="test_faketensor")

@@ -32,9 +32,11 @@ import alphaquant
 from alphaquant.commands.quantize import quantize
 from alphaquant.models.mapping import map_model
 from alphaquant.runtime.checkpoint import quantized_bytes
+from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantize import QuantChanges, QuantizeSpec
 from alphaquant.testing.models import tiny_model
-from alphaquant.testing.packed import quantize_mixed, save_packed
+from alphaquant.testing.packed import mixed_assignment, quantize_mixed, save_packed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -46,15 +48,23 @@ N_TOKENS = 24
 LARGEST_ERROR = 1e-5
 """Of the logits of a position, relative; float32 in another order gives 2.5e-7 to 5e-6."""
 
-# vLLM's attention on a CPU has heads of 32, 64, ... features; widths leave tail groups of 32.
+# vLLM's attention on a CPU has heads of 32, 64, ... features; widths leave tail groups of 32. It
+# pads 250 words to 256: of two ranks the second has 122 and six rows of padding.
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 96, "intermediate_size": 160}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 160},
+    "llama": {"intermediate_size": 160, "tie_word_embeddings": True},
     "olmoe": {"intermediate_size": 96},
     "mixtral": {"intermediate_size": 96},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 160},
-    "qwen3_moe": {**_EXPERTS, "head_dim": 64},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 64, "tie_word_embeddings": True},
 }
+"""All with packed lm_head and embeddings. vLLM builds those of Llama and OLMoE without a name, and
+those of Mixtral without asking how they are quantized."""
+
+INCLUDE = ("head", "embeddings")
+ENDS = {"embed_tokens": "int4-g64-asym", "lm_head": "nl3-g32-s256"}
+"""Formats beside the layers; zero points, because those of a matrix are one stream."""
+
 DEEPSEEK: dict[str, Any] = {
     **_EXPERTS,
     "kv_lora_rank": 128,
@@ -183,6 +193,7 @@ def own(model: Path) -> Served:
 
 def check_same(found: Served, expected: Served) -> None:
     error = (found.logits - expected.logits).norm(dim=-1) / expected.logits.norm(dim=-1)
+    print(f"median {float(error.median()):.1e}, largest {float(error.max()):.1e}")
     assert error.max() < LARGEST_ERROR
     assert found.greedy == expected.greedy
 
@@ -201,10 +212,17 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 def tiny(family: str, changes: Mapping[str, Any]) -> nn.Module:
-    model: nn.Module = tiny_model(family, hidden_size=256, vocab_size=256, **changes)
+    model: nn.Module = tiny_model(family, hidden_size=256, vocab_size=250, **changes)
     config: Any = model.config
     config.architectures = [type(model).__name__]
     return model
+
+
+def save_with_ends(model: nn.Module, folder: Path) -> Path:
+    """Every format in the layers, `ENDS` beside them."""
+    formats = mixed_assignment(map_model(model, include=INCLUDE)).formats
+    own = {name: ENDS[name.rpartition(".")[2]] for name in formats if "layers" not in name}
+    return save_packed(model, folder, Assignment({**formats, **own}), include=INCLUDE)
 
 
 def save_dequantized(model: Any, folder: Path) -> Path:
@@ -234,7 +252,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     changes = QuantChanges(method="rtn")
     quantize(QuantizeSpec(model="demo", config=config, out=made["demo"], quantizer=changes))
     for family, sizes in FAMILIES.items():
-        made[family] = save_packed(tiny(family, sizes), folder / family)
+        made[family] = save_with_ends(tiny(family, sizes), folder / family)
     made["deepseek_v2"] = save_packed(tiny("deepseek_v2", DEEPSEEK), folder / "deepseek_v2")
     made["plain"] = save_dequantized(tiny("deepseek_v2", DEEPSEEK), folder / "plain")
     return made
@@ -269,7 +287,9 @@ def test_packed_matrices_stay_packed(alone: dict[str, Served], models: dict[str,
     assert stored <= found < 1.01 * stored  # alignment to 16 bytes
 
 
-@pytest.mark.parametrize(("parallel", "name"), [(False, "demo"), (True, "qwen2_moe")])
+@pytest.mark.parametrize(
+    ("parallel", "name"), [(False, "demo"), (False, "llama"), (True, "qwen2_moe")]
+)
 def test_two_ranks_divide_packed_matrices(
     parallel: bool, name: str, engine: Engine, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -290,7 +310,10 @@ def test_kernels_in_the_interpreter_give_the_same(
     variables = {"ALPHAQUANT_KERNELS": "1", "TRITON_INTERPRET": "1"}
     (found,) = engine.serve(tmp_path, [models["olmoe"]], variables=variables)
     check_same(found, own(models["olmoe"]))
-    assert set(found.n_bytes[0]) == {"in kernel order"}
+    (n_bytes,) = found.n_bytes
+    table = parse_format(ENDS["embed_tokens"]).storage_bits(250, 256) // 8
+    assert set(n_bytes) == {"in kernel order", "packed_bytes"}
+    assert table <= n_bytes["packed_bytes"] < table + 64  # rows to look up, and alignment
 
 
 def test_a_compiled_engine_gives_the_same(
@@ -422,7 +445,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(engine: Engine, tmp_path
     parts = (
         "inputs of 1 matrices are rounded, e.g. of a to int8-row",
         "has format version 2",
-        "lm_head is packed as int8-g128, and vLLM's plug-in serves packed linears and experts",
+        "lm_head is packed as int8-g128 and is a Linear of vLLM",
         "vLLM 0.34.0 is installed",
         "needs experts with biases",
         "as gating function",
