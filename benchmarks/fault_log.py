@@ -24,7 +24,7 @@ class Fault:
 
     Attributes:
         kind: one of `KINDS`.
-        wait: how long after what it waits for, in parts of a search without faults.
+        wait: how long after what it waits for, in parts of the pace.
         down: seconds that what was stopped stays away.
         is_early: waits for the fault before, not for a task that is finished after it.
     """
@@ -40,7 +40,7 @@ def drawn(counts: Mapping[str, int], draw: random.Random) -> deque[Fault]:
     kinds = [kind for kind in KINDS for _ in range(counts.get(kind, 0))]
     draw.shuffle(kinds)
     return deque(
-        Fault(kind, draw.uniform(0.0, 0.25), draw.uniform(0.5, 4.0), draw.random() < _EARLY)
+        Fault(kind, draw.uniform(0.0, 1.0), draw.uniform(0.5, 4.0), draw.random() < _EARLY)
         for kind in kinds
     )
 
@@ -131,16 +131,16 @@ class Log:
             return None if last.until_work is None else last.second + last.until_work
         return next((second for second, line in self.lines if TASK.match(line)), None)
 
-    def is_due(self, fault: Fault, whole: float) -> bool:
+    def is_due(self, fault: Fault, pace: float) -> bool:
         """Whether the time of a fault has come.
 
         Args:
             fault: the next one.
-            whole: seconds of a search without faults.
+            pace: seconds.
         """
         last = self.faults[-1].second if self.faults else 0.0
         since = last if fault.is_early else self.worked()
-        return since is not None and time.monotonic() - self.began >= since + fault.wait * whole
+        return since is not None and time.monotonic() - self.began >= since + fault.wait * pace
 
     def suffer(self, fault: Fault, harm: Callable[[], str | None]) -> bool:
         """Make a fault.

@@ -29,7 +29,7 @@ from alphaquant.testing.storages.servers import (
 
 DISK = "1g"
 """Only what is on it takes memory."""
-FULL_SECONDS = 40.0
+FULL_SECONDS = 20.0
 """How long a disk stays full where the driver does not end: it waits for a storage on it."""
 
 

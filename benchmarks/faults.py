@@ -17,9 +17,10 @@ told in one line is counted. Searches follow each other until all faults are mad
 compared with the one without faults: every trial in the storage, the front and configurations,
 the bytes of banks, costs and predictions, and all checksums of the cache.
 
-A fault comes some time after the first task that is finished after the fault before it; one in
-four comes sooner, counted from that fault itself, and may hit what still recovers. What stands
-behind `--` is given to aq-search, in place of a small search of the demo.
+A fault comes at a random moment within `--pace` seconds after the first task that is finished
+after the fault before it; one in four comes sooner, counted from that fault itself, and may hit
+what still recovers. What stands behind `--` is given to aq-search, in place of a small search of
+the demo.
 """
 
 import argparse
@@ -52,13 +53,14 @@ from alphaquant.studies.store.folder import default_storage
 from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.study import finished_rows
 
-PROCESSES = "worker=5,driver=5,storage=5,disk=5"
-RAY = "node=8,worker=3,driver=3,storage=3,disk=3"
+PROCESSES = "worker=6,driver=4,storage=6,disk=4"
+RAY = "node=7,worker=3,driver=3,storage=4,disk=3"
 DEMO = (
     *("--budget", "4.25bits", "--effort", "quick", "--formats", "int2-g64,int4-g64,mxfp4"),
-    *("--calibration-samples", "16", "--evaluation-samples", "16", "--heldout-samples", "8"),
+    *("--calibration-samples", "8", "--evaluation-samples", "8", "--heldout-samples", "4"),
     *("--trials", "14"),
 )
+PACE = 10.0
 STUDY = "aq-search"
 """Name of studies where none was asked for."""
 _JOIN_SECONDS = 20.0
@@ -82,7 +84,7 @@ def run_search(
     log: Log,
     options: Sequence[str],
     faults: deque[Fault],
-    whole: float,
+    pace: float,
     suffer: Callable[[Fault, int], bool],
 ) -> None:
     """Run one search to its end, with as many faults as find a time in it.
@@ -91,7 +93,7 @@ def run_search(
         log: filled.
         options: of aq-search.
         faults: the next ones; those that were made are taken from it.
-        whole: seconds of a search without faults.
+        pace: seconds in which the next fault comes.
         suffer: makes a fault; whether there was something to hit. Given the driver's number.
     """
     while True:
@@ -104,7 +106,7 @@ def run_search(
         reader.start()
         while process.poll() is None:
             time.sleep(0.05)
-            if faults and log.is_due(faults[0], whole) and suffer(faults[0], process.pid):
+            if faults and log.is_due(faults[0], pace) and suffer(faults[0], process.pid):
                 faults.popleft()
         reader.join(_JOIN_SECONDS)  # workers of one that was killed say their last
         if process.returncode == 0:
@@ -223,6 +225,7 @@ class Session:
         options: of aq-search.
         plain: what the search without faults left.
         draw: chooses what happens and when.
+        pace: seconds in which the next fault comes.
         faults: that were made.
         searches: that ended.
         untold: ends of the command that were not told in one line.
@@ -231,6 +234,7 @@ class Session:
     options: Sequence[str]
     plain: Found
     draw: random.Random
+    pace: float = PACE
     faults: list[Made] = field(default_factory=list)
     searches: list[Checked] = field(default_factory=list)
     untold: list[str] = field(default_factory=list)
@@ -258,10 +262,13 @@ class Session:
 
         def suffer(fault: Fault, driver: int) -> bool:
             harm = partial(site.harm, fault.kind, driver, self.draw, fault.down)
-            return log.suffer(fault, harm)
+            is_made = log.suffer(fault, harm)
+            if is_made:
+                print(log.faults[-1], file=sys.stderr, flush=True)
+            return is_made
 
         options = (*self.options, *site.workers_options, *places)
-        run_search(log, options, left, self.plain.seconds, suffer)
+        run_search(log, options, left, self.pace, suffer)
         self.faults += log.faults
         self.untold += log.untold
         found = found_in(root, url, log.second)
@@ -311,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--processes", default=PROCESSES, help="faults where workers are processes"
     )
     parser.add_argument("--ray", default=RAY, help="faults where workers are those of Ray")
+    parser.add_argument("--pace", type=float, default=PACE, help="seconds; see above")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args(given[: given.index("--")] if "--" in given else given)
@@ -318,10 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     words = ["FILE" if word == str(asked.json) else word for word in given]
     command = shlex.join(["python", "benchmarks/faults.py", *words])
-    facts = {**run_facts("cpu"), "command": command, "seed": asked.seed}
+    facts = {**run_facts("cpu"), "command": command, "seed": asked.seed, "pace": asked.pace}
     with tempfile.TemporaryDirectory() as place:
         plain = search_plainly(Path(place) / "plain", options)
-        session = Session(options, plain, random.Random(asked.seed))
+        session = Session(options, plain, random.Random(asked.seed), asked.pace)
         print(f"without faults: {plain.seconds:.0f} s, results {plain.results}", file=sys.stderr)
         for who in ("processes", "ray"):
             counts = counts_of(getattr(asked, who))
