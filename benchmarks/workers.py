@@ -44,7 +44,10 @@ main()
 """Stages are booked in processor seconds of the driver."""
 _SHARED = ("teacher", "hessians", "bank", "costs", "planned", "probe", "study", "gate")
 """Stages whose work is that of tasks."""
-_TASK = re.compile(r"^DEBUG (.+): ([\d.]+) s$", re.MULTILINE)
+TASK = re.compile(r"^DEBUG (.+): ([\d.]+) s$", re.MULTILINE)
+"""What `--debug` says of a task that is finished."""
+SMALL_STORE = {"object_store_memory": 80 * 2**20}
+"""Of a Ray node: tasks hand on little."""
 _OWN_FACTS = {"seconds", "n_measured", "n_passes", "stages", "versions"}
 _OLMOE = {
     **{"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16},
@@ -99,16 +102,22 @@ def cluster_of(mode: str) -> Iterator[list[str]]:
     if not mode.startswith("ray"):
         yield [] if mode == "alone" else ["--workers", mode]
         return
+    with ray_nodes(int(mode.removeprefix("ray"))) as cluster:
+        yield ["--cluster", cluster.address]
+
+
+@contextmanager
+def ray_nodes(n_nodes: int) -> Iterator[Any]:
+    """A Ray cluster of nodes of one core each on this machine, beside a head without cores."""
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80 * 2**20}
-    head = {"num_cpus": 0, "include_dashboard": False, **small}
+    head = {"num_cpus": 0, "include_dashboard": False, **SMALL_STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(int(mode.removeprefix("ray"))):
-        cluster.add_node(num_cpus=1, **small)
-    cluster.wait_for_nodes()
     try:
-        yield ["--cluster", cluster.address]
+        for _ in range(n_nodes):
+            cluster.add_node(num_cpus=1, **SMALL_STORE)
+        cluster.wait_for_nodes()
+        yield cluster
     finally:
         cluster.shutdown()
 
@@ -122,7 +131,7 @@ def children_seconds() -> float:
 def tasks_of(log: str) -> dict[str, float]:
     """Processor seconds of tasks by the beginning of their names."""
     found: dict[str, float] = {}
-    for name, seconds in _TASK.findall(log):
+    for name, seconds in TASK.findall(log):
         kind = re.split(r" \d+| on batches| of batches", name)[0]
         found[kind] = found.get(kind, 0.0) + float(seconds)
     return {kind: round(seconds, 2) for kind, seconds in found.items()}

@@ -1,13 +1,12 @@
 """`aq-search`: results on stdout, the rest on stderr; wrong input is in tests/corpus."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from alphaquant.lease import PATIENCE_VARIABLE
 from alphaquant.studies import loop
 from alphaquant.studies.store.storages import open_storage
 from alphaquant.studies.store.urls import sqlite_url
+from alphaquant.testing.storages.disks import NoDiskError, SmallDisk, small_disk
 
 OF_ONE_PROCESS = ("seconds", "n_measured", "n_passes")
 """What a search that was stopped counts anew."""
@@ -166,15 +166,13 @@ def test_a_driver_that_was_paused_stops_in_one_line_and_the_second_ones_result_i
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk in memory of its own, which a test fills."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(path)]
-    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("no disk can be mounted here")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk of its own, which a test fills."""
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(small_disk(tmp_path / "disk", "100k"))
+        except NoDiskError as error:
+            pytest.skip(str(error))
 
 
 @pytest.mark.slow
@@ -182,7 +180,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("place", ["cache", "out"])
 def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(
     place: str,
-    disk: Path,
+    disk: SmallDisk,
     run: Any,
     small: tuple[str, ...],
     tmp_path: Path,
@@ -190,11 +188,11 @@ def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(
 ) -> None:
     """The disk grows step by step, so that another write of the search is the one that fails."""
     monkeypatch.setattr(search, "check_room", lambda plan, cache: None)  # it would refuse before
-    places = {"cache": tmp_path / "cache", "out": tmp_path / "out", place: disk / "it"}
+    places = {"cache": tmp_path / "cache", "out": tmp_path / "out", place: disk.folder / "it"}
     options = (*small, "--out", str(places["out"]), "--cache", str(places["cache"]))
     n_failed = 0
     for size in ("100k", "300k", "600k", "1m", "2m", "64m"):
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+        disk.resize(size)
         done = run("aq-search", *options)
         if done.code == 0:
             break
@@ -202,7 +200,7 @@ def test_a_full_disk_stops_in_one_line_and_the_same_command_goes_on(
         (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert re.search(r"No space left|disk is full|bytes, and \d+ are free", error), error
         assert re.search("same command|the cache elsewhere", error), error
-        assert not list(disk.rglob("*.part"))
+        assert not list(disk.folder.rglob("*.part"))
     assert done.code == 0
     assert n_failed >= 2
     whole = run("aq-search", *small, "--out", str(tmp_path / "whole"))
