@@ -115,5 +115,6 @@ def _blocks(place: Place, memory: Tensor, dtype: torch.dtype) -> Iterator[Tensor
         yield _weight(place, memory, dtype)
         return
     matrix = place.matrix(memory)
-    for ids in torch.arange(place.rows, device=memory.device).split(n_rows):
-        yield matrix.rows_at(ids).to(dtype)
+    for start in range(0, place.rows, n_rows):
+        end = min(start + n_rows, place.rows)
+        yield matrix.rows_at(torch.arange(start, end, device=memory.device)).to(dtype)
