@@ -23,6 +23,7 @@ from alphaquant.models.quantization_config import QUANT_METHOD, PackedFormats, r
 from alphaquant.runtime.vllm.engine_names import (
     RENAMED,
     Ends,
+    check_formats,
     check_served,
     find_ends,
     formats_of,
@@ -30,7 +31,6 @@ from alphaquant.runtime.vllm.engine_names import (
     shard_names,
     substituted,
 )
-from alphaquant.runtime.vllm.slices import check_formats
 from alphaquant.spaces.formats import Format
 
 VERSIONS = ("0.32", "0.33")

@@ -25,33 +25,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from alphaquant.errors import ModelError
 from alphaquant.kernels.packing import pack_codes, unpack_codes
-from alphaquant.models.quantization_config import PackedFormats
 from alphaquant.spaces.formats import SUB_BITS, Format
-
-
-def check_formats(formats: PackedFormats) -> None:
-    """Refuse a checkpoint that holds what is not served here, before anything is built.
-
-    Raises:
-        ModelError: inputs of matrices are to be rounded, for which vLLM has no place, or matrices
-            are in llama.cpp's types, whose blocks are not cut.
-    """
-    rounded = sorted(formats.activations)
-    if rounded:
-        raise ModelError(
-            f"inputs of {len(rounded)} matrices are rounded, e.g. of {rounded[0]} to "
-            f"{formats.activations[rounded[0]].name}; vLLM serves packed weights alone: "
-            "quantize without aq, or run it with alphaquant.load"
-        )
-    blocks = sorted(name for name, fmt in formats.weights.items() if fmt.is_ggml)
-    if blocks:
-        raise ModelError(
-            f"{len(blocks)} matrices are in types of llama.cpp, e.g. {blocks[0]} in "
-            f"{formats.weights[blocks[0]].name}, which vLLM's plug-in does not serve; write a "
-            "file for llama.cpp with aq-quantize --export gguf, or search with --profile any"
-        )
 
 
 @dataclass(frozen=True)

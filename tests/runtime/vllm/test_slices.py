@@ -8,7 +8,8 @@ import torch
 from alphaquant.errors import ModelError
 from alphaquant.models.quantization_config import PackedFormats
 from alphaquant.quant.matrix import PackedMatrix, check_packed
-from alphaquant.runtime.vllm.slices import Slice, check_formats, part_of
+from alphaquant.runtime.vllm.engine_names import check_formats
+from alphaquant.runtime.vllm.slices import Slice, part_of
 from alphaquant.spaces.formats import parse_format
 from alphaquant.testing.formats import QUANTIZED
 from alphaquant.testing.packed import draw_packed
