@@ -29,6 +29,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.columns.state import Block, Rounding, choose_rows, join_rows
 from alphaquant.quant.descent import Rounder
 from alphaquant.quant.factor import DampedHessian
@@ -43,6 +44,9 @@ SWEEP_ROWS = 64
 
 _DAMP = 0.02
 """Of the mean diagonal, added to it; 0.1 changed KL by 0.3 % in the same trial."""
+
+_MOST_RETRIES = 5
+"""With ten times the damping each; by then the diagonal is what is left."""
 
 
 def is_coupled(fmt: Format) -> bool:
@@ -62,33 +66,48 @@ class Coupling:
     Attributes:
         matrix: float32 [.., N, N], O, damped, rows in the order in which they are rounded.
         order: int64 [N], the row at each place.
+        lower: R of `matrix` = R'R, lower triangular, [.., N, N].
     """
 
     matrix: Tensor
     order: Tensor
+    lower: Tensor
 
     @staticmethod
     def of(outputs: Tensor) -> "Coupling":
-        """Of output Hessians [.., N, N], a mean diagonal of 1 or so."""
+        """Of output Hessians [.., N, N], a mean diagonal of 1 or so.
+
+        They are kept in float16, whose rounding of a few outputs that matter far more than all
+        others may take from them that they are positive: such ones are damped ten times as much
+        until they are.
+
+        Raises:
+            ModelError: one is no number, or not positive even so.
+        """
         n_rows = outputs.shape[-1]
         tiles = -(-n_rows // START_ROWS)
         order = torch.arange(n_rows, device=outputs.device)
         order = torch.cat([order[start::tiles] for start in range(tiles)])
-        matrix = outputs[..., order, :][..., order].clone()
-        diagonal = matrix.diagonal(dim1=-2, dim2=-1)  # a view
-        diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
-        return Coupling(matrix, order)
+        ordered = outputs[..., order, :][..., order]
+        mean = ordered.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # [.., 1]
+        damp = torch.full_like(mean, _DAMP)
+        for _ in range(_MOST_RETRIES + 1):
+            matrix = ordered.clone()
+            matrix.diagonal(dim1=-2, dim2=-1).add_(damp * mean)
+            upper, failures = torch.linalg.cholesky_ex(matrix.flip(-1, -2))
+            is_sound = failures.unsqueeze(-1) == 0
+            if bool(is_sound.all()):
+                return Coupling(matrix, order, upper.flip(-1, -2).mT)
+            damp = torch.where(is_sound, damp, 10 * damp)
+        raise ModelError(
+            f"the gradients at {n_rows} outputs give no positive matrix even with damping "
+            f"{_DAMP * 10**_MOST_RETRIES:g}; use more or other calibration text, or --no-two-sided"
+        )
 
     @cached_property
     def shares(self) -> Tensor:
         """O_ij / O_ii, [.., N, N]."""
         return self.matrix / self.matrix.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-
-    @cached_property
-    def lower(self) -> Tensor:
-        """R, lower triangular, [.., N, N]."""
-        upper: Tensor = torch.linalg.cholesky(self.matrix.flip(-1, -2)).flip(-1, -2)
-        return upper.mT
 
     def objective(self, hessian: Tensor, delta: Tensor) -> Tensor:
         """tr(O D H D') of D [.., K, N], float64 [..]."""

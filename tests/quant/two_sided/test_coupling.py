@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alphaquant.errors import ModelError
 from alphaquant.quant.codecs import make_grid, nv_global_scale, snap
 from alphaquant.quant.columns.column_loops import NumbaLoops
 from alphaquant.quant.columns.state import Rounding
@@ -135,6 +136,27 @@ def test_what_rows_before_a_tile_did_is_made_up_for_as_well_as_can_be() -> None:
     tile = slice(done, done + 16)
     shift = torch.linalg.solve(R[tile, tile], R[tile, :done] @ before)
     assert torch.allclose(best[:16], -shift, atol=1e-6)
+
+
+def test_outputs_that_rounding_made_indefinite_are_damped_until_they_are_not() -> None:
+    """Two tokens, and some outputs whose gradients are far larger than all others."""
+    gradients = drawn(2, 512, seed=2)
+    gradients[:, :32] *= 1000
+    exact = gradients.mT @ gradients
+    stored = (exact / exact.diagonal().mean()).half().float()
+    assert float(torch.linalg.eigvalsh(stored.double()).min()) < -0.02
+    both = torch.stack([torch.eye(512), stored])
+    found = Coupling.of(both)
+    ordered = both[:, found.order][..., found.order]
+    added = (found.matrix - ordered).diagonal(dim1=-2, dim2=-1)
+    assert torch.allclose(added[0], torch.tensor(0.02), atol=1e-6)
+    assert torch.allclose(added[1], torch.tensor(0.2), atol=1e-4)
+    assert torch.allclose(found.lower.mT @ found.lower, found.matrix, atol=1e-3)
+
+
+def test_outputs_that_no_damping_makes_positive_are_refused() -> None:
+    with pytest.raises(ModelError, match="more or other calibration text, or --no-two-sided"):
+        Coupling.of(torch.zeros(1, 8, 8))
 
 
 def test_stacks_do_not_know_of_each_other() -> None:
