@@ -183,7 +183,7 @@ def _token_products(
     """p_t of tokens [m, K], [D, m, N], in chunks: the first token and float64 [F, D, c].
 
     Of tokens in bfloat16 the first product is in bfloat16 too, as the model's own are: the errors'
-    rounding is 2^-9 of each and averages out, a quarter of the time where a CPU has AMX.
+    rounding is 2^-9 of each at most and averages out.
     """
     n_formats, n_rows, _ = errors.shape
     flat = errors.flatten(0, 1)  # [F * N, K]
