@@ -48,6 +48,8 @@ class MatrixRecord:
             matrices of its kind; None where it was not tried.
         is_two_sided: whether the gradients at its outputs had a say, see
             `alphaquant.quant.two_sided.output_hessian`.
+        output_damp: damping fraction of its output Hessians, the largest of their blocks, retries
+            included; None where it is rounded one-sided.
     """
 
     matrix: str
@@ -63,6 +65,7 @@ class MatrixRecord:
     shrinkage: float | None = None
     heldout_gain: float | None = None
     is_two_sided: bool = False
+    output_damp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Stacks:
         """
         has_data, (of_weights, of_outputs) = self.hessian is not None, errors
         is_fallback = settings.method == "gptq" and self.damped is None
+        known = self.couplings if method == "gptq" and is_coupled(fmt) else None
+        position = self.matrices[s].index(matrix)
         return MatrixRecord(
             matrix=matrix.name,
             format=fmt.name,
@@ -137,7 +142,8 @@ class Stacks:
             output_error=of_outputs,
             shrinkage=self.shrinkage[s] if has_data else None,
             heldout_gain=self.heldout_gain,
-            is_two_sided=self.couplings is not None and method == "gptq" and is_coupled(fmt),
+            is_two_sided=known is not None,
+            output_damp=None if known is None else known.damp_of(s, position),
         )
 
     @cached_property

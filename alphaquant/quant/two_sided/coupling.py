@@ -67,11 +67,13 @@ class Coupling:
         matrix: float32 [.., N, N], O, damped, rows in the order in which they are rounded.
         order: int64 [N], the row at each place.
         lower: R of `matrix` = R'R, lower triangular, [.., N, N].
+        damp: fraction of each mean diagonal that was added, retries included, float32 [..].
     """
 
     matrix: Tensor
     order: Tensor
     lower: Tensor
+    damp: Tensor
 
     @staticmethod
     def of(outputs: Tensor) -> "Coupling":
@@ -97,7 +99,7 @@ class Coupling:
             upper, failures = torch.linalg.cholesky_ex(matrix.flip(-1, -2))
             is_sound = failures.unsqueeze(-1) == 0
             if bool(is_sound.all()):
-                return Coupling(matrix, order, upper.flip(-1, -2).mT)
+                return Coupling(matrix, order, upper.flip(-1, -2).mT, damp.squeeze(-1))
             damp = torch.where(is_sound, damp, 10 * damp)
         raise ModelError(
             f"the gradients at {n_rows} outputs give no positive matrix even with damping "
@@ -139,6 +141,14 @@ class Couplings:
             coupling = self._made[key]
             yield slice(start, start + len(coupling.order)), coupling
             start += len(coupling.order)
+
+    def damp_of(self, stack: int, position: int) -> float:
+        """The largest damping of the blocks of a matrix that was rounded."""
+        return max(
+            float(coupling.damp[stacks.index(stack)])
+            for (at, _, *stacks), coupling in self._made.items()
+            if at == position and stack in stacks
+        )
 
 
 @dataclass(frozen=True)

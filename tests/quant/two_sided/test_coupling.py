@@ -151,6 +151,7 @@ def test_outputs_that_rounding_made_indefinite_are_damped_until_they_are_not() -
     added = (found.matrix - ordered).diagonal(dim1=-2, dim2=-1)
     assert torch.allclose(added[0], torch.tensor(0.02), atol=1e-6)
     assert torch.allclose(added[1], torch.tensor(0.2), atol=1e-4)
+    assert torch.allclose(found.damp, torch.tensor([0.02, 0.2]))
     assert torch.allclose(found.lower.mT @ found.lower, found.matrix, atol=1e-3)
 
 
@@ -192,6 +193,7 @@ def test_formats_share_what_is_known_of_the_outputs() -> None:
     assert [rows for rows, _ in first] == [slice(0, 8), slice(8, 12)]
     assert all(a is b for (_, a), (_, b) in zip(first, again, strict=True))
     assert first[0][1].matrix.shape == (2, 8, 8)
+    assert [couplings.damp_of(stack, 0) for stack in (0, 1)] == pytest.approx([0.02, 0.02])
 
 
 def test_a_start_that_is_better_than_what_sweeps_make_of_it_stays(

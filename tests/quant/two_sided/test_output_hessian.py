@@ -138,6 +138,8 @@ def test_a_bank_is_filled_with_both_sides_and_says_so(model_map: ModelMap, tmp_p
     plain = open_bank(tmp_path / "banks", "one", model_map.inventory, {})
     fill_bank(plain, model_map, TOKENS, ["int1-g32", "int3-g32"], QuantSettings())
     assert all(row["is_two_sided"] for row in bank.records("int3-g32", 0))
+    assert all(row["output_damp"] == pytest.approx(0.02) for row in bank.records("int3-g32", 0))
+    assert all(row["output_damp"] is None for row in bank.records("int1-g32", 0))
     assert not any(row["is_two_sided"] for row in bank.records("bf16", 0))
     assert not any(row["is_two_sided"] for row in bank.records("int1-g32", 0))
     for matrix in model_map.inventory.matrices:
