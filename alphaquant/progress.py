@@ -73,6 +73,24 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Tell nobody; see `Progress`."""
 
 
+def of_total(progress: Progress, stage: str, total: int) -> Progress:
+    """Progress for what does the first steps of a stage and knows of no others.
+
+    Args:
+        progress: is told.
+        stage: whose steps are `total`; others are told as they are.
+        total: steps; 0 where those of the stage are not to be told.
+    """
+
+    def tell(name: str, done: int, n: int) -> None:
+        if name != stage:
+            progress(name, done, n)
+        elif total:
+            progress(name, done, total)
+
+    return tell
+
+
 @dataclass
 class _Pace:
     """How fast one stage goes.
@@ -206,10 +224,6 @@ class StageClock:
         """See `Progress`: the stage that runs from now on, and how far it is."""
         self.times.record(stage, done, total, time.perf_counter())
         self.forward(stage, done, total)
-
-    def counted(self, stage: str, total: int) -> Callable[[int], None]:
-        """Progress of a stage for what knows only how many of its steps are done."""
-        return lambda done: self(stage, done, total)
 
     def shifted(self, offset: int, total: int) -> Progress:
         """Progress of one part of a stage: `offset` steps were done before it, of `total`."""

@@ -32,7 +32,7 @@ from alphaquant import demo
 from alphaquant.evaluators.divergence import measure_divergence
 from alphaquant.evaluators.teacher import open_teacher, store_teacher
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.tables import markdown
@@ -137,7 +137,7 @@ class Bench:
             return
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             bank = open_bank(Path(scratch), "bank", model_map.inventory, {})
-            fill_bank(bank, model_map, tokens, formats, settings)
+            fill_bank(bank, model_map, tokens, BankRequest(formats, settings))
             for name in formats:
                 Swapper(model_map, bank.layer).apply(uniform_assignment(model_map.inventory, name))
                 yield name

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from alphaquant import progress
-from alphaquant.progress import N_RECENT, StageClock, StageTimes, no_progress
+from alphaquant.progress import N_RECENT, StageClock, StageTimes, no_progress, of_total
 
 Call = tuple[str, int, int]
 
@@ -63,6 +63,15 @@ def test_nothing_is_booked_after_stop(clock: StageClock) -> None:
 def test_part_of_a_stage_counts_from_its_offset(clock: StageClock, calls: list[Call]) -> None:
     clock.shifted(48, 112)("teacher", 8, 64)
     assert calls == [("teacher", 56, 112)]
+
+
+def test_first_steps_of_a_stage_are_told_as_some_of_all_or_not_at_all(
+    clock: StageClock, calls: list[Call]
+) -> None:
+    for tell in (of_total(clock, "load", 7), of_total(clock, "load", 0)):
+        tell("load", 2, 3)
+        tell("copy", 1, 4)
+    assert calls == [("load", 2, 7), ("copy", 1, 4), ("copy", 1, 4)]
 
 
 def test_no_progress_takes_any_call() -> None:

@@ -21,7 +21,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.quantization_config import is_packed
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import with_source
-from alphaquant.progress import Progress, Stage, no_progress
+from alphaquant.progress import Progress, Stage, no_progress, of_total
 from alphaquant.quant.bank import Bank, bank_key, find_bank
 from alphaquant.quant.ggml.library import check_formats
 from alphaquant.quant.tuning.learning import Tuning, check_memory
@@ -39,6 +39,7 @@ from alphaquant.specs.quantizer import QuantSettings, changed
 from alphaquant.specs.texts import DEMO_TEXT
 from alphaquant.studies.costing import output_hessians
 from alphaquant.studies.inputs import (
+    SOURCE_STEPS,
     USERS,
     Source,
     cache_dir,
@@ -100,7 +101,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         raise ConfigError("quantize needs out; the directory of the packed checkpoint")
     job, users = _asked(spec, config, summary, settings), cache_dir(spec.cache) / USERS
     with open_part(spec.out, spec.overwrite, job) as part, in_use(users, "the cache"):
-        progress(Stage.LOAD, 0, 1)
+        progress(Stage.LOAD, 0, SOURCE_STEPS + 1)
         exporter = EXPORTERS.get(spec.export)
         if exporter is not None:
             _resolve_skeleton(spec, config, progress)
@@ -109,7 +110,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
             include=config.include,
             cache=spec.cache,
             rotate=_rotation(spec, config),
-            progress=progress,
+            progress=of_total(progress, Stage.LOAD, SOURCE_STEPS + 1),
         )
         architecture = choose_architecture(source.map.model, spec.model_type)
         plan = resolve(config, source.map.inventory, strict=spec.strict)
@@ -120,7 +121,7 @@ def quantize(spec: QuantizeSpec, *, progress: Progress = no_progress) -> Pipelin
         needs_text = settings.method == "gptq" or spec.tuning.settings is not None
         tokens = _calibration(spec, summary, source) if needs_text else None
         tuning = _tuning(spec, summary, source, tokens, _activations(plan))
-        progress(Stage.LOAD, 1, 1)
+        progress(Stage.LOAD, SOURCE_STEPS + 1, SOURCE_STEPS + 1)
         facts = _facts(source, config, plan, tokens, warnings)
         is_changed = settings != summary.settings or bool(_activations(plan))
         is_changed |= tuning is not None

@@ -26,7 +26,7 @@ from alphaquant.evaluators.base import Score
 from alphaquant.files import in_use
 from alphaquant.models.loading import load_skeleton, working_dtype
 from alphaquant.models.mapping import map_model
-from alphaquant.progress import Progress, Stage, StageClock, no_progress
+from alphaquant.progress import Progress, Stage, StageClock, no_progress, of_total
 from alphaquant.quant.foreign.candidates import Candidates, find_candidates
 from alphaquant.quant.swap import Swapper
 from alphaquant.reports.notes import TrialNotes, begin_study_note, study_note
@@ -151,12 +151,12 @@ def _search(
     """The stages, in an output directory that no other process works on."""
     started = time.monotonic()
     clock(Stage.LOAD, 0, LOAD_STEPS)
-    steps = clock.counted(Stage.LOAD, LOAD_STEPS)
     asked = spec.checkpoint
     original = None
     if asked.rotate is not None:
-        original = _load(spec, request, clock)
-    source = _load(spec, request, clock, asked.rotate, steps)
+        original = _load(spec, request, of_total(clock, Stage.LOAD, 0))
+    progress = of_total(clock, Stage.LOAD, LOAD_STEPS)
+    source = _load(spec, request, progress, asked.rotate)
     for note in model_notes(source.map):
         logger.warning("%s", note)
     own = worker_source(
@@ -231,17 +231,16 @@ def _search_with(
 def _load(
     spec: SearchSpec,
     request: Request,
-    clock: StageClock,
+    progress: Progress,
     rotate: int | None = None,
-    on_step: Callable[[int], None] = lambda n_done: None,
 ) -> Source:
     """The model that is asked for, as it is or rotated."""
     return load_source(
-        *(spec.checkpoint.model, request.device, spec.checkpoint.dtype, on_step),
+        *(spec.checkpoint.model, request.device, spec.checkpoint.dtype),
         include=request.include,
         cache=spec.run.cache,
         rotate=rotate,
-        progress=clock,
+        progress=progress,
         scratch=spec.run.scratch,
     )
 

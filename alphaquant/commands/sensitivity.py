@@ -26,7 +26,7 @@ from alphaquant.costs.fisher import CostSettings, measure_costs
 from alphaquant.errors import StoreError
 from alphaquant.files import in_use, whole_file
 from alphaquant.models.dtypes import named_dtype
-from alphaquant.progress import Progress, Stage, no_progress
+from alphaquant.progress import Progress, Stage, no_progress, of_total
 from alphaquant.provenance import device_facts, versions
 from alphaquant.quant.bank import Bank
 from alphaquant.reports.tables import fitted, wrapped
@@ -111,10 +111,9 @@ def _found(spec: SensitivitySpec, names: Sequence[str], progress: Progress) -> F
         asked.model,
         find_device(asked.device),
         asked.dtype,
-        lambda n_done: progress(Stage.LOAD, n_done, n_steps),
         cache=spec.cache,
         rotate=asked.rotate,
-        progress=progress,
+        progress=of_total(progress, Stage.LOAD, n_steps),
     )
     for note in model_notes(source.map):
         logger.warning("%s", note)

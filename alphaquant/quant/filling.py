@@ -19,7 +19,7 @@ from alphaquant.errors import ModelError
 from alphaquant.files import locked, whole_file
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import batches_of, check_walk, observe_layer, walk
-from alphaquant.progress import Progress, Stage
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
@@ -41,18 +41,49 @@ BATCH_WINDOWS = 16
 """Windows per forward pass; Hessians are summed batch by batch."""
 
 
+@dataclass(frozen=True)
+class BankRequest:
+    """What a bank is to hold.
+
+    Attributes:
+        formats: canonical names.
+        settings: those of the bank's key.
+        wanted: which (matrix, format name) pairs; all by default. None that does not fit.
+        outputs: gives the output Hessians, where rounding is two-sided.
+    """
+
+    formats: Sequence[str]
+    settings: QuantSettings
+    wanted: Wanted = lambda matrix, name: True
+    outputs: Measured | None = None
+
+    def missing(self, bank: Bank) -> "Missing":
+        """What a bank has not."""
+        held = {
+            (name, layer): bank.matrices(name, layer)
+            for name in self.formats
+            for layer in range(bank.inventory.n_parts)
+        }
+        lacking: dict[int, dict[str, frozenset[str]]] = {}
+        for matrix in bank.inventory.matrices:
+            for name in self.formats:
+                if not parse_format(name).fits(matrix.cols):
+                    continue
+                if self.wanted(matrix, name) and matrix.name not in held[name, matrix.layer]:
+                    of_layer = lacking.setdefault(matrix.layer, {})
+                    of_layer[name] = of_layer.get(name, frozenset()) | {matrix.name}
+        return lacking
+
+
 @torch.no_grad()
 def fill_bank(
     bank: Bank,
     model_map: ModelMap,
     tokens: Tensor,
-    format_names: Sequence[str],
-    settings: QuantSettings,
+    request: BankRequest,
     *,
-    wanted: Wanted = lambda matrix, name: True,
     batch_size: int = BATCH_WINDOWS,
-    progress: Progress = lambda stage, done, total: None,
-    outputs: Measured | None = None,
+    progress: Progress = no_progress,
 ) -> int:
     """Quantize what the bank lacks.
 
@@ -60,12 +91,9 @@ def fill_bank(
         bank: from `open_bank`.
         model_map: the original model.
         tokens: calibration windows, int64 [N, T].
-        format_names: canonical names.
-        settings: those of the bank's key.
-        wanted: which (matrix, format name) pairs; all by default. None that does not fit.
+        request: what is asked for.
         batch_size: windows per forward pass.
         progress: called with ("hessians" or "bank", layers done, layers).
-        outputs: gives the output Hessians, where rounding is two-sided.
 
     Returns:
         Number of files written; 0 when all were there.
@@ -74,16 +102,17 @@ def fill_bank(
         ModelError: a module was never called, a Hessian cannot be factorized, or `sequential`.
         StoreError: another process fills this bank.
     """
+    settings = request.settings
     if settings.sequential:
         raise ModelError(
             "a bank holds every matrix in every format, so no layer has quantized layers before "
             "it; use sequential=False, or quantize_to_checkpoint for one assignment"
         )
-    if not _missing(bank, format_names, wanted):
+    if not request.missing(bank):
         return 0
     with locked(bank.path / LOCK_FILE, f"the bank {bank.path}", "--cache"):
-        missing = _missing(bank, format_names, wanted)  # another process may have had the lock
-        found = checked_outputs(settings, outputs) if missing else None
+        missing = request.missing(bank)  # another process may have had the lock
+        found = checked_outputs(settings, request.outputs) if missing else None
         return _fill(bank, model_map, tokens, missing, (settings, found), batch_size, progress)
 
 
@@ -93,12 +122,8 @@ def fill_bank_by(
     bank: Bank,
     model_map: ModelMap,
     text: Text,
-    format_names: Sequence[str],
-    settings: QuantSettings,
-    *,
-    wanted: Wanted = lambda matrix, name: True,
-    progress: Progress = lambda stage, done, total: None,
-    outputs: Measured | None = None,
+    request: BankRequest,
+    progress: Progress = no_progress,
 ) -> int:
     """Let workers quantize what the bank lacks; arguments and results as of `fill_bank`.
 
@@ -110,19 +135,17 @@ def fill_bank_by(
         bank: from `open_bank`, in a folder that all workers see.
         model_map: the original model.
         text: the calibration windows.
-        format_names: canonical names.
-        settings: those of the bank's key; not `sequential`.
-        wanted: which (matrix, format name) pairs; all by default. None that does not fit.
+        request: what is asked for; its settings are not `sequential`.
         progress: called with ("states", units of batches done, units), then ("bank", layers).
-        outputs: gives the output Hessians, where rounding is two-sided.
     """
-    if not _missing(bank, format_names, wanted):
+    settings = request.settings
+    if not request.missing(bank):
         return 0
     with locked(bank.path / LOCK_FILE, f"the bank {bank.path}", "--cache"):
-        missing = _missing(bank, format_names, wanted)  # another process may have had the lock
+        missing = request.missing(bank)  # another process may have had the lock
         if not missing or not can_spread(model_map, text, "the bank is filled"):
             return 0
-        found = checked_outputs(settings, outputs)
+        found = checked_outputs(settings, request.outputs)
         check_walk(model_map, text.batches)
         states = StateFiles(text.folder / f"walk-{text.batch_size}", text)
         walks = walk_tasks(states, max(missing) - 1)
@@ -243,23 +266,6 @@ Missing = Mapping[int, Mapping[str, frozenset[str]]]
 
 Found = tuple[list[HessianBatch], Mapping[str, list[int]]]
 """Hessians of a part of the model, and its tokens per expert by experts module."""
-
-
-def _missing(bank: Bank, format_names: Sequence[str], wanted: Wanted) -> Missing:
-    lacking: dict[int, dict[str, frozenset[str]]] = {}
-    held = {
-        (name, layer): bank.matrices(name, layer)
-        for name in format_names
-        for layer in range(bank.inventory.n_parts)
-    }
-    for matrix in bank.inventory.matrices:
-        for name in format_names:
-            if not parse_format(name).fits(matrix.cols):
-                continue
-            if wanted(matrix, name) and matrix.name not in held[name, matrix.layer]:
-                of_layer = lacking.setdefault(matrix.layer, {})
-                of_layer[name] = of_layer.get(name, frozenset()) | {matrix.name}
-    return lacking
 
 
 def _fill(

@@ -31,7 +31,7 @@ from alphaquant.progress import Progress, Stage, StageClock
 from alphaquant.provenance import versions
 from alphaquant.quant.bank import Bank, bank_key, open_bank
 from alphaquant.quant.engine import Wanted
-from alphaquant.quant.filling import BATCH_WINDOWS, fill_bank, fill_bank_by
+from alphaquant.quant.filling import BATCH_WINDOWS, BankRequest, fill_bank, fill_bank_by
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
 from alphaquant.quant.two_sided.output_hessian import OutputHessians
@@ -297,7 +297,7 @@ def open_candidate_bank(
     bank = open_bank(root, key, source.map.inventory, facts, source.scratch)
     store_candidates(bank, source.map, candidates)
     tokens = inputs.calibration.tokens
-    fill_bank(bank, source.map, tokens, [BF16.name], settings, progress=clock)
+    fill_bank(bank, source.map, tokens, BankRequest([BF16.name], settings), progress=clock)
     bank.verify(candidates.menu)
     clock(Stage.BANK, n_layers, n_layers)
     return bank
@@ -341,20 +341,11 @@ def fill_source_bank(
     def measured() -> OutputHessians:
         return output_hessians(source, calibration, cache, progress)
 
+    request = BankRequest(names, settings, wanted, measured)
     if source.workers is not None:
         text = Text(tokens, BATCH_WINDOWS, states_folder(source, calibration, cache))
-        fill_bank_by(
-            *(source.workers, bank, source.map, text, names, settings),
-            wanted=wanted,
-            progress=progress,
-            outputs=measured,
-        )
-    fill_bank(
-        *(bank, source.map, tokens, names, settings),
-        wanted=wanted,
-        progress=progress,
-        outputs=measured,
-    )
+        fill_bank_by(source.workers, bank, source.map, text, request, progress)
+    fill_bank(bank, source.map, tokens, request, progress=progress)
     bank.verify(names)
     return bank
 

@@ -1,7 +1,7 @@
 """Names to things: models, devices, texts and the cache directory that a command line asks for."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from alphaquant.models.rotation.derived import rotated, rotation_of
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.source_files import carried_text, with_source
 from alphaquant.models.walk import releasing
-from alphaquant.progress import Progress, no_progress
+from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.studies.self_sampling import Asked, WriterModel, written_text
 from alphaquant.texts.windows import TextRequest, TokenSet, Write, load_tokens
 from alphaquant.work.tasks import Workers
@@ -84,7 +84,6 @@ def load_source(
     name: str,
     device: str,
     dtype: str,
-    on_step: Callable[[int], None] = lambda n_done: None,
     *,
     include: Sequence[str] = (),
     cache: Path | None = None,
@@ -100,11 +99,11 @@ def load_source(
         name: `demo`, a directory, a GGUF file or a hub id.
         device: `cpu`, `cuda`, ...
         dtype: of the computation.
-        on_step: called with the steps done of `SOURCE_STEPS`.
         include: what is quantized beside the layers, see `map_model`.
         cache: where a GGUF file is decoded to, and copies of weights are, see `cache_dir`.
         rotate: seed of a rotation of the residual stream; None for the weights as they are.
-        progress: told how far these are, as the stages `convert`, `rotate` and `prepare`.
+        progress: told how far these are, as the stages `convert`, `rotate` and `prepare`, and the
+            steps of `load`, which are `SOURCE_STEPS`.
         scratch: directory of this machine for copies of weights and of the bank; None for none.
 
     Raises:
@@ -119,14 +118,14 @@ def load_source(
         opened = open_weights(path, dtype, cache_dir(cache) / "weights", progress, near)
     else:
         opened = Opened(load_model(path, device, dtype))
-    on_step(1)
+    progress(Stage.LOAD, 1, SOURCE_STEPS)
     model_map = with_source(map_model(opened.model, pages=opened.pages, include=include), path)
     check_finite(model_map)
     model_map.release()
     tokenizer = load_tokenizer(path)
-    on_step(2)
+    progress(Stage.LOAD, 2, SOURCE_STEPS)
     digest = _digest(opened, model_map)
-    on_step(3)
+    progress(Stage.LOAD, 3, SOURCE_STEPS)
     return Source(name, model_map, tokenizer, digest, near, cache)
 
 

@@ -15,7 +15,7 @@ from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite, ModelMap
 from alphaquant.quant.bank import Bank, open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
@@ -73,5 +73,5 @@ def make_cost_case(root: Path, family: str, **changes: Any) -> CostCase:
     own = {"hidden_size": 32, **_CHANGES.get(family, {}), **changes}
     model_map = map_model(tiny_model(family, **own))
     bank = open_bank(root, "bank", model_map.inventory, {})
-    fill_bank(bank, model_map, COST_TOKENS, COST_FORMATS, QuantSettings(method="rtn"))
+    fill_bank(bank, model_map, COST_TOKENS, BankRequest(COST_FORMATS, QuantSettings(method="rtn")))
     return CostCase(model_map, bank)

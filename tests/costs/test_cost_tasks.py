@@ -12,7 +12,7 @@ from alphaquant.costs.output_gradients import (
 )
 from alphaquant.models.mapping import map_model
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.cost_cases import (
     COST_FAMILIES,
@@ -59,7 +59,9 @@ def test_head_and_embeddings_are_measured_by_a_task_too(tmp_path: Path) -> None:
     cases = []
     for name in "ab":
         bank = open_bank(tmp_path / name, "bank", model_map.inventory, {})
-        fill_bank(bank, model_map, COST_TOKENS, COST_FORMATS, QuantSettings(method="rtn"))
+        fill_bank(
+            bank, model_map, COST_TOKENS, BankRequest(COST_FORMATS, QuantSettings(method="rtn"))
+        )
         cases.append(CostCase(model_map, bank))
     check_same(*cases)
 

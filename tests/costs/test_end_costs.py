@@ -11,7 +11,7 @@ from alphaquant.costs.gradients import SampledLabels, trace_layers
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank, open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.layerwise import written
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
@@ -24,7 +24,7 @@ SETTINGS = CostSettings(n_draws=8, batch_size=8)
 def measured(family: str, path: Path) -> tuple[ModelMap, Bank, CostTable]:
     found = map_model(tiny_model(family), include=("head", "embeddings"))
     bank = open_bank(path, "key", found.inventory, {})
-    fill_bank(bank, found, TOKENS, FORMATS, QuantSettings(method="rtn"))
+    fill_bank(bank, found, TOKENS, BankRequest(FORMATS, QuantSettings(method="rtn")))
     return found, bank, measure_costs(found, bank, TOKENS, FORMATS, SETTINGS)
 
 

@@ -8,7 +8,7 @@ import pytest
 from alphaquant.costs import fisher
 from alphaquant.costs.fisher import CostSettings, measure_costs
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.cost_cases import COST_FORMATS, COST_TOKENS, make_cost_case
@@ -27,9 +27,11 @@ def test_what_the_bank_lacks_has_no_cost_until_it_is_there(tmp_path: Path) -> No
             bank,
             case.map,
             COST_TOKENS,
-            COST_FORMATS,
-            QuantSettings(method="rtn"),
-            wanted=lambda matrix, name: name == COST_FORMATS[0] or matrix.name in wanted,
+            BankRequest(
+                COST_FORMATS,
+                QuantSettings(method="rtn"),
+                wanted=lambda matrix, name: name == COST_FORMATS[0] or matrix.name in wanted,
+            ),
         )
 
     fill(held)

@@ -14,7 +14,7 @@ from alphaquant.files import locked
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import LOCK_FILE, Bank, bank_key, open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Matrix
@@ -29,7 +29,7 @@ TOKENS = tiny_tokens(4, 16)
 
 def make(root: Path, model_map: ModelMap, formats: list[str] = FORMATS) -> tuple[Bank, int]:
     bank = open_bank(root, "key", model_map.inventory, {"model": "tiny"})
-    return bank, fill_bank(bank, model_map, TOKENS, formats, SETTINGS, batch_size=2)
+    return bank, fill_bank(bank, model_map, TOKENS, BankRequest(formats, SETTINGS), batch_size=2)
 
 
 def contents(bank: Bank) -> dict[str, bytes]:
@@ -256,7 +256,13 @@ def test_nan_weights_are_refused_by_name(tmp_path: Path) -> None:
 def test_progress_goes_up_to_the_number_of_layers(tmp_path: Path, model_map: ModelMap) -> None:
     seen: list[tuple[str, int, int]] = []
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, ["mxfp4"], SETTINGS, progress=lambda *a: seen.append(a))
+    fill_bank(
+        bank,
+        model_map,
+        TOKENS,
+        BankRequest(["mxfp4"], SETTINGS),
+        progress=lambda *a: seen.append(a),
+    )
     stages = {stage: [s for s in seen if s[0] == stage] for stage in ("hessians", "bank")}
     assert stages["bank"] == [("bank", 0, 2), ("bank", 1, 2), ("bank", 2, 2)]
     assert stages["hessians"][0] == ("hessians", 0, 2)
@@ -287,7 +293,12 @@ def test_a_bank_cannot_be_sequential(tmp_path: Path) -> None:
     model_map = map_model(tiny_model("llama"))
     bank = open_bank(tmp_path, "bank", model_map.inventory, {})
     with pytest.raises(ModelError, match="use sequential=False"):
-        fill_bank(bank, model_map, tiny_tokens(2, 8), ["int4-g32"], QuantSettings(sequential=True))
+        fill_bank(
+            bank,
+            model_map,
+            tiny_tokens(2, 8),
+            BankRequest(["int4-g32"], QuantSettings(sequential=True)),
+        )
 
 
 def test_a_bank_that_another_process_fills_is_refused_and_a_full_one_is_not(
@@ -295,9 +306,9 @@ def test_a_bank_that_another_process_fills_is_refused_and_a_full_one_is_not(
 ) -> None:
     have = bank.formats()
     with locked(bank.path / LOCK_FILE, "it"):
-        assert fill_bank(bank, model_map, TOKENS, have, SETTINGS) == 0
+        assert fill_bank(bank, model_map, TOKENS, BankRequest(have, SETTINGS)) == 0
         with pytest.raises(StoreError, match="the bank .* is in use: process .*another --cache"):
-            fill_bank(bank, model_map, TOKENS, [*have, "int5-g32"], SETTINGS)
+            fill_bank(bank, model_map, TOKENS, BankRequest([*have, "int5-g32"], SETTINGS))
 
 
 def test_matrices_that_are_wanted_later_join_those_that_are_there(
@@ -308,7 +319,7 @@ def test_matrices_that_are_wanted_later_join_those_that_are_there(
 
     def fill(wanted: Callable[[Matrix, str], bool]) -> int:
         return fill_bank(
-            later, model_map, TOKENS, ["mxfp4"], SETTINGS, wanted=wanted, batch_size=2
+            later, model_map, TOKENS, BankRequest(["mxfp4"], SETTINGS, wanted=wanted), batch_size=2
         )
 
     assert fill(lambda matrix, name: matrix.name in down) == 2

@@ -9,7 +9,7 @@ import pytest
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank, open_bank
-from alphaquant.quant.filling import fill_bank, fill_bank_by
+from alphaquant.quant.filling import BankRequest, fill_bank, fill_bank_by
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 from alphaquant.work.tasks import InProcess, R, Task, Tell, tell_no_one
@@ -44,14 +44,16 @@ def text_in(path: Path) -> Text:
 
 def fill_in_turn(model_map: ModelMap, path: Path) -> Bank:
     bank = open_bank(path, "key", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, FORMATS, SETTINGS, batch_size=BATCH_WINDOWS)
+    fill_bank(bank, model_map, TOKENS, BankRequest(FORMATS, SETTINGS), batch_size=BATCH_WINDOWS)
     return bank
 
 
 def fill_by_tasks(model_map: ModelMap, path: Path) -> Bank:
     bank = open_bank(path, "key", model_map.inventory, {})
     workers = InProcess(model_map)
-    assert fill_bank_by(workers, bank, model_map, text_in(path), FORMATS, SETTINGS) > 0
+    assert (
+        fill_bank_by(workers, bank, model_map, text_in(path), BankRequest(FORMATS, SETTINGS)) > 0
+    )
     return bank
 
 
@@ -80,7 +82,7 @@ def test_a_task_that_is_run_again_writes_nothing_and_changes_nothing(tmp_path: P
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
     again = Twice(model_map)
     assert (
-        fill_bank_by(again, bank, model_map, text_in(tmp_path), FORMATS, SETTINGS)
+        fill_bank_by(again, bank, model_map, text_in(tmp_path), BankRequest(FORMATS, SETTINGS))
         == len(FORMATS) * 2
     )
     assert again.results[-1] == 0

@@ -9,7 +9,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import walk
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.hessian import EndStep
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.spaces.assignment import uniform_assignment
@@ -63,8 +63,8 @@ def test_a_bank_and_a_run_through_the_layers_give_the_same_codes(
 ) -> None:
     found, settings = map_model(tiny_model(family), include=BOTH), QuantSettings(method=method)
     bank = open_bank(tmp_path, "key", found.inventory, {})
-    assert fill_bank(bank, found, TOKENS, ["int4-g32-asym"], settings) == 3
-    assert fill_bank(bank, found, TOKENS, ["int4-g32-asym"], settings) == 0
+    assert fill_bank(bank, found, TOKENS, BankRequest(["int4-g32-asym"], settings)) == 3
+    assert fill_bank(bank, found, TOKENS, BankRequest(["int4-g32-asym"], settings)) == 0
     assignment = uniform_assignment(found.inventory, "int4-g32-asym")
     *_, last = quantize_layers(found, assignment, settings, TOKENS)
     assert last.layer is found.ends and not last.utilization

@@ -16,7 +16,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant import layerwise
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.rounding import quantize_rtn
 from alphaquant.quant.swap import Swapper
 from alphaquant.runtime import checkpoint, pipeline
@@ -80,7 +80,7 @@ def test_a_checkpoint_has_the_codes_and_logits_of_the_bank(
     def wanted(matrix: Matrix, name: str) -> bool:
         return assignment.formats[matrix.name] == name
 
-    fill_bank(bank, model_map, TOKENS, names, SETTINGS, wanted=wanted, batch_size=2)
+    fill_bank(bank, model_map, TOKENS, BankRequest(names, SETTINGS, wanted=wanted), batch_size=2)
     loaded = load(made(family).path)
     Swapper(model_map, bank.layer).apply(assignment)
     tokens = tiny_tokens(2, 11, 5)
@@ -107,11 +107,11 @@ def test_head_and_embeddings_are_packed_too_tied_or_scaled(
     result = run(model_map, tmp_path / "packed", assignment=assignment)
     tokens = tiny_tokens(2, 11, 5)
     bank = open_bank(tmp_path, "bank", model_map.inventory, {})
-    fill_bank(
-        *(bank, model_map, TOKENS, sorted(set(assignment.formats.values())), SETTINGS),
+    chosen = BankRequest(
+        *(sorted(set(assignment.formats.values())), SETTINGS),
         wanted=lambda matrix, name: assignment.formats[matrix.name] == name,
-        batch_size=2,
     )
+    fill_bank(bank, model_map, TOKENS, chosen, batch_size=2)
     Swapper(model_map, bank.layer).apply(assignment)
     with torch.no_grad():
         expected = model(tokens).logits
@@ -130,7 +130,7 @@ def test_default_settings_agree_with_the_bank_too(tmp_path: Path) -> None:
     assignment = uniform_assignment(model_map.inventory, "int3-g32-asym")
     result = run(model_map, tmp_path / "packed", assignment=assignment, settings=settings)
     bank = open_bank(tmp_path, "bank", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, ["int3-g32-asym"], settings, batch_size=2)
+    fill_bank(bank, model_map, TOKENS, BankRequest(["int3-g32-asym"], settings), batch_size=2)
     loaded = load(result.path)
     for matrix in model_map.inventory.matrices:
         expected = bank.read(matrix, "int3-g32-asym").dequantize()

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from alphaquant.errors import DataError, ModelError
+from alphaquant.progress import Stage
 from alphaquant.studies.inputs import (
     SOURCE_STEPS,
     cache_dir,
@@ -69,9 +70,10 @@ def test_demo_is_the_embedded_model_and_anything_else_is_itself() -> None:
 
 
 def test_source_says_what_it_is_and_runs_as(tiny: Path) -> None:
-    steps: list[int] = []
-    source = load_source(str(tiny), "cpu", "auto", steps.append)
-    assert steps == list(range(1, SOURCE_STEPS + 1))
+    told: list[tuple[str, int, int]] = []
+    source = load_source(str(tiny), "cpu", "auto", progress=lambda *a: told.append(a))
+    loading = [done for stage, done, total in told if (stage, total) == (Stage.LOAD, SOURCE_STEPS)]
+    assert loading == list(range(1, SOURCE_STEPS + 1))
     assert source.runs_as == "float32-cpu"
     assert source.facts() == {
         "model": str(tiny),

@@ -12,7 +12,7 @@ from torch import Tensor
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.quant.bank import Bank, open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
@@ -44,7 +44,9 @@ def evaluation(source: Source, texts: dict[str, Path], tmp_path: Path) -> Evalua
 @pytest.fixture
 def bank(source: Source, evaluation: EvaluationSet, tmp_path: Path) -> Bank:
     bank = open_bank(tmp_path, "key", source.map.inventory, {})
-    fill_bank(bank, source.map, evaluation.tokens.tokens, NAMES, QuantSettings(method="rtn"))
+    fill_bank(
+        bank, source.map, evaluation.tokens.tokens, BankRequest(NAMES, QuantSettings(method="rtn"))
+    )
     return bank
 
 

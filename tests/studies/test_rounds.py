@@ -13,7 +13,7 @@ from alphaquant.evaluators.teacher import Teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank, BankLayer, open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
@@ -32,7 +32,7 @@ class Case:
     def __init__(self, family: str, path: Path, include: tuple[str, ...] = ()) -> None:
         self.map: ModelMap = map_model(tiny_model(family), include=include)
         self.bank: Bank = open_bank(path, "key", self.map.inventory, {})
-        fill_bank(self.bank, self.map, TOKENS, FORMATS, QuantSettings(method="rtn"))
+        fill_bank(self.bank, self.map, TOKENS, BankRequest(FORMATS, QuantSettings(method="rtn")))
         self.teacher: Teacher = store_teacher(path / "t", self.map.model, TOKENS, batch_size=2)
         inventory, last = self.map.inventory, len(self.map.layers) - 1
         coarse, fine, mx = (uniform_assignment(inventory, name) for name in FORMATS)

@@ -15,7 +15,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import batches_of
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.two_sided.output_hessian import OutputSums, owners, row_blocks
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.testing.models import tiny_model, tiny_tokens
@@ -131,12 +131,14 @@ def test_a_bank_is_filled_with_both_sides_and_says_so(model_map: ModelMap, tmp_p
         bank,
         model_map,
         TOKENS,
-        ["int1-g32", "int3-g32", "mxfp4", "bf16"],
-        TWO_SIDED,
-        outputs=lambda: measure_output_hessians(model_map, TOKENS, tmp_path, CostSettings()),
+        BankRequest(
+            ["int1-g32", "int3-g32", "mxfp4", "bf16"],
+            TWO_SIDED,
+            outputs=lambda: measure_output_hessians(model_map, TOKENS, tmp_path, CostSettings()),
+        ),
     )
     plain = open_bank(tmp_path / "banks", "one", model_map.inventory, {})
-    fill_bank(plain, model_map, TOKENS, ["int1-g32", "int3-g32"], QuantSettings())
+    fill_bank(plain, model_map, TOKENS, BankRequest(["int1-g32", "int3-g32"], QuantSettings()))
     assert all(row["is_two_sided"] for row in bank.records("int3-g32", 0))
     assert all(row["output_damp"] == pytest.approx(0.02) for row in bank.records("int3-g32", 0))
     assert all(row["output_damp"] is None for row in bank.records("int1-g32", 0))
@@ -161,4 +163,4 @@ def test_settings_that_ask_for_what_nothing_measures_are_refused(
 ) -> None:
     bank = open_bank(tmp_path, "none", model_map.inventory, {})
     with pytest.raises(ModelError, match="two_sided rounding needs output Hessians"):
-        fill_bank(bank, model_map, TOKENS, ["int3-g32"], TWO_SIDED)
+        fill_bank(bank, model_map, TOKENS, BankRequest(["int3-g32"], TWO_SIDED))

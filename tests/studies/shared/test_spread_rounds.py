@@ -9,7 +9,7 @@ from alphaquant.evaluators.teacher import store_teacher
 from alphaquant.evaluators.teacher_parts import store_teacher_by
 from alphaquant.models.mapping import map_model
 from alphaquant.quant.bank import open_bank
-from alphaquant.quant.filling import fill_bank
+from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies.rounds import Rounds
@@ -32,7 +32,7 @@ def test_batches_by_tasks_have_the_numbers_of_one_process(
 ) -> None:
     model_map = map_model(tiny_model("qwen2_moe"))
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, FORMATS, QuantSettings(method="rtn"))
+    fill_bank(bank, model_map, TOKENS, BankRequest(FORMATS, QuantSettings(method="rtn")))
     teacher = store_teacher(tmp_path / "t", model_map.model, TOKENS, batch_size=2)
     inventory = model_map.inventory
     mixed = {m.name: FORMATS[i % 2] for i, m in enumerate(inventory.matrices)}
@@ -66,7 +66,7 @@ def mixed_digest(assignments: list[Assignment]) -> str:
 def test_in_less_memory_a_task_gives_the_same(tmp_path: Path) -> None:
     model_map = map_model(tiny_model("olmoe"))
     bank = open_bank(tmp_path, "key", model_map.inventory, {})
-    fill_bank(bank, model_map, TOKENS, FORMATS, QuantSettings(method="rtn"))
+    fill_bank(bank, model_map, TOKENS, BankRequest(FORMATS, QuantSettings(method="rtn")))
     teacher = store_teacher(tmp_path / "t", model_map.model, TOKENS, batch_size=2)
     assignments = tuple(uniform_assignment(model_map.inventory, n) for n in FORMATS)
     task = RoundTask(bank.path, assignments, TOKENS, teacher, range(3), 2, 8)
