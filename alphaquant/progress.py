@@ -39,6 +39,7 @@ class Stage(StrEnum):
     SCORES = "scores", "original's scores"
     EVOLUTION = "evolution", "evolution: passes"
     GATE = "gate", "held-out comparison"
+    RECIPES = "recipes", "recipes of best.json"
     REPORT = "report", "report"
     QUANTIZE = "quantize", "quantize"
     TUNE = "tune", "tune"

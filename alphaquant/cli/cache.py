@@ -39,8 +39,8 @@ def command(
         action: What to do: list shows sizes, verify compares files with their checksums, prune
             removes.
         cache: Directory of the cache; default $ALPHAQUANT_CACHE or ~/.cache/alphaquant.
-        kind: Only these: weights, teachers, banks, costs, spectra, outputs, states, rotated,
-            written or gguf; default all.
+        kind: Only these: weights, teachers, banks, costs, spectra, outputs, states, recipes,
+            rotated, written or gguf; default all.
         older_than: Prune what was not used for so long: 12h, 30d, 4w; none by default.
         keep: Prune what was not used for longest, until the rest takes no more than this:
             50GiB; none by default.

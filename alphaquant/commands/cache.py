@@ -12,6 +12,8 @@ spectra   of the weights of one model                            inside the file
 outputs   output Hessians of one model on one text               inside each file
 states    hidden states and gradients that workers share; gone   none
           when the search that made them has its bank and costs
+recipes   matrices that a search quantized by other recipes;     none
+          gone when they are measured
 rotated   a checkpoint with its residual stream rotated          none
 written   text that one model wrote itself                       none
 gguf      a GGUF file as a checkpoint                            none
@@ -46,7 +48,7 @@ from alphaquant.studies.inputs import USERS
 
 KINDS = (
     *("weights", "teachers", "banks", "costs", "spectra"),
-    *("outputs", "states", "rotated", "written", "gguf"),
+    *("outputs", "states", "recipes", "rotated", "written", "gguf"),
 )
 
 _UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -121,7 +123,7 @@ def list_cache(root: Path) -> list[Entry]:
     for kind in ("spectra", "written"):
         files = sorted((root / kind).glob("*.safetensors"))
         found += [_entry(kind, file, _UNKNOWN) for file in files]
-    for kind in ("outputs", "states", "rotated"):
+    for kind in ("outputs", "states", "recipes", "rotated"):
         folders = [folder for folder in _folders(root / kind) if folder.name != READ]
         found += [_entry(kind, folder, _UNKNOWN) for folder in folders]
     for above in _folders(root / "gguf"):
@@ -329,7 +331,7 @@ def _summed(file: Path) -> str | None:
 
 def _is_used(root: Path, entry: Entry) -> bool:
     """Whether a live process writes an entry, or may have used it since it began."""
-    if entry.kind in ("weights", "rotated", "states"):
+    if entry.kind in ("weights", "rotated", "states", "recipes"):
         locks = [entry.path.with_name(f"{entry.path.name}.lock")]
     else:
         holder = entry.path.parent.parent if entry.kind == "costs" else entry.path

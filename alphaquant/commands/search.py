@@ -10,6 +10,7 @@ first, then whose directory it is, then the model with its space, then the texts
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,13 @@ import torch
 
 from alphaquant.commands.searching.claim import claimed
 from alphaquant.commands.searching.fitting import fitted
-from alphaquant.commands.searching.outcome import decorated, provenance_of, write_result
+from alphaquant.commands.searching.outcome import (
+    decorated,
+    provenance_of,
+    write_found,
+    write_result,
+)
+from alphaquant.commands.searching.recipes import run_recipes
 from alphaquant.commands.searching.request import Request, check_places, found_request
 from alphaquant.evaluators.base import Score
 from alphaquant.files import in_use
@@ -225,6 +232,17 @@ def _search_with(
         scores=inputs.scores,
         original_perplexity=prepared.teachers.heldout.teacher.perplexity,
     )
+    if spec.run.recipes:
+        write_found(result, clock)  # it is there however long recipes take
+        limit = spec.run.limit_seconds
+        recipes = run_recipes(
+            prepared,
+            gate.published,
+            lambda rotate: _load(spec, request, of_total(clock, Stage.LOAD, 0), rotate),
+            math.inf if limit is None else started + limit,
+            clock,
+        )
+        result = replace(result, recipes=recipes)
     return decorated(write_result(result, clock, inputs.source.map.source), inputs)
 
 

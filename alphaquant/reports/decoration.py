@@ -6,11 +6,11 @@ import optuna
 import plotly.graph_objects as go
 from optuna_dashboard import save_plotly_graph_object
 
+from alphaquant.reports.figures.plots import figures
+from alphaquant.reports.figures.style import laid_out
 from alphaquant.reports.front import front_rows
 from alphaquant.reports.notes import save_study_note, study_note
-from alphaquant.reports.plots import figures
 from alphaquant.reports.sections import stop_text
-from alphaquant.reports.style import laid_out
 from alphaquant.reports.tables import markdown
 from alphaquant.reports.verdict import headline, sentence, winner_text
 from alphaquant.studies.result import SearchResult

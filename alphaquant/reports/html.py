@@ -17,9 +17,10 @@ from plotly.offline import get_plotlyjs
 from alphaquant.reports import sections
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.cautions import cautions
+from alphaquant.reports.figures.plots import figures, interval_half
 from alphaquant.reports.front import config_name
 from alphaquant.reports.markup import to_html
-from alphaquant.reports.plots import figures, interval_half
+from alphaquant.reports.recipes import RECIPES_HEAD, recipes_text, to_use
 from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.budget import counting_rule
@@ -121,6 +122,7 @@ def _sections(result: SearchResult, shown: Mapping[str, Any]) -> list[str]:
         "<h2>Costs and truth</h2>"
         + text["costs"]
         + to_html(f"### Random assignments\n\n{sections.costs_text(result)}"),
+        *_recipes(result),
         _details("Other uniform formats", sections.uniform_table(result)),
         _details("Calibration coverage", sections.coverage_text(result)),
         _details(
@@ -134,6 +136,11 @@ def _scores(result: SearchResult) -> list[str]:
     text = sections.scores_text(result)
     head = "## Other scores of published trials"
     return [to_html(f"{head}\n\n{text}")] if text else []
+
+
+def _recipes(result: SearchResult) -> list[str]:
+    found = result.recipes
+    return [] if found is None else [to_html(f"{RECIPES_HEAD}\n\n{recipes_text(found)}")]
 
 
 def _cards(result: SearchResult) -> str:
@@ -208,7 +215,7 @@ def _unbroken(text: str) -> str:
 def _use(result: SearchResult) -> str:
     """How to quantize to the winner, check it and load it."""
     profile = result.space.profile
-    best = result.folder.path / "best.json"
+    best = to_use(result)
     said = f"The profile is {profile.name} ({profile.description})."
     steps = [use_command(result.spec, best)]
     if profile.export:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import optuna
 from optuna_dashboard import get_note, save_note
 
-from alphaquant.reports.bitmaps import bits_by_role
+from alphaquant.reports.figures.bitmaps import bits_by_role
 from alphaquant.reports.shell import use_command
 from alphaquant.reports.tables import markdown, with_error
 from alphaquant.spaces.assignment import Assignment

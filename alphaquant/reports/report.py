@@ -13,18 +13,28 @@ from typing import Any
 
 import pandas as pd
 
+from alphaquant.errors import AlphaQuantError
 from alphaquant.evaluators.base import Metric
 from alphaquant.reports import sections
 from alphaquant.reports.bits import bit_lines
 from alphaquant.reports.cautions import source_cautions
 from alphaquant.reports.front import FrontRow, config_name, front_rows, origin_of
 from alphaquant.reports.html import report_html
+from alphaquant.reports.recipes import (
+    RECIPE_FILE,
+    RECIPES_HEAD,
+    recipe_summary,
+    recipes_json,
+    recipes_text,
+    to_use,
+    verdict_text,
+)
 from alphaquant.reports.shell import evaluate_command, use_command
 from alphaquant.reports.tables import aligned, columns, narrowed, with_error, wrapped
 from alphaquant.reports.verdict import headline, sentence, why_text, winner_text
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.budget import counting_rule
-from alphaquant.spaces.config import config_from_assignment, dump_config
+from alphaquant.spaces.config import config_from_assignment, dump_config, load_config
 from alphaquant.studies.gate.judge import HeldoutRow
 from alphaquant.studies.result import SearchResult, stage_gains
 from alphaquant.studies.store.study import OBJECTIVES, TrialRow, find_duplicate
@@ -39,6 +49,7 @@ def write_configs(result: SearchResult) -> None:
         folder.write_text(config_name(row), config_text(result, row))
         if result.gate.is_best(row):
             folder.write_text("best.json", config_text(result, row))
+    _write_recipe(result)
     wanted = {folder.path / config_name(row) for row in result.gate.points}
     for pattern in ("trial-*.json", "uniform-*.json"):
         for path in set((folder.path / "configs").glob(pattern)) - wanted:
@@ -53,11 +64,41 @@ def write_report(result: SearchResult) -> None:
     result.folder.write_text("report.html", report_html(result))
 
 
+def _write_recipe(result: SearchResult) -> None:
+    """Write recipe.json where another recipe is better; one of another best.json goes."""
+    found, path = result.recipes, result.folder.path / RECIPE_FILE
+    if found is not None and found.is_better and found.served is not None:
+        row, rotate = result.gate.published_row, found.served.recipe.rotate
+        summary = recipe_summary(found, _summary(result, row))
+        config = config_from_assignment(
+            result.published, result.space.inventory, summary, rotate=rotate
+        )
+        result.folder.write_text(RECIPE_FILE, dump_config(config))
+    elif found is not None or not _is_of(path, result.published):
+        path.unlink(missing_ok=True)
+
+
+def _is_of(path: Path, assignment: Assignment) -> bool:
+    """Whether a configuration of an earlier run is one of this assignment."""
+    try:
+        summary = load_config(path).summary or {}
+    except (OSError, AlphaQuantError):
+        return False
+    return summary.get("assignment_digest") == assignment.digest
+
+
 def config_text(result: SearchResult, row: HeldoutRow) -> str:
     """A configuration with the numbers of its trial, if it was one, and of the gate."""
+    rotate, inventory = result.spec.checkpoint.rotate, result.space.inventory
+    assignment, summary = assignment_of(result, row), _summary(result, row)
+    return dump_config(config_from_assignment(assignment, inventory, summary, rotate=rotate))
+
+
+def _summary(result: SearchResult, row: HeldoutRow) -> dict[str, Any]:
+    """What a configuration says of its search."""
     data, assignment = result.provenance.data, assignment_of(result, row)
     trial = _trial(result, row)
-    summary: dict[str, Any] = {
+    return {
         "budget": result.spec.limits.budget,
         **asdict(assignment.count_bits(result.space.inventory)),
         "profile": result.space.profile_name,
@@ -77,8 +118,6 @@ def config_text(result: SearchResult, row: HeldoutRow) -> str:
         **_candidates(result),
         "versions": result.provenance.versions,
     }
-    rotate, inventory = result.spec.checkpoint.rotate, result.space.inventory
-    return dump_config(config_from_assignment(assignment, inventory, summary, rotate=rotate))
 
 
 def _candidates(result: SearchResult) -> dict[str, Any]:
@@ -110,6 +149,7 @@ def front_json(result: SearchResult) -> dict[str, Any]:
         "heldout": [asdict(row) for row in gate.rows],
         "stages": [asdict(gain) for gain in stage_gains(result.rows, result.limit)],
         "probe": _probe_json(result),
+        "recipes": None if result.recipes is None else recipes_json(result.recipes),
         "objectives": [*OBJECTIVES, *(m.name for m in result.scores.objectives)],
         "n_trials": len(result.rows),
         "stopped": result.stopped,
@@ -163,7 +203,8 @@ def summary_text(result: SearchResult, width: int | None = None) -> str:
             *paragraph(winner_text(result)),
             f"best: {best}",
             *paragraph(f"why: {why_text(result)}"),
-            f"next: {use_command(result.spec, best)}",
+            *(paragraph(verdict_text(result.recipes)) if result.recipes else []),
+            f"next: {use_command(result.spec, to_use(result))}",
         ]
     )
 
@@ -193,7 +234,6 @@ def trial_note(row: TrialRow) -> str:
 def report_text(result: SearchResult) -> str:
     """report.md."""
     said = headline(result).text
-    best = result.folder.path / "best.json"
     parts = [
         f"# {sections.model_name(result.provenance.model)} at {result.spec.limits.budget}",
         f"{sentence(said)}.",
@@ -218,6 +258,7 @@ def report_text(result: SearchResult) -> str:
         sections.gains_table(result),
         "## Costs and truth",
         sections.costs_text(result),
+        *_recipes_section(result),
         "## The search",
         sections.search_text(result),
         "## Seconds per stage (this run; what the cache or the study held is not repeated)",
@@ -225,7 +266,7 @@ def report_text(result: SearchResult) -> str:
         "## Calibration coverage",
         sections.coverage_text(result),
         "## Next",
-        "\n".join(f"    {command}" for command in _next_commands(result, best)),
+        "\n".join(f"    {command}" for command in _next_commands(result, to_use(result))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -237,6 +278,11 @@ def _next_commands(result: SearchResult, config: Path) -> list[str]:
         use_command(result.spec, config),
         *([] if result.space.profile.export else [evaluate]),
     ]
+
+
+def _recipes_section(result: SearchResult) -> list[str]:
+    found = result.recipes
+    return [] if found is None else [RECIPES_HEAD, recipes_text(found)]
 
 
 def _scores_section(result: SearchResult) -> list[str]:

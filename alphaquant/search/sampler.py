@@ -39,7 +39,7 @@ class PlannedTrial:
         attrs: user attributes of the trial, such as the allocator's name.
     """
 
-    params: Mapping[str, float]
+    params: Mapping[str, bool | int | float | str]
     attrs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from alphaquant.errors import ConfigError
-from alphaquant.specs.check import Positive, Share, check
+from alphaquant.specs.check import Natural, Positive, Share, check
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
@@ -32,6 +32,10 @@ class RunSpec:
     trials: Positive | None = None
     """Assignments to evaluate, planned ones included; by default as many as the gain that is
     still expected is worth, 48 at most, 10 with --effort quick."""
+    recipes: Natural = 0
+    """Trials of how best.json is quantized, after the search: damping, shrinkage, Hessians of
+    experts, calibration text and rotation, each option alone and then a sampler's; what is better
+    on held-out text becomes recipe.json; none by default."""
     timeout: Share | None = None
     """Seconds after which no further trial starts; none by default."""
     out: Path = Path("aq-out")

@@ -311,6 +311,7 @@ def fill_source_bank(
     cache: Path | None,
     progress: Progress,
     wanted: Wanted = lambda matrix, name: True,
+    root: Path | None = None,
 ) -> Bank:
     """The bank of a model, a calibration text and settings, with these formats in it.
 
@@ -322,6 +323,7 @@ def fill_source_bank(
         cache: where banks are kept; None for the default place.
         progress: called with a stage's name, steps done, steps.
         wanted: which (matrix, format name) pairs; all by default.
+        root: folder of the bank, if it is not to be kept with the others in the cache.
 
     Raises:
         StoreError: a file of it is damaged.
@@ -334,8 +336,11 @@ def fill_source_bank(
         "versions": versions(),
     }
     key = bank_key(source.digest, calibration.digest, settings)
-    root = cache_dir(cache) / "banks"
-    bank = open_bank(root, key, source.map.inventory, facts, source.scratch)
+    bank = open_bank(
+        root or cache_dir(cache) / "banks",
+        *(key, source.map.inventory, facts),
+        None if root else source.scratch,
+    )
     tokens = calibration.tokens
 
     def measured() -> OutputHessians:

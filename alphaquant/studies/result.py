@@ -15,6 +15,7 @@ from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.gate.judge import GateResult
 from alphaquant.studies.gate.winner import best_of
+from alphaquant.studies.recipes.comparing import RecipeFindings
 from alphaquant.studies.store.folder import RunFolder
 from alphaquant.studies.store.study import TrialRow
 from alphaquant.studies.trials import ALLOCATOR, UNIFORM
@@ -71,6 +72,7 @@ class SearchResult:
         folder: where everything is written.
         scores: what was measured besides bits and KL.
         original_perplexity: of the original on the held-out text; None where it is not known.
+        recipes: how `best.json` is quantized best; None where that was not asked.
     """
 
     spec: SearchSpec
@@ -86,6 +88,7 @@ class SearchResult:
     folder: RunFolder
     scores: ScorePlan = field(default_factory=ScorePlan)
     original_perplexity: float | None = None
+    recipes: RecipeFindings | None = None
 
     @property
     def limit(self) -> float:

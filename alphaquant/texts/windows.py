@@ -167,7 +167,7 @@ def load_tokens(
     Raises:
         DataError: the source is unknown, unreadable, not to be had offline or too short.
     """
-    shares = _parse_source(request.source)
+    shares = shares_of(request.source)
     counts = _split_windows(request.n_samples, shares)
     bos = starting_tokens(tokenizer, request.bos)
     if len(bos) >= request.seq_len:
@@ -253,7 +253,7 @@ def check_sources(sources: Mapping[str, str], bos: str = "auto") -> None:
     check_bos(bos)
     roles: dict[Path, str] = {}
     for role, source in sources.items():
-        for name in _parse_source(source):
+        for name in shares_of(source):
             if name == EBSS and role == "calibration":
                 continue
             path = find_source(name, role)
@@ -287,7 +287,7 @@ def _run_hashes(tokens: torch.Tensor, run: int) -> NDArray[np.uint64]:
     return hashes
 
 
-def _parse_source(source: str) -> dict[str, float]:
+def shares_of(source: str) -> dict[str, float]:
     """Names and shares of a source: `a=0.7,b=0.3` -> {a: 0.7, b: 0.3}; shares sum to 1.
 
     Without shares all are equal; shares are relative, so `a=7,b=3` means the same.
@@ -306,6 +306,18 @@ def _parse_source(source: str) -> dict[str, float]:
         )
     shares = stated or [1.0] * len(parts)
     return {name: share / sum(shares) for name, share in zip(names, shares, strict=True)}
+
+
+def mixed(source: str, other: str) -> str:
+    """A source with half of its windows from another; itself where its names are in no mixture.
+
+    Worked example: `a=0.7,b=0.3` and `c` are `a=0.35,b=0.15,c=0.5`.
+    """
+    shares = shares_of(source)
+    if any("," in name or "=" in name for name in shares):
+        return source
+    halves = [f"{name}={share / 2:g}" for name, share in shares.items()]
+    return ",".join([*halves, f"{other}=0.5"])
 
 
 def _parse_share(part: str) -> tuple[str, float | None]:

@@ -41,6 +41,7 @@ def filled(found: SearchResult, cache: Path, tmp_path_factory: pytest.TempPathFa
     (decoded / "gguf.json").write_text('{"file": "model.gguf"}')
     for name in (
         "states/ab/batch.safetensors",
+        "recipes/ab/bank/bank.json",
         "rotated/ab/rotation.json",
         "written/ab.safetensors",
     ):
@@ -87,7 +88,7 @@ def test_a_cache_that_a_search_left_is_whole(filled: Path) -> None:
     checked = list(verify_cache(list_cache(filled)))
     assert [c.damaged for c in checked] == [()] * len(checked)
     n_files = {c.entry.kind: c.n_files for c in checked}
-    unsummed = {"gguf", "states", "rotated", "written"}  # nothing is stored to compare with
+    unsummed = {"gguf", "states", "recipes", "rotated", "written"}  # nothing to compare with
     assert {kind for kind, n in n_files.items() if n == 0} == unsummed
 
 

@@ -16,8 +16,8 @@ from optuna_dashboard._custom_plot_data import (  # type: ignore[import-untyped]
 from alphaquant.commands.search import search
 from alphaquant.commands.searching import outcome
 from alphaquant.reports.decoration import FIGURE_ID, decorate
+from alphaquant.reports.figures.plots import figures
 from alphaquant.reports.front import config_name
-from alphaquant.reports.plots import figures
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.result import SearchResult
 from alphaquant.studies.store.folder import storage_of

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from alphaquant.reports.bits import bit_lines
+from alphaquant.reports.figures.plots import figures
 from alphaquant.reports.html import commands, report_html
-from alphaquant.reports.plots import figures
 from alphaquant.reports.report import report_text, write_report
 from alphaquant.reports.sections import (
     costs_text,

@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 
+from alphaquant.spaces.assignment import Assignment
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.inputs import gguf_facts
 from alphaquant.studies.stages import Inputs
@@ -29,15 +30,25 @@ def claimed(spec: SearchSpec, inputs: Inputs) -> Iterator[tuple[RunFolder, optun
             yield _folder(spec, facts), study
 
 
-def opened_study(spec: SearchSpec, inputs: Inputs) -> AbstractContextManager[optuna.Study]:
+def opened_study(
+    spec: SearchSpec, inputs: Inputs, recipes_of: Assignment | None = None
+) -> AbstractContextManager[optuna.Study]:
     """The study of what is asked, made where there is none; closed on leaving.
+
+    Args:
+        spec: what was asked.
+        inputs: the model and its texts.
+        recipes_of: an assignment, for the study of its recipes; None for that of assignments.
 
     Raises:
         StoreError: a study of another search, or one that somebody uses.
     """
     url = spec.run.storage or default_storage(spec.run.out)
-    digest = facts_digest(_facts(spec, inputs))
-    return open_study(url, spec.run.study, digest, inputs.scores.objectives)
+    facts = _facts(spec, inputs)
+    if recipes_of is not None:
+        name, own = f"{spec.run.study}-recipes-{recipes_of.digest[:8]}", recipes_of.digest
+        return open_study(url, name, facts_digest(facts | {"recipes_of": own}))
+    return open_study(url, spec.run.study, facts_digest(facts), inputs.scores.objectives)
 
 
 def _folder(spec: SearchSpec, facts: Mapping[str, Any]) -> RunFolder:

@@ -51,6 +51,12 @@ def provenance_of(prepared: Prepared, device: str) -> Provenance:
     )
 
 
+def write_found(result: SearchResult, clock: StageClock) -> None:
+    """Write the configurations and the report before the recipes of `best.json` are studied."""
+    write_configs(result)
+    write_report(replace(result, seconds=dict(clock.seconds)))
+
+
 def write_result(result: SearchResult, clock: StageClock, base: Path | None) -> SearchResult:
     """Write all files; the seconds in them include writing the configurations."""
     clock(Stage.REPORT, 0, 1)

@@ -55,6 +55,7 @@ def found_request(spec: SearchSpec) -> Request:
     make_sampler(spec.proposals.sampler, spec.proposals.seed, 0)
     check_grouping(spec.proposals.grouping)
     _check_rotation(spec)
+    _check_recipes(spec)
     check_allocators(spec)
     check_constrained(spec)
     check_scores(spec.scores)
@@ -78,6 +79,26 @@ def _check_rotation(spec: SearchSpec) -> None:
         raise ConfigError(
             f"--rotate {spec.checkpoint.rotate} with --candidates: their matrices are of the "
             "model as it is, which a rotated one cannot take; leave one of the two out"
+        )
+
+
+def _check_recipes(spec: SearchSpec) -> None:
+    """Refuse recipes where there is nothing to choose.
+
+    Raises:
+        ConfigError: matrices are rounded to nearest, or others quantized them.
+    """
+    if not spec.run.recipes:
+        return
+    if spec.limits.candidate_names:
+        raise ConfigError(
+            f"--recipes {spec.run.recipes} with --candidates: others quantized those; leave one "
+            "of the two out"
+        )
+    if spec.quantizer.method != "gptq":
+        raise ConfigError(
+            f"--recipes {spec.run.recipes} with --method {spec.quantizer.method}, which has "
+            "nothing to choose; use --method gptq, or leave --recipes out"
         )
 
 

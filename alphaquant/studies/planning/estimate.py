@@ -36,6 +36,8 @@ _COPIES = 3
 _STARTING = 6.0
 """Seconds of finding matrices and routers, reading texts and tokenizing them."""
 _BATCH_WINDOWS = 8
+_FURTHER_TEXTS = 2
+"""Calibration texts of recipes beside the search's own."""
 _ROUNDED_BYTES = GIB // 2
 """Of what is rounded at the same time, and of an expert's factors."""
 
@@ -136,6 +138,8 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
         memory = crew.n_together * (held + 4 * MOST_BYTES) + states + weights
         n_units = n_tasks(n_together, _n_batches(needs, n_each))
         stages.append(PlannedStage(stage, crew.seconds(seconds, n_units), memory))
+    most = max(stage.memory for stage in stages)
+    stages += _recipes(needs, rates, most)
     n_weights = needs.space.inventory.n_weights
     return Plan(needs.spec, n_weights, needs.n_formats, tuple(stages))
 
@@ -248,16 +252,8 @@ def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[
 def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]:
     """Hessians, the bank, and costs; all rounds of each together."""
     n_rounds, n_tokens = needs.n_rounds, needs.calibration
-    hessians = _forward_seconds(needs, rates, n_tokens, with_head=False)
-    hessians += n_tokens * needs.hessian_products / rates.float32
-    bank = sum(
-        s.count
-        * (
-            n_rounds * rates.once[s.n_rows, s.n_cols]
-            + needs.n_formats * rates.per_format[s.n_rows, s.n_cols]
-        )
-        for s in needs.stacks
-    )
+    hessians = _hessian_seconds(needs, rates)
+    bank = _rounding_seconds(needs, rates, n_rounds, needs.n_formats)
     costs = needs.cost_passes * _forward_seconds(needs, rates, n_tokens)
     costs += needs.cost_products / rates.float32
     costs += needs.n_formats * needs.space.inventory.n_weights / rates.dequantized
@@ -267,9 +263,7 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
     traced_memory = held + needs.layer_bytes + 4 * MOST_BYTES + traced
     outputs: tuple[PlannedStage, ...] = ()
     if needs.is_two_sided:
-        seconds = needs.cost_passes / n_rounds * _forward_seconds(needs, rates, n_tokens)
-        seconds += n_tokens * needs.output_products / rates.float32
-        n_bytes = needs.outputs_bytes
+        seconds, n_bytes = _output_seconds(needs, rates), needs.outputs_bytes
         outputs = (PlannedStage(Stage.OUTPUTS, seconds, traced_memory, n_bytes),)
     return (
         *outputs,
@@ -282,6 +276,49 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
             needs.states_bytes,
         ),
     )
+
+
+def _recipes(needs: Needs, rates: Rates, memory: int) -> tuple[PlannedStage, ...]:
+    """Every recipe but the search's own rounds one format of each matrix and measures it.
+
+    Two further texts and a rotated copy are reckoned with; some models leave them out.
+    """
+    n_recipes, n_weights = needs.spec.run.recipes, needs.space.inventory.n_weights
+    if not n_recipes:
+        return ()
+    each = _hessian_seconds(needs, rates) + _rounding_seconds(needs, rates, 1, 1)
+    each += _forward_seconds(needs, rates, needs.evaluation) + n_weights / rates.dequantized
+    seconds, n_bytes = (n_recipes - 1) * each, needs.layer_bytes * len(needs.model_map.layers)
+    n_bytes += needs.rest_bytes + round(needs.bank_bytes / needs.n_formats)
+    if needs.is_two_sided:
+        seconds += _FURTHER_TEXTS * _output_seconds(needs, rates)
+        n_bytes += _FURTHER_TEXTS * needs.outputs_bytes
+    return (PlannedStage(Stage.RECIPES, seconds, memory, n_bytes),)
+
+
+def _hessian_seconds(needs: Needs, rates: Rates) -> float:
+    """Of the Hessians of one text."""
+    passes = _forward_seconds(needs, rates, needs.calibration, with_head=False)
+    return passes + needs.calibration * needs.hessian_products / rates.float32
+
+
+def _rounding_seconds(needs: Needs, rates: Rates, n_rounds: int, n_formats: float) -> float:
+    """Of the quantizer, which does some of its work once a round and the rest once a format."""
+    return sum(
+        s.count
+        * (
+            n_rounds * rates.once[s.n_rows, s.n_cols]
+            + n_formats * rates.per_format[s.n_rows, s.n_cols]
+        )
+        for s in needs.stacks
+    )
+
+
+def _output_seconds(needs: Needs, rates: Rates) -> float:
+    """Of the output Hessians of one text."""
+    passes = needs.cost_passes / needs.n_rounds
+    seconds = passes * _forward_seconds(needs, rates, needs.calibration)
+    return seconds + needs.calibration * needs.output_products / rates.float32
 
 
 def _shared(stage: PlannedStage, needs: Needs, crew: Crew) -> PlannedStage:

@@ -8,7 +8,7 @@ Layout::
     assignments/<digest>.json    every evaluated assignment
     artifacts/                   configurations of trials, as Optuna's artifacts; needed to see
                                  them in the dashboard
-    front.json best.json configs/ trials.csv report.md report.html
+    front.json best.json recipe.json configs/ trials.csv report.md report.html
                                  see `alphaquant.reports.report`
 """
 
@@ -45,7 +45,15 @@ _TOOL = "aq-search"
 
 # All that a search writes. `--overwrite` removes these and leaves anything else alone.
 _REPORTS = ("report.md", "report.html")
-_OWN_FILES = ("study.db", "best.json", "front.json", "trials.csv", *_REPORTS, RUN_FILE)
+_OWN_FILES = (
+    "study.db",
+    "best.json",
+    "recipe.json",
+    "front.json",
+    "trials.csv",
+    *_REPORTS,
+    RUN_FILE,
+)
 _ARTIFACTS = "artifacts"
 _OWN_FOLDERS = ("assignments", "configs", _ARTIFACTS)
 _LEFT = re.compile(r"run\.[0-9a-f]{32}\.part")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from alphaquant.reports.bitmaps import bits_by_expert, bits_by_role, tokens_by_expert
+from alphaquant.reports.figures.bitmaps import bits_by_expert, bits_by_role, tokens_by_expert
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Inventory, Matrix
 

@@ -12,9 +12,8 @@ import plotly.graph_objects as go
 from scipy.stats import t as student
 
 from alphaquant.reports.cautions import correlation_caution, rho_interval_text, rho_text
-from alphaquant.reports.front import config_name, origin_of
-from alphaquant.reports.maps import experts_figure, layers_figure
-from alphaquant.reports.style import (
+from alphaquant.reports.figures.maps import experts_figure, layers_figure
+from alphaquant.reports.figures.style import (
     BLUE,
     GREEN,
     GREY,
@@ -27,6 +26,7 @@ from alphaquant.reports.style import (
     log_scale,
     styled,
 )
+from alphaquant.reports.front import config_name, origin_of
 from alphaquant.reports.tables import with_error
 from alphaquant.studies.gate.intervals import LEVEL
 from alphaquant.studies.gate.judge import HeldoutRow

@@ -6,8 +6,13 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from alphaquant.reports.bitmaps import BitMap, bits_by_expert, bits_by_role, tokens_by_expert
-from alphaquant.reports.style import laid_out, styled
+from alphaquant.reports.figures.bitmaps import (
+    BitMap,
+    bits_by_expert,
+    bits_by_role,
+    tokens_by_expert,
+)
+from alphaquant.reports.figures.style import laid_out, styled
 from alphaquant.studies.result import SearchResult
 
 # Scales of ColorBrewer (Harrower and Brewer, 2003) that are safe with any kind of colour vision.

@@ -8,10 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from alphaquant.reports.bitmaps import bits_by_expert, bits_by_role
-from alphaquant.reports.plots import PUBLISHED, figures, interval_half, is_uniform
+from alphaquant.reports.figures.bitmaps import bits_by_expert, bits_by_role
+from alphaquant.reports.figures.plots import PUBLISHED, figures, interval_half, is_uniform
+from alphaquant.reports.figures.style import log_scale
 from alphaquant.reports.report import front_json
-from alphaquant.reports.style import log_scale
 from alphaquant.studies.program import rank_correlation
 from alphaquant.studies.result import Probe, SearchResult
 

@@ -1,0 +1,95 @@
+"""Recipes behind a search, for real: measured, taken up again, and quantized as they say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaquant.commands.evaluate import evaluate
+from alphaquant.commands.quantize import quantize
+from alphaquant.commands.search import plan_search, search
+from alphaquant.errors import ConfigError
+from alphaquant.progress import Stage
+from alphaquant.spaces.config import load_config
+from alphaquant.specs.evaluate import EvaluateSpec
+from alphaquant.specs.flat import replaced
+from alphaquant.specs.quantize import QuantizeSpec
+from alphaquant.specs.search import SearchSpec
+from alphaquant.studies.recipes import comparing
+from alphaquant.studies.recipes.comparing import RecipeFindings
+from alphaquant.studies.recipes.measuring import RecipeBench
+
+MakeSpec = Callable[..., SearchSpec]
+
+
+@pytest.fixture
+def spec(make_spec: MakeSpec, tmp_path: Path) -> SearchSpec:
+    return make_spec(tmp_path / "out", trials=3, recipes=3, percdamp=0.5, two_sided=False)
+
+
+def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
+    spec: SearchSpec, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "best_of", lambda rows: rows[1])
+    monkeypatch.setattr(RecipeFindings, "is_better", True)
+    told: list[tuple[str, int, int]] = []
+    result = search(spec, progress=lambda *a: told.append(a))
+    found, file = result.recipes, spec.run.out / "recipe.json"
+    assert found is not None and found.served is not None
+    assert ("recipes", 300, 300) in told
+    summary = load_config(file).summary or {}
+    assert summary["quantization"]["percdamp"] == found.served.recipe.settings.percdamp < 0.5
+    front = json.loads((spec.run.out / "front.json").read_text())
+    assert front["recipes"]["config"] == "recipe.json"
+    for name in ("report.md", "report.html"):
+        text = (spec.run.out / name).read_text()
+        assert "Recipes of best.json" in text and "out/recipe.json" in text
+    assert not (spec.run.cache or tmp_path).joinpath("recipes").exists()
+    model = spec.checkpoint.model
+    quantize(QuantizeSpec.of(model=model, config=file, out=tmp_path / "packed"))
+    given: dict[str, Any] = {"data": str(texts["heldout"]), "samples": 6, "seq_len": 48}
+    measured = evaluate(EvaluateSpec(model=str(tmp_path / "packed"), reference=model, **given))
+    kl = next(s.value for s in measured.scores if s.metric == "kl")
+    assert kl == pytest.approx(found.served.kl, abs=1e-6)
+    # Another run without recipes keeps the file, and one that finds nothing better removes it.
+    search(replaced(spec, recipes=0))
+    assert file.exists()
+    monkeypatch.setattr(RecipeFindings, "is_better", False)
+    n_measured = 0
+    divergence = RecipeBench.divergence
+
+    def counted(own: RecipeBench, *args: Any) -> Any:
+        nonlocal n_measured
+        n_measured += 1
+        return divergence(own, *args)
+
+    monkeypatch.setattr(RecipeBench, "divergence", counted)
+    again = search(spec)
+    assert n_measured == 1, "only the held-out text, trials are in the study"
+    assert again.recipes is not None and again.recipes.rows == found.rows
+    assert not file.exists()
+
+
+def test_a_plan_reckons_with_recipes(spec: SearchSpec) -> None:
+    stages = {s.stage: s for s in plan_search(spec).stages}
+    assert stages[Stage.RECIPES].seconds > 0 and stages[Stage.RECIPES].disk > 0
+    assert Stage.RECIPES not in {s.stage for s in plan_search(replaced(spec, recipes=0)).stages}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "rtn"}, "--recipes 3 with --method rtn, which has nothing to choose"),
+        (
+            {"candidates": "a,b", "formats": "auto"},
+            "--recipes 3 with --candidates: others quantized those",
+        ),
+    ],
+)
+def test_recipes_of_what_nobody_rounds_here_are_refused(
+    spec: SearchSpec, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        search(replaced(spec, **changes))
