@@ -60,46 +60,31 @@ def address(out: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_list_of_studies_leads_to_the_study(address: str, open_page: Any) -> None:
+def test_a_study_is_looked_at_from_the_list_to_its_trials_without_the_network(
+    address: str, open_page: Any
+) -> None:
     opened = open_page(address)
-    opened.page.get_by_text("aq-search").first.click()
-    opened.page.wait_for_url("**/studies/1")
-    assert opened.errors == []
-
-
-def test_page_of_the_study_shows_its_front_and_our_figures_without_the_network(
-    address: str, open_page: Any
-) -> None:
-    opened = open_page(f"{address}dashboard/studies/1")
-    opened.page.get_by_text("Pareto Front").wait_for()
-    for title in ("Front: size and divergence", "Predicted and measured divergence"):
-        opened.page.locator(".gtitle", has_text=title).wait_for()
-    title = opened.page.locator(".gtitle", has_text="Front: size and divergence")
-    front = opened.page.locator(".js-plotly-plot").filter(has=title)
-    assert front.locator(".scatterlayer path.point").count() >= 4
-    assert opened.errors == []
-    assert opened.overflow == 0
-    assert all(r.startswith((address, "data:", "blob:")) for r in opened.requests)
-
-
-def test_page_of_the_note_shows_the_front_as_a_table(address: str, open_page: Any) -> None:
-    opened = open_page(f"{address}dashboard/studies/1/note")
-    opened.page.get_by_role("cell", name="configs/").first.wait_for()
-    assert opened.page.get_by_role("heading", name="Found").count() == 1
-    assert opened.errors == []
-
-
-def test_page_of_a_trial_shows_its_note_its_attributes_and_its_configuration(
-    address: str, open_page: Any
-) -> None:
-    opened = open_page(f"{address}dashboard/studies/1/trials?numbers=1")
     page = opened.page
+    page.get_by_text("aq-search").first.click()
+    page.wait_for_url("**/studies/1")
+    page.get_by_text("Pareto Front").wait_for()
+    for title in ("Front: size and divergence", "Predicted and measured divergence"):
+        page.locator(".gtitle", has_text=title).wait_for()
+    found = page.locator(".gtitle", has_text="Front: size and divergence")
+    front = page.locator(".js-plotly-plot").filter(has=found)
+    assert front.locator(".scatterlayer path.point").count() >= 4
+    assert opened.overflow == 0
+    page.goto(f"{address}dashboard/studies/1/note")
+    page.get_by_role("cell", name="configs/").first.wait_for()
+    assert page.get_by_role("heading", name="Found").count() == 1
+    page.goto(f"{address}dashboard/studies/1/trials?numbers=1")
     page.get_by_role("heading", name="Trial 1 of the search").wait_for()
     assert page.get_by_role("cell", name="predicted KL").count() == 1
     page.get_by_text("config.json", exact=True).last.wait_for()
     assert page.get_by_text("checkpoint_bytes").count() == 1
     assert opened.overflow == 0, "no attribute is wider than the page"
     assert opened.errors == []
+    assert all(r.startswith((address, "data:", "blob:")) for r in opened.requests)
 
 
 def test_ctrl_c_is_the_way_it_ends(out: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
