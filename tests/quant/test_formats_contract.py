@@ -65,10 +65,9 @@ def in_parts() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", [n for n in QUANTIZED if is_alike(n) or is_dear(n, "hessian")])
-def test_every_search_of_a_format_stores_what_it_counts(name: str) -> None:
-    for search in SEARCHES:
-        for check in STORAGE:
-            check(parse_format(name), search)
+def test_a_format_that_is_as_others_stores_what_it_counts(name: str) -> None:
+    for check in STORAGE:  # with the other searches in the slow part of the contract
+        check(parse_format(name), "minmax")
 
 
 @pytest.mark.parametrize(("name", "search"), [*in_parts()])

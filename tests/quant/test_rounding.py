@@ -22,7 +22,7 @@ from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.scale_search import ScaleSearch
 from alphaquant.testing.formats import QUANTIZED, SEARCHES, draw_weights
 
-N_LAYERS, ROWS, COLS, TOKENS = 20, 12, 160, 320
+N_LAYERS, ROWS, COLS, TOKENS = 6, 12, 160, 320
 
 
 def draw_inputs(seed: int, n_tokens: int = TOKENS, cols: int = COLS) -> Tensor:
@@ -35,7 +35,7 @@ def draw_inputs(seed: int, n_tokens: int = TOKENS, cols: int = COLS) -> Tensor:
 
 @pytest.fixture(scope="module")
 def layers() -> tuple[Tensor, Tensor]:
-    """Weights [20, N, K] and Hessians [20, K, K] of 20 layers with correlated inputs."""
+    """Weights [L, N, K] and Hessians [L, K, K] of L layers with correlated inputs."""
     weight = torch.stack([draw_weights(ROWS, COLS, seed) for seed in range(N_LAYERS)])
     inputs = torch.stack([draw_inputs(seed) for seed in range(N_LAYERS)])
     return weight, inputs.transpose(-1, -2) @ inputs
@@ -57,7 +57,7 @@ def test_gptq_beats_rtn_on_every_correlated_layer(
     rounded = quantize_gptq(weight, factor, fmt, search)
     if fmt.kind == "int1":  # a sign alone cannot take over its neighbours' errors
         rounded = refine(weight, dampen(hessian, factor.damp), rounded, 3)
-    error = hessian_error(weight, rounded.weights(), hessian).sum(-1)  # [20]
+    error = hessian_error(weight, rounded.weights(), hessian).sum(-1)  # [L]
     rtn = hessian_error(weight, quantize_rtn(weight, fmt, search).weights(), hessian).sum(-1)
     assert bool((error < rtn).all())
     if name == "int4-g128":

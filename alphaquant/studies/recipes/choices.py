@@ -88,6 +88,16 @@ def planned_params(choices: Sequence[Choice]) -> list[dict[str, Option]]:
     return [own, *({**own, c.name: option} for c in choices for option in c.options[1:])]
 
 
+def reached(choices: Sequence[Choice], n_trials: int) -> list[Choice]:
+    """The first choices, those of which so many trials try an option alone."""
+    found, n_before = list[Choice](), 1
+    for choice in choices:
+        if n_before < n_trials:
+            found.append(choice)
+        n_before += len(choice.options) - 1
+    return found
+
+
 def recipe_of(own: Recipe, params: Mapping[str, Option], seed: int) -> Recipe:
     """The recipe of a trial's parameters; what they leave out is the search's own.
 

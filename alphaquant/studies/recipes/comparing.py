@@ -24,7 +24,7 @@ import torch
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from alphaquant.errors import AlphaQuantError, StoreError
+from alphaquant.errors import ModelError
 from alphaquant.evaluators.base import paired_difference
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import Stage, StageClock
@@ -39,6 +39,7 @@ from alphaquant.studies.recipes.choices import (
     Recipe,
     choices_of,
     planned_params,
+    reached,
     recipe_of,
 )
 from alphaquant.studies.recipes.measuring import RecipeBench
@@ -197,7 +198,8 @@ class RecipeStudy:
         self.clock(Stage.RECIPES, 0, STEPS * self.n_trials)
         own = self.bench.own
         inventory = self.bench.source(own.rotate).map.inventory
-        choices, left_out = self.bench.usable(choices_of(own, inventory), self.seed)
+        within = reached(choices_of(own, inventory), self.n_trials)
+        choices, left_out = self.bench.usable(within, self.seed)
         stored, planned = finished_rows(self.study), planned_params(choices)
         stopped = f"all {self.n_trials} trials of --recipes are done"
         while len(self._rows) < self.n_trials:
@@ -215,7 +217,7 @@ class RecipeStudy:
         best = best_of(self._rows)
         found = RecipeFindings(
             rows=tuple(self._rows),
-            params=tuple(trial.params for trial in trials),
+            params=tuple(planned[0] | trial.params for trial in trials),
             problems={
                 n: t.user_attrs[PROBLEM] for n, t in enumerate(trials) if PROBLEM in t.user_attrs
             },
@@ -272,8 +274,8 @@ class RecipeStudy:
             else:
                 found = self.bench.divergence(recipe, on, self._steps)
             if not math.isfinite(float(found.kl.mean())):
-                raise StoreError("its divergence is not a number")
-        except AlphaQuantError as error:
+                raise ModelError("its divergence is not a number")
+        except ModelError as error:
             trial.set_user_attr(PROBLEM, str(error))
             return _without_numbers(number, digest, self.counts)
         measured = Measured(tuple(found.scores(on.tokens.digest)), found.kl)

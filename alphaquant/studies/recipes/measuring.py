@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alphaquant.errors import AlphaQuantError, ModelError
+from alphaquant.errors import ConfigError, DataError, ModelError
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import Progress, no_progress
 from alphaquant.quant.bank import Bank
@@ -77,7 +77,7 @@ class RecipeBench:
                         self.text(replace(self.own, calibration=str(option)))
                 elif choice.name == ROTATE:
                     self._check_rotation(seed)
-            except AlphaQuantError as error:
+            except (ModelError, ConfigError, DataError) as error:
                 left_out[choice.name] = str(error)
             else:
                 kept.append(choice)

@@ -1,5 +1,6 @@
 """The Optuna study behind a search: opened, checked, taken up again, and read back as rows."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,7 +138,8 @@ def finish_trial(
     stored = {k: v for k, v in asdict(row).items() if k != "number"}
     known = trial.user_attrs
     for key in _ATTRIBUTES:
-        if known.get(key) != stored[key]:  # the origin is known since the trial was planned
+        # The origin is known since the trial was planned; pages cannot read infinite numbers.
+        if known.get(key) != stored[key] and stored[key] != math.inf:
             trial.set_user_attr(key, stored[key])
     storage = trial.storage
     study_id = storage.get_study_id_from_name(study.study_name)

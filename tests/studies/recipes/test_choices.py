@@ -11,6 +11,7 @@ from alphaquant.studies.recipes.choices import (
     Recipe,
     choices_of,
     planned_params,
+    reached,
     recipe_of,
 )
 
@@ -45,6 +46,7 @@ def test_what_makes_no_difference_or_was_chosen_is_no_choice(
 def test_every_option_comes_alone_after_the_searchs_own() -> None:
     choices = [Choice("percdamp", (0.02, 0.1)), Choice("shrinkage", (True, False))]
     own, damped, plain = planned_params(choices)
+    assert [len(reached(choices, n)) for n in (1, 2, 3)] == [0, 1, 2]
     assert own == {"percdamp": 0.02, "shrinkage": True}
     assert damped == {**own, "percdamp": 0.1}
     assert plain == {**own, "shrinkage": False}
