@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.quant.columns.state import Rounding
-from alphaquant.quant.factor import DampedHessian
+from alphaquant.quant.factor import DampedHessian, in_half
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.place import Place
 from alphaquant.quant.two_sided.coupling import Couplings, is_coupled
@@ -148,9 +148,16 @@ class Stacks:
 
     @cached_property
     def signals(self) -> Tensor:
-        """tr(W H W') of every row, [S, N], with data."""
+        """tr(W H W') of every row, [S, N], with data; to three digits where H is large.
+
+        Reports divide by it. Products in bfloat16 round every number of W H for itself, and the
+        sum over a row evens that out.
+        """
         assert self.hessian is not None
-        return ((self.weights @ self.hessian) * self.weights).sum(-1)
+        half = in_half(self.hessian)
+        if half is None:
+            return ((self.weights @ self.hessian) * self.weights).sum(-1)
+        return ((self.weights.to(half.dtype) @ half) * self.weights).sum(-1)
 
     def rows_of(self, position: int) -> slice:
         """Rows of the matrices at a position of every stack."""

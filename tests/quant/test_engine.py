@@ -1,6 +1,7 @@
 """Settings of the engine: one check for options, files and callers."""
 
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from alphaquant.errors import ConfigError
 from alphaquant.models.mapping import map_model
-from alphaquant.quant import engine
+from alphaquant.quant import engine, factor
 from alphaquant.quant.columns.column_loops import NumbaLoops
 from alphaquant.quant.layerwise import quantize_layers
 from alphaquant.quant.place import Place
-from alphaquant.quant.stacks import QuantizedMatrix
+from alphaquant.quant.stacks import QuantizedMatrix, Stacks
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.spaces.units import Inventory
 from alphaquant.specs.quantizer import QuantSettings
@@ -165,3 +166,17 @@ def test_two_starts_are_at_most_the_error_of_either_in_every_matrix() -> None:
     # The damped objective is compared, row by row; the recorded error is that without damping.
     assert all(both[k] <= 1.05 * min(natural[k], ordered[k]) for k in both)
     assert errors(actorder=True) == pytest.approx(both, rel=1e-3)
+
+
+def test_the_energy_of_outputs_is_right_to_three_digits_where_it_is_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 2048, generator=generator) * torch.linspace(0.1, 2, 2048)
+    weights = 0.02 * torch.randn(1, 4, 2048, generator=generator)
+    stacks = SimpleNamespace(weights=weights, hessian=(inputs.T @ inputs)[None])
+    exact = (inputs @ weights[0].T).square().sum(0)
+    for is_fast in (False, True):
+        monkeypatch.setattr(factor, "multiplies_bfloat16", lambda is_fast=is_fast: is_fast)
+        found: Tensor = Stacks.signals.func(stacks)
+        torch.testing.assert_close(found[0], exact, rtol=2e-3, atol=0.0)
