@@ -42,6 +42,9 @@ FAST = {
     "longcat_flash": {},  # two attentions per layer, experts without weights
     "zaya": {},  # a linear that is called twice, a router of several layers
 }
+ALIKE = ("afmoe", "gemma4", "inkling_text", "longcat_flash", "zaya")
+"""Of those, the dear ones: slow here, and in the slow test of every architecture."""
+
 CONFIG = {
     "default": {"wq": "int4", "group_size": 32},
     "overrides": [
@@ -114,7 +117,10 @@ def assert_right(arch: str, folder: Path, extra: dict[str, Any]) -> None:
     assert_packed(source, folder)
 
 
-@pytest.mark.parametrize("arch", FAST)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=[pytest.mark.slow] * (arch in ALIKE)) for arch in FAST],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_architecture_that_found_a_fault_is_right(arch: str, tmp_path: Path) -> None:
     assert_right(arch, tmp_path, FAST[arch])

@@ -62,14 +62,12 @@ def by_hand(token: Tensor, fmt: Format) -> Tensor:
     return torch.stack(made)
 
 
-@every_format
 @pytest.mark.parametrize("n_cols", [64, 37, 1], ids=["whole blocks", "a tail", "one number"])
-def test_every_number_is_the_closest_value_under_its_tokens_scale(
-    fmt: Format, n_cols: int
-) -> None:
-    tokens = draw_tokens(3, n_cols)
-    expected = torch.stack([by_hand(token, fmt) for token in tokens])
-    assert torch.equal(fake_quantize(tokens, fmt), expected)
+def test_every_number_is_the_closest_value_under_its_tokens_scale(n_cols: int) -> None:
+    for fmt in FORMATS:
+        tokens = draw_tokens(3, n_cols)
+        expected = torch.stack([by_hand(token, fmt) for token in tokens])
+        assert torch.equal(fake_quantize(tokens, fmt), expected)
 
 
 def test_the_worked_example_of_the_header_is_true() -> None:
@@ -94,17 +92,17 @@ def test_bf16_returns_the_inputs_themselves() -> None:
         assert fake_quantize(tokens, make_format("bf16")) is tokens
 
 
-@every_format
-def test_a_token_changes_only_itself(fmt: Format) -> None:
-    tokens = draw_tokens(2, 4, 37)
-    before = fake_quantize(tokens, fmt)
-    tokens[1, 2] *= -1000.0
-    after = fake_quantize(tokens, fmt)
-    changed = (before != after).any(-1)
-    assert changed.nonzero().tolist() == [[1, 2]]
-    # Each alone, without batch and sequence, gives the same bits too.
-    alone = torch.stack([fake_quantize(token, fmt) for token in tokens.reshape(-1, 37)])
-    assert torch.equal(alone.reshape(tokens.shape).view(torch.int32), after.view(torch.int32))
+def test_a_token_changes_only_itself() -> None:
+    for fmt in FORMATS:
+        tokens = draw_tokens(2, 4, 37)
+        before = fake_quantize(tokens, fmt)
+        tokens[1, 2] *= -1000.0
+        after = fake_quantize(tokens, fmt)
+        changed = (before != after).any(-1)
+        assert changed.nonzero().tolist() == [[1, 2]]
+        # Each alone, without batch and sequence, gives the same bits too.
+        alone = torch.stack([fake_quantize(token, fmt) for token in tokens.reshape(-1, 37)])
+        assert torch.equal(alone.reshape(tokens.shape).view(torch.int32), after.view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -137,78 +135,72 @@ def test_a_short_last_block_is_a_block_of_its_own(fmt: Format) -> None:
         assert torch.equal(tail, fake_quantize(tokens[:, 64:].contiguous(), fmt))
 
 
-@every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_results_have_the_inputs_dtype_and_shape_and_inputs_stay(
-    fmt: Format, dtype: torch.dtype
-) -> None:
-    tokens = draw_tokens(2, 3, 40).to(dtype)
-    before = tokens.clone()
-    made = fake_quantize(tokens, fmt)
-    assert made.dtype == dtype and made.shape == tokens.shape
-    assert torch.equal(tokens, before)
-    expected = fake_quantize(tokens.to(torch.float32), fmt)
-    assert torch.equal(made, expected.to(dtype))
-
-
-@every_format
-def test_strided_inputs_are_rounded_along_their_last_dimension(fmt: Format) -> None:
-    by_last = draw_tokens(40, 6).T  # [6, 40]
-    by_first = draw_tokens(4, 3, 40).transpose(0, 1)  # [3, 4, 40], no view as [12, 40]
-    for tokens in (by_last, by_first):
-        assert not tokens.is_contiguous()
-        assert torch.equal(fake_quantize(tokens, fmt), fake_quantize(tokens.contiguous(), fmt))
-
-
-@every_format
-def test_zero_tokens_stay_zero(fmt: Format) -> None:
-    tokens = draw_tokens(3, 40)
-    tokens[1] = 0.0
-    tokens[2, :32] = 0.0
-    made = fake_quantize(tokens, fmt)
-    assert bool((made[1] == 0).all()) and bool((made[2, :32] == 0).all())
-    assert bool((made[0] != 0).any()) and bool((made[2, 32:] != 0).any())
-
-
-@every_format
-@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0)])
-def test_no_tokens_give_no_tokens(fmt: Format, shape: tuple[int, ...]) -> None:
-    made = fake_quantize(torch.empty(shape, dtype=torch.bfloat16), fmt)
-    assert made.shape == shape and made.dtype == torch.bfloat16
-
-
-@every_format
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_largest_and_smallest_numbers_give_finite_ones(
-    fmt: Format, dtype: torch.dtype
-) -> None:
-    info = torch.finfo(dtype)
-    for size in (info.max, info.tiny, info.smallest_normal * info.eps):
-        tokens = torch.full((3, 40), size).to(dtype)
-        tokens[1, ::3] = -info.max
-        tokens[2, 1:] = 0.0
+def test_results_have_the_inputs_dtype_and_shape_and_inputs_stay(dtype: torch.dtype) -> None:
+    for fmt in FORMATS:
+        tokens = draw_tokens(2, 3, 40).to(dtype)
+        before = tokens.clone()
         made = fake_quantize(tokens, fmt)
-        assert bool(torch.isfinite(made).all())
-        if size == info.max:
-            # mxfp4 saturates the most: 7.99.. becomes 6.
-            assert float(made[0].min()) >= 0.75 * info.max * (1 - 2**-6)
+        assert made.dtype == dtype and made.shape == tokens.shape
+        assert torch.equal(tokens, before)
+        expected = fake_quantize(tokens.to(torch.float32), fmt)
+        assert torch.equal(made, expected.to(dtype))
 
 
-@every_format
+def test_strided_inputs_are_rounded_along_their_last_dimension() -> None:
+    for fmt in FORMATS:
+        by_last = draw_tokens(40, 6).T  # [6, 40]
+        by_first = draw_tokens(4, 3, 40).transpose(0, 1)  # [3, 4, 40], no view as [12, 40]
+        for tokens in (by_last, by_first):
+            assert not tokens.is_contiguous()
+            assert torch.equal(fake_quantize(tokens, fmt), fake_quantize(tokens.contiguous(), fmt))
+
+
+def test_zero_tokens_stay_zero() -> None:
+    for fmt in FORMATS:
+        tokens = draw_tokens(3, 40)
+        tokens[1] = 0.0
+        tokens[2, :32] = 0.0
+        made = fake_quantize(tokens, fmt)
+        assert bool((made[1] == 0).all()) and bool((made[2, :32] == 0).all())
+        assert bool((made[0] != 0).any()) and bool((made[2, 32:] != 0).any())
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0)])
+def test_no_tokens_give_no_tokens(shape: tuple[int, ...]) -> None:
+    for fmt in FORMATS:
+        made = fake_quantize(torch.empty(shape, dtype=torch.bfloat16), fmt)
+        assert made.shape == shape and made.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_largest_and_smallest_numbers_give_finite_ones(dtype: torch.dtype) -> None:
+    for fmt in FORMATS:
+        info = torch.finfo(dtype)
+        for size in (info.max, info.tiny, info.smallest_normal * info.eps):
+            tokens = torch.full((3, 40), size).to(dtype)
+            tokens[1, ::3] = -info.max
+            tokens[2, 1:] = 0.0
+            made = fake_quantize(tokens, fmt)
+            assert bool(torch.isfinite(made).all())
+            if size == info.max:
+                # mxfp4 saturates the most: 7.99.. becomes 6.
+                assert float(made[0].min()) >= 0.75 * info.max * (1 - 2**-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_bad_numbers_are_seen_by_all_that_share_their_scale_and_nobody_else(
-    fmt: Format, bad: float
-) -> None:
-    tokens = draw_tokens(3, 70)
-    good = fake_quantize(tokens, fmt)
-    tokens[1, 33] = bad
-    made = fake_quantize(tokens, fmt)
-    is_nan = torch.zeros(3, 70, dtype=torch.bool)
-    is_nan[1, 32:64] = True
-    if fmt.family != "mxfp":
-        is_nan[1] = True
-    assert torch.equal(made.isnan(), is_nan)
-    assert torch.equal(made[~is_nan], good[~is_nan])
+def test_bad_numbers_are_seen_by_all_that_share_their_scale_and_nobody_else(bad: float) -> None:
+    for fmt in FORMATS:
+        tokens = draw_tokens(3, 70)
+        good = fake_quantize(tokens, fmt)
+        tokens[1, 33] = bad
+        made = fake_quantize(tokens, fmt)
+        is_nan = torch.zeros(3, 70, dtype=torch.bool)
+        is_nan[1, 32:64] = True
+        if fmt.family != "mxfp":
+            is_nan[1] = True
+        assert torch.equal(made.isnan(), is_nan)
+        assert torch.equal(made[~is_nan], good[~is_nan])
 
 
 def test_asymmetric_integers_are_refused() -> None:

@@ -22,11 +22,11 @@ def _allocate(name: str, problem: Problem, seed: int = 0) -> Solution:
     return ALLOCATORS[name].allocate(problem, problem.limit_bits(4.0), seed)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("name", ALLOCATORS)
-def test_every_allocator_keeps_the_contract(name: str, problem: Problem) -> None:
+def test_every_allocator_keeps_the_contract(name: str) -> None:
     assert ALLOCATORS[name].name == name
-    check_allocator(ALLOCATORS[name], problem)
+    for problem in PROBLEMS.values():
+        check_allocator(ALLOCATORS[name], problem)
 
 
 def test_the_contract_refuses_an_allocator_that_is_not_repeatable() -> None:

@@ -67,19 +67,19 @@ def test_the_worked_example_of_the_header() -> None:
     assert (solution.lower_bound, solution.gap) == pytest.approx((6.5, 0.5 / 6.5))
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_brute_force_agrees_on_small_cases(seed: int) -> None:
-    instance = _instance(seed)
-    least, most = _limits(*instance[1:])
-    limit_bits = int(np.random.default_rng(seed).integers(least, most + 1))
-    optimum = _optimum(instance, limit_bits)
-    greedy, exact = solve(*instance, limit_bits), close_gap(*instance, limit_bits)
-    assert greedy.lower_bound <= optimum * (1 + REL) <= greedy.cost * (1 + 2 * REL)
-    assert exact.cost == pytest.approx(optimum, rel=REL, abs=REL)
-    # HiGHS stops at an absolute 1e-6 of an objective in thousandths of the first gap.
-    open_gap = greedy.cost - greedy.lower_bound
-    assert exact.cost - exact.lower_bound <= 1e-8 * open_gap + REL * (1 + exact.cost)
-    assert max(greedy.bits, exact.bits) <= limit_bits
+def test_brute_force_agrees_on_small_cases() -> None:
+    for seed in range(200):
+        instance = _instance(seed)
+        least, most = _limits(*instance[1:])
+        limit_bits = int(np.random.default_rng(seed).integers(least, most + 1))
+        optimum = _optimum(instance, limit_bits)
+        greedy, exact = solve(*instance, limit_bits), close_gap(*instance, limit_bits)
+        assert greedy.lower_bound <= optimum * (1 + REL) <= greedy.cost * (1 + 2 * REL), seed
+        assert exact.cost == pytest.approx(optimum, rel=REL, abs=REL), seed
+        # HiGHS stops at an absolute 1e-6 of an objective in thousandths of the first gap.
+        open_gap = greedy.cost - greedy.lower_bound
+        assert exact.cost - exact.lower_bound <= 1e-8 * open_gap + REL * (1 + exact.cost), seed
+        assert max(greedy.bits, exact.bits) <= limit_bits, seed
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))

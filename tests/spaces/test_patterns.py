@@ -18,10 +18,10 @@ from alphaquant.spaces.patterns import (
 PREFIX = "model.layers.3"
 
 
-@pytest.mark.parametrize("expert", range(64))
-def test_a_character_class_takes_one_digit(expert: int) -> None:
-    name = f"{PREFIX}.mlp.experts.{expert}.up_proj"
-    assert matches("*.mlp.experts.[1-7].*", name) == (1 <= expert <= 7)
+def test_a_character_class_takes_one_digit() -> None:
+    for expert in range(64):
+        name = f"{PREFIX}.mlp.experts.{expert}.up_proj"
+        assert matches("*.mlp.experts.[1-7].*", name) == (1 <= expert <= 7), name
 
 
 @pytest.mark.parametrize("expert", [0, 7, 8, 9, 10, 59, 60, 63, 64, 99, 108, 163, 800])
