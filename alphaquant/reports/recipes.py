@@ -21,7 +21,7 @@ def recipes_text(found: RecipeFindings) -> str:
     """The trials in words and tables, as Markdown."""
     n_done = sum(not row.is_pruned for row in found.rows)
     parts = [
-        f"{len(found.rows)} trials, {n_done} of them measured; the formats and bytes are those of "
+        f"{len(found.rows)} trials, {n_done} of them measured; the formats are those of "
         f"best.json in all. Stopped because {found.stopped}.",
         verdict_text(found),
         _effects_table(found),
@@ -99,6 +99,7 @@ def recipe_summary(found: RecipeFindings, summary: Mapping[str, Any]) -> dict[st
     heldout = {name: getattr(served, name) for name in numbers}
     return {
         **summary,
+        **asdict(served.counts),
         "recipe": dict(found.params[found.best]),
         "scores": [
             {"metric": "kl", "value": row.kl, "stderr": row.kl_stderr, "unit": "nats/token"}

@@ -53,14 +53,14 @@ def run_recipes(
         return objective.divergences([assignment], on, prepared.log_of(on))[0]
 
     bench = RecipeBench(
-        *(own, assignment, inputs.calibration, open_source, spec.run.cache, spec.run.out)
+        *(own, assignment, prepared.space.budget, inputs.calibration),
+        *(open_source, spec.run.cache, spec.run.out),
     )
     bench.close()
     try:
         with opened_study(spec, inputs, assignment) as study:
             return RecipeStudy(
-                *(study, bench, measured, assignment.count_bits(source.map.inventory)),
-                *(spec.proposals.sampler, seed, spec.run.recipes),
+                *(study, bench, measured, spec.proposals.sampler, seed, spec.run.recipes),
                 *(lambda: time.monotonic() > until, clock),
             ).run(prepared.teachers.evaluation, prepared.teachers.heldout)
     finally:

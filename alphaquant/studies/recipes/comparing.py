@@ -1,6 +1,7 @@
 """The study of recipes: each option alone, then an Optuna sampler over all of them.
 
-The assignment stays, so all trials have the same bytes; what is minimized is the divergence on the
+The assignment stays, so all trials have the same bytes, but for the routers of a rotated model,
+which are in float32. What is minimized is the divergence on the
 evaluation text. The recipe that is best there is compared with the search's own on held-out text,
 and is better only where the whole 95 % interval of the paired difference says so.
 
@@ -92,6 +93,7 @@ class Served:
         recipe: which.
         text: provenance of its calibration windows.
         model_digest: of the weights that it quantizes.
+        counts: bits and bytes of its checkpoint.
         kl: nats per token.
         kl_stderr: its standard error over windows.
         same_top: share of positions.
@@ -101,6 +103,7 @@ class Served:
     recipe: Recipe
     text: Mapping[str, Any]
     model_digest: str
+    counts: BitCount
     kl: float
     kl_stderr: float
     same_top: float
@@ -166,7 +169,6 @@ class RecipeStudy:
         study: where trials are kept.
         bench: measures recipes.
         own: what the search measured of its own recipe on a text.
-        counts: bits and bytes of the assignment.
         sampler: one of `SAMPLERS`.
         seed: of proposals and of rotations.
         n_trials: at most.
@@ -177,7 +179,6 @@ class RecipeStudy:
     study: optuna.Study
     bench: RecipeBench
     own: Callable[[EvaluationSet], Divergence]
-    counts: BitCount
     sampler: str
     seed: int
     n_trials: int
@@ -277,9 +278,9 @@ class RecipeStudy:
                 raise ModelError("its divergence is not a number")
         except ModelError as error:
             trial.set_user_attr(PROBLEM, str(error))
-            return _without_numbers(number, digest, self.counts)
+            return _without_numbers(number, digest, self.bench.counts(recipe))
         measured = Measured(tuple(found.scores(on.tokens.digest)), found.kl)
-        return make_row(number, ORIGIN, digest, self.counts, measured)
+        return make_row(number, ORIGIN, digest, self.bench.counts(recipe), measured)
 
     def _steps(self, stage: str, done: int, total: int) -> None:
         """How far a trial is: by layers that are rounded."""
@@ -294,7 +295,7 @@ class RecipeStudy:
         assert kl.stderr is not None, "KL is a mean over windows"
         return Served(
             *(recipe, self.bench.text(recipe).provenance()),
-            self.bench.source(recipe.rotate).digest,
+            *(self.bench.source(recipe.rotate).digest, self.bench.counts(recipe)),
             *(kl.value, kl.stderr, same_top.value, perplexity.value),
         )
 

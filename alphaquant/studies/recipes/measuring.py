@@ -13,7 +13,8 @@ from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import Progress, no_progress
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.swap import Swapper
-from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.assignment import Assignment, BitCount
+from alphaquant.spaces.budget import Budget
 from alphaquant.spaces.units import Matrix
 from alphaquant.studies.costing import fill_source_bank, states_folder
 from alphaquant.studies.inputs import Source, cache_dir, read_text
@@ -40,6 +41,7 @@ class RecipeBench:
     Attributes:
         own: the recipe of the search.
         assignment: a format for every matrix.
+        budget: of the search.
         calibration: the text of the search, whose number and length of windows all others have.
         open_source: gives the model.
         cache: where texts and output Hessians are, and banks meanwhile; None for the default
@@ -50,6 +52,7 @@ class RecipeBench:
 
     own: Recipe
     assignment: Assignment
+    budget: Budget
     calibration: TokenSet
     open_source: OpenSource
     cache: Path | None
@@ -109,6 +112,10 @@ class RecipeBench:
             self.progress,
         )
 
+    def counts(self, recipe: Recipe) -> BitCount:
+        """Bits and bytes of the assignment on the model that a recipe quantizes."""
+        return self.assignment.count_bits(self.source(recipe.rotate).map.inventory)
+
     def divergence(
         self, recipe: Recipe, on: EvaluationSet, progress: Progress = no_progress
     ) -> Divergence:
@@ -162,15 +169,18 @@ class RecipeBench:
         return cache_dir(self.cache) / FOLDER / name
 
     def _check_rotation(self, seed: int) -> None:
-        """Rotate the model, unless its file would not be of the same bytes.
+        """Rotate the model, unless its file would not be what was asked for.
 
         Raises:
-            ModelError: it cannot be rotated, or a rotation unties embeddings and head.
+            ModelError: it cannot be rotated, a rotation unties embeddings and head, or its
+                routers, which stay in float32, are beyond a budget of the whole file.
         """
-        own, grows = self.source(self.own.rotate).map, "a rotation unties embeddings and head"
+        own = self.source(self.own.rotate).map
         config: Any = own.model.config
         if config.get_text_config().tie_word_embeddings:
-            raise ModelError(f"{grows}, and the file grows by one of them")
-        plain, other = own.inventory, self.source(seed).map.inventory
-        if (other.matrices, other.kept_bytes) != (plain.matrices, plain.kept_bytes):
-            raise ModelError("the file of the rotated model is of another size")
+            raise ModelError("a rotation unties embeddings and head, and the file grows by one")
+        other = self.source(seed).map.inventory
+        if other.matrices != own.inventory.matrices:
+            raise ModelError("a rotated copy has other matrices")
+        if self.assignment.storage_bits(other) > self.budget.limit_bits(other):
+            raise ModelError("routers of a rotated copy are in float32, which is over the budget")

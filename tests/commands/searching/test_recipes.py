@@ -18,8 +18,10 @@ from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.search import SearchSpec
 from alphaquant.studies.recipes import comparing
+from alphaquant.studies.recipes.choices import ROTATE, Choice
 from alphaquant.studies.recipes.comparing import RecipeFindings
 from alphaquant.studies.recipes.measuring import RecipeBench
+from alphaquant.testing.checkpoints import save_tiny
 
 MakeSpec = Callable[..., SearchSpec]
 
@@ -27,6 +29,12 @@ MakeSpec = Callable[..., SearchSpec]
 @pytest.fixture
 def spec(make_spec: MakeSpec, tmp_path: Path) -> SearchSpec:
     return make_spec(tmp_path / "out", trials=3, recipes=3, percdamp=0.5, two_sided=False)
+
+
+def kl_of(packed: Path, model: str, texts: dict[str, Path]) -> float:
+    given: dict[str, Any] = {"data": str(texts["heldout"]), "samples": 6, "seq_len": 48}
+    measured = evaluate(EvaluateSpec(model=str(packed), reference=model, **given))
+    return next(s.value for s in measured.scores if s.metric == "kl")
 
 
 def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
@@ -49,10 +57,7 @@ def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
     assert not (spec.run.cache or tmp_path).joinpath("recipes").exists()
     model = spec.checkpoint.model
     quantize(QuantizeSpec.of(model=model, config=file, out=tmp_path / "packed"))
-    given: dict[str, Any] = {"data": str(texts["heldout"]), "samples": 6, "seq_len": 48}
-    measured = evaluate(EvaluateSpec(model=str(tmp_path / "packed"), reference=model, **given))
-    kl = next(s.value for s in measured.scores if s.metric == "kl")
-    assert kl == pytest.approx(found.served.kl, abs=1e-6)
+    assert kl_of(tmp_path / "packed", model, texts) == pytest.approx(found.served.kl, abs=1e-6)
     # Another run without recipes keeps the file, and one that finds nothing better removes it.
     search(replaced(spec, recipes=0))
     assert file.exists()
@@ -70,6 +75,28 @@ def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
     assert n_measured == 1, "only the held-out text, trials are in the study"
     assert again.recipes is not None and again.recipes.rows == found.rows
     assert not file.exists()
+
+
+def test_a_rotated_recipe_is_quantized_rotated(
+    make_spec: MakeSpec,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(comparing, "choices_of", lambda *a: (Choice(ROTATE, (False, True)),))
+    monkeypatch.setattr(comparing, "best_of", lambda rows: rows[1])
+    monkeypatch.setattr(RecipeFindings, "is_better", True)
+    model = str(save_tiny(tmp_path / "untied", tie_word_embeddings=False))
+    result = search(make_spec(tmp_path / "out", model=model, trials=2, recipes=2, method="gptq"))
+    found = result.recipes
+    assert found is not None and found.served is not None
+    assert found.served.recipe.rotate == 0 and found.left_out == {}
+    file = tmp_path / "out" / "recipe.json"
+    summary = load_config(file).summary or {}
+    grown = summary["checkpoint_bytes"] - result.counts.checkpoint_bytes
+    assert 0 < grown < 0.02 * result.counts.checkpoint_bytes, "routers in float32"
+    quantize(QuantizeSpec.of(model=model, config=file, out=tmp_path / "packed"))
+    assert kl_of(tmp_path / "packed", model, texts) == pytest.approx(found.served.kl, abs=1e-6)
 
 
 def test_a_plan_reckons_with_recipes(spec: SearchSpec) -> None:

@@ -44,6 +44,9 @@ class Bench:
     def text(self, recipe: Recipe) -> Any:
         return SimpleNamespace(provenance=lambda: {"source": recipe.calibration})
 
+    def counts(self, recipe: Recipe) -> BitCount:
+        return COUNTS
+
     def divergence(self, recipe: Recipe, on: Any, progress: Any = no_progress) -> Divergence:
         self.seen.append(recipe)
         return divergence(self.kl_of(recipe) * on.windows)
@@ -62,7 +65,7 @@ def study_of(folder: Path, bench: Bench, n_trials: int, **changes: Any) -> Recip
     heldout = changes.pop("heldout", WINDOWS)
     with open_study(f"sqlite:///{folder}/study.db", "recipes", "facts") as study:
         given: Any = {
-            **{"study": study, "bench": bench, "counts": COUNTS, "sampler": "tpe", "seed": 0},
+            **{"study": study, "bench": bench, "sampler": "tpe", "seed": 0},
             **{"own": lambda on: divergence(bench.kl_of(OWN) * on.windows)},
             **{"n_trials": n_trials, "is_late": lambda: False, "clock": StageClock(no_progress)},
         }
