@@ -50,7 +50,7 @@ def verdict_text(found: RecipeFindings) -> str:
             f"{other} with this one ({gain})."
         )
     return (
-        f"The search's own recipe stays: {changes} is the best on the evaluation text, and on "
+        f"The search's own recipe stays: {changes} is better on the evaluation text, and on "
         f"held-out text not better beyond noise ({kl}, {other} with it; {gain})."
     )
 

@@ -40,7 +40,7 @@ def kl_of(packed: Path, model: str, texts: dict[str, Path]) -> float:
 def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
     spec: SearchSpec, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "best_of", lambda rows: rows[1])
+    monkeypatch.setattr(comparing, "surest", lambda rows: rows[1])
     monkeypatch.setattr(RecipeFindings, "is_better", True)
     told: list[tuple[str, int, int]] = []
     result = search(spec, progress=lambda *a: told.append(a))
@@ -84,7 +84,7 @@ def test_a_rotated_recipe_is_quantized_rotated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(comparing, "choices_of", lambda *a: (Choice(ROTATE, (False, True)),))
-    monkeypatch.setattr(comparing, "best_of", lambda rows: rows[1])
+    monkeypatch.setattr(comparing, "surest", lambda rows: rows[1])
     monkeypatch.setattr(RecipeFindings, "is_better", True)
     model = str(save_tiny(tmp_path / "untied", tie_word_embeddings=False))
     result = search(make_spec(tmp_path / "out", model=model, trials=2, recipes=2, method="gptq"))

@@ -16,9 +16,10 @@ from alphaquant.progress import StageClock, no_progress
 from alphaquant.spaces.assignment import BitCount
 from alphaquant.spaces.units import Inventory, Matrix
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.studies.objective import Measured
 from alphaquant.studies.recipes.choices import Choice, Recipe
-from alphaquant.studies.recipes.comparing import RecipeFindings, RecipeStudy
-from alphaquant.studies.store.study import open_study
+from alphaquant.studies.recipes.comparing import RecipeFindings, RecipeStudy, surest
+from alphaquant.studies.store.study import make_row, open_study
 
 OWN = Recipe(QuantSettings(), "demo")
 ROUTED = Inventory("olmoe", (Matrix("a.experts.0.down_proj", 8, 8, "expert", 0, expert=0),))
@@ -54,6 +55,10 @@ class Bench:
 
 def divergence(kl: Tensor) -> Divergence:
     return Divergence(kl, torch.full_like(kl, 0.5), torch.ones_like(kl), 16, 0.1)
+
+
+def measured(found: Divergence) -> Measured:
+    return Measured(tuple(found.scores("text")), found.kl)
 
 
 def text_of(windows: Tensor) -> Any:
@@ -128,6 +133,16 @@ def test_a_recipe_that_cannot_quantize_is_told_and_the_others_go_on(tmp_path: Pa
     assert found.effects[0].kl is None
     assert found.params[found.best]["percdamp"] == 0.1
     assert study_of(tmp_path, Bench(kl_of), 6) == found
+
+
+def test_the_surest_gain_is_taken_not_the_lowest_mean(tmp_path: Path) -> None:
+    kl = {0: [1.0] * 6, 1: [0.95, 0.94, 0.95, 0.94, 0.95, 0.96], 2: [0.1, *[1.02] * 5]}
+    rows = [
+        make_row(n, "recipe", str(n), COUNTS, measured(divergence(torch.tensor(values))))
+        for n, values in kl.items()
+    ]
+    assert surest(rows).number == 1  # the third has the lowest mean, by one window
+    assert surest([rows[0], rows[2]]).number == 0
 
 
 def test_no_trial_starts_when_the_time_is_over_but_the_first(tmp_path: Path) -> None:
