@@ -84,6 +84,7 @@ def of_total(progress: Progress, stage: str, total: int) -> Progress:
     """
 
     def tell(name: str, done: int, n: int) -> None:
+        """See `Progress`."""
         if name != stage:
             progress(name, done, n)
         elif total:

@@ -40,6 +40,7 @@ def run_recipes(
     own = Recipe(settings_of(spec.quantizer), inputs.calibration.name, spec.checkpoint.rotate)
 
     def open_source(rotate: int | None) -> Source:
+        """See `OpenSource`."""
         if rotate == own.rotate:  # trials of other scores leave their own weights
             return load(rotate) if inputs.scores.measured else source
         if device_of(source.map.model).type != "cpu":
@@ -47,6 +48,7 @@ def run_recipes(
         return load(rotate)
 
     def measured(on: EvaluationSet) -> Divergence:
+        """The search's own recipe, which its bank and log have."""
         workers = source.workers
         spread = None if workers is None else SpreadRounds(workers, prepared.bank.path)
         objective = Objective(Swapper(source.map, prepared.bank.layer), spread=spread)

@@ -315,6 +315,7 @@ def surest(rows: Sequence[TrialRow]) -> TrialRow:
     """
 
     def bound(row: TrialRow) -> float:
+        """What the gain is at least."""
         gain, stderr = (0.0, 0.0) if row is rows[0] else _paired(rows[0], row)
         return gain - NOISE * stderr
 

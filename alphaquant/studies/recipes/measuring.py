@@ -148,6 +148,7 @@ class RecipeBench:
         text, formats = self.text(recipe), self.assignment.formats
 
         def wanted(matrix: Matrix, name: str) -> bool:
+            """Whether this is the format that was chosen."""
             return formats[matrix.name] == name
 
         names = sorted(set(formats.values()))
