@@ -56,14 +56,12 @@ def run_recipes(
 
     bench = RecipeBench(
         *(own, assignment, prepared.space.budget, inputs.calibration),
-        *(open_source, spec.run.cache, spec.run.out),
+        *(open_source, spec.run.cache, spec.run.out, clock),
     )
-    bench.close()
-    try:
-        with opened_study(spec, inputs, assignment) as study:
-            return RecipeStudy(
-                *(study, bench, measured, spec.proposals.sampler, seed, spec.run.recipes),
-                *(lambda: time.monotonic() > until, clock),
-            ).run(prepared.teachers.evaluation, prepared.teachers.heldout)
-    finally:
-        bench.close()
+    with opened_study(spec, inputs, assignment) as study:
+        found = RecipeStudy(
+            *(study, bench, measured, spec.proposals.sampler, seed, spec.run.recipes),
+            *(lambda: time.monotonic() > until, clock),
+        ).run(prepared.teachers.evaluation, prepared.teachers.heldout)
+    bench.close()  # not where it is stopped: layers that are rounded are not rounded again
+    return found

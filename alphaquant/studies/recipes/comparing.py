@@ -196,7 +196,7 @@ class RecipeStudy:
         Raises:
             StoreError: the study is not one of recipes of this assignment.
         """
-        self.clock(Stage.RECIPES, 0, STEPS * self.n_trials)
+        self._tell(0)
         own = self.bench.own
         inventory = self.bench.source(own.rotate).map.inventory
         within = reached(choices_of(own, inventory), self.n_trials)
@@ -232,13 +232,17 @@ class RecipeStudy:
             stopped=stopped,
         )
         recipe = recipe_of(own, found.params[best.number], self.seed)
-        return found if recipe == own else self._compared(found, recipe, heldout)
+        if recipe != own:
+            found = self._compared(found, recipe, heldout)
+        self.clock(Stage.RECIPES, self._n_steps, self._n_steps)
+        return found
 
     def _compared(
         self, found: RecipeFindings, recipe: Recipe, heldout: EvaluationSet
     ) -> RecipeFindings:
         """The best recipe beside the search's own on held-out text."""
-        measured, own = self.bench.divergence(recipe, heldout), self.own(heldout)
+        measured = self.bench.divergence(recipe, heldout, self._steps)
+        own = self.own(heldout)
         return replace(
             found,
             served=self._served(recipe, measured, heldout),
@@ -288,7 +292,12 @@ class RecipeStudy:
             self._tell(_ROUNDED * done // total)
 
     def _tell(self, part: int) -> None:
-        self.clock(Stage.RECIPES, STEPS * len(self._rows) + part, STEPS * self.n_trials)
+        self.clock(Stage.RECIPES, STEPS * len(self._rows) + part, self._n_steps)
+
+    @property
+    def _n_steps(self) -> int:
+        """Those of all trials, and of the comparison on held-out text."""
+        return STEPS * (self.n_trials + 1)
 
     def _served(self, recipe: Recipe, found: Divergence, on: EvaluationSet) -> Served:
         kl, same_top, perplexity = found.scores(on.tokens.digest)

@@ -36,7 +36,8 @@ class RecipeBench:
     """Quantizes an assignment by recipes and measures it.
 
     What a recipe makes is removed when it was measured: matrices in the formats of one assignment,
-    which `aq-quantize` makes again.
+    which `aq-quantize` makes again. Where that was stopped, it goes on with the layers that are
+    missing.
 
     Attributes:
         own: the recipe of the search.
@@ -137,7 +138,7 @@ class RecipeBench:
             return objective.divergence(self.assignment, on)
 
     def close(self) -> None:
-        """Remove what an earlier run may have left."""
+        """Remove what runs that were stopped have left."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):  # others are at their recipes, or nobody ever was
             self._folder.parent.rmdir()
@@ -158,10 +159,8 @@ class RecipeBench:
         else:
             with folder_of_states(states_folder(source, text, self.cache)):
                 bank = fill_source_bank(*given, root=self._folder)
-        try:
-            yield bank
-        finally:
-            shutil.rmtree(bank.path, ignore_errors=True)
+        yield bank
+        shutil.rmtree(bank.path, ignore_errors=True)
 
     @property
     def _folder(self) -> Path:

@@ -12,12 +12,13 @@ from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import plan_search, search
 from alphaquant.errors import ConfigError
 from alphaquant.progress import Stage
+from alphaquant.quant import filling
 from alphaquant.spaces.config import load_config
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.recipes import comparing
+from alphaquant.studies.recipes import comparing, measuring
 from alphaquant.studies.recipes.choices import ROTATE, Choice
 from alphaquant.studies.recipes.comparing import RecipeFindings
 from alphaquant.studies.recipes.measuring import RecipeBench
@@ -46,7 +47,7 @@ def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
     result = search(spec, progress=lambda *a: told.append(a))
     found, file = result.recipes, spec.run.out / "recipe.json"
     assert found is not None and found.served is not None
-    assert ("recipes", 300, 300) in told
+    assert ("recipes", 400, 400) in told
     summary = load_config(file).summary or {}
     assert summary["quantization"]["percdamp"] == found.served.recipe.settings.percdamp < 0.5
     front = json.loads((spec.run.out / "front.json").read_text())
@@ -97,6 +98,25 @@ def test_a_rotated_recipe_is_quantized_rotated(
     assert 0 < grown < 0.02 * result.counts.checkpoint_bytes, "routers in float32"
     quantize(QuantizeSpec.of(model=model, config=file, out=tmp_path / "packed"))
     assert kl_of(tmp_path / "packed", model, texts) == pytest.approx(found.served.kl, abs=1e-6)
+
+
+def test_a_recipe_that_was_stopped_goes_on_with_what_was_rounded(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked = replaced(spec, recipes=2)
+    assert asked.run.cache is not None
+    left = asked.run.cache / "recipes"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measuring.Objective, "divergence", stop)
+        search(asked)
+    assert (spec.run.out / "best.json").exists() and list(left.rglob("*.safetensors"))
+    monkeypatch.setattr(filling, "_write_layer", stop)  # every layer was rounded before
+    found = search(asked).recipes
+    assert found is not None and [row.is_pruned for row in found.rows] == [False, False]
+    assert not left.exists()
 
 
 def test_a_plan_reckons_with_recipes(spec: SearchSpec) -> None:
