@@ -199,8 +199,11 @@ class RecipeStudy:
         self._tell(0)
         own = self.bench.own
         inventory = self.bench.source(own.rotate).map.inventory
-        within = reached(choices_of(own, inventory), self.n_trials)
+        every = choices_of(own, inventory)
+        within = reached(every, self.n_trials)
         choices, left_out = self.bench.usable(within, self.seed)
+        few = f"{self.n_trials} trials do not come to it"
+        left_out |= {choice.name: few for choice in every if choice not in within}
         stored, planned = finished_rows(self.study), planned_params(choices)
         stopped = f"all {self.n_trials} trials of --recipes are done"
         while len(self._rows) < self.n_trials:

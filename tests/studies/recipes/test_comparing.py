@@ -84,7 +84,7 @@ def damped(recipe: Recipe) -> float:
 
 def test_options_come_alone_then_a_samplers_and_the_best_is_compared(tmp_path: Path) -> None:
     bench = Bench(damped)
-    found = study_of(tmp_path, bench, 10)
+    found = study_of(tmp_path, bench, 12)
     assert [e.option for e in found.effects[:4]] == [0.003, 0.03, 0.1, False]
     first = found.effects[0]
     assert first.difference == pytest.approx(-0.007)
@@ -148,3 +148,9 @@ def test_the_surest_gain_is_taken_not_the_lowest_mean(tmp_path: Path) -> None:
 def test_no_trial_starts_when_the_time_is_over_but_the_first(tmp_path: Path) -> None:
     found = study_of(tmp_path, Bench(damped), 6, is_late=lambda: True)
     assert len(found.rows) == 1 and found.stopped == "the time is over"
+
+
+def test_choices_that_no_trial_comes_to_are_told(tmp_path: Path) -> None:
+    found = study_of(tmp_path, Bench(damped), 5)
+    assert [c.name for c in found.choices] == ["percdamp", "shrinkage"]
+    assert found.left_out["route_exponent"] == "5 trials do not come to it"
