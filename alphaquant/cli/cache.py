@@ -14,8 +14,8 @@ from alphaquant.cli.screen import say
 from alphaquant.errors import ConfigError, StoreError
 
 Kind = Literal[
-    "weights", "teachers", "banks", "costs", "spectra", "outputs", "states", "rotated", "written",
-    "gguf",
+    "weights", "teachers", "banks", "costs", "spectra", "outputs", "states", "recipes", "rotated",
+    "written", "gguf",
 ]  # fmt: skip
 
 

@@ -8,8 +8,9 @@ the share of tokens that reach it,
 
 the number that `--active-budget` limits. Shares are measured (`CostTable.active_share`), or k / E
 where k of E experts are used per token and nothing was measured; the mean over a layer is the
-same, so both agree where all experts of a layer have one format. Caches, embeddings, norms,
-routers and lm_head are not counted.
+same, so both agree where all experts of a layer have one format. Caches, norms and
+routers are not counted, embeddings and lm_head only where they are searched: embeddings with no
+share, a row of them is looked up.
 
 Worked example: a dense matrix and four experts of 16 x 32 weights in bf16, 1024 bytes each, two
 experts per token: 1024 + 4 * 2/4 * 1024 = 3072 bytes per token. If three quarters of the tokens

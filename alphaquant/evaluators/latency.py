@@ -12,9 +12,9 @@ does, n how many do if any does. t is interpolated linearly in tokens between tw
 of tokens, and nothing else is guessed: a format, shape or number of tokens outside of what was
 measured is refused. Of several kernels that were measured the fastest is taken.
 
-Not predicted: attention itself, embeddings, norms, routers, lm_head, launches that an engine
-fuses, and kernels that run all experts at once; so it orders assignments, it is not the time that
-an engine shows. A table is a measurement: none comes with the project.
+Not predicted: attention itself, embeddings, norms, routers, an lm_head that is not searched,
+launches that an engine fuses, and kernels that run all experts at once; so it orders assignments,
+it is not the time that an engine shows. A table is a measurement: none comes with the project.
 
 Worked example, B = 4: a dense matrix measured at 2 tokens with 10 us and at 6 tokens with 14 us
 takes 12 us. An expert with p = 1/2 has P = 15/16 and n = 32/15; measured at 1 token with 3 us and

@@ -37,7 +37,8 @@ class RunSpec:
     experts, calibration text and rotation, each option alone and then a sampler's; what is better
     on held-out text becomes recipe.json; none by default."""
     timeout: Share | None = None
-    """Seconds after which no further trial starts; none by default."""
+    """Seconds after which no further trial of the search starts, those of --recipes left out; none
+    by default."""
     out: Path = Path("aq-out")
     """Directory of results; the same command resumes in it."""
     overwrite: Annotated[bool, Parameter(negative="")] = False

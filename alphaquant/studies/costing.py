@@ -187,9 +187,19 @@ def _anchored(space: SearchSpace, anchors: Sequence[int], n_formats: int) -> Boo
     """
     found = np.zeros((len(space.units), n_formats), dtype=np.bool_)
     found[:, anchors] = True
-    found[:: max(1, len(space.units) // _SAMPLED_UNITS)] = True
+    found[:: _sample_step(space)] = True
     found[[unit.kind in ENDS.values() for unit in space.units]] = True
     return found
+
+
+def sampled_share(space: SearchSpace) -> float:
+    """Share of the units that a short bank holds in every format, those of the ends left out."""
+    return len(space.units[:: _sample_step(space)]) / len(space.units)
+
+
+def _sample_step(space: SearchSpace) -> int:
+    """Each of how many units is measured in every format."""
+    return max(1, len(space.units) // _SAMPLED_UNITS)
 
 
 def _winners(

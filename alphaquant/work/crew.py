@@ -24,6 +24,10 @@ class Crew(Protocol):
     def n_workers(self) -> int:
         """How many there are."""
 
+    @property
+    def n_together(self) -> int:
+        """How many share the memory of a machine, at most."""
+
     def give(self, worker: int, task: Task[Any]) -> None:
         """Let a worker begin a task."""
 
@@ -71,6 +75,11 @@ class Numbered(ABC, Generic[W]):
 
     @property
     def n_workers(self) -> int:
+        """See `Crew`."""
+        return len(self._members)
+
+    @property
+    def n_together(self) -> int:
         """See `Crew`."""
         return len(self._members)
 

@@ -122,6 +122,11 @@ class _RayCrew(Numbered[_Actor]):
         """See `Crew`."""
         return [n for n, a in self._members.items() if a.is_open and a.call is None]
 
+    @property
+    def n_together(self) -> int:
+        """See `Crew`."""
+        return -(-len(self._members) // self._share.n_nodes)
+
     def give(self, worker: int, task: Task[Any]) -> None:
         """See `Crew`."""
         actor = self._members[worker]

@@ -99,7 +99,7 @@ class Schedule:
             )
         if outcome.kind == "memory":
             entry.task = entry.task.smaller()
-            if self._crew.n_workers > 1:
+            if self._crew.n_together > 1:
                 self._crew.drop(worker)
                 return entry
         self._crew.replace(worker)

@@ -6,11 +6,12 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from alphaquant.cli.application import start
-from alphaquant.cli.cache import CACHE
+from alphaquant.cli.cache import CACHE, Kind
 from alphaquant.commands import cache as module
 from alphaquant.commands.cache import (
     KINDS,
@@ -165,6 +166,10 @@ def test_wrong_options_are_one_line(
     _, err = capsys.readouterr()
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_every_kind_can_be_asked_for() -> None:
+    assert set(get_args(Kind)) == set(KINDS)
 
 
 def test_the_list_is_a_table_or_json(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:

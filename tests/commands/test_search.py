@@ -433,6 +433,7 @@ def test_side_constraints_hold_in_every_configuration(
         ({"mode": "groups", "trials": 14}, {"uniform", "knobs", "size", "groups"}),
         ({"allocator": "evolution", "trials": 8}, {"uniform", "allocator"}),
         ({"allocator": "gemq"}, {"uniform", "allocator"}),
+        ({"allocator": "token-fisher", "include": "head"}, {"uniform", "allocator"}),
     ],
 )
 def test_other_programs_end_in_the_same_files(
@@ -522,7 +523,7 @@ def no_work(self: SearchObjective, *args: Any) -> Measured:
         ({"active_budget": "1KB"}, BudgetError, "a token reads .* bytes in the smallest"),
         ({"include": "tail"}, ConfigError, "--include tail; known are head, embeddings"),
         ({"include": "head", "profile": "vllm"}, ConfigError, "as they are; leave --include out"),
-        ({"include": "head", "allocators": "gemq"}, ConfigError, "need gemq, which only matrices"),
+        ({"include": "head", "allocators": "gemq,pmq"}, ConfigError, "need gemq, which only matr"),
         ({"device": "quantum"}, ModelError, "quantum.*cpu"),
         ({"device": "meta"}, ModelError, "meta.*cpu"),
         ({"dtype": "int8"}, ModelError, "int8.*float32"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alphaquant.errors import StoreError
-from alphaquant.work.processes import Processes, threads_of, visible_gpus
+from alphaquant.work.processes import Processes, _ProcessCrew, threads_of, visible_gpus
 from alphaquant.work.tasks import WorkError
 from tests.work.fake_tasks import FakeTask, open_badly, open_nothing
 
@@ -81,6 +81,14 @@ def test_after_a_lack_of_memory_it_is_smaller_and_one_worker_less_is_left(
     assert workers.n_workers == 1
     assert list(workers.map([FakeTask(2, tmp_path, "run_out")])) == [(2, True)]
     assert workers.n_workers == 1, "the last one is replaced"
+
+
+def test_where_each_has_a_machine_of_its_own_none_goes_after_a_lack_of_memory(
+    workers: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ProcessCrew, "n_together", 1)
+    assert list(workers.map([FakeTask(0, tmp_path, "run_out")])) == [(0, True)]
+    assert workers.n_workers == 2
 
 
 def test_an_error_of_the_task_is_raised_as_it_is_and_not_repeated(

@@ -102,16 +102,21 @@ def _check_recipes(spec: SearchSpec) -> None:
         )
 
 
+_OF_LAYERS = frozenset({"gemq", "alpha", "alpha_plain", "variance"})
+"""Costs and features that only matrices of decoder layers have."""
+
+
 def _check_allocators_of(spec: SearchSpec, include: Sequence[str]) -> None:
     """Refuse allocators that need what is measured of decoder layers alone.
 
     Raises:
         ConfigError: saying which.
     """
-    if include and needed(spec):
+    lacking = sorted(needed(spec) & _OF_LAYERS)
+    if include and lacking:
         raise ConfigError(
             f"{', '.join(include)} searched with allocators that need "
-            f"{', '.join(sorted(needed(spec)))}, which only matrices of decoder layers have; use "
+            f"{', '.join(lacking)}, which only matrices of decoder layers have; use "
             "--include none, or other --allocators"
         )
 

@@ -17,7 +17,7 @@ from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.costing import anchors_of, bank_formats, is_short
+from alphaquant.studies.costing import anchors_of, bank_formats, is_short, sampled_share
 from alphaquant.studies.program import N_UNIFORM
 from alphaquant.studies.sizing import effort_of
 
@@ -133,7 +133,8 @@ class Needs:
         effort = effort_of(self.spec)
         n_anchors = len(anchors_of(self.space, names, effort.anchor_bits))
         listed = _LISTED[1] if len(effort.around) == 1 else _LISTED[5]
-        return min(n_anchors + listed, len(names))
+        of_most, share = min(n_anchors + listed, len(names)), sampled_share(self.space)
+        return share * len(names) + (1 - share) * of_most
 
     @cached_property
     def bank_formats(self) -> tuple[Format, ...]:
