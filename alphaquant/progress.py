@@ -103,12 +103,14 @@ class _Pace:
         seconds_at_done: what the stage had taken when it got there.
         recent: (steps, seconds) of the last advances. Replaced and never changed, because a
             display reads it from a thread of its own.
+        is_of_before: `recent` is of an earlier round, in which much may have been found done.
     """
 
     done: int = 0
     total: int = 0
     seconds_at_done: float = 0.0
     recent: tuple[tuple[int, float], ...] = ()
+    is_of_before: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -119,7 +121,9 @@ class _Pace:
         """Note how far the stage is after so many seconds of its own."""
         n_steps, taken = done - self.done, seconds - self.seconds_at_done
         if n_steps > 0 and taken >= MIN_STEP_SECONDS * n_steps:
-            self.recent = (*self.recent, (n_steps, taken))[-N_RECENT:]
+            kept = () if self.is_of_before else self.recent
+            self.recent, self.is_of_before = (*kept, (n_steps, taken))[-N_RECENT:], False
+        self.is_of_before |= n_steps < 0
         if n_steps != 0 or done == 0:
             self.seconds_at_done = seconds
         self.done, self.total = done, total

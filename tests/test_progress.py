@@ -143,6 +143,16 @@ def test_stage_that_starts_again_goes_at_the_pace_of_before() -> None:
     assert times.elapsed("costs", 22.0) == 9.0
 
 
+def test_in_a_later_round_the_pace_of_the_earlier_one_ends_with_the_first_step() -> None:
+    times = recorded(
+        ("costs", 0, 16, 0.0),
+        ("costs", 16, 16, 0.2),
+        ("costs", 0, 16, 1.0),
+        ("costs", 1, 16, 91.0),
+    )
+    assert times.remaining("costs", 91.0) == 15 * 90.0
+
+
 def test_stages_that_take_turns_have_what_is_left_of_both() -> None:
     times = recorded(("bank", 0, 4, 0.0), ("hessians", 0, 4, 0.0), ("hessians", 1, 4, 1.0))
     times.record("bank", 0, 4, 1.0)

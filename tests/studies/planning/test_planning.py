@@ -116,7 +116,9 @@ def test_seconds_are_work_over_speed(make_needs: MakeNeeds) -> None:
     read = needs.space.inventory.n_weights / 1e9
     assert seconds_of(plan, Stage.STUDY) == pytest.approx(needs.n_sampled * (forward + read))
     n_stacks = sum(s.count for s in needs.stacks)
-    assert seconds_of(plan, Stage.BANK) == pytest.approx(n_stacks * (2 * 0.5 + needs.n_formats * 0.25))
+    assert seconds_of(plan, Stage.BANK) == pytest.approx(
+        n_stacks * (2 * 0.5 + needs.n_formats * 0.25)
+    )
     assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stages))
     faster = plan_stages(needs, replace(RATES, layer=5e-12, head=5e-4), has_copy=True)
     assert seconds_of(faster, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER) / 2
