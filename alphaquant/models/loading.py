@@ -10,6 +10,7 @@ from torch import nn
 
 from alphaquant.errors import AlphaQuantError, ModelError
 from alphaquant.models.dtypes import named_dtype
+from alphaquant.models.layouts.padded import pad_experts
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.memory import GIB, total_memory
 from alphaquant.models.quantization_config import QUANT_METHOD
@@ -95,6 +96,7 @@ def _settled(model: Any, config: Any, device: str) -> nn.Module:
         model.config.dtype = config.dtype
     loaded: nn.Module = model.to(device)
     loaded.requires_grad_(False)
+    pad_experts(loaded)
     return loaded.eval()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.predictions import predict_pieces
+from alphaquant.models.layouts.padded import pad_experts
 from alphaquant.models.loading import auto_class
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage, no_progress
@@ -207,6 +208,7 @@ def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, in
     if vars(text).get("layer_types"):  # where it is no property of the number of layers
         text.layer_types = text.layer_types[:n_layers]
     model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
+    pad_experts(model)
     return model, n_layers
 
 
