@@ -253,12 +253,12 @@ def run_probe(run: Run) -> Probe | None:
     """Random assignments at the budget: the rank correlation of costs and truth.
 
     Returns:
-        None where no trial is left to run.
+        None where no trial is left to run, and where the effort has none.
     """
-    if run.loop.is_over:
-        return None
     effort = effort_of(run.spec)
     n_probes = effort.n_probes
+    if run.loop.is_over or not n_probes:
+        return None
     run.clock(Stage.PROBE, 0, n_probes)
     choices, limit = [], run.proposer.limit_bits
     for i in range(n_probes):

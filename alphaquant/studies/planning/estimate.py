@@ -118,10 +118,11 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
     held = _PROGRAM_BYTES + needs.rest_bytes + 2 * needs.layer_bytes
     stages = [*_loading(needs, rates, held, has_copy), *_quantizing(needs, rates, held)]
     stages = [_shared(stage, needs, crew) for stage in stages]
-    text, probed = needs.evaluation, min(effort_of(needs.spec).probe_tokens, needs.evaluation)
+    effort, text = effort_of(needs.spec), needs.evaluation
+    probed = min(effort.probe_tokens, text)
     passes = (  # stage, tokens of all assignments and of one, formats read, assignments together
         (Stage.PLANNED, needs.n_planned * text, text, needs.n_formats, needs.n_planned),
-        (Stage.PROBE, needs.probe_tokens, probed, needs.n_formats, needs.probe_tokens // probed),
+        (Stage.PROBE, needs.probe_tokens, probed, needs.n_formats, effort.n_probes),
         (Stage.STUDY, needs.n_sampled * text, text, needs.n_sampled, 1),
         (
             *(Stage.GATE, needs.gate_tokens, needs.heldout, needs.n_formats),
@@ -129,6 +130,8 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
         ),
     )
     for stage, n_tokens, n_each, n_read, n_together in passes:
+        if not n_together:
+            continue
         seconds = _forward_seconds(needs, rates, n_tokens)
         seconds += n_read * needs.space.inventory.n_weights / rates.dequantized
         # Hidden states and dequantized weights take what is free, and no more than they need.
