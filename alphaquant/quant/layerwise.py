@@ -114,8 +114,14 @@ def quantize_layers(
 
 @contextmanager
 def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterator[None]:
-    """Quantized weights, by matrix name, in the model; the original ones come back on leaving."""
-    original = {name: model_map.view(name).clone() for name in weights}
+    """Quantized weights, by matrix name, in the model; the original ones come back on leaving.
+
+    From their files where they are mapped from such, so that nothing of them stays in memory.
+    """
+    parts = [part for part in model_map.parts if any(m.name in weights for m in part.matrices())]
+    pages = [part.pages for part in parts if part.pages and not part.pages.is_changed()]
+    is_kept = len(pages) < len(parts)
+    original = {name: model_map.view(name).clone() for name in weights} if is_kept else {}
     try:
         for name, packed in weights.items():
             model_map.view(name).copy_(packed.dequantize())
@@ -123,6 +129,9 @@ def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterato
     finally:
         for name, weight in original.items():
             model_map.view(name).copy_(weight)
+        if not is_kept:
+            for own in pages:
+                own.restore()
 
 
 def _steps(

@@ -1,6 +1,7 @@
 """Layer by layer: whose outputs the next layer sees."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.models.mapping import map_model
+from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.sites import LinearSite, ModelMap
 from alphaquant.models.walk import check_walk
+from alphaquant.progress import no_progress
 from alphaquant.quant.hessian import LayerHessians
 from alphaquant.quant.layerwise import quantize_layers, written
 from alphaquant.spaces.assignment import uniform_assignment
@@ -134,3 +137,25 @@ def test_inputs_that_are_no_numbers_are_an_error() -> None:
     assignment = uniform_assignment(model_map.inventory, "int4-g32")
     with pytest.raises(ModelError, match=r"inputs of model\.layers\.0\.\S+ hold NaN"):
         list(quantize_layers(model_map, assignment, QuantSettings(), TOKENS))
+
+
+@torch.no_grad()
+def test_of_weights_in_files_nothing_stays_in_memory(tmp_path: Path) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path / "source")
+    opened = open_weights(tmp_path / "source", "auto", tmp_path / "cache", no_progress)
+    model_map = map_model(opened.model, pages=opened.pages)
+    before = {name: view.clone() for name, view in model_map.views.items()}
+    settings = QuantSettings(method="rtn")
+    assignment = uniform_assignment(model_map.inventory, "int2-g32")
+    for done in list(quantize_layers(model_map, assignment, settings, None)):
+        with written(model_map, {item.matrix.name: item.packed for item in done.items}):
+            assert done.layer.pages is not None
+            assert done.layer.pages.changed_bytes() > 0
+        assert done.layer.pages.changed_bytes() == 0
+    assert all(torch.equal(model_map.view(name), view) for name, view in before.items())
+    # What somebody else wrote is not in the file.
+    name = done.items[0].matrix.name
+    model_map.view(name).zero_()
+    with written(model_map, {name: done.items[0].packed}):
+        assert bool(model_map.view(name).any())
+    assert not bool(model_map.view(name).any())
