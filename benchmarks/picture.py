@@ -19,7 +19,7 @@ mpl.rcParams |= {"svg.hashsalt": "alphaquant", "svg.fonttype": "none", "font.siz
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "allocation-demo.json"
+RESULT = HERE / "results" / "allocation-demo-peers.json"
 OUT = HERE.parent / "docs" / "front.svg"
 
 SERIES = (

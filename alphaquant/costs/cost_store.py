@@ -61,6 +61,7 @@ class TableShape:
         shared: names of the arrays [m] that all formats share.
         trailing: by name of the arrays of a format, their shape without [m].
         parts: names of what costs of a layer and format are of, where not of all its matrices.
+        labels: what files of a layer are named after besides, by number of the layer.
     """
 
     sizes: Sequence[int]
@@ -68,6 +69,7 @@ class TableShape:
     shared: Sequence[str]
     trailing: Mapping[str, tuple[int, ...]]
     parts: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    labels: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class CostStore:
         lacking = {}
         for layer in range(len(shape.sizes)):
             names = tuple(n for n in shape.formats if not self._file(shape, layer, n).exists())
-            if names or not self.file(layer).exists():
+            if names or not self._file(shape, layer, None).exists():
                 lacking[layer] = names
         return lacking
 
@@ -136,7 +138,9 @@ class CostStore:
         mark_used(self.folder)
         parts: dict[str, list[npt.NDArray[Any]]] = {}
         for layer, size in enumerate(shape.sizes):
-            found = self._read(self.file(layer), {name: (size,) for name in shape.shared})
+            found = self._read(
+                self._file(shape, layer, None), {name: (size,) for name in shape.shared}
+            )
             expected = {name: (size, *rest) for name, rest in shape.trailing.items()}
             by_format = [self._read(self._file(shape, layer, n), expected) for n in shape.formats]
             found |= {n: np.stack([f[n] for f in by_format], 1) for n in expected}
@@ -144,8 +148,10 @@ class CostStore:
                 parts.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
-    def _file(self, shape: TableShape, layer: int, format_name: str) -> Path:
-        return self.file(layer, format_name, shape.parts.get((layer, format_name)))
+    def _file(self, shape: TableShape, layer: int, format_name: str | None) -> Path:
+        own = None if format_name is None else shape.parts.get((layer, format_name))
+        parts = [part for part in (shape.labels.get(layer), own) if part is not None]
+        return self.file(layer, format_name, "-".join(parts) or None)
 
     def write(self, shape: TableShape, layer: int, costs: LayerCosts) -> None:
         """Write what was measured of a layer.
@@ -157,8 +163,7 @@ class CostStore:
         """
         shards: list[tuple[str | None, Arrays]] = [(None, costs.shared), *costs.formats.items()]
         for name, arrays in shards:
-            path = self.file(layer) if name is None else self._file(shape, layer, name)
-            with whole_file(path) as part:
+            with whole_file(self._file(shape, layer, name)) as part:
                 save_file(arrays, part, metadata={SUM: content_sum(sorted(arrays.items()))})
 
     def _read(self, file: Path, expected: Mapping[str, tuple[int, ...]]) -> Arrays:

@@ -272,7 +272,9 @@ def cost_files(
     store = CostStore(bank.path / "costs" / gradients_key(tokens, settings))
     trailing = {**_PER_FORMAT, "products": (settings.n_draws * len(tokens),)}
     parts = parts_held(bank, formats, wanted)
-    return store, TableShape(_sizes(bank), tuple(formats), _SHARED, trailing, parts)
+    include = bank.inventory.include  # searches of a bank may differ in it
+    labels = {bank.inventory.n_parts - 1: "-".join(include)} if include else {}
+    return store, TableShape(_sizes(bank), tuple(formats), _SHARED, trailing, parts, labels)
 
 
 def gradients_key(tokens: Tensor, settings: CostSettings) -> str:

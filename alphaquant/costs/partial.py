@@ -106,6 +106,9 @@ def parts_held(
 
 
 def wanted_names(bank: Bank, name: str, layer: int, wanted: Wanted) -> frozenset[str]:
-    """Matrices that a bank's layer holds in a format, of those that count."""
+    """Matrices that a bank's layer holds in a format, of those that count.
+
+    A search with `include` may have left matrices there that are not in this one's inventory.
+    """
     matrices, held = bank.inventory.by_name, bank.matrices(name, layer)
-    return frozenset(n for n in held if wanted(matrices[n], name))
+    return frozenset(n for n in held if n in matrices and wanted(matrices[n], name))

@@ -399,6 +399,18 @@ def test_groups_of_units_take_what_is_beside_the_layers_too(
     assert best["include"] == ["head", "embeddings"]
 
 
+def test_a_search_of_less_takes_the_bank_of_one_of_more(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    more = {"cache": tmp_path / "cache", "trials": 3}
+    found = [
+        search(make_spec(tmp_path / include, include=include, **more))
+        for include in ("head,embeddings", "head", "embeddings", "none")
+    ]
+    sizes = [len(result.space.inventory.matrices) for result in found]
+    assert sizes == [sizes[3] + 2, sizes[3] + 1, sizes[3] + 1, sizes[3]]
+
+
 @pytest.mark.parametrize(
     ("limits", "outside"),
     [
