@@ -5,8 +5,7 @@
 # Seen with torch 2.13.0 (oneDNN inside) on a CPU with AMX: oneDNN compiles a kernel for every number of rows that it has not met of late, and
 # keeps the last 1024. grouped_mm over 64 experts of 1024 x 512, whose numbers of tokens differ in every call as a router makes them,
 # compiles for half of its products, and the process grows by 943 MiB; with the numbers rounded up to multiples of 32 it compiles for 3 % and grows by
-# 123 MiB. (2048 x 2048 and 2048 x 1024, one thread: 1386 and 180 MiB, and 0.57 times the processor seconds.) Whoever runs
-# mixture-of-experts models in bfloat16 on CPUs should pad the experts' tokens.
+# 123 MiB. Whoever runs mixture-of-experts models in bfloat16 on CPUs should pad the experts' tokens.
 set -euo pipefail
 grep -q amx_bf16 /proc/cpuinfo || { echo "skipped: this CPU has no AMX for bfloat16"; exit 0; }
 work=$(mktemp -d)

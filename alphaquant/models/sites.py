@@ -298,6 +298,11 @@ class LayerSite:
         """What is a module with one matrix."""
         return (*self.embeddings, *self.linears)
 
+    @property
+    def fresh_pages(self) -> LayerPages | None:
+        """Its pages, from whose files its weights can come back; None where somebody wrote one."""
+        return None if self.pages is None or self.pages.is_changed() else self.pages
+
     def release(self) -> None:
         """Give back the memory of weights that nobody changed, where they come from files."""
         if self.pages is not None:

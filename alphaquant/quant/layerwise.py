@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
+from alphaquant.models.pages.private_maps import LayerPages
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
@@ -118,10 +119,14 @@ def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterato
 
     From their files where they are mapped from such, so that nothing of them stays in memory.
     """
-    parts = [part for part in model_map.parts if any(m.name in weights for m in part.matrices())]
-    pages = [part.pages for part in parts if part.pages and not part.pages.is_changed()]
-    is_kept = len(pages) < len(parts)
-    original = {name: model_map.view(name).clone() for name in weights} if is_kept else {}
+    pages, original = list[LayerPages](), dict[str, Tensor]()
+    for part in model_map.parts:
+        names = [m.name for m in part.matrices() if m.name in weights]
+        own = part.fresh_pages if names else None
+        if own is not None:
+            pages.append(own)
+        else:
+            original |= {name: model_map.view(name).clone() for name in names}
     try:
         for name, packed in weights.items():
             model_map.view(name).copy_(packed.dequantize())
@@ -129,9 +134,8 @@ def written(model_map: ModelMap, weights: Mapping[str, PackedMatrix]) -> Iterato
     finally:
         for name, weight in original.items():
             model_map.view(name).copy_(weight)
-        if not is_kept:
-            for own in pages:
-                own.restore()
+        for mapped in pages:
+            mapped.restore()
 
 
 def _steps(

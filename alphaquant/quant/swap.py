@@ -87,8 +87,7 @@ class LayerWeights:
             most_bytes: of weights that are kept for the next assignment that has them.
         """
         self._views = dict(layer.views())
-        # Weights that somebody swapped in for longer are not those of the file.
-        self._pages = None if layer.pages is None or layer.pages.is_changed() else layer.pages
+        self._pages = layer.fresh_pages  # what somebody swapped in for longer is in no file
         kept = self._views if self._pages is None else {}
         self._own = {name: view.clone() for name, view in kept.items()}
         self._reader = _LayerReader(layer, open_layer)

@@ -225,6 +225,13 @@ def test_probe_measures_random_assignments_within_the_budget_on_part_of_the_text
     assert run_probe(make_run()) == probe
 
 
+def test_a_quick_search_measures_no_random_assignments(make_run: MakeRun) -> None:
+    run = make_run(effort="quick")
+    objective: Any = run.truth.objective
+    assert run_probe(run) is None
+    assert objective.calls == []
+
+
 def test_probe_of_a_budget_that_leaves_no_choice_says_nothing(make_run: MakeRun) -> None:
     bits = make_run().proposer.bits_low
     run = make_run(budget=f"{math.nextafter(bits, 9)!r}bits")

@@ -88,6 +88,10 @@ def test_float32_and_other_implementations_stay(make_model: MakeModel) -> None:
     full: Any = make_model(torch.float32)
     pad_experts(full)
     assert full.config._experts_implementation == "grouped_mm"
+    mixed: Any = make_model(torch.bfloat16)
+    mixed.model.layers[1].mlp.experts.float()  # as where a part is quantized by somebody else
+    pad_experts(mixed)
+    assert mixed.config._experts_implementation == "grouped_mm"
     eager: Any = make_model(torch.bfloat16)
     eager.set_experts_implementation("eager")
     pad_experts(eager)

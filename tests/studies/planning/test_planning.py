@@ -120,6 +120,8 @@ def test_seconds_are_work_over_speed(make_needs: MakeNeeds) -> None:
         n_stacks * (2 * 0.5 + needs.n_formats * 0.25)
     )
     assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stages))
+    assert Stage.PROBE not in {s.stage for s in plan.stages}, "quick has none"
+    assert Stage.PROBE in {s.stage for s in plan_stages(make_needs(), RATES, has_copy=True).stages}
     faster = plan_stages(needs, replace(RATES, layer=5e-12, head=5e-4), has_copy=True)
     assert seconds_of(faster, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER) / 2
 
