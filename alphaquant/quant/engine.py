@@ -14,9 +14,11 @@ Letters: S stacks, N rows, K columns.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from alphaquant.quant.format_rules import rule_of
 from alphaquant.quant.ggml.quantizing import encode_some, encodings
 from alphaquant.quant.hessian import HessianBatch
 from alphaquant.quant.matrix import RoundedBatch, pack_bf16
-from alphaquant.quant.place import Map, Place, place_of, threads
+from alphaquant.quant.place import Place, place_of
 from alphaquant.quant.shrinkage import NO_SHRINKAGE, Shrinkage, choose_shrinkage, shrink
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix, Stacks, some
 from alphaquant.quant.two_sided.coupling import CoupledRounder, Coupling, Couplings, is_coupled
@@ -95,7 +97,7 @@ def quantize_batches(
         place = place_of(weights.view(batch.stacks[0][0].name).device)
         shrinkage = _shrinkage(weights, batch, settings, place)
         asked = [_asked(stack, formats, wanted) for stack in batch.stacks]
-        with threads(place.device) as over:
+        with _threads(place) as over:
             for numbers in _runs(batch, asked, place):
                 own = {b: asked[b] for b in numbers}
                 stacks = _gather(weights, batch, own, (settings, shrinkage), place)
@@ -126,6 +128,28 @@ def _runs(batch: HessianBatch, asked: Sequence[Asked], place: Place) -> Iterator
             n = place.n_together(sum(m.rows for m in stack), stack[0].cols)
             yield left[:n]
             left = left[n:]
+
+
+Map = Callable[..., Iterator[Any]]
+"""`map`, or that of a pool of threads."""
+
+
+@contextmanager
+def _threads(place: Place) -> Iterator[Map]:
+    """A `map` over as many threads as torch would use, each of which computes alone meanwhile.
+
+    Where stacks are rounded together, one thread gives the device its work.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or place.is_batched:
+        yield map
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _shrinkage(

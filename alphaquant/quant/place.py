@@ -6,12 +6,8 @@ all of them.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -57,28 +53,6 @@ class Place:
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(free + kept)
-
-
-Map = Callable[..., Iterator[Any]]
-"""`map`, or that of a pool of threads."""
-
-
-@contextmanager
-def threads(device: torch.device) -> Iterator[Map]:
-    """A `map` over as many threads as torch would use, each of which computes alone meanwhile.
-
-    Elsewhere than on a CPU one thread gives the device its work.
-    """
-    n_threads = torch.get_num_threads()
-    if n_threads == 1 or device.type != "cpu":
-        yield map
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 @cache  # told once, not once per batch of every layer

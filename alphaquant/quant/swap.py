@@ -6,7 +6,7 @@ layer at a time, for any number of assignments, after which it has its own weigh
 model's device packed, and becomes weights there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.quant.bank import BankLayer
-from alphaquant.quant.place import threads
 from alphaquant.spaces.assignment import Assignment
 
 OpenLayer = Callable[[str, int], BankLayer]
@@ -67,7 +66,6 @@ class Swapper:
         """The same in one layer."""
         changed = [m for m in layer.matrices() if self._current.get(m.name) != formats[m.name]]
         reader = _LayerReader(layer, self._open_layer)
-        reader.open(formats[m.name] for m in changed)
         for matrix in changed:
             view = self._map.view(matrix.name)
             view.copy_(reader.weight(matrix.name, formats[matrix.name], view))
@@ -101,15 +99,10 @@ class LayerWeights:
         Raises:
             StoreError: a file of the bank is damaged.
         """
-        changed = [n for n in self._views if self._current.get(n) != formats[n]]
-        if not changed:
-            return
-        self._reader.open(formats[n] for n in changed)
-        tasks = [(n, formats[n], self._is_to_be_kept(n, formats[n])) for n in changed]
-        self._current |= {n: formats[n] for n in changed}  # all come back, should one fail
-        with threads(self._views[changed[0]].device) as over:
-            for _ in over(lambda task: self._write(*task), tasks):
-                pass
+        for name, view in self._views.items():
+            if self._current.get(name) != formats[name]:
+                view.copy_(self._weight(name, formats[name], view))
+                self._current[name] = formats[name]
 
     def restore(self) -> None:
         """Give the layer its own weights."""
@@ -119,24 +112,15 @@ class LayerWeights:
             self._views[name].copy_(self._own[name])
         self._current = {}
 
-    def _is_to_be_kept(self, name: str, format_name: str) -> bool:
-        """Whether there is room for a weight, which is taken."""
-        view = self._views[name]
-        n_bytes = view.numel() * view.element_size()
-        if (name, format_name) in self._kept or n_bytes > self._bytes_left:
-            return False
-        self._bytes_left -= n_bytes
-        return True
-
-    @torch.no_grad()  # of this thread
-    def _write(self, name: str, format_name: str, is_kept: bool) -> None:
-        """Give one matrix its weights."""
-        view, found = self._views[name], self._kept.get((name, format_name))
+    def _weight(self, name: str, format_name: str, like: Tensor) -> Tensor:
+        found = self._kept.get((name, format_name))
         if found is None:
-            found = self._reader.weight(name, format_name, view)
-            if is_kept:
+            found = self._reader.weight(name, format_name, like)
+            n_bytes = found.numel() * found.element_size()
+            if n_bytes <= self._bytes_left:
                 self._kept[name, format_name] = found
-        view.copy_(found)
+                self._bytes_left -= n_bytes
+        return found
 
 
 @contextmanager
@@ -160,19 +144,16 @@ def swapped_layer(
 
 
 class _LayerReader:
-    """The packed matrices of one layer."""
+    """The packed matrices of one layer; a file is opened when the first of its format is read."""
 
     def __init__(self, layer: LayerSite, open_layer: OpenLayer) -> None:
         self._matrices = {matrix.name: matrix for matrix in layer.matrices()}
         self._index, self._open_layer = layer.index, open_layer
         self._files: dict[str, BankLayer] = {}
 
-    def open(self, format_names: Iterable[str]) -> None:
-        """Open the files of formats, those that are not open yet."""
-        for name in set(format_names) - self._files.keys():
-            self._files[name] = self._open_layer(name, self._index)
-
     def weight(self, name: str, format_name: str, like: Tensor) -> Tensor:
-        """A matrix's weights in an open format, on the device and in the dtype of `like`."""
+        """A matrix's weights in a format, on the device and in the dtype of `like`."""
+        if format_name not in self._files:
+            self._files[format_name] = self._open_layer(format_name, self._index)
         packed = self._files[format_name].read(self._matrices[name])
         return packed.to(like.device).dequantize().to(like.dtype)

@@ -14,7 +14,7 @@ from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank, BankLayer, open_bank
 from alphaquant.quant.filling import BankRequest, fill_bank
-from alphaquant.quant.swap import Swapper, swapped_layer
+from alphaquant.quant.swap import Swapper
 from alphaquant.spaces.assignment import Assignment, uniform_assignment
 from alphaquant.specs.quantizer import QuantSettings
 from alphaquant.studies import rounds as module
@@ -110,25 +110,6 @@ def test_turns_do_not_change_the_numbers(most_bytes: int, case: Case) -> None:
     assert turns.keys() == whole.keys()
     for digest, parts in whole.items():
         assert [p.kl.tolist() for p in turns[digest]] == [p.kl.tolist() for p in parts]
-
-
-def test_threads_write_the_same_weights(case: Case) -> None:
-    layer, n_threads = case.map.layers[0], torch.get_num_threads()
-    own = {name: view.clone() for name, view in layer.views()}
-    found = []
-    for n in (1, 3):
-        torch.set_num_threads(n)
-        try:
-            with swapped_layer(layer, case.open_layer, 20_000) as weights:
-                for assignment in case.assignments:
-                    weights.write(assignment.formats)
-                    found.append({name: view.clone() for name, view in layer.views()})
-            assert torch.get_num_threads() == n
-        finally:
-            torch.set_num_threads(n_threads)
-    for one, three in zip(found[:5], found[5:], strict=True):
-        assert all(torch.equal(three[name], weight) for name, weight in one.items())
-    assert all(torch.equal(view, own[name]) for name, view in layer.views())
 
 
 def test_some_batches_are_the_same_batches(case: Case) -> None:
