@@ -43,7 +43,8 @@ from safetensors.torch import load_file, save_file
 from alphaquant import demo
 from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import search
-from alphaquant.costs.gradients import SampledLabels, trace_layers
+from alphaquant.costs.gradients import trace_layers
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.models.walk import batches_of
 from alphaquant.progress import StageClock, no_progress

@@ -19,13 +19,8 @@ from torch import Tensor
 from alphaquant.costs.cost_store import CostStore, TableShape
 from alphaquant.costs.end_costs import end_costs
 from alphaquant.costs.fisher import CostSettings, cost_files, layer_costs
-from alphaquant.costs.gradients import (
-    EndTrace,
-    LayerTrace,
-    SampledLabels,
-    run_forward,
-    trace_layer,
-)
+from alphaquant.costs.gradients import EndTrace, LayerTrace, run_forward, trace_layer
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.costs.partial import Wanted, held_in, want_all, wanted_names
 from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape

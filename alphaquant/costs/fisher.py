@@ -48,7 +48,8 @@ from alphaquant.costs.cost_store import (
     costs_key,
 )
 from alphaquant.costs.end_costs import end_costs
-from alphaquant.costs.gradients import LayerTrace, SampledLabels, TextLabels, trace_layers
+from alphaquant.costs.gradients import LayerTrace, trace_layers
+from alphaquant.costs.labels import SampledLabels, TextLabels
 from alphaquant.costs.matrix_costs import TokenSums, token_sums, trace_matrices, weight_errors
 from alphaquant.costs.partial import HeldLayer, Wanted, held_in, parts_held, want_all
 from alphaquant.errors import ModelError
@@ -58,7 +59,7 @@ from alphaquant.progress import Progress, Stage
 from alphaquant.quant.bank import Bank
 from alphaquant.spaces.units import Unit
 
-COSTS_VERSION = 6
+COSTS_VERSION = 7
 """Part of the key of stored costs; another number measures them anew."""
 
 _SHARED = ("n_tokens", "routing_weight", "active_share")

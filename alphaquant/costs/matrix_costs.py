@@ -38,14 +38,16 @@ from alphaquant.costs.output_error import (
     tokens_given,
 )
 from alphaquant.costs.sampling import draw_tokens, shift_of, squared_norms
+from alphaquant.models.dtypes import rough_products
 from alphaquant.models.routing import ExpertTokens, tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LinearSite
 from alphaquant.quant.bank import BankLayer
 from alphaquant.spaces.units import Matrix
 
 _SQUARED_TOKENS = 512
-_CHUNK_NUMBERS = 2**24
-"""Numbers of an intermediate result in memory at once, 64 MiB."""
+_CHUNK_NUMBERS = 2**22
+"""Numbers of an intermediate result in memory at once, 16 MiB: from the heap of the C library,
+where larger blocks come from the system page by page."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ def sums_by_sequence(errors: Tensor, trace: MatrixTrace, n_sequences: int) -> Te
     for start in range(0, len(reached), chunk):
         sequences = reached[start : start + chunk]
         sums = errors.new_empty(n_totals, len(sequences), n_rows, n_cols)  # G_s
-        for i, s in enumerate(sequences):
-            tokens = slice(ends[s] - int(counts[s]), ends[s])
-            g = trace.gradients[:, tokens].to(errors.device)  # [D, c, N]
-            sums[:, i] = g.mT @ trace.inputs[tokens].to(g)
+        with rough_products([trace.matrix]):
+            for i, s in enumerate(sequences):
+                tokens = slice(ends[s] - int(counts[s]), ends[s])
+                x = trace.inputs[tokens].to(errors)
+                for g, own in zip(trace.gradients[:, tokens], sums[:, i], strict=True):
+                    torch.mm(g.to(errors).T, x, out=own)
         found = flat @ sums.flatten(2).flatten(0, 1).T  # [F, D * c]
         products[..., sequences] = found.view(n_formats, n_totals, -1).double()
     return products

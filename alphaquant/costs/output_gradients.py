@@ -19,7 +19,8 @@ from torch import Tensor
 
 from alphaquant.costs.cost_tasks import BackTask, trace_again
 from alphaquant.costs.fisher import CostSettings, gradients_key
-from alphaquant.costs.gradients import LayerTrace, SampledLabels, trace_layers
+from alphaquant.costs.gradients import LayerTrace, trace_layers
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.costs.matrix_costs import trace_matrices
 from alphaquant.files import mark_used
 from alphaquant.models.sites import ModelMap

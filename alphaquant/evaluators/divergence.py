@@ -183,12 +183,12 @@ def kl_per_position(log_probs: Tensor, expected: Expected) -> Tensor:
     shape, rows = log_probs.shape[:-1], log_probs.flatten(0, -2)
     log_p, p = expected.log_probs.flatten(0, 1), expected.probs.flatten(0, 1)
     if expected.tokens is None:
-        parts = [(p[c] * (log_p[c] - rows[c])).sum(-1) for c in row_chunks(rows.shape)]
+        parts = [(p[c] * (log_p[c] - rows[c])).sum(-1) for c in row_chunks(rows)]
         return torch.cat(parts).reshape(shape)
     tokens = expected.tokens.flatten(0, 1)
     parts = [
         (p[c] * (log_p[c] - rows[c].gather(-1, tokens[c].to(torch.int64)))).sum(-1)
-        for c in row_chunks(rows.shape)
+        for c in row_chunks(rows)
     ]
     rest_p, rest_q = expected.rest, log_rest(log_probs, expected.tokens)
     bucket = torch.where(torch.isneginf(rest_p), 0.0, rest_p.exp() * (rest_p - rest_q))

@@ -21,11 +21,13 @@ from alphaquant.models.mapping import device_of
 from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import layers_skipped, replaced_forwards, walk
 
-MOST_BYTES = 1 << 28
-"""Float32 log-probabilities in memory at once."""
+MOST_BYTES = 28 << 20
+"""Float32 log-probabilities in memory at once: a block of up to 32 MiB comes from the C library's
+heap, a larger one from the system, page by page, which takes longer than computing it."""
 
-ROW_BYTES = 1 << 24
-"""What is computed from them is computed for so many bytes of them at a time."""
+ROW_BYTES, GPU_ROW_BYTES = 1 << 20, 1 << 24
+"""What is computed from them is computed for so many bytes of them at a time. On a CPU they stay
+in the cache: log_softmax of rows of 49 152 takes 0.08 ms each, with 16 MiB 0.16 (one thread)."""
 
 Cut = tuple[slice, slice]
 """Windows of a batch and positions in them."""
@@ -121,17 +123,32 @@ def most_likely(log_probs: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(log_probs.numpy().argmax(-1)))
 
 
-def row_chunks(shape: torch.Size | tuple[int, ...]) -> list[slice]:
-    """Rows of [n, V] in chunks of at most `ROW_BYTES` of float32, one row at least."""
-    n_rows, width = shape
-    step = max(1, ROW_BYTES // (4 * max(1, width)))
+def largest(log_probs: Tensor, k: int) -> Tensor:
+    """The k largest of each row, by their place in it: [n, V] -> int32 [n, k].
+
+    On the CPU by numpy's partition: 0.17 ms for a row of 49 152 and k of 4096, 0.63 ms by torch's
+    topk (one thread).
+    """
+    if log_probs.device.type != "cpu" or log_probs.dtype != torch.float32:
+        return log_probs.topk(k, -1).indices.sort(-1).values.to(torch.int32)
+    n_others = log_probs.shape[-1] - k
+    found = np.argpartition(log_probs.numpy(), n_others, axis=-1)[:, n_others:].astype(np.int32)
+    found.sort(axis=-1)
+    return torch.from_numpy(found)
+
+
+def row_chunks(rows: Tensor) -> list[slice]:
+    """Float32 rows [n, V] in chunks of bounded size, one row at least."""
+    n_rows, width = rows.shape
+    n_bytes = GPU_ROW_BYTES if rows.is_cuda else ROW_BYTES
+    step = max(1, n_bytes // (4 * max(1, width)))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in the place of logits, [..., V], with the numbers of `log_softmax`."""
     rows = logits.view(-1, logits.shape[-1])
-    for chunk in row_chunks(rows.shape):
+    for chunk in row_chunks(rows):
         rows[chunk] = torch.log_softmax(rows[chunk], -1)
     return logits
 

@@ -27,6 +27,7 @@ from alphaquant.errors import StoreError
 from alphaquant.evaluators.perplexity import losses_of, perplexity_of
 from alphaquant.evaluators.predictions import (
     Piece,
+    largest,
     most_likely,
     predict_pieces,
     predict_walked,
@@ -419,9 +420,9 @@ def _top(log_probs: Tensor, k: int) -> dict[str, Tensor]:
         rest = torch.full(log_probs.shape[:-1], -torch.inf, device=log_probs.device)
         return {"log_probs": log_probs, "rest": rest}
     shape, rows = log_probs.shape[:-1], log_probs.flatten(0, -2)
-    found = [rows[chunk].topk(k, -1) for chunk in row_chunks(rows.shape)]
-    values = torch.cat([part.values for part in found]).reshape(*shape, k)
-    tokens = torch.cat([part.indices.to(torch.int32) for part in found]).reshape(*shape, k)
+    found = [largest(rows[chunk], k) for chunk in row_chunks(rows)]
+    tokens = torch.cat(found).reshape(*shape, k)
+    values = log_probs.gather(-1, tokens.to(torch.int64))
     return {"log_probs": values, "tokens": tokens, "rest": log_rest(log_probs, tokens)}
 
 
@@ -432,8 +433,10 @@ def log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
     1e-6, and where it rounds to 0 for one model alone, an error of 1e-6 * ln(1e-6 / 1e-38).
     """
     rows, left_out = log_probs.flatten(0, -2), tokens.flatten(0, -2)
-    parts = [
-        rows[chunk].scatter(-1, left_out[chunk].to(torch.int64), -torch.inf).logsumexp(-1)
-        for chunk in row_chunks(rows.shape)
-    ]
+    parts = []
+    for chunk in row_chunks(rows):
+        own, places = rows[chunk], left_out[chunk].to(torch.int64)
+        kept = own.gather(-1, places)  # put back: a copy of all rows takes longer
+        parts.append(own.scatter_(-1, places, -torch.inf).logsumexp(-1))
+        own.scatter_(-1, places, kept)
     return torch.cat(parts).reshape(log_probs.shape[:-1])

@@ -18,7 +18,7 @@ Letters: B windows in a batch, T tokens in a window, H hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from alphaquant.errors import ModelError
+from alphaquant.models.dtypes import rough_products
 from alphaquant.models.pages.hidden_states import DiskStates, fits
 from alphaquant.models.pages.memory import trim_heap
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
@@ -89,12 +90,14 @@ class LayerStep:
         calls: how it is called, by batch.
         outputs: what it gave, by batch; the model goes on with these.
         states: where `run` keeps hidden states; None for memory.
+        is_rough: whether `run` may round products, see `rough_products`.
     """
 
     layer: LayerSite
     calls: list[LayerCall]
     outputs: list[Any] = field(default_factory=list)
     states: DiskStates | None = None
+    is_rough: bool = False
 
     def run(self) -> list[Tensor]:
         """Run the layer on every batch, again if called again; what it gives last counts.
@@ -102,7 +105,9 @@ class LayerStep:
         Returns:
             Hidden states [B, T, H] by batch.
         """
-        self.outputs = [self._run(call) for call in self.calls]
+        rough = rough_products(self.layer.matrices()) if self.is_rough else nullcontext()
+        with rough:
+            self.outputs = [self._run(call) for call in self.calls]
         return [hidden_of(output) for output in self.outputs]
 
     def _run(self, call: LayerCall) -> Any:
@@ -137,6 +142,7 @@ def walk(
     results: list[Any] | None = None,
     before: Callable[[int], None] = lambda number: None,
     first: int = 0,
+    is_rough: bool = False,
 ) -> Iterator[LayerStep]:
     """Go through the decoder layers, first to last, with all batches.
 
@@ -147,6 +153,7 @@ def walk(
             stop there, which leaves out norm and lm_head.
         before: called with the number of each batch before the model begins with it.
         first: number of the first layer that is run; what those before it give, the caller sets.
+        is_rough: for what is counted over calibration text, see `rough_products`.
 
     Yields:
         One step per layer. It is run when the caller has not done so.
@@ -165,7 +172,8 @@ def walk(
             for layer in model_map.layers:
                 if layer.pages is not None and layer.index >= first:
                     layer.pages.prefetch()
-                step = LayerStep(layer, [p.wait_for(layer) for p in passes], states=states)
+                calls = [p.wait_for(layer) for p in passes]
+                step = LayerStep(layer, calls, states=states, is_rough=is_rough)
                 yield step
                 if not step.outputs:
                     step.run()

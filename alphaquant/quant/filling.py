@@ -283,7 +283,7 @@ def _fill(
     (settings, output_hessians), last, outputs = how, max(missing), []
     n_written, batches = 0, batches_of(tokens, batch_size)
     check_walk(model_map, batches)
-    for step in walk(model_map, batches):
+    for step in walk(model_map, batches, is_rough=True):
         layer = step.layer
         if layer.index > last:
             break

@@ -147,7 +147,7 @@ def _steps(
     if tokens is not None and last >= 0:
         batches, outputs = batches_of(tokens, batch_size), []
         check_walk(model_map, batches)
-        for step in walk(model_map, batches):
+        for step in walk(model_map, batches, is_rough=True):
             yield step.layer, step
             if step.layer.index >= last:
                 break

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
+from alphaquant.costs.labels import NO_LABEL, Labels
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ExpertsSite, ModelMap
 from alphaquant.quant.bank import Bank, open_bank
@@ -75,3 +77,22 @@ def make_cost_case(root: Path, family: str, **changes: Any) -> CostCase:
     bank = open_bank(root, "bank", model_map.inventory, {})
     fill_bank(bank, model_map, COST_TOKENS, BankRequest(COST_FORMATS, QuantSettings(method="rtn")))
     return CostCase(model_map, bank)
+
+
+def totals_of(labels: Labels, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
+    """Log-likelihoods of labels, one scalar per draw, for autograd.
+
+    Args:
+        labels: what is differentiated.
+        log_probs: of the model, float32 [B, T, V], with a graph.
+        batch: int64 [B, T].
+        first: index of the batch's first sequence among all.
+    """
+    totals = [log_probs.new_zeros(()) for _ in range(labels.n_draws)]
+    for i, (own, tokens) in enumerate(zip(log_probs, batch, strict=True)):
+        drawn = labels.draw(own.detach().exp(), tokens, first + i, slice(0, len(tokens)))
+        for d, label in enumerate(drawn):
+            at = label.clamp_min(0).unsqueeze(-1)
+            found = own.gather(-1, at).squeeze(-1)
+            totals[d] = totals[d] + torch.where(label == NO_LABEL, 0.0, found).sum()
+    return totals

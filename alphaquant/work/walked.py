@@ -171,7 +171,7 @@ class WalkTask:
         if all(self.states.has_layer(layer, self.unit) for layer in range(self.last + 1)):
             return
         batches = self.states.text.batches
-        for step in walk(model_map, [batches[n] for n in self.unit]):
+        for step in walk(model_map, [batches[n] for n in self.unit], is_rough=True):
             if step.layer.index > self.last:
                 break
             step.run()
@@ -198,7 +198,7 @@ def steps_from(model_map: ModelMap, states: StateFiles, first: int) -> Generator
             with what it gave.
     """
     n_layers = len(model_map.layers)
-    for step in walk(model_map, states.text.batches, first=first):
+    for step in walk(model_map, states.text.batches, first=first, is_rough=True):
         if step.layer.index < first:
             step.outputs = states.read(step.layer.index)
             device = step.calls[0].hidden.device

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from alphaquant.costs.fisher import CostSettings, CostTable, measure_costs
-from alphaquant.costs.gradients import SampledLabels, trace_layers
+from alphaquant.costs.gradients import trace_layers
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.models.mapping import map_model
 from alphaquant.models.sites import ModelMap
 from alphaquant.quant.bank import Bank, open_bank
 from alphaquant.quant.filling import BankRequest, fill_bank
 from alphaquant.quant.layerwise import written
 from alphaquant.specs.quantizer import QuantSettings
+from alphaquant.testing.cost_cases import totals_of
 from alphaquant.testing.models import tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(16, 12)
@@ -74,7 +76,7 @@ def test_products_of_embeddings_are_those_of_gradients_and_errors(tmp_path: Path
     expected = []
     for s in range(len(TOKENS)):
         logits = torch.log_softmax(found.model(TOKENS[s : s + 1]).logits.float(), -1)
-        totals = labels.totals(logits, TOKENS[s : s + 1], s)
+        totals = totals_of(labels, logits, TOKENS[s : s + 1], s)
         (gradient,) = torch.autograd.grad(totals[0], weight)
         expected.append(float((gradient * error).sum()))
     weight.requires_grad_(False)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphaquant.costs import gradients as gradients_module
 from alphaquant.costs.fisher import (
     CostSettings,
     CostTable,
@@ -23,6 +22,7 @@ from alphaquant.costs.fisher import (
     rare_matrices,
     unit_costs,
 )
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.costs.matrix_costs import sums_by_token
 from alphaquant.costs.output_error import outward
 from alphaquant.errors import ModelError
@@ -65,13 +65,16 @@ def own_case(tmp_path: Path) -> CostCase:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The labels that are drawn, sequence by sequence, draw by draw."""
     labels: list[Tensor] = []
-    draw_labels = gradients_module._draw_labels
+    draw = SampledLabels.draw
 
-    def record(log_probs: Tensor, seeds: list[int]) -> Tensor:
-        labels.append(draw_labels(log_probs, seeds))
-        return labels[-1]
+    def record(
+        self: SampledLabels, probs: Tensor, tokens: Tensor, sequence: int, positions: slice
+    ) -> Tensor:
+        found = draw(self, probs, tokens, sequence, positions)
+        labels.extend(found)
+        return found
 
-    monkeypatch.setattr(gradients_module, "_draw_labels", record)
+    monkeypatch.setattr(SampledLabels, "draw", record)
     return labels
 
 

@@ -12,20 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from alphaquant.costs.gradients import (
-    LayerTrace,
-    SampledLabels,
-    TextLabels,
-    _draw_labels,
-    _label_seeds,
-    trace_layers,
-)
+from alphaquant.costs.gradients import LayerTrace, trace_layers
+from alphaquant.costs.labels import SampledLabels, TextLabels
 from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.sites import ModelMap
 from alphaquant.testing.checkpoints import save_tiny
+from alphaquant.testing.cost_cases import totals_of
 from alphaquant.testing.models import FAMILIES, tiny_model, tiny_tokens
 
 N_DRAWS, SEED = 2, 7
@@ -78,8 +73,7 @@ def expected_gradients(model_map: ModelMap) -> Iterator[tuple[Taps, list[dict[st
         with torch.enable_grad():
             log_probs = torch.log_softmax(model(batch).logits, -1)
         drawn = []
-        for seeds in _label_seeds(SEED, range(n_before, n_before + len(batch)), N_DRAWS):
-            total = log_probs.gather(-1, _draw_labels(log_probs, seeds)).sum()
+        for total in totals_of(LABELS[0], log_probs, batch, n_before):
             found = torch.autograd.grad(total, list(taps.outputs.values()), retain_graph=True)
             drawn.append(dict(zip(taps.outputs, found, strict=True)))
         n_before += len(batch)
@@ -167,7 +161,7 @@ def test_a_linear_that_sees_no_hidden_states_has_its_gradient_too() -> None:
     found = torch.einsum("sto,sti->oi", seen.gradients[0], seen.inputs)
     weight = attention.table.weight.requires_grad_(True)
     log_probs = torch.log_softmax(model(BATCHES[0], use_cache=False).logits.float(), -1)
-    (total,) = TextLabels().totals(log_probs, BATCHES[0], 0)
+    (total,) = totals_of(TextLabels(), log_probs, BATCHES[0], 0)
     (expected,) = torch.autograd.grad(total, weight)
     assert bool(expected.any()) and close(found, expected)
 
@@ -208,7 +202,7 @@ def test_gradients_of_the_text_are_those_at_the_layers_outputs(family: str) -> N
         outputs.clear()
         logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-        for layer, expected in enumerate(torch.autograd.grad(loss, outputs)):
+        for layer, expected in enumerate(torch.autograd.grad(-loss, outputs)):
             assert close(found[layer][i], expected[None])
 
 
@@ -261,28 +255,48 @@ def test_totals_are_stacked_in_order_and_do_not_change_each_other() -> None:
                 assert torch.equal(trace.experts[name].gradients[rows], experts.gradients), name
 
 
-def test_a_quantity_learns_which_sequences_it_sees() -> None:
+def test_labels_learn_which_sequence_they_are_of_and_which_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
 
-    class Positions:
-        def totals(self, log_probs: Tensor, batch: Tensor, first: int) -> list[Tensor]:
-            seen.append((first, tuple(batch.shape), log_probs.shape[-1]))
-            return [log_probs.sum()]
+    class Seen(TextLabels):
+        def draw(self, probs: Tensor, tokens: Tensor, sequence: int, positions: slice) -> Tensor:
+            seen.append((sequence, tuple(probs.shape), positions.start, positions.stop))
+            assert torch.equal(tokens, torch.cat(BATCHES)[sequence])
+            return super().draw(probs, tokens, sequence, positions)
 
-    list(trace_layers(map_model(tiny_model("olmoe")), BATCHES, [Positions()]))
-    assert seen == [(i, (1, 9), 96) for i in range(3)]
+    monkeypatch.setattr("alphaquant.costs.endings._MOST_NUMBERS", 5 * 96)
+    list(trace_layers(map_model(tiny_model("olmoe")), BATCHES, [Seen()]))
+    assert seen == [(i, (n, 96), at, at + n) for i in range(3) for at, n in ((0, 5), (5, 4))]
+
+
+def test_gradients_do_not_depend_on_how_positions_are_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gradients() -> list[Tensor]:
+        model_map = map_model(tiny_model("olmoe"))
+        traces = trace_layers(model_map, BATCHES, [*LABELS, TextLabels()])
+        return [one.gradients.clone() for t in traces for one in t.linears.values()]
+
+    whole = gradients()
+    monkeypatch.setattr("alphaquant.costs.endings._MOST_NUMBERS", 1)
+    assert all(map(close, gradients(), whole))
 
 
 def test_every_draw_of_every_sequence_has_its_own_labels() -> None:
-    even = torch.full((4, 50, 8), 1 / 8).log()
-    drawn = [_draw_labels(even, seeds) for seeds in _label_seeds(0, range(4), 2)]
-    labels = torch.cat(drawn).squeeze(-1)  # [2 * 4, 50]
+    even, tokens = torch.full((50, 8), 1 / 8), torch.zeros(50, dtype=torch.int64)
+
+    def draw(n_draws: int, sequences: range) -> Tensor:
+        labels = SampledLabels(n_draws, 0)
+        drawn = [labels.draw(even, tokens, s, slice(0, 50)) for s in sequences]
+        return torch.stack(drawn, 1).flatten(0, 1)
+
+    labels = draw(2, range(4))  # [2 * 4, 50]
     equal = (labels[:, None] == labels[None]).double().mean(-1)
     # 50 labels of 8 agree in 1/8 by chance, 5 binomial sigmas are 0.234.
     assert (equal - torch.eye(8) < 1 / 8 + 0.234).all()
-    assert torch.equal(
-        labels[2:4], _draw_labels(even[:2], _label_seeds(0, range(2, 4), 1)[0])[..., 0]
-    )
+    assert torch.equal(labels[2:4], draw(1, range(2, 4)))
 
 
 def test_nothing_is_left_on_the_model() -> None:

@@ -26,7 +26,7 @@ def test_a_tensor_comes_back_as_it_was(
 def test_parts_are_written_into_reserved_room(tmp_path: Path) -> None:
     kept = Shelf(tmp_path).reserve((2, 3), torch.zeros(1))
     assert torch.equal(kept.read(), torch.zeros(2, 3))
-    kept.open()[1] = torch.ones(3)
+    kept.write(3, torch.ones(3))
     assert kept.read().tolist() == [[0.0] * 3, [1.0] * 3]
 
 

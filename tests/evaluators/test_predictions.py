@@ -90,7 +90,7 @@ def test_the_most_likely_token_is_the_first_of_equals() -> None:
 
 def test_rows_come_in_chunks_of_a_bounded_size() -> None:
     n_wide = predictions.ROW_BYTES // 4
-    assert row_chunks((3, n_wide)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert row_chunks((3, 2 * n_wide)) == row_chunks((3, n_wide))
-    assert row_chunks((5, n_wide // 4)) == [slice(0, 4), slice(4, 5)]
-    assert row_chunks((0, 8)) == []
+    assert row_chunks(torch.empty(3, n_wide)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert row_chunks(torch.empty(3, 2 * n_wide)) == row_chunks(torch.empty(3, n_wide))
+    assert row_chunks(torch.empty(5, n_wide // 4)) == [slice(0, 4), slice(4, 5)]
+    assert row_chunks(torch.empty(0, 8)) == []

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import alphaquant
 from alphaquant.commands.quantize import quantize
-from alphaquant.costs.gradients import SampledLabels, trace_layers
+from alphaquant.costs.gradients import trace_layers
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.errors import ModelError
 from alphaquant.models.loading import load_model
 from alphaquant.models.mapping import map_model
@@ -23,6 +24,7 @@ from alphaquant.models.sites import ModelMap
 from alphaquant.models.walk import check_walk, relative_error
 from alphaquant.specs.quantize import QuantizeSpec
 from alphaquant.testing.any_model import routed_architectures, save_any
+from alphaquant.testing.cost_cases import totals_of
 
 REFUSED = {
     "doge": "promises routed experts",
@@ -80,7 +82,7 @@ def assert_walk_and_gradients(model_map: ModelMap) -> None:
         weight.requires_grad_(True)
     log_probs = [torch.log_softmax(model(b, use_cache=False).logits.float(), -1) for b in batches]
     total = sum(
-        labels.totals(p, b, first)[0]
+        totals_of(labels, p, b, first)[0]
         for p, b, first in zip(log_probs, batches, (0, 2), strict=True)
     )
     wanted = torch.autograd.grad(total, list(weights.values()), allow_unused=True)  # type: ignore

@@ -65,7 +65,9 @@ def test_a_walk_whose_files_are_there_is_not_walked_again(
     states = StateFiles(tmp_path, TEXT)
     tasks = walk_tasks(states, 0)
     tasks[0].run(model_map)
-    monkeypatch.setattr("alphaquant.work.walked.walk", lambda *args: pytest.fail("walked"))
+    monkeypatch.setattr(
+        "alphaquant.work.walked.walk", lambda *args, **kwargs: pytest.fail("walked")
+    )
     tasks[0].run(model_map)
     with pytest.raises(pytest.fail.Exception):
         tasks[1].run(model_map)

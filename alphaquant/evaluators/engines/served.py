@@ -21,7 +21,9 @@ from alphaquant.errors import ModelError
 from alphaquant.evaluators.engines.llama_cpp import check_llama_cpp, open_llama_cpp
 from alphaquant.evaluators.engines.protocol import Engine, EngineEntry, EngineRequest
 from alphaquant.evaluators.engines.vllm_process import check_vllm, open_vllm
-from alphaquant.evaluators.predictions import MOST_BYTES
+
+_MOST_BYTES = 1 << 28
+"""Float32 logits that an engine is asked for at once."""
 
 
 class ServedModel(nn.Module):
@@ -103,4 +105,4 @@ def serving(name: str, request: EngineRequest, vocabulary: int) -> Iterator[Serv
 
 def windows_at_once(seq_len: int, vocabulary: int) -> int:
     """Windows whose logits are in memory at once, one at least."""
-    return max(1, MOST_BYTES // (4 * seq_len * max(1, vocabulary)))
+    return max(1, _MOST_BYTES // (4 * seq_len * max(1, vocabulary)))

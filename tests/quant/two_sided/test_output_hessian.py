@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaquant.costs.fisher import CostSettings
-from alphaquant.costs.gradients import SampledLabels, trace_layers
+from alphaquant.costs.gradients import trace_layers
+from alphaquant.costs.labels import SampledLabels
 from alphaquant.costs.matrix_costs import trace_matrices
 from alphaquant.costs.output_gradients import measure_output_hessians, output_hessians_key
 from alphaquant.errors import ModelError, StoreError
