@@ -2,8 +2,8 @@
 
 Three passes: forward, every layer once more with a graph, and back. Memory holds the graph of one
 layer for one batch; hidden states at every layer, their gradients and a layer's traces wait in
-files (`alphaquant.costs.shelf`), so it does not grow with layers or windows. The predictions of a
-batch are gone before those of the next one are made.
+files (`alphaquant.costs.shelf`), so it does not grow with layers or windows. Predictions are made
+part by part (`alphaquant.costs.endings`).
 `trace_layers` yields, for each layer, what went into its modules and the gradients at their
 outputs; products with weight errors are the caller's business. What is differentiated is the
 log-likelihood of `Labels`, which the model itself draws or the text has, summed over positions
@@ -87,7 +87,7 @@ class LayerTrace:
         linears: by matrix name.
         experts: by module name.
         calls: how the layer is called, by batch.
-        at_output: gradients of the other quantities at the layer's output, batches of
+        at_output: gradients of the other totals at the layer's output, batches of
             [D', B, T, H].
         ends: of what is beside the layers; None for a layer.
     """

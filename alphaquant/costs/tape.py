@@ -146,16 +146,16 @@ class Tape:
         self._layers.append(_Recorded(kept, spec, hidden, leaves))
         return output
 
-    def start(self, logits: Tensor, gradients: Sequence[Tensor], shelf: Shelf) -> None:
-        """Take the gradients at the predictions to the leaves that these are made of.
+    def start(self, made: Tensor, gradients: Sequence[Tensor], shelf: Shelf) -> None:
+        """Take gradients at what the model makes behind its layers to the leaves it is made of.
 
         Args:
-            logits: [B, T, V], with the graph of what comes after the last layer.
-            gradients: of the totals that are traced, [D, B, T, V], and of the others.
+            made: what the head is given, or all logits, [B, T, ...], with its graph.
+            gradients: there, of the totals that are traced, [D, B, T, ...], and of the others.
             shelf: for the gradients at the leaves.
         """
         self.n_traced = len(gradients[0])
-        self._back(logits, [g for part in gradients for g in part], shelf)
+        self._back(made, [g for part in gradients for g in part], shelf)
 
     def output_gradients(self) -> Tensor:
         """Gradients of the other totals at the last layer's hidden states, [D', B, T, H]."""

@@ -16,6 +16,7 @@ from alphaquant.costs.gradients import LayerTrace, trace_layers
 from alphaquant.costs.labels import SampledLabels, TextLabels
 from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape
+from alphaquant.errors import ModelError
 from alphaquant.models.mapping import map_model
 from alphaquant.models.pages.opening import open_weights
 from alphaquant.models.sites import ModelMap
@@ -282,6 +283,33 @@ def test_gradients_do_not_depend_on_how_positions_are_divided(
     whole = gradients()
     monkeypatch.setattr("alphaquant.costs.endings._MOST_NUMBERS", 1)
     assert all(map(close, gradients(), whole))
+
+
+def test_a_head_that_is_no_linear_is_differentiated_with_all_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gemma 2 caps its logits behind the head, which both ways go through."""
+
+    def gradients(with_head: bool) -> list[Tensor]:
+        model = tiny_model("gemma2")
+        if not with_head:
+            monkeypatch.setattr(type(model), "get_output_embeddings", lambda _: None)
+        traces = trace_layers(map_model(model), BATCHES, [*LABELS, TextLabels()])
+        return [one.gradients.clone() for t in traces for one in t.linears.values()]
+
+    by_part = gradients(True)
+    assert all(map(close, gradients(False), by_part))
+
+
+def test_a_head_that_is_called_twice_is_refused() -> None:
+    model: Any = tiny_model("llama")
+
+    def once_more(_: nn.Module, args: object, hidden: Tensor) -> None:
+        model.lm_head(hidden)
+
+    model.model.norm.register_forward_hook(once_more)
+    with pytest.raises(ModelError, match="calls its head more than once"):
+        list(trace_layers(map_model(model), BATCHES, LABELS))
 
 
 def test_every_draw_of_every_sequence_has_its_own_labels() -> None:
