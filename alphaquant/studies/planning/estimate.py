@@ -254,10 +254,10 @@ def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[
 
 def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]:
     """Hessians, the bank, and costs; all rounds of each together."""
-    n_rounds, n_tokens = needs.n_rounds, needs.calibration
+    n_rounds = needs.n_rounds
     hessians = _hessian_seconds(needs, rates)
     bank = _rounding_seconds(needs, rates, n_rounds, needs.n_formats)
-    costs = needs.cost_passes * _forward_seconds(needs, rates, n_tokens)
+    costs = needs.cost_passes * _calibration_seconds(needs, rates)
     costs += needs.cost_products / rates.float32
     costs += needs.n_formats * needs.space.inventory.n_weights / rates.dequantized
     traced = TRACED * _BATCH_WINDOWS * needs.seq_len * needs.token_bytes
@@ -301,7 +301,7 @@ def _recipes(needs: Needs, rates: Rates, memory: int) -> tuple[PlannedStage, ...
 
 def _hessian_seconds(needs: Needs, rates: Rates) -> float:
     """Of the Hessians of one text."""
-    passes = _forward_seconds(needs, rates, needs.calibration, with_head=False)
+    passes = _calibration_seconds(needs, rates, with_head=False)
     return passes + needs.calibration * needs.hessian_products / rates.float32
 
 
@@ -320,7 +320,7 @@ def _rounding_seconds(needs: Needs, rates: Rates, n_rounds: int, n_formats: floa
 def _output_seconds(needs: Needs, rates: Rates) -> float:
     """Of the output Hessians of one text."""
     passes = needs.cost_passes / needs.n_rounds
-    seconds = passes * _forward_seconds(needs, rates, needs.calibration)
+    seconds = passes * _calibration_seconds(needs, rates)
     return seconds + needs.calibration * needs.output_products / rates.float32
 
 
@@ -340,6 +340,12 @@ def _n_batches(needs: Needs, n_tokens: int) -> int:
     return -(-n_tokens // (_BATCH_WINDOWS * needs.seq_len))
 
 
-def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float, with_head: bool = True) -> float:
-    """Of forward passes over so many tokens."""
-    return n_tokens * (needs.active * rates.layer + (rates.head if with_head else 0.0))
+def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float) -> float:
+    """Of forward passes over so many tokens, compared with the original's."""
+    return n_tokens * (needs.active * rates.layer + rates.head)
+
+
+def _calibration_seconds(needs: Needs, rates: Rates, with_head: bool = True) -> float:
+    """Of a forward pass over the calibration text."""
+    head = rates.head if with_head else 0.0
+    return needs.calibration * (needs.active * rates.calibrated + head)

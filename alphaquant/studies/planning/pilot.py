@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alphaquant.errors import ModelError
 from alphaquant.evaluators.predictions import predict_pieces
+from alphaquant.models.dtypes import rough_products
 from alphaquant.models.layouts.padded import pad_experts
 from alphaquant.models.loading import auto_class
 from alphaquant.models.sites import ModelMap
@@ -56,8 +57,9 @@ class Rates:
 
     Attributes:
         layer: seconds of decoder layers per token and weight that it passes.
+        calibrated: the same where calibration text runs, see `rough_products`.
         head: seconds of predictions per token, beside the layers.
-        float32: multiplications a second in float32.
+        float32: multiplications a second as Hessians are summed.
         once: seconds that a stack takes whatever the number of its formats, by (rows, columns).
         per_format: seconds of a stack in one format more, the mean of the bank's formats; what
             does not fit its inputs counts as no time.
@@ -66,6 +68,7 @@ class Rates:
     """
 
     layer: float
+    calibrated: float
     head: float
     float32: float
     once: Mapping[tuple[int, int], float]
@@ -74,7 +77,8 @@ class Rates:
     hashed: float
 
 
-UNKNOWN = Rates(0.0, 0.0, math.inf, defaultdict(float), defaultdict(float), math.inf, math.inf)
+_NONE = defaultdict[tuple[int, int], float](float)
+UNKNOWN = Rates(0.0, 0.0, 0.0, math.inf, _NONE, _NONE, math.inf, math.inf)
 """No time at all: for a plan of memory and disk alone."""
 
 
@@ -103,7 +107,7 @@ class Pilot:
         stacks = self.needs.stacks
         total = len(stacks) + 1
         self.progress(Stage.PILOT, 0, total)
-        layer, head = self._measured_forward()
+        layer, calibrated, head = self._measured_forward()
         for fmt in self.needs.bank_formats:
             if fmt.is_ggml:  # llama.cpp makes its tables once
                 encode(fmt.kind, torch.ones(1, fmt.group_size))
@@ -117,6 +121,7 @@ class Pilot:
         n_weights, content = packed.rows * packed.cols, bytes(_HASHED)
         found = Rates(
             layer=layer,
+            calibrated=calibrated,
             head=head,
             float32=_products(self.needs, self.device),
             once=once,
@@ -166,7 +171,7 @@ class Pilot:
         scale = stack.n_rows / sum(m.rows for m in parts)
         return once, per_format * scale, found[0]
 
-    def _measured_forward(self) -> tuple[float, float]:
+    def _measured_forward(self) -> tuple[float, float, float]:
         try:
             return self._forward()
         except Exception as error:  # of any kind: it is transformers' code of one architecture
@@ -178,17 +183,25 @@ class Pilot:
             ) from error
 
     @torch.no_grad()
-    def _forward(self) -> tuple[float, float]:
-        """Seconds of the layers per token and weight, and of predictions per token."""
+    def _forward(self) -> tuple[float, float, float]:
+        """Seconds of the layers per token and weight, also rough; of predictions per token."""
         model, n_layers = _short_model(self.needs.model_map, self.dtype)
         model.to(self.device).eval()
         tokens = torch.zeros(_WINDOWS, self.needs.seq_len, dtype=torch.int64)
         tokens += torch.arange(self.needs.seq_len) % self.needs.vocabulary
         body = getattr(model, "base_model", model)
-        layers = _seconds(lambda: body(tokens.to(self.device), use_cache=False))
+
+        def pass_layers() -> None:
+            body(tokens.to(self.device), use_cache=False)
+
+        layers = rough = _seconds(pass_layers)
+        if self.dtype == torch.float32:
+            with rough_products(self.needs.space.inventory.matrices):
+                rough = _seconds(pass_layers)
         whole = _seconds(lambda: [p.log_probs.amax() for p in predict_pieces(model, tokens)])
         n_active = tokens.numel() * self.needs.active_in(n_layers)
-        return layers / n_active, max(whole - layers, 0.0) / tokens.numel()
+        of_head = max(whole - layers, 0.0) / tokens.numel()
+        return layers / n_active, rough / n_active, of_head
 
 
 def _outputs_of(matrix: Matrix) -> tuple[Tensor, ...]:
@@ -213,11 +226,13 @@ def _short_model(model_map: ModelMap, dtype: torch.dtype) -> tuple[nn.Module, in
 
 
 def _products(needs: Needs, device: torch.device) -> float:
-    """Multiplications a second in float32, as Hessians are summed."""
+    """Multiplications a second as Hessians are summed."""
     largest = max(needs.stacks, key=lambda s: s.count * s.n_rows * s.n_cols)
     inputs = torch.randn(_SUMMED, largest.n_cols, device=device)
     total = torch.zeros(largest.n_cols, largest.n_cols, device=device)
-    return _SUMMED * largest.n_cols**2 / _seconds(lambda: total.addmm_(inputs.T, inputs))
+    with rough_products(needs.space.inventory.matrices):
+        seconds = _seconds(lambda: total.addmm_(inputs.T, inputs))
+    return _SUMMED * largest.n_cols**2 / seconds
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -56,6 +56,7 @@ SMALL = {
 }
 RATES = Rates(
     1e-11,
+    1e-11,
     1e-3,
     5e10,
     defaultdict(lambda: 0.5),
@@ -124,6 +125,13 @@ def test_seconds_are_work_over_speed(make_needs: MakeNeeds) -> None:
     assert Stage.PROBE in {s.stage for s in plan_stages(make_needs(), RATES, has_copy=True).stages}
     faster = plan_stages(needs, replace(RATES, layer=5e-12, head=5e-4), has_copy=True)
     assert seconds_of(faster, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER) / 2
+    assert seconds_of(faster, Stage.HESSIANS) == seconds_of(plan, Stage.HESSIANS)
+    rough = plan_stages(needs, replace(RATES, calibrated=0.0), has_copy=True)
+    assert seconds_of(rough, Stage.TEACHER) == seconds_of(plan, Stage.TEACHER)
+    spared = 2 * needs.calibration * needs.active * 1e-11  # in both rounds
+    assert seconds_of(plan, Stage.HESSIANS) - seconds_of(rough, Stage.HESSIANS) == pytest.approx(
+        spared
+    )
 
 
 def test_a_copy_of_the_weights_is_time_and_disk(make_needs: MakeNeeds) -> None:
