@@ -194,7 +194,7 @@ def test_predictions_in_parts_do_not_change_the_numbers(
     whole = load_file(tmp_path / f"teacher-{top_k}.safetensors")
     monkeypatch.setattr(predictions, "ROW_BYTES", 4 * VOCABULARY * 2)
     for n_positions in (18, 9, 4):  # of the file's windows: all of a batch, one, not even one
-        monkeypatch.setattr(predictions, "MOST_BYTES", 4 * VOCABULARY * n_positions)
+        monkeypatch.setattr(predictions, "positions_at_once", lambda _, n=n_positions: n)
         (tmp_path / str(n_positions)).mkdir()
         found = divergence(tmp_path / str(n_positions), original, changed, top_k=top_k)
         stored = load_file(tmp_path / str(n_positions) / f"teacher-{top_k}.safetensors")

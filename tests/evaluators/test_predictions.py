@@ -10,6 +10,7 @@ from alphaquant.evaluators import predictions
 from alphaquant.evaluators.predictions import (
     Piece,
     most_likely,
+    positions_at_once,
     predict,
     predict_pieces,
     row_chunks,
@@ -21,7 +22,7 @@ TOKENS = tiny_tokens(5, 6)
 
 def limit(patch: pytest.MonkeyPatch, n_positions: int) -> None:
     """Let predictions of so many positions be in memory."""
-    patch.setattr(predictions, "MOST_BYTES", 4 * VOCABULARY * n_positions)
+    patch.setattr(predictions, "positions_at_once", lambda vocabulary: n_positions)
 
 
 def joined(pieces: list[Piece]) -> Tensor:
@@ -38,7 +39,7 @@ def joined(pieces: list[Piece]) -> Tensor:
         pytest.param(30, [(5, 6)], id="all at once"),
         pytest.param(13, [(2, 6), (2, 6), (1, 6)], id="two windows at a time"),
         pytest.param(4, [(1, 4), (1, 2)] * 5, id="a window in two parts"),
-        pytest.param(0, [(1, 1)] * 30, id="one position takes more"),
+        pytest.param(1, [(1, 1)] * 30, id="one position at a time"),
     ],
 )
 @pytest.mark.parametrize("family", ["mixtral", "gemma2"])  # gemma2 caps its logits
@@ -94,3 +95,15 @@ def test_rows_come_in_chunks_of_a_bounded_size() -> None:
     assert row_chunks(torch.empty(3, 2 * n_wide)) == row_chunks(torch.empty(3, n_wide))
     assert row_chunks(torch.empty(5, n_wide // 4)) == [slice(0, 4), slice(4, 5)]
     assert row_chunks(torch.empty(0, 8)) == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "n_positions"),
+    [
+        pytest.param(256, 28672, id="28 MiB"),
+        pytest.param(49152, 256, id="28 MiB are 149 positions"),
+        pytest.param(262144, 256, id="28 MiB are 28 positions"),
+    ],
+)
+def test_heads_are_not_read_anew_for_a_few_positions(vocabulary: int, n_positions: int) -> None:
+    assert positions_at_once(vocabulary) == n_positions

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from alphaquant.errors import ConfigError, StoreError
-from alphaquant.evaluators.predictions import MOST_BYTES
+from alphaquant.evaluators.predictions import positions_at_once
 from alphaquant.models.pages.memory import GIB, free_memory, total_memory
 from alphaquant.models.sites import ModelMap
 from alphaquant.progress import Progress, Stage, no_progress
@@ -138,7 +138,7 @@ def plan_stages(needs: Needs, rates: Rates, *, has_copy: bool, crew: Crew = ALON
         most = free_memory() // HIDDEN_SHARE
         states = min(3 * n_tokens * needs.token_bytes, most)
         weights = min(round(n_read) * needs.layer_bytes, most // 2)
-        memory = crew.n_together * (held + 4 * MOST_BYTES) + states + weights
+        memory = crew.n_together * (held + _predicted_bytes(needs)) + states + weights
         n_units = n_tasks(n_together, _n_batches(needs, n_each))
         stages.append(PlannedStage(stage, crew.seconds(seconds, n_units), memory))
     most = max(stage.memory for stage in stages)
@@ -248,7 +248,9 @@ def _loading(needs: Needs, rates: Rates, held: int, has_copy: bool) -> Sequence[
     )
     load = PlannedStage(Stage.LOAD, _STARTING + 2 * n_bytes / rates.hashed, held)
     seconds = _forward_seconds(needs, rates, needs.evaluation + needs.heldout)
-    teacher = PlannedStage(Stage.TEACHER, seconds, held + 4 * MOST_BYTES, needs.teacher_bytes)
+    teacher = PlannedStage(
+        Stage.TEACHER, seconds, held + _predicted_bytes(needs), needs.teacher_bytes
+    )
     return (*copy, load, teacher)
 
 
@@ -263,7 +265,7 @@ def _quantizing(needs: Needs, rates: Rates, held: int) -> Sequence[PlannedStage]
     traced = TRACED * _BATCH_WINDOWS * needs.seq_len * needs.token_bytes
     of_bank = needs.bank_bytes // len(needs.model_map.layers) // n_rounds
     memory = held + 2 * needs.layer_hessian_bytes + of_bank + _ROUNDED_BYTES
-    traced_memory = held + needs.layer_bytes + 4 * MOST_BYTES + traced
+    traced_memory = held + needs.layer_bytes + _predicted_bytes(needs) + traced
     outputs: tuple[PlannedStage, ...] = ()
     if needs.is_two_sided:
         seconds, n_bytes = _output_seconds(needs, rates), needs.outputs_bytes
@@ -338,6 +340,11 @@ def _shared(stage: PlannedStage, needs: Needs, crew: Crew) -> PlannedStage:
 def _n_batches(needs: Needs, n_tokens: int) -> int:
     """Batches of a text."""
     return -(-n_tokens // (_BATCH_WINDOWS * needs.seq_len))
+
+
+def _predicted_bytes(needs: Needs) -> int:
+    """Of predictions of a part of a batch, with what is made of them."""
+    return 4 * 4 * needs.vocabulary * positions_at_once(needs.vocabulary)
 
 
 def _forward_seconds(needs: Needs, rates: Rates, n_tokens: float) -> float:
