@@ -27,7 +27,7 @@ from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import layers_skipped, replaced_forwards
+from alphaquant.models.walk import layers_skipped, part_of_hidden, replaced_forwards
 
 _MOST_NUMBERS, _LEAST_POSITIONS = 7 * 2**20, 256
 """Logits of a part, 28 MiB in float32, or so many positions where that is more. Blocks of up to 32
@@ -130,7 +130,8 @@ class Endings:
         for i, tokens in enumerate(batch):
             for start in range(0, seq_len, step):
                 positions = slice(start, min(start + step, seq_len))
-                given = inputs[i : i + 1, positions].detach().requires_grad_(True)
+                part = part_of_hidden(inputs.detach(), slice(i, i + 1), positions)
+                given = part.requires_grad_(True)
                 with torch.enable_grad():
                     logits = self._logits(given, i, positions, forward)
                 at_logits = label_gradients(logits[0], tokens, first + i, positions, self._labels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alphaquant.models.mapping import device_of
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import layers_skipped, replaced_forwards, walk
+from alphaquant.models.walk import layers_skipped, part_of_hidden, replaced_forwards, walk
 
 MOST_BYTES, _LEAST_POSITIONS = 28 << 20, 256
 """Float32 log-probabilities in memory at once, of so many positions where that is more. A block of
@@ -199,7 +199,7 @@ def _body_once(body: nn.Module, outputs: list[Any], cut: Cut) -> Iterator[None]:
             hidden = getattr(whole, "last_hidden_state", None)
             if hidden is None or not is_dataclass(type(whole)):
                 return whole
-            return replace(whole, last_hidden_state=hidden[cut])
+            return replace(whole, last_hidden_state=part_of_hidden(hidden, *cut))
 
         return run
 

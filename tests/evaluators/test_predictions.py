@@ -15,6 +15,8 @@ from alphaquant.evaluators.predictions import (
     predict_pieces,
     row_chunks,
 )
+from alphaquant.models.mapping import map_model
+from alphaquant.models.walk import end_logits, walk
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(5, 6)
@@ -107,3 +109,23 @@ def test_rows_come_in_chunks_of_a_bounded_size() -> None:
 )
 def test_heads_are_not_read_anew_for_a_few_positions(vocabulary: int, n_positions: int) -> None:
     assert positions_at_once(vocabulary) == n_positions
+
+
+@torch.no_grad()
+def test_heads_are_given_tensors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of slices, torch copies the weight of a linear in bfloat16 for every window."""
+    model, strides = tiny_model("mixtral"), set()
+    width = model.config.hidden_size
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        strides.add(args[0].stride() == (args[0].shape[1] * width, width, 1))
+
+    model.get_output_embeddings().register_forward_pre_hook(see)
+    limit(monkeypatch, 4)
+    list(predict_pieces(model, TOKENS))
+    model_map = map_model(model)
+    for step in walk(model_map, [TOKENS]):
+        step.run()
+        output = step.outputs[0]
+    end_logits(model_map, TOKENS, output, slice(1, 3))
+    assert strides == {True}
