@@ -95,9 +95,34 @@ def _settled(model: Any, config: Any, device: str) -> nn.Module:
         # saved in the checkpoint's own.
         model.config.dtype = config.dtype
     loaded: nn.Module = model.to(device)
-    loaded.requires_grad_(False)
+    freeze(loaded)
     pad_experts(loaded)
     return loaded.eval()
+
+
+def freeze(model: nn.Module) -> None:
+    """Let no weight have gradients, and its head not suffer from that.
+
+    `generate` asks for the last position, a slice of one window. Where the weight has no gradient,
+    torch 2.13 copies it for such a slice in bfloat16 on a CPU (`findings/`), so the slice is
+    copied before.
+
+    Args:
+        model: of transformers.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_own_tensor)
+
+
+def _own_tensor(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a linear, copied where one window of several positions is a slice."""
+    x, *others = args
+    is_slice = x.dim() == 3 and x.stride(0) != x.shape[1] * x.stride(1)
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not is_slice:
+        return args
+    return (x.clone(memory_format=torch.contiguous_format), *others)
 
 
 def working_dtype(name: str | Path, config: Any, device: str, dtype: str) -> torch.dtype | str:

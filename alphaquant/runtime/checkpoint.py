@@ -40,6 +40,7 @@ from alphaquant.models.ends import ends_named
 from alphaquant.models.loading import (
     auto_class,
     check_device,
+    freeze,
     model_problem,
     register_architectures,
 )
@@ -274,7 +275,7 @@ def load(
     # checkpoint's own.
     model.config.dtype = stated
     loaded: nn.Module = model
-    loaded.requires_grad_(False)
+    freeze(loaded)
     if cache_bytes:
         cache_dequantized(loaded, cache_bytes)
     return loaded.eval()

@@ -129,6 +129,16 @@ def test_a_loaded_checkpoint_generates(packed: Path) -> None:
     assert made.shape == (1, 16)
 
 
+def test_the_head_is_not_given_a_slice_of_a_prompt(packed: Path) -> None:
+    """Of a slice, torch copies a weight without gradients in bfloat16."""
+    model, strides = load(packed, dtype="bfloat16"), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride()))
+    width = model.config.hidden_size
+    made = model.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)
+    assert made.shape[1] == TOKENS.shape[1] + 3
+    assert strides == [(width, width, 1)] * 3
+
+
 def test_a_checkpoint_loads_in_bfloat16_too(packed: Path) -> None:
     with torch.no_grad():
         exact, rough = load(packed)(TOKENS).logits, load(packed, dtype="bfloat16")(TOKENS).logits
