@@ -31,14 +31,12 @@ from alphaquant.costs.partial import Wanted, held_in, want_all
 from alphaquant.costs.shelf import Shelf, Shelved
 from alphaquant.models.ends import look_up
 from alphaquant.models.sites import EmbeddingSite, ModelMap
-from alphaquant.models.walk import end_logits
+from alphaquant.models.walk import end_logits, positions_at_once
 from alphaquant.quant.bank import Bank, BankLayer
 from alphaquant.quant.layerwise import written
 from alphaquant.spaces.units import Matrix
 
 _LEAST_TOKENS = 4096
-_MOST_BYTES = 2**26
-"""Float32 logits that are compared at once."""
 
 
 @torch.no_grad()
@@ -126,7 +124,7 @@ def _head_kl(
     pieces: list[tuple[int, slice, Shelved]] = []
     for number in _sampled(trace.batches):
         batch = trace.batches[number]
-        step = max(1, _MOST_BYTES // (4 * vocabulary * len(batch)))
+        step = max(1, positions_at_once(vocabulary) // len(batch))
         for start in range(0, batch.shape[1], step):
             positions = slice(start, start + step)
             original = _log_probs(model_map, trace, number, positions)

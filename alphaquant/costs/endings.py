@@ -2,7 +2,7 @@
 
 Logits are the largest thing that a pass makes, and their gradients are as large again: of 8
 windows of 512 tokens over 49 152 in float32 1.6 GB. So the head is run on some positions of a
-window at a time (`_positions_at_once`), by the model's own code with its layers skipped, so that
+window at a time (`positions_at_once`), by the model's own code with its layers skipped, so that
 scales and softcaps behind the head are as they are; the gradients are taken to what the head was
 given, and the model goes on with nothing.
 
@@ -27,13 +27,12 @@ from alphaquant.costs.shelf import Shelf
 from alphaquant.costs.tape import Tape
 from alphaquant.errors import ModelError
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import layers_skipped, part_of_hidden, replaced_forwards
-
-_MOST_NUMBERS, _LEAST_POSITIONS = 7 * 2**20, 256
-"""Logits of a part, 28 MiB in float32, or so many positions where that is more. Blocks of up to 32
-MiB come from the C library's heap, larger ones from the system, page by page. But for every part
-the head's weights are read anew: over 151 936 tokens, hidden size 2048, bfloat16, the way back
-takes 3.0 ms a position of 48 at once, 1.2 of 256, 1.1 of 441 (one thread)."""
+from alphaquant.models.walk import (
+    layers_skipped,
+    part_of_hidden,
+    positions_at_once,
+    replaced_forwards,
+)
 
 _Forward = Callable[..., Any]
 
@@ -125,7 +124,7 @@ class Endings:
         """Gradients at what the head is given, [D + D', B, T, H]."""
         gradients = inputs.new_empty(n_totals(self._labels), *inputs.shape)
         head: Any = self._map.model.get_output_embeddings()  # type: ignore[operator]
-        step = _positions_at_once(len(head.weight))
+        step = positions_at_once(len(head.weight))
         first, seq_len = self._first[self._n_ended], batch.shape[1]
         for i, tokens in enumerate(batch):
             for start in range(0, seq_len, step):
@@ -183,7 +182,3 @@ class Endings:
             return tape.start_with(forward(*args, **kwargs), self._shelf)
 
         return run
-
-
-def _positions_at_once(vocabulary: int) -> int:
-    return max(_LEAST_POSITIONS, _MOST_NUMBERS // vocabulary)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from alphaquant.models.mapping import device_of
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import layers_skipped, part_of_hidden, replaced_forwards, walk
-
-MOST_BYTES, _LEAST_POSITIONS = 28 << 20, 256
-"""Float32 log-probabilities in memory at once, of so many positions where that is more. A block of
-up to 32 MiB comes from the C library's heap, a larger one from the system, page by page. But for
-every part the head's weights are read anew: over 151 936 tokens, hidden size 2048, bfloat16, a
-position takes 2.1 ms of 48 at once, 1.2 of 256, 1.0 of 441 (one thread)."""
+from alphaquant.models.walk import (
+    layers_skipped,
+    part_of_hidden,
+    positions_at_once,
+    replaced_forwards,
+    walk,
+)
 
 ROW_BYTES, GPU_ROW_BYTES = 1 << 20, 1 << 24
 """What is computed from them is computed for so many bytes of them at a time. On a CPU they stay
@@ -137,11 +137,6 @@ def largest(log_probs: Tensor, k: int) -> Tensor:
     found = np.argpartition(log_probs.numpy(), n_others, axis=-1)[:, n_others:].astype(np.int32)
     found.sort(axis=-1)
     return torch.from_numpy(found)
-
-
-def positions_at_once(vocabulary: int) -> int:
-    """Positions whose predictions are in memory at once."""
-    return max(_LEAST_POSITIONS, MOST_BYTES // (4 * vocabulary))
 
 
 def row_chunks(rows: Tensor) -> list[slice]:

@@ -431,6 +431,7 @@ def log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
     Summed over the others: 1 - sum of the top would be rounding noise where the rest is below
     1e-6, and where it rounds to 0 for one model alone, an error of 1e-6 * ln(1e-6 / 1e-38).
+    Predictions are written meanwhile; afterwards they are as they were.
     """
     rows, left_out = log_probs.flatten(0, -2), tokens.flatten(0, -2)
     parts = []

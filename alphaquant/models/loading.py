@@ -128,9 +128,9 @@ def _own_tensor(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def working_dtype(name: str | Path, config: Any, device: str, dtype: str) -> torch.dtype | str:
     """The dtype that a model computes with; `auto` where transformers is to choose.
 
-    `auto` is the checkpoint's own on a GPU. On the CPU it is float32, which is fast and exact
-    there, unless the checkpoint is in bfloat16 and its float32 weights would take more than a
-    quarter of the memory: then it is bfloat16, and a line of the log says so.
+    `auto` is the checkpoint's own on a GPU. On the CPU it is float32, which is exact, unless the
+    checkpoint is in bfloat16 and its float32 weights would take more than a quarter of the memory:
+    then it is bfloat16, and a line of the log says so.
 
     Args:
         name: of the model, for that line.

@@ -267,7 +267,7 @@ def test_labels_learn_which_sequence_they_are_of_and_which_positions(
             assert torch.equal(tokens, torch.cat(BATCHES)[sequence])
             return super().draw(probs, tokens, sequence, positions)
 
-    monkeypatch.setattr("alphaquant.costs.endings._positions_at_once", lambda vocabulary: 5)
+    monkeypatch.setattr("alphaquant.costs.endings.positions_at_once", lambda vocabulary: 5)
     list(trace_layers(map_model(tiny_model("olmoe")), BATCHES, [Seen()]))
     assert seen == [(i, (n, 96), at, at + n) for i in range(3) for at, n in ((0, 5), (5, 4))]
 
@@ -281,7 +281,7 @@ def test_gradients_do_not_depend_on_how_positions_are_divided(
         return [one.gradients.clone() for t in traces for one in t.linears.values()]
 
     whole = gradients()
-    monkeypatch.setattr("alphaquant.costs.endings._positions_at_once", lambda vocabulary: 1)
+    monkeypatch.setattr("alphaquant.costs.endings.positions_at_once", lambda vocabulary: 1)
     assert all(map(close, gradients(), whole))
 
 

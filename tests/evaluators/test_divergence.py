@@ -15,7 +15,7 @@ from alphaquant.errors import DataError, StoreError
 from alphaquant.evaluators import predictions
 from alphaquant.evaluators.divergence import Divergence, measure_divergence
 from alphaquant.evaluators.perplexity import measure_perplexity
-from alphaquant.evaluators.teacher import Teacher, open_teacher, store_teacher
+from alphaquant.evaluators.teacher import Teacher, log_rest, open_teacher, store_teacher
 from alphaquant.models.mapping import map_model
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 from tests.damage import flip_a_bit, garble, truncate
@@ -367,3 +367,13 @@ def test_a_measurement_that_fails_leaves_no_file(tmp_path: Path, table_model: Ma
     with pytest.raises(IndexError):
         store_teacher(tmp_path / "a.safetensors", table_model(n=7), torch.tensor([[0], [9]]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_are_as_they_were_after_the_rest_is_summed() -> None:
+    rows = torch.log_softmax(torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0)), -1)
+    tokens = rows.topk(10, -1).indices.to(torch.int32)
+    before = rows.clone()
+    found = log_rest(rows, tokens)
+    assert torch.equal(rows, before)
+    others = before.scatter(-1, tokens.to(torch.int64), -torch.inf)
+    assert torch.equal(found, others.logsumexp(-1))

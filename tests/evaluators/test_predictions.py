@@ -10,13 +10,12 @@ from alphaquant.evaluators import predictions
 from alphaquant.evaluators.predictions import (
     Piece,
     most_likely,
-    positions_at_once,
     predict,
     predict_pieces,
     row_chunks,
 )
 from alphaquant.models.mapping import map_model
-from alphaquant.models.walk import end_logits, walk
+from alphaquant.models.walk import end_logits, positions_at_once, walk
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(5, 6)

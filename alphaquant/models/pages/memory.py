@@ -10,12 +10,6 @@ from pathlib import Path
 
 GIB = 2**30
 
-_KEPT_BYTES = 2**28
-"""Memory that the process may have gained before what was freed is given back."""
-
-_resident_before = 0
-"""Bytes of this process when that was last done."""
-
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -40,26 +34,14 @@ def free_memory() -> int:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system where it may be much, and the C library can (glibc).
+    """Give freed memory back to the system, where the C library can (glibc).
 
     Tensors of up to 32 MiB come from its heap, which keeps what was freed: after the copy of a
-    7B model of 16 MiB experts 1.3 GiB, after their Hessians 2 GiB more. While the process has
-    grown by less than `_KEPT_BYTES` since the last time nothing is given back: the next layer
-    would take it again, and copying 100 MiB to new pages takes 0.13 s, to known ones 0.05 (one
-    thread of a virtual machine).
+    7B model of 16 MiB experts 1.3 GiB, after their Hessians 2 GiB more.
     """
-    global _resident_before
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is None or _own_memory() - _resident_before <= _KEPT_BYTES:
-        return
-    trim(0)
-    _resident_before = _own_memory()
-
-
-def _own_memory() -> int:
-    """Resident bytes of this process, those of files not counted."""
-    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    if trim is not None:
+        trim(0)
 
 
 def _machine_free() -> int:

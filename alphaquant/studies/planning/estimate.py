@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from alphaquant.errors import ConfigError, StoreError
-from alphaquant.evaluators.predictions import positions_at_once
 from alphaquant.models.pages.memory import GIB, free_memory, total_memory
 from alphaquant.models.sites import ModelMap
+from alphaquant.models.walk import positions_at_once
 from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.flat import replaced
