@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from alphaquant.models.walk import row_chunks
+
 NO_LABEL = -1
 """Stands where a position has none."""
 
@@ -100,15 +102,17 @@ def label_gradients(
     Returns:
         [D, t, V] in the dtype of the logits.
     """
-    probs = torch.softmax(logits.detach().float(), -1)
-    drawn = torch.cat([one.draw(probs, tokens, sequence, positions) for one in labels])
-    gradients = logits.new_empty(len(drawn), *logits.shape)
-    for own, label in zip(gradients, drawn, strict=True):
-        places = label.clamp_min(0).unsqueeze(-1)
-        own.copy_(probs).neg_()
-        own.scatter_(-1, places, (1 - probs.gather(-1, places)).to(own))
-        own[label == NO_LABEL] = 0
-    return gradients
+    found = logits.new_empty(n_totals(labels), *logits.shape)
+    for rows in row_chunks(logits):
+        probs = torch.softmax(logits[rows].detach().float(), -1)
+        places = slice(positions.start + rows.start, positions.start + rows.stop)
+        drawn = torch.cat([one.draw(probs, tokens, sequence, places) for one in labels])
+        for gradients, label in zip(found[:, rows], drawn, strict=True):
+            column = label.clamp_min(0).unsqueeze(-1)
+            gradients.copy_(probs).neg_()
+            gradients.scatter_(-1, column, (1 - probs.gather(-1, column)).to(gradients))
+            gradients[label == NO_LABEL] = 0
+    return found
 
 
 def _draw_seed(seed: int, draw: int, sequence: int) -> int:

@@ -30,7 +30,7 @@ from alphaquant.evaluators.perplexity import (
     losses_of,
     perplexity_score,
 )
-from alphaquant.evaluators.predictions import Piece, most_likely, predict_pieces, row_chunks
+from alphaquant.evaluators.predictions import Piece, most_likely, predict_pieces
 from alphaquant.evaluators.teacher import (
     Expected,
     Stored,
@@ -39,7 +39,7 @@ from alphaquant.evaluators.teacher import (
     check_windows,
     log_rest,
 )
-from alphaquant.models.walk import batches_of
+from alphaquant.models.walk import batches_of, row_chunks
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,10 @@ from alphaquant.evaluators.predictions import (
     most_likely,
     predict_pieces,
     predict_walked,
-    row_chunks,
 )
 from alphaquant.files import mark_used, whole_file, writing
 from alphaquant.models.sites import ModelMap
-from alphaquant.models.walk import batches_of
+from alphaquant.models.walk import batches_of, row_chunks
 from alphaquant.progress import Progress, Stage
 from alphaquant.spaces.json_files import JsonError, parse_json
 from alphaquant.texts.windows import token_digest

@@ -192,7 +192,7 @@ def test_predictions_in_parts_do_not_change_the_numbers(
 ) -> None:
     expected = divergence(tmp_path, original, changed, top_k=top_k)
     whole = load_file(tmp_path / f"teacher-{top_k}.safetensors")
-    monkeypatch.setattr(predictions, "ROW_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr("alphaquant.models.walk.ROW_BYTES", 4 * VOCABULARY * 2)
     for n_positions in (18, 9, 4):  # of the file's windows: all of a batch, one, not even one
         monkeypatch.setattr(predictions, "positions_at_once", lambda _, n=n_positions: n)
         (tmp_path / str(n_positions)).mkdir()

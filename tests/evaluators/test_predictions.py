@@ -12,10 +12,15 @@ from alphaquant.evaluators.predictions import (
     most_likely,
     predict,
     predict_pieces,
-    row_chunks,
 )
 from alphaquant.models.mapping import map_model
-from alphaquant.models.walk import end_logits, positions_at_once, walk
+from alphaquant.models.walk import (
+    ROW_BYTES,
+    end_logits,
+    positions_at_once,
+    row_chunks,
+    walk,
+)
 from alphaquant.testing.models import VOCABULARY, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(5, 6)
@@ -77,7 +82,9 @@ def test_a_model_without_a_body_predicts_all_at_once(
 def test_numbers_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mixtral")
     logits = model(TOKENS, use_cache=False).logits
-    monkeypatch.setattr(predictions, "ROW_BYTES", 4 * VOCABULARY * 7)  # 30 rows in five chunks
+    monkeypatch.setattr(
+        "alphaquant.models.walk.ROW_BYTES", 4 * VOCABULARY * 7
+    )  # 30 rows in five chunks
     assert torch.equal(predict(model, TOKENS), torch.log_softmax(logits, -1))
 
 
@@ -91,7 +98,7 @@ def test_the_most_likely_token_is_the_first_of_equals() -> None:
 
 
 def test_rows_come_in_chunks_of_a_bounded_size() -> None:
-    n_wide = predictions.ROW_BYTES // 4
+    n_wide = ROW_BYTES // 4
     assert row_chunks(torch.empty(3, n_wide)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert row_chunks(torch.empty(3, 2 * n_wide)) == row_chunks(torch.empty(3, n_wide))
     assert row_chunks(torch.empty(5, n_wide // 4)) == [slice(0, 4), slice(4, 5)]
