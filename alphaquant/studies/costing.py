@@ -2,10 +2,11 @@
 
 Either every matrix in every format of the menu, or, for models where that takes most of the time,
 every matrix in a few anchor formats and then in those that can win (`search/shortlist.py`), which
-takes the costs two rounds.
+takes the costs two rounds. The first one, which only lists formats, reads a part of the windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ from alphaquant.studies.inputs import Source, cache_dir
 from alphaquant.studies.sizing import effort_of
 from alphaquant.studies.stages import Inputs
 from alphaquant.studies.trials import ALL_ALLOCATORS
-from alphaquant.texts.windows import TokenSet
+from alphaquant.texts.windows import TokenSet, sample_of
 from alphaquant.work.walked import Text, folder_of_states
 
 
@@ -84,6 +85,8 @@ _SHORT_WEIGHTS = 10**8
 """Quantizable weights from which on a bank holds what can win only."""
 _SAMPLED_UNITS = 64
 """Units that are measured in every format, at least."""
+_LISTING_STEP, _LEAST_LISTING = 4, 8
+"""Of how many windows one says which formats can win, and how many do at least."""
 
 
 def fill_and_measure(
@@ -94,10 +97,18 @@ def fill_and_measure(
     Raises:
         StoreError: a file of the bank or of the costs is damaged.
     """
+    with _states_kept(spec, inputs):
+        return _filled_and_measured(spec, inputs, space, clock)
+
+
+@contextmanager
+def _states_kept(spec: SearchSpec, inputs: Inputs) -> Iterator[None]:
+    """What workers need of the calibration text's states stays till all of it is done."""
     if inputs.source.workers is None:
-        return _filled_and_measured(spec, inputs, space, clock)
+        yield
+        return
     with folder_of_states(states_folder(inputs.source, inputs.calibration, spec.run.cache)):
-        return _filled_and_measured(spec, inputs, space, clock)
+        yield
 
 
 def states_folder(source: Source, calibration: TokenSet, cache: Path | None) -> Path:
@@ -121,11 +132,33 @@ def _filled_and_measured(
     first = _anchored(space, anchors, len(names))
     wanted = _pairs(space, names, first)
     bank = open_filled_bank(spec, inputs, names, clock, wanted)
-    costs = measure_unit_costs(spec, inputs, space, bank, clock, wanted)
+    costs = _costs_for_listing(spec, inputs, space, bank, clock, wanted)
     listed = first | _winners(space, names, costs, anchors, effort.around)
     wanted = _pairs(space, names, listed)
     bank = open_filled_bank(spec, inputs, names, clock, wanted)
     return bank, measure_unit_costs(spec, inputs, space, bank, clock, wanted)
+
+
+def _costs_for_listing(
+    spec: SearchSpec,
+    inputs: Inputs,
+    space: SearchSpace,
+    bank: Bank,
+    clock: StageClock,
+    wanted: Wanted,
+) -> Costs:
+    """Costs that say which formats can win; arguments as of `measure_unit_costs`."""
+    step = listing_step(len(inputs.calibration.tokens))
+    if step == 1:
+        return measure_unit_costs(spec, inputs, space, bank, clock, wanted)
+    sample = replace(inputs, calibration=sample_of(inputs.calibration, step))
+    with _states_kept(spec, sample):
+        return measure_unit_costs(spec, sample, space, bank, clock, wanted)
+
+
+def listing_step(n_windows: int) -> int:
+    """Of how many calibration windows one says which formats can win; 8 windows at least do."""
+    return max(1, min(_LISTING_STEP, n_windows // _LEAST_LISTING))
 
 
 def is_short(spec: SearchSpec, space: SearchSpace) -> bool:

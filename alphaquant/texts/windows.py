@@ -207,6 +207,17 @@ def shuffled(windows: TokenSet) -> TokenSet:
     return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
 
 
+def sample_of(windows: TokenSet, step: int) -> TokenSet:
+    """One of so many windows, so that every source keeps its share.
+
+    Args:
+        windows: N of them.
+        step: 1 takes all; the first is taken always.
+    """
+    tokens, domains = windows.tokens[::step].contiguous(), windows.domains[::step]
+    return replace(windows, tokens=tokens, digest=token_digest(tokens), domains=domains)
+
+
 def check_disjoint(a: TokenSet, b: TokenSet) -> None:
     """Refuse two sets that have text in common.
 

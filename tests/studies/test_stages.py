@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from alphaquant.costs.fisher import CostSettings, gradients_key
 from alphaquant.errors import ConfigError
 from alphaquant.evaluators.divergence import Divergence
 from alphaquant.progress import StageClock, no_progress
@@ -167,6 +168,16 @@ def test_a_short_bank_holds_anchors_and_what_can_win(
             assert (matrix.name in prepared.bank.matrices(name, matrix.layer)) == is_allowed
     again = prepare(short, inputs, space, StageClock(no_progress))
     assert np.array_equal(again.problem.allowed, allowed)
+    assert len(list(prepared.bank.path.glob("costs/*"))) == 1  # too few windows for a sample
+
+    monkeypatch.setattr(costing, "_LEAST_LISTING", 1)
+    sampled = prepare(
+        replaced(short, cache=tmp_path / "sampled"), inputs, space, StageClock(no_progress)
+    )
+    folders = {path.name for path in sampled.bank.path.glob("costs/*")}
+    tokens = inputs.calibration.tokens
+    assert folders == {gradients_key(t, CostSettings()) for t in (tokens, tokens[::4])}
+    assert 0.4 < sampled.problem.allowed.mean() < 1.0
 
 
 def test_a_short_bank_without_a_format_for_all_is_refused(

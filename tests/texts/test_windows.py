@@ -393,6 +393,15 @@ def test_domains_stay_with_their_windows(files: list[str]) -> None:
     assert found == [letters[name] for name in mixed.domains]
 
 
+def test_a_sample_has_every_text_in_its_share(files: list[str]) -> None:
+    tokens = load(f"{files[0]},{files[1]}", 10)
+    sample = windows.sample_of(tokens, 4)
+    assert torch.equal(sample.tokens, tokens.tokens[[0, 4, 8]])
+    assert sample.domains == (files[0], files[0], files[1])
+    assert sample.digest == windows.token_digest(sample.tokens) != tokens.digest
+    assert windows.sample_of(tokens, 1).digest == tokens.digest
+
+
 def test_the_reading_limit_of_a_mixture_goes_by_the_windows_of_each_text(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from alphaquant.spaces.space import SearchSpace
 from alphaquant.specs.flat import replaced
 from alphaquant.specs.quantizer import settings_of
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.planning.needs import TRACED, Needs
+from alphaquant.studies.planning.needs import COST_PASSES, TRACED, Needs
 from alphaquant.studies.planning.pilot import Pilot, Rates
 from alphaquant.studies.planning.shares import ALONE, Crew, crew_of
 from alphaquant.studies.rounds import HIDDEN_SHARE
@@ -321,8 +321,7 @@ def _rounding_seconds(needs: Needs, rates: Rates, n_rounds: int, n_formats: floa
 
 def _output_seconds(needs: Needs, rates: Rates) -> float:
     """Of the output Hessians of one text."""
-    passes = needs.cost_passes / needs.n_rounds
-    seconds = passes * _calibration_seconds(needs, rates)
+    seconds = COST_PASSES * _calibration_seconds(needs, rates)
     return seconds + needs.calibration * needs.output_products / rates.float32
 
 

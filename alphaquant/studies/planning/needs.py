@@ -17,7 +17,13 @@ from alphaquant.spaces.formats import Format, parse_format
 from alphaquant.spaces.space import SearchSpace
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.search import SearchSpec
-from alphaquant.studies.costing import anchors_of, bank_formats, is_short, sampled_share
+from alphaquant.studies.costing import (
+    anchors_of,
+    bank_formats,
+    is_short,
+    listing_step,
+    sampled_share,
+)
 from alphaquant.studies.program import N_UNIFORM
 from alphaquant.studies.sizing import effort_of
 
@@ -34,7 +40,7 @@ _FRONT = 7
 """Points of the front that the gate looks at, beside the uniform formats."""
 _SQUARED, _CHANGED = 512, 128
 """Tokens of a matrix whose products are squared, and whose output is measured, per format."""
-_COST_PASSES = 11
+COST_PASSES = 11
 """Forward passes that measuring costs over a text is worth beside its products: one to record, one
 with a graph, gradients, and what is written, read and run again between. Fitted to a model of 40
 million weights."""
@@ -127,13 +133,16 @@ class Needs:
     @cached_property
     def n_formats(self) -> float:
         """Formats of a matrix in the bank, in the mean."""
+        if self.n_rounds == 1:
+            return float(len(self.bank_formats))
+        is_one_size = len(effort_of(self.spec).around) == 1
+        return self._in_short_bank(_LISTED[1] if is_one_size else _LISTED[5])
+
+    def _in_short_bank(self, n_listed: float) -> float:
+        """Formats of a matrix in a short bank that lists so many beside the anchors."""
         names = bank_formats(self.space)
-        if not is_short(self.spec, self.space):
-            return float(len(names))
-        effort = effort_of(self.spec)
-        n_anchors = len(anchors_of(self.space, names, effort.anchor_bits))
-        listed = _LISTED[1] if len(effort.around) == 1 else _LISTED[5]
-        of_most, share = min(n_anchors + listed, len(names)), sampled_share(self.space)
+        n_anchors = len(anchors_of(self.space, names, effort_of(self.spec).anchor_bits))
+        of_most, share = min(n_anchors + n_listed, len(names)), sampled_share(self.space)
         return share * len(names) + (1 - share) * of_most
 
     @cached_property
@@ -193,17 +202,28 @@ class Needs:
         return (_FRONT + n_uniform) * self.heldout
 
     @property
-    def cost_passes(self) -> int:
+    def cost_passes(self) -> float:
         """Forward passes over the calibration text that tracing gradients is worth, all rounds."""
-        return _COST_PASSES * self.n_rounds
+        return COST_PASSES * (1.0 + self._listing_share)
 
     @property
     def cost_products(self) -> float:
         """Multiplications of the costs beside the passes through the model, in float32."""
-        n_windows = self.calibration // self.seq_len
-        of_format = min(self.calibration, _SQUARED) + _CHANGED + n_windows
-        per_matrix = self.n_formats * of_format * self.space.inventory.n_weights
-        return per_matrix + self.n_rounds * self.calibration * self.active
+        share = self._listing_share
+        products = self._products_of(self.n_formats, self.calibration)
+        if share:
+            products += self._products_of(self._in_short_bank(0), int(share * self.calibration))
+        return products
+
+    @property
+    def _listing_share(self) -> float:
+        """Of the calibration text, what is read to list formats for a short bank."""
+        return 0.0 if self.n_rounds == 1 else 1 / listing_step(self.calibration // self.seq_len)
+
+    def _products_of(self, n_formats: float, n_tokens: int) -> float:
+        """Multiplications of the costs of so many formats over so many tokens."""
+        of_format = min(n_tokens, _SQUARED) + _CHANGED + n_tokens // self.seq_len
+        return n_formats * of_format * self.space.inventory.n_weights + n_tokens * self.active
 
     @property
     def is_two_sided(self) -> bool:
