@@ -91,8 +91,18 @@ SHAPES: dict[str, Shape] = {
             "norm_topk_prob": True,
         },
     ),
+    "qwen3-235b": Shape(
+        *(4096, 1536, 128, 8, 94, 64, 151936, "qwen3_moe"),
+        others={
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 12288,
+            "norm_topk_prob": True,
+        },
+    ),
 }
-"""Models by name; the last two have the shapes of OLMoE-1B-7B and of Qwen3-30B-A3B."""
+"""Models by name; the last ones have the shapes of OLMoE-1B-7B, Qwen3-30B-A3B and
+Qwen3-235B-A22B."""
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 0) -> int:
