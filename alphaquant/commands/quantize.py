@@ -244,6 +244,11 @@ def _settings(spec: QuantizeSpec, summary: Summary) -> QuantSettings:
     if asked.method == "rtn" and not asked.two_sided:  # what a search says of GPTQ says nothing
         settings = replace(settings, two_sided=False)
     settings = changed(settings, asked)
+    if asked.correction is not None and not settings.sequential:
+        raise ConfigError(
+            f"correction {asked.correction:g} asked, and layers are rounded for what the original "
+            "model gives them, where there is nothing to correct; add --sequential"
+        )
     if spec.quantizer.two_sided is None and not summary.is_stated and settings.method == "gptq":
         return replace(settings, two_sided=True)
     return settings

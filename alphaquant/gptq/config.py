@@ -75,6 +75,7 @@ class GPTQConfig:
             static_groups=self.static_groups,
             n_starts=1,
             sequential=True,
+            correction=0.0,
         )
 
 

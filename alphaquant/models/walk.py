@@ -63,6 +63,12 @@ class LayerCall:
         found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return found
 
+    def with_hidden(self, hidden: Tensor) -> "LayerCall":
+        """The same call with other hidden states, [B, T, H]."""
+        if self.args:
+            return LayerCall((hidden, *self.args[1:]), self.kwargs)
+        return LayerCall((), {**self.kwargs, "hidden_states": hidden})
+
     def run(self, layer: LayerSite) -> Any:
         """What the layer gives: hidden states, or a tuple that starts with them."""
         return layer.module(*self.args, **self.kwargs)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import ModelError
-from alphaquant.models.sites import LayerSite, ModelMap
+from alphaquant.models.sites import LayerSite
 from alphaquant.quant.codecs import check_finite, nv_global_scale
 from alphaquant.quant.columns.state import Block, Rounding, better_rows, join_rows
 from alphaquant.quant.descent import ColumnPlan, Rounder
@@ -48,8 +48,15 @@ _ROWS = 512
 Wanted = Callable[[Matrix, str], bool]
 
 
+class Weights(Protocol):
+    """Where the engine reads weights: a `ModelMap`, or weights that are corrected beforehand."""
+
+    def view(self, name: str) -> Tensor:
+        """The weight of a matrix, [N, K]."""
+
+
 def quantize_layer(
-    model_map: ModelMap,
+    weights: Weights,
     layer: LayerSite,
     hessians: Sequence[HessianBatch] | None,
     formats: Sequence[str],
@@ -59,7 +66,7 @@ def quantize_layer(
     """Quantize the matrices of one layer.
 
     Args:
-        model_map: gives the weights, which are read and not changed.
+        weights: those of the model, which are read and not changed.
         layer: the layer.
         hessians: from `LayerHessians.batches`; None for round-to-nearest without data.
         formats: canonical format names.
@@ -74,14 +81,7 @@ def quantize_layer(
         ModelError: a Hessian cannot be factorized, or holds NaN.
     """
     batches = _without_data(layer) if hessians is None else hessians
-    yield from quantize_batches(model_map, batches, formats, settings, wanted)
-
-
-class Weights(Protocol):
-    """Where the engine reads weights: a `ModelMap`."""
-
-    def view(self, name: str) -> Tensor:
-        """The weight of a matrix, [N, K]."""
+    yield from quantize_batches(weights, batches, formats, settings, wanted)
 
 
 def quantize_batches(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from alphaquant.models.ends import head_of
 from alphaquant.models.mapping import device_of
-from alphaquant.models.routing import tokens_by_expert
+from alphaquant.models.routing import ExpertTokens, tokens_by_expert
 from alphaquant.models.sites import ExpertsSite, LayerSite, LinearSite, ModelMap
 from alphaquant.models.walk import layers_skipped, watch_head
 from alphaquant.quant.two_sided.output_hessian import OutputBlocks, OutputHessians
@@ -163,7 +163,7 @@ class LayerHessians:
     _leader: dict[str, str] = field(default_factory=dict)
     _last: tuple[str, Tensor] | None = None
     _gates: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    _experts: dict[str, "_ExpertSums"] = field(default_factory=dict)
+    _experts: dict[str, "ExpertSums"] = field(default_factory=dict)
 
     def on_linear(self, site: LinearSite, inputs: Tensor) -> None:
         """Add a batch; linears that receive the same tensor as the one before share a Hessian."""
@@ -194,8 +194,7 @@ class LayerHessians:
     ) -> None:
         """Add a batch of routed tokens."""
         if site.name not in self._experts:
-            n_held = _HELD_EXPERTS if self.holds_back else 0
-            self._experts[site.name] = _ExpertSums(site, inputs.device, n_held)
+            self._experts[site.name] = self._sums_of(site, inputs.device)
         self._experts[site.name].add(inputs, expert_ids, weights, self.route_exponent)
 
     def utilization(self) -> dict[str, list[int]]:
@@ -225,6 +224,10 @@ class LayerHessians:
             result += self._experts[site.name].batches(self.pooled_tokens, self.route_exponent)
         return result
 
+    def _sums_of(self, site: ExpertsSite, device: torch.device) -> "ExpertSums":
+        """Empty sums of an experts module."""
+        return ExpertSums(site, device, _HELD_EXPERTS if self.holds_back else 0)
+
     def _gate_weights(self, site: LinearSite, inputs: Tensor) -> Tensor | None:
         """Weights of a gated shared expert's tokens, [n]; None for everything else.
 
@@ -240,7 +243,7 @@ class LayerHessians:
         return self._gates[parent][1]
 
 
-class _ExpertSums:
+class ExpertSums:
     """Sums of one experts module."""
 
     def __init__(self, site: ExpertsSite, device: torch.device, n_held: int) -> None:
@@ -274,7 +277,18 @@ class _ExpertSums:
                 held = tokens.rows >= first_held(len(inputs))
                 accumulate(self.held13[e], x[held], power[held])
                 accumulate(self.held2[e], features[held], power[held])
+            self.add_more(tokens, x, features, power)
             self.n_tokens[e] += tokens.rows.numel()
+
+    def add_more(self, tokens: ExpertTokens, x: Tensor, features: Tensor, power: Tensor) -> None:
+        """What else is summed of one expert's tokens; nothing here.
+
+        Args:
+            tokens: m of the batch's.
+            x: what the expert is given, [m, K].
+            features: what its down projection is given, [m, I].
+            power: what each token counts, float32 [m].
+        """
 
     def batches(self, pooled_tokens: int, exponent: int) -> list[HessianBatch]:
         """The sums, of gate and up, then of down.

@@ -2,7 +2,8 @@
 
 In the default mode the inputs of every layer are those of the original model, as in the bank. In
 the sequential mode (GPTQ, arXiv 2210.17323, section 4, "Setup") they are the outputs of the
-quantized layers before it; memory then holds one layer's original weights more.
+quantized layers before it; memory then holds one layer's original weights more. There weights may
+be corrected for what those layers lost (`sequential/`), which walks the original model beside.
 """
 
 import time
@@ -18,12 +19,15 @@ from alphaquant.models.pages.private_maps import LayerPages
 from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
-from alphaquant.quant.engine import quantize_layer
+from alphaquant.quant.engine import Weights, quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
 from alphaquant.quant.matrix import PackedMatrix
+from alphaquant.quant.sequential.correction import CorrectedWeights
+from alphaquant.quant.sequential.crosses import OriginalStates, observe_both
 from alphaquant.quant.stacks import MatrixRecord, QuantizedMatrix
 from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.assignment import Assignment
+from alphaquant.spaces.formats import parse_format
 from alphaquant.spaces.units import Matrix
 from alphaquant.specs.quantizer import QuantSettings
 
@@ -89,6 +93,7 @@ def quantize_layers(
     done = banked | finished.keys()
     last = max((x.index for x in model_map.parts if x.index not in done), default=-1)
     output_hessians = checked_outputs(settings, outputs) if last >= 0 else None
+    original = OriginalStates() if settings.sequential and settings.correction else None
     for layer, step in _steps(model_map, settings, tokens, batch_size, last):
         if bank is not None and layer.index in banked - finished.keys():
             if step is not None:
@@ -97,6 +102,8 @@ def quantize_layers(
             continue
         if layer.index in finished:
             if step is not None:
+                if original is not None and isinstance(step, LayerStep):
+                    original.run(step)
                 weights = finished[layer.index]() if settings.sequential else {}
                 with written(model_map, weights):
                     step.run()
@@ -104,9 +111,10 @@ def quantize_layers(
         started = time.perf_counter()
         hessians: list[HessianBatch] | None = None
         used: dict[str, list[int]] = {}
+        crosses: Mapping[str, Tensor] = {}
         if step is not None:
-            hessians, used = _observe(step, settings, output_hessians)
-        items = _quantize(model_map, layer, assignment, settings, hessians)
+            hessians, used, crosses = _observe(step, settings, output_hessians, original)
+        items = _quantize(model_map, layer, assignment, settings, hessians, crosses)
         if step is not None and settings.sequential:
             with written(model_map, {item.matrix.name: item.packed for item in items}):
                 step.run()
@@ -192,16 +200,23 @@ def _by_format(layer: LayerSite, assignment: Assignment) -> dict[str, list[Matri
 
 
 def _observe(
-    step: LayerStep | EndStep, settings: QuantSettings, outputs: OutputHessians | None
-) -> tuple[list[HessianBatch], dict[str, list[int]]]:
-    """Hessians and tokens per expert of a layer."""
+    step: LayerStep | EndStep,
+    settings: QuantSettings,
+    outputs: OutputHessians | None,
+    original: OriginalStates | None,
+) -> tuple[list[HessianBatch], dict[str, list[int]], Mapping[str, Tensor]]:
+    """Hessians and tokens per expert of a layer, and what corrects its weights."""
     if isinstance(step, EndStep):
-        return step.hessians(settings), {}
+        return step.hessians(settings), {}, {}
+    crosses: Mapping[str, Tensor] = {}
     observer = observer_of(settings)
-    with observe_layer(step.layer, observer):
-        step.run()
+    if original is not None:
+        observer, crosses = observe_both(step, original, settings)
+    else:
+        with observe_layer(step.layer, observer):
+            step.run()
     batches = with_outputs(observer.batches(step.layer), step.layer, outputs)
-    return batches, observer.utilization()
+    return batches, observer.utilization(), crosses
 
 
 def _quantize(
@@ -210,14 +225,19 @@ def _quantize(
     assignment: Assignment,
     settings: QuantSettings,
     hessians: list[HessianBatch] | None,
+    crosses: Mapping[str, Tensor],
 ) -> list[QuantizedMatrix]:
     formats = sorted(_by_format(layer, assignment))
-    items = quantize_layer(
-        model_map,
-        layer,
-        hessians,
-        formats,
-        settings,
-        lambda m, name: assignment.formats[m.name] == name,
-    )
-    return list(items)
+
+    def wanted(matrix: Matrix, name: str) -> bool:
+        return assignment.formats[matrix.name] == name
+
+    weights: Weights = model_map
+    if hessians is not None and crosses:
+        rounded = {
+            name: cross
+            for name, cross in crosses.items()
+            if parse_format(assignment.formats[name]).is_quantized
+        }
+        weights = CorrectedWeights(model_map, hessians, rounded, settings)
+    return list(quantize_layer(weights, layer, hessians, formats, settings, wanted))

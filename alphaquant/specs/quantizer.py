@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from alphaquant.errors import ConfigError
 from alphaquant.specs.check import Natural, Positive, Share, check, whole
@@ -11,6 +11,7 @@ from alphaquant.specs.scale_search import ScaleSearch
 
 Method = Literal["gptq", "rtn"]
 
+_FRACTION = Parameter(validator=validators.Number(gte=0, lte=1))
 _STATIC_GROUPS = Parameter(alias="--static_groups", negative="--no-static-groups")
 
 
@@ -77,6 +78,9 @@ class QuantSettings(RoundingSpec):
     sequential: bool = False
     """A layer's inputs come from the quantized layers before it; only where every matrix has one
     format, not in a bank."""
+    correction: Annotated[float, _FRACTION] = 0.25
+    """With sequential: how far weights go, before they are rounded, toward giving on the inputs
+    of the quantized model what the original gives on its own; 0 is plain GPTQ, 1 all the way."""
 
 
 def settings_of(rounding: RoundingSpec) -> QuantSettings:

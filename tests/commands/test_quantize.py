@@ -215,6 +215,14 @@ def test_a_given_model_type_is_reported_and_changes_no_byte(
 def test_layers_see_the_quantized_ones_before_them_when_asked(make: MakeQuantize) -> None:
     report = report_of(quantize(make(INT4, sequential=True)).path)
     assert report["settings"]["sequential"] is True
+    assert report["settings"]["correction"] == 0.25
+
+
+def test_a_correction_is_of_layers_that_see_the_quantized_ones(make: MakeQuantize) -> None:
+    with pytest.raises(ConfigError, match=r"correction 0\.5 asked, .*; add --sequential"):
+        quantize(make(INT4, correction=0.5))
+    with pytest.raises(ConfigError, match=r"correction is 1\.5; must be <= 1"):
+        make(INT4, sequential=True, correction=1.5)
 
 
 def test_an_unknown_setting_is_refused(make: MakeQuantize) -> None:

@@ -52,6 +52,7 @@ def test_every_option_reaches_the_engine() -> None:
         static_groups=True,
         n_starts=1,
         sequential=True,
+        correction=0.0,
     )
 
 

@@ -23,9 +23,11 @@ TOKENS = tiny_tokens(4, 16)
 FAMILIES = ("olmoe", "gpt_oss", "listed_moe")
 
 
-def results(model_map: ModelMap, *, sequential: bool) -> Iterator[list[Tensor]]:
+def results(
+    model_map: ModelMap, *, sequential: bool, correction: float = 0.0
+) -> Iterator[list[Tensor]]:
     """Dequantized weights of each layer."""
-    settings = QuantSettings(sequential=sequential, refine_sweeps=0)
+    settings = QuantSettings(sequential=sequential, correction=correction, refine_sweeps=0)
     assignment = uniform_assignment(model_map.inventory, "int3-g32")
     for done in quantize_layers(model_map, assignment, settings, TOKENS, batch_size=2):
         yield [item.packed.dequantize() for item in done.items]
@@ -35,7 +37,7 @@ def results(model_map: ModelMap, *, sequential: bool) -> Iterator[list[Tensor]]:
 def test_sequential_mode_uses_the_inputs_of_the_quantized_model(family: str) -> None:
     """The second layer comes out as if the first had been quantized in the model beforehand."""
     model_map = map_model(tiny_model(family))
-    settings = QuantSettings(sequential=True, refine_sweeps=0)
+    settings = QuantSettings(sequential=True, correction=0.0, refine_sweeps=0)
     assignment = uniform_assignment(model_map.inventory, "int3-g32")
     layers = list(quantize_layers(model_map, assignment, settings, TOKENS, batch_size=2))
     for item in layers[0].items:
@@ -103,10 +105,14 @@ def test_weights_come_back_after_an_error() -> None:
     assert torch.equal(model_map.view(name), before)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    ("sequential", "correction", "n_runs"), [(False, 0.0, 1), (True, 0.0, 2), (True, 0.25, 3)]
+)
 @pytest.mark.parametrize("family", ["olmoe", "listed_moe"])
-def test_a_layer_runs_at_most_twice_per_batch(family: str, sequential: bool) -> None:
-    """Capability 13: passes do not grow with the number of experts."""
+def test_a_layer_runs_at_most_twice_per_batch(
+    family: str, sequential: bool, correction: float, n_runs: int
+) -> None:
+    """Capability 13: passes do not grow with the number of experts; once more if corrected."""
     model_map = map_model(tiny_model(family))
     calls = []
 
@@ -117,10 +123,10 @@ def test_a_layer_runs_at_most_twice_per_batch(family: str, sequential: bool) -> 
         layer.module.register_forward_pre_hook(count)
     check_walk(model_map, [TOKENS[:2], TOKENS[2:]])
     n_check = len(calls)
-    list(results(model_map, sequential=sequential))
+    list(results(model_map, sequential=sequential, correction=correction))
     n_batches, n_layers = 2, 2
     # Hooks fire when the model arrives at a layer, and when the layer runs there.
-    assert len(calls) - 2 * n_check == n_batches * n_layers * (1 + (2 if sequential else 1))
+    assert len(calls) - 2 * n_check == n_batches * n_layers * (1 + n_runs)
 
 
 def test_gptq_without_text_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""What rounding layer after layer needs beside what every rounding does."""
