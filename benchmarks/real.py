@@ -5,7 +5,8 @@ product's own programs do the rest, each in a process of its own whose processor
 memory are in the result: `aq-search` at every budget, `aq-quantize` of its best.json, of the
 uniform format of its menu that is best within the budget, and of the uniform one of the same
 bytes, all with the same quantizer, and `aq-eval` of each on held-out text. With `--peer-python`
-AutoRound quantizes to the same uniform formats on the same windows.
+AutoRound quantizes to the same uniform formats on the same windows. With `--again` the winner is
+quantized once more with other options: its formats, better rounding.
 
 No package that we know ships WikiText-2, so its file is an option: any plain text of WikiText's
 form is cut at articles into calibration, evaluation and held-out text.
@@ -147,6 +148,9 @@ class Bench:
         rival = uniform_rival(front["heldout"], float(bits))
         names = [] if rival is None else [rival["name"]]
         rows = [ours]
+        for options in self.args.again:
+            name = f"{ours.name}, quantized with {options}"
+            rows.append(self._row(name, bits, out / "best.json", front["best"], None, options))
         for name in dict.fromkeys([*names, *same_bytes(float(bits))]):
             counts = {"bits_per_weight": float(parse_format(name).nominal_bits)}
             rows.append(self._row(f"uniform {name}", bits, self._uniform(name), counts, None))
@@ -166,14 +170,21 @@ class Bench:
         return words
 
     def _row(
-        self, name: str, bits: str, config: Path, counts: Mapping[str, Any], search: Stage | None
+        self,
+        name: str,
+        bits: str,
+        config: Path,
+        counts: Mapping[str, Any],
+        search: Stage | None,
+        options: str = "",
     ) -> Row:
-        """Quantize a configuration and measure its checkpoint."""
+        """Quantize a configuration, perhaps with more options, and measure its checkpoint."""
         args, out = self.args, self.folder / name.replace(" ", "-")
         words = ["--model", self.file, "--config", str(config), "--out", str(out)]
         words += ["--calibration", self.texts["calibration"], "--seq-len", str(args.seq_len)]
         words += ["--calibration-samples", str(args.calibration_samples)]
-        made = self.stages("aq-quantize", words + shlex.split(args.quantizer_options))
+        words += shlex.split(args.quantizer_options) + shlex.split(options)
+        made = self.stages("aq-quantize", words)
         words = ["--model", str(out), "--reference", self.file, "--json"]
         words += ["--data", self.texts["heldout"], "--samples", str(args.heldout_samples)]
         measured = self.stages("aq-eval", [*words, "--seq-len", str(args.seq_len)])
@@ -321,6 +332,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--search-options", default="", help="more options of aq-search")
     parser.add_argument("--quantizer-options", default="", help="of aq-search and aq-quantize")
+    parser.add_argument(
+        "--again",
+        nargs="*",
+        default=[],
+        help="options of aq-quantize, quoted, with which the winner is quantized once more",
+    )
     parser.add_argument("--peer-python", help="an interpreter that has auto-round")
     return parser.parse_args(words)
 
