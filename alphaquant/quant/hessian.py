@@ -193,9 +193,8 @@ class LayerHessians:
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> None:
         """Add a batch of routed tokens."""
-        if site.name not in self._experts:
-            self._experts[site.name] = self._sums_of(site, inputs.device)
-        self._experts[site.name].add(inputs, expert_ids, weights, self.route_exponent)
+        sums = self._sums_of(site, inputs.device)
+        sums.add(inputs, expert_ids, weights, self.route_exponent)
 
     def utilization(self) -> dict[str, list[int]]:
         """Tokens that each routed expert received, by experts module.
@@ -225,8 +224,14 @@ class LayerHessians:
         return result
 
     def _sums_of(self, site: ExpertsSite, device: torch.device) -> "ExpertSums":
-        """Empty sums of an experts module."""
-        return ExpertSums(site, device, _HELD_EXPERTS if self.holds_back else 0)
+        """The sums of an experts module, empty ones at first."""
+        if site.name not in self._experts:
+            n_held = _HELD_EXPERTS if self.holds_back else 0
+            self._experts[site.name] = self._new_sums(site, device, n_held)
+        return self._experts[site.name]
+
+    def _new_sums(self, site: ExpertsSite, device: torch.device, n_held: int) -> "ExpertSums":
+        return ExpertSums(site, device, n_held)
 
     def _gate_weights(self, site: LinearSite, inputs: Tensor) -> Tensor | None:
         """Weights of a gated shared expert's tokens, [n]; None for everything else.

@@ -116,9 +116,7 @@ class CrossSums(LayerHessians):
         self, site: ExpertsSite, inputs: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> None:
         """Add a batch of routed tokens."""
-        if site.name not in self._experts:
-            self._experts[site.name] = self._sums_of(site, inputs.device)
-        sums = self._experts[site.name]
+        sums = self._sums_of(site, inputs.device)
         assert isinstance(sums, _ExpertCrosses)
         sums.given = self.given[site.name]
         super().on_experts(site, inputs, expert_ids, weights)
@@ -136,9 +134,8 @@ class CrossSums(LayerHessians):
             found |= sums.crosses(self.pooled_tokens)
         return found
 
-    def _sums_of(self, site: ExpertsSite, device: torch.device) -> ExpertSums:
-        plain = super()._sums_of(site, device)
-        return _ExpertCrosses(site, device, len(plain.held13))
+    def _new_sums(self, site: ExpertsSite, device: torch.device, n_held: int) -> ExpertSums:
+        return _ExpertCrosses(site, device, n_held)
 
 
 class _ExpertCrosses(ExpertSums):
