@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from alphaquant.progress import Progress, Stage, no_progress
 from alphaquant.quant.bank import LOCK_FILE, Bank, file_digest, write_text
 from alphaquant.quant.engine import Wanted, quantize_layer
 from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
+from alphaquant.quant.stacks import QuantizedMatrix
 from alphaquant.quant.two_sided.output_hessian import Measured, OutputHessians, checked_outputs
 from alphaquant.spaces.formats import parse_format
 from alphaquant.specs.quantizer import QuantSettings
@@ -321,21 +321,34 @@ def _write_layer(
 ) -> int:
     """Quantize a part of the model with its Hessians, and keep its tokens per expert."""
     (batches, used), names = found, list(places)
-    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    items: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
     for item in quantize_layer(
         model_map, layer, batches, names, settings, lambda m, name: m.name in places[name].names
     ):
-        name = item.record.format
-        tensors[name] |= {
-            f"{item.matrix.name}.{k}": t.cpu().contiguous() for k, t in item.packed.tensors.items()
-        }
-        records[name].append(asdict(item.record))
+        items[item.record.format].append(item)
     for name in names:
-        path = bank.file(name, layer.index, places[name].part)
-        with whole_file(path) as part:
-            save_file(tensors[name], part)
-            sha256 = file_digest(part)
-        sidecar = {"sha256": sha256, "utilization": used, "records": records[name]}
-        write_text(path.with_suffix(".json"), json.dumps(sidecar))
+        write_items(bank.file(name, layer.index, places[name].part), items[name], used)
     return len(names)
+
+
+def write_items(
+    path: Path, items: Sequence[QuantizedMatrix], used: Mapping[str, list[int]]
+) -> None:
+    """Write matrices of a layer in one format, and how they were made.
+
+    Args:
+        path: from `Bank.file`.
+        items: at least one.
+        used: tokens per expert, by experts module.
+    """
+    tensors = {
+        f"{item.matrix.name}.{k}": t.cpu().contiguous()
+        for item in items
+        for k, t in item.packed.tensors.items()
+    }
+    with whole_file(path) as part:
+        save_file(tensors, part)
+        sha256 = file_digest(part)
+    records = [asdict(item.record) for item in items]
+    sidecar = {"sha256": sha256, "utilization": used, "records": records}
+    write_text(path.with_suffix(".json"), json.dumps(sidecar))

@@ -35,6 +35,7 @@ from alphaquant.quant.engine import Wanted
 from alphaquant.quant.filling import BATCH_WINDOWS, BankRequest, fill_bank, fill_bank_by
 from alphaquant.quant.foreign.candidates import Candidates, store_candidates
 from alphaquant.quant.place import place_of
+from alphaquant.quant.sequential.banked import fill_sequentially
 from alphaquant.quant.two_sided.output_hessian import OutputHessians
 from alphaquant.search.allocators import ALLOCATORS
 from alphaquant.search.arrays import BoolArray
@@ -362,7 +363,8 @@ def fill_source_bank(
         source: the model.
         calibration: the text.
         names: formats.
-        settings: of the quantizer.
+        settings: of the quantizer; sequential ones need one format for each matrix, and one
+            process does that.
         cache: where banks are kept; None for the default place.
         progress: called with a stage's name, steps done, steps.
         wanted: which (matrix, format name) pairs; all by default.
@@ -390,6 +392,10 @@ def fill_source_bank(
         return output_hessians(source, calibration, cache, progress)
 
     request = BankRequest(names, settings, wanted, measured)
+    if settings.sequential:
+        fill_sequentially(bank, source.map, tokens, request, progress)
+        bank.verify(names)
+        return bank
     if source.workers is not None:
         text = Text(tokens, BATCH_WINDOWS, states_folder(source, calibration, cache))
         fill_bank_by(source.workers, bank, source.map, text, request, progress)

@@ -20,6 +20,8 @@ CALIBRATION, ROTATE = "calibration", "rotate"
 
 _SETTINGS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
     {
+        "sequential": (True,),
+        "two_sided": (True,),
         "percdamp": (0.003, 0.01, 0.03, 0.1),
         "shrinkage": (True, False),
         "route_exponent": (0, 1, 2),
@@ -30,6 +32,8 @@ _SETTINGS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
 
 _OF_EXPERTS = ("route_exponent", "pooled_tokens")
 """Settings that change nothing in a model without routed experts."""
+_OF_GPTQ = ("sequential", "two_sided")
+"""Settings that rounding to nearest has not."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ def choices_of(own: Recipe, inventory: Inventory) -> tuple[Choice, ...]:
         inventory: the model's matrices.
     """
     has_experts = any(matrix.expert is not None for matrix in inventory.matrices)
-    names = [name for name in _SETTINGS if has_experts or name not in _OF_EXPERTS]
-    found = [_with_own(name, getattr(own.settings, name), _SETTINGS[name]) for name in names]
+    without: tuple[str, ...] = () if has_experts else _OF_EXPERTS
+    without += () if own.settings.method == "gptq" else _OF_GPTQ
+    names = [name for name in _SETTINGS if name not in without]
+    every = [_with_own(name, getattr(own.settings, name), _SETTINGS[name]) for name in names]
+    found = [choice for choice in every if len(choice.options) > 1]
     if has_experts and EBSS not in shares_of(own.calibration):
         found.append(_with_own(CALIBRATION, own.calibration, (mixed(own.calibration, EBSS), EBSS)))
     if own.rotate is None:
@@ -83,9 +90,15 @@ def choices_of(own: Recipe, inventory: Inventory) -> tuple[Choice, ...]:
 
 
 def planned_params(choices: Sequence[Choice]) -> list[dict[str, Option]]:
-    """The search's own recipe, then every other option alone: what each choice does by itself."""
+    """The search's own recipe, then every other option alone: what each choice does by itself.
+
+    Layer after layer and two-sided, which are worth most, come first and then both together.
+    """
     own = {choice.name: choice.default for choice in choices}
-    return [own, *({**own, c.name: option} for c in choices for option in c.options[1:])]
+    planned = [own, *({**own, c.name: option} for c in choices for option in c.options[1:])]
+    if _has_both(choices):
+        planned.insert(1 + len(_OF_GPTQ), {**own, **dict.fromkeys(_OF_GPTQ, True)})
+    return planned
 
 
 def reached(choices: Sequence[Choice], n_trials: int) -> list[Choice]:
@@ -95,7 +108,14 @@ def reached(choices: Sequence[Choice], n_trials: int) -> list[Choice]:
         if n_before < n_trials:
             found.append(choice)
         n_before += len(choice.options) - 1
+        if choice.name == _OF_GPTQ[-1] and _has_both(choices):
+            n_before += 1
     return found
+
+
+def _has_both(choices: Sequence[Choice]) -> bool:
+    """Whether the choices begin with layer after layer and two-sided."""
+    return tuple(choice.name for choice in choices[: len(_OF_GPTQ)]) == _OF_GPTQ
 
 
 def recipe_of(own: Recipe, params: Mapping[str, Option], seed: int) -> Recipe:

@@ -12,7 +12,7 @@ from alphaquant.commands.quantize import quantize
 from alphaquant.commands.search import plan_search, search
 from alphaquant.errors import ConfigError
 from alphaquant.progress import Stage
-from alphaquant.quant import filling
+from alphaquant.quant.sequential import banked
 from alphaquant.spaces.config import load_config
 from alphaquant.specs.evaluate import EvaluateSpec
 from alphaquant.specs.flat import replaced
@@ -49,7 +49,8 @@ def test_recipe_json_quantizes_to_what_the_search_measured_of_it(
     assert found is not None and found.served is not None
     assert ("recipes", 400, 400) in told
     summary = load_config(file).summary or {}
-    assert summary["quantization"]["percdamp"] == found.served.recipe.settings.percdamp < 0.5
+    assert summary["quantization"]["percdamp"] == 0.5
+    assert summary["quantization"]["sequential"] is found.served.recipe.settings.sequential is True
     front = json.loads((spec.run.out / "front.json").read_text())
     assert front["recipes"]["config"] == "recipe.json"
     for name in ("report.md", "report.html"):
@@ -113,7 +114,7 @@ def test_a_recipe_that_was_stopped_goes_on_with_what_was_rounded(
         patch.setattr(measuring.Objective, "divergence", stop)
         search(asked)
     assert (spec.run.out / "best.json").exists() and list(left.rglob("*.safetensors"))
-    monkeypatch.setattr(filling, "_write_layer", stop)  # every layer was rounded before
+    monkeypatch.setattr(banked, "write_items", stop)  # every layer was rounded before
     found = search(asked).recipes
     assert found is not None and [row.is_pruned for row in found.rows] == [False, False]
     assert not left.exists()

@@ -26,6 +26,7 @@ def test_the_first_option_is_the_searchs_own_also_where_nobody_lists_it() -> Non
     assert found["route_exponent"] == (1, 0, 2)
     assert found["calibration"] == ("demo", "demo=0.5,ebss=0.5", "ebss")
     assert found["rotate"] == (False, True)
+    assert list(found)[:2] == ["sequential", "two_sided"], "what is worth most is tried first"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ def test_the_first_option_is_the_searchs_own_also_where_nobody_lists_it() -> Non
         (OWN, DENSE, {"route_exponent", "pooled_tokens", "calibration"}),
         (replace(OWN, calibration="demo=0.5,ebss=0.5"), ROUTED, {"calibration"}),
         (replace(OWN, rotate=3), ROUTED, {"rotate"}),
+        (Recipe(QuantSettings(two_sided=True), "demo"), ROUTED, {"two_sided"}),
+        (Recipe(QuantSettings(method="rtn"), "demo"), ROUTED, {"two_sided", "sequential"}),
     ],
 )
 def test_what_makes_no_difference_or_was_chosen_is_no_choice(
@@ -47,6 +50,16 @@ def test_every_option_comes_alone_after_the_searchs_own() -> None:
     choices = [Choice("percdamp", (0.02, 0.1)), Choice("shrinkage", (True, False))]
     own, damped, plain = planned_params(choices)
     assert [len(reached(choices, n)) for n in (1, 2, 3)] == [0, 1, 2]
+    both = [Choice("sequential", (False, True)), Choice("two_sided", (False, True)), *choices]
+    planned = [(p["sequential"], p["two_sided"]) for p in planned_params(both)]
+    assert planned == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+        *planned[:1] * 2,
+    ]
+    assert [len(reached(both, n)) for n in (1, 2, 3, 4, 5, 6)] == [0, 1, 2, 2, 3, 4]
     assert own == {"percdamp": 0.02, "shrinkage": True}
     assert damped == {**own, "percdamp": 0.1}
     assert plain == {**own, "shrinkage": False}

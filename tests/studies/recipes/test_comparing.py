@@ -84,7 +84,7 @@ def damped(recipe: Recipe) -> float:
 
 def test_options_come_alone_then_a_samplers_and_the_best_is_compared(tmp_path: Path) -> None:
     bench = Bench(damped)
-    found = study_of(tmp_path, bench, 12)
+    found = study_of(tmp_path, bench, 15)
     assert [e.option for e in found.effects[:4]] == [0.003, 0.03, 0.1, False]
     first = found.effects[0]
     assert first.difference == pytest.approx(-0.007)
@@ -99,14 +99,14 @@ def test_options_come_alone_then_a_samplers_and_the_best_is_compared(tmp_path: P
 
 
 def test_trials_of_an_earlier_run_are_handed_back_and_more_go_on(tmp_path: Path) -> None:
-    first = study_of(tmp_path, Bench(damped), 7)
+    first = study_of(tmp_path, Bench(damped), 8)
     bench = Bench(damped)
-    again = study_of(tmp_path, bench, 7)
+    again = study_of(tmp_path, bench, 8)
     assert again == first
     assert len(bench.seen) == 1, "the held-out text only"
     (tmp_path / "whole").mkdir()
-    whole = study_of(tmp_path / "whole", Bench(damped), 9)
-    longer = study_of(tmp_path, Bench(damped), 9)
+    whole = study_of(tmp_path / "whole", Bench(damped), 10)
+    longer = study_of(tmp_path, Bench(damped), 10)
     assert [r.digest for r in longer.rows] == [r.digest for r in whole.rows]
 
 
@@ -151,6 +151,6 @@ def test_no_trial_starts_when_the_time_is_over_but_the_first(tmp_path: Path) -> 
 
 
 def test_choices_that_no_trial_comes_to_are_told(tmp_path: Path) -> None:
-    found = study_of(tmp_path, Bench(damped), 5)
+    found = study_of(tmp_path, Bench(damped), 8)
     assert [c.name for c in found.choices] == ["percdamp", "shrinkage"]
-    assert found.left_out["route_exponent"] == "5 trials do not come to it"
+    assert found.left_out["route_exponent"] == "8 trials do not come to it"
