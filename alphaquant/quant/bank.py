@@ -198,11 +198,14 @@ class Bank:
 
 
 def bank_key(weights: str, calibration: str, settings: QuantSettings) -> str:
-    """Digest that names a bank: weights, calibration tokens, settings, version."""
+    """Digest that names a bank: weights, calibration tokens, settings that act on it, version."""
+    acting = asdict(settings)
+    if not settings.sequential:
+        del acting["correction"]
     facts = {
         "weights": weights,
         "calibration": calibration,
-        "settings": asdict(settings),
+        "settings": acting,
         "version": BANK_VERSION,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -243,6 +243,10 @@ def test_the_key_follows_weights_tokens_and_settings() -> None:
         ),
     }
     assert len(keys) == 8 and bank_key("w", "c", QuantSettings(refine_sweeps=0)) in keys
+    corrected = [
+        QuantSettings(sequential=s, correction=c) for s in (False, True) for c in (0.0, 0.5)
+    ]
+    assert len({bank_key("w", "c", settings) for settings in corrected}) == 3
 
 
 def test_nan_weights_are_refused_by_name(tmp_path: Path) -> None:
