@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,6 @@ def llm_compressor() -> list[Timed]:
         num_bits=BITS, symmetric=True, strategy="group", group_size=GROUP, actorder="static"
     )
 
-    def one(name: str) -> Tensor:
-        weight, hessian = weights[name][None].clone(), hessians[inputs_of(name)][None].clone()
-        largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
-        scale = largest / 7.5
-        zero = torch.zeros_like(scale)
-        return quantize_weight(weight, hessian, scale, zero, None, asked)[0][0]
-
     def together(names: list[str]) -> dict[str, Tensor]:
         weight = torch.stack([weights[name] for name in names])
         hessian = torch.stack([hessians[inputs_of(name)] for name in names])
@@ -149,12 +143,15 @@ def llm_compressor() -> list[Timed]:
         found = quantize_weight(weight, hessian, scale, zero, None, asked)[0]
         return dict(zip(names, found, strict=True))
 
+    def one_by_one(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: weight for own in names for name, weight in together([own]).items()}
+
     def batched() -> dict[str, Tensor]:
         wide = [name for name in weights if not name.endswith("down")]
         return together(wide) | together([name for name in weights if name.endswith("down")])
 
     return [
-        timed("llm-compressor, one by one", lambda: {name: one(name) for name in weights}),
+        timed("llm-compressor, one by one", lambda: one_by_one(weights)),
         timed("llm-compressor, of one shape together", batched),
     ]
 

@@ -334,9 +334,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantizer-options", default="", help="of aq-search and aq-quantize")
     parser.add_argument(
         "--again",
-        nargs="*",
+        action="append",
         default=[],
-        help="options of aq-quantize, quoted, with which the winner is quantized once more",
+        help="options of aq-quantize with which the winner is quantized once more, such as "
+        '--again="--sequential"; may be given several times',
     )
     parser.add_argument("--peer-python", help="an interpreter that has auto-round")
     return parser.parse_args(words)

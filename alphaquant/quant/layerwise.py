@@ -20,7 +20,13 @@ from alphaquant.models.sites import LayerSite, ModelMap
 from alphaquant.models.walk import LayerStep, batches_of, check_walk, observe_layer, walk
 from alphaquant.quant.bank import Bank
 from alphaquant.quant.engine import Weights, quantize_layer
-from alphaquant.quant.hessian import EndStep, HessianBatch, observer_of, with_outputs
+from alphaquant.quant.hessian import (
+    EndStep,
+    HessianBatch,
+    LayerHessians,
+    observer_of,
+    with_outputs,
+)
 from alphaquant.quant.matrix import PackedMatrix
 from alphaquant.quant.sequential.correction import CorrectedWeights
 from alphaquant.quant.sequential.crosses import OriginalStates, observe_both
@@ -209,10 +215,11 @@ def _observe(
     if isinstance(step, EndStep):
         return step.hessians(settings), {}, {}
     crosses: Mapping[str, Tensor] = {}
-    observer = observer_of(settings)
     if original is not None:
+        observer: LayerHessians
         observer, crosses = observe_both(step, original, settings)
     else:
+        observer = observer_of(settings)
         with observe_layer(step.layer, observer):
             step.run()
     batches = with_outputs(observer.batches(step.layer), step.layer, outputs)

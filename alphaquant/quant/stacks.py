@@ -41,7 +41,8 @@ class MatrixRecord:
         hessian: how it was made, see `HessianBatch.source`; None without data.
         n_tokens: calibration tokens that reached it, None without data.
         damp: damping fraction used, retries included.
-        weight_error: |W - Q|^2 / |W|^2.
+        weight_error: |W - Q|^2 / |W|^2; W is what was rounded, a corrected weight where layers are
+            rounded one after the other (`alphaquant.quant.sequential.correction`).
         output_error: tr(D H D') / tr(W H W'), D = W - Q; None without data.
         shrinkage: how far the Hessian was drawn toward its diagonal, 0 to 1; None without data.
         heldout_gain: what that made of the error on held-back tokens, as a factor, measured on

@@ -122,7 +122,7 @@ class CrossSums(LayerHessians):
         super().on_experts(site, inputs, expert_ids, weights)
 
     def crosses(self, layer: LayerSite) -> dict[str, Tensor]:
-        """C of every matrix, float32 [K, K]; those of one input are the same tensor."""
+        """C of every matrix, float32 [K, K]; experts' are pooled in place, so ask once."""
         found = {
             matrix.name: self._cross[leader]
             for leader, matrices in self._shared.items()
@@ -155,13 +155,17 @@ class _ExpertCrosses(ExpertSums):
         _add_cross(self._cross2[e], inner - features, features, power)
 
     def crosses(self, pooled_tokens: int) -> dict[str, Tensor]:
-        """C by matrix name; those of gate and up have that of all experts beside, as H has."""
+        """C by matrix name; pooled in place as Hessians are, so ask once.
+
+        Those of gate and up have that of all experts beside their own; of down projections only
+        the diagonal is pooled, which a C has no part in.
+        """
         total = int(self.n_tokens.sum())
-        mean = self._cross13.sum(0) * (pooled_tokens / total if total else 0.0)
+        if pooled_tokens and total:
+            self._cross13 += pooled_tokens / total * self._cross13.sum(0)
         found: dict[str, Tensor] = {}
         for e in range(self.site.n_experts):
-            own = self._cross13[e] + mean
-            found |= {matrix.name: own for matrix in self.site.inner(e)}
+            found |= {matrix.name: self._cross13[e] for matrix in self.site.inner(e)}
             found[self.site.down[e].name] = self._cross2[e]
         return found
 

@@ -211,9 +211,10 @@ class Needs:
         """Multiplications of the costs beside the passes through the model, in float32."""
         share = self._listing_share
         products = self._products_of(self.n_formats, self.calibration)
-        if share:
-            products += self._products_of(self._in_short_bank(0), int(share * self.calibration))
-        return products
+        if share == 0.0:
+            return products
+        n_twice = self._in_short_bank(0) if share < 1.0 else 0.0  # all windows: they are kept
+        return products + self._products_of(n_twice, int(share * self.calibration))
 
     @property
     def _listing_share(self) -> float:

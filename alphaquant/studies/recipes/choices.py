@@ -32,8 +32,8 @@ _SETTINGS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
 
 _OF_EXPERTS = ("route_exponent", "pooled_tokens")
 """Settings that change nothing in a model without routed experts."""
-_OF_GPTQ = ("sequential", "two_sided")
-"""Settings that rounding to nearest has not."""
+_FIRST = ("sequential", "two_sided")
+"""Settings that are worth most, so they are tried first, and then both together."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ def choices_of(own: Recipe, inventory: Inventory) -> tuple[Choice, ...]:
         inventory: the model's matrices.
     """
     has_experts = any(matrix.expert is not None for matrix in inventory.matrices)
-    without: tuple[str, ...] = () if has_experts else _OF_EXPERTS
-    without += () if own.settings.method == "gptq" else _OF_GPTQ
-    names = [name for name in _SETTINGS if name not in without]
+    names = [name for name in _SETTINGS if has_experts or name not in _OF_EXPERTS]
     every = [_with_own(name, getattr(own.settings, name), _SETTINGS[name]) for name in names]
     found = [choice for choice in every if len(choice.options) > 1]
     if has_experts and EBSS not in shares_of(own.calibration):
@@ -97,7 +95,7 @@ def planned_params(choices: Sequence[Choice]) -> list[dict[str, Option]]:
     own = {choice.name: choice.default for choice in choices}
     planned = [own, *({**own, c.name: option} for c in choices for option in c.options[1:])]
     if _has_both(choices):
-        planned.insert(1 + len(_OF_GPTQ), {**own, **dict.fromkeys(_OF_GPTQ, True)})
+        planned.insert(1 + len(_FIRST), {**own, **dict.fromkeys(_FIRST, True)})
     return planned
 
 
@@ -108,14 +106,14 @@ def reached(choices: Sequence[Choice], n_trials: int) -> list[Choice]:
         if n_before < n_trials:
             found.append(choice)
         n_before += len(choice.options) - 1
-        if choice.name == _OF_GPTQ[-1] and _has_both(choices):
+        if choice.name == _FIRST[-1] and _has_both(choices):
             n_before += 1
     return found
 
 
 def _has_both(choices: Sequence[Choice]) -> bool:
     """Whether the choices begin with layer after layer and two-sided."""
-    return tuple(choice.name for choice in choices[: len(_OF_GPTQ)]) == _OF_GPTQ
+    return tuple(choice.name for choice in choices[: len(_FIRST)]) == _FIRST
 
 
 def recipe_of(own: Recipe, params: Mapping[str, Option], seed: int) -> Recipe:

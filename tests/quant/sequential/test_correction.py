@@ -86,7 +86,15 @@ def test_sums_of_experts_are_over_the_tokens_of_the_quantized_model(family: str)
         for own in [*original.calls(step), *step.calls]:
             own.run(step.layer)
     n_batches = len(step.calls)
+    before_layer = list(original.hidden or [])
+    _, pooled = observe_both(step, original, replace(SETTINGS, pooled_tokens=64))
+    original.hidden = before_layer
     _, crosses = observe_both(step, original, SETTINGS)
+    n_tokens = sum(ids.numel() for _, ids, _ in seen[n_batches:])
+    gates = [site.inner(e)[0].name for e in range(site.n_experts)]
+    beside = torch.stack([crosses[name] for name in gates]).sum(0) * 64 / n_tokens
+    assert torch.allclose(pooled[gates[1]], crosses[gates[1]] + beside, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pooled[site.down[1].name], crosses[site.down[1].name])
     matrices = [*site.inner(1), site.down[1]]
     expected = {m.name: torch.zeros(m.cols, m.cols) for m in matrices}
     for (given, _, _), (inputs, ids, weights) in zip(

@@ -36,7 +36,6 @@ def test_the_first_option_is_the_searchs_own_also_where_nobody_lists_it() -> Non
         (replace(OWN, calibration="demo=0.5,ebss=0.5"), ROUTED, {"calibration"}),
         (replace(OWN, rotate=3), ROUTED, {"rotate"}),
         (Recipe(QuantSettings(two_sided=True), "demo"), ROUTED, {"two_sided"}),
-        (Recipe(QuantSettings(method="rtn"), "demo"), ROUTED, {"two_sided", "sequential"}),
     ],
 )
 def test_what_makes_no_difference_or_was_chosen_is_no_choice(
