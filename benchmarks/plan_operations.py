@@ -9,8 +9,9 @@ Here the speed is one operation a second, so that the "seconds" of the plan are 
 of the quantizer counted by torch on one stack of each shape (matrix products; the column loops,
 which are not products, are left out), two for each weight that a token passes, two for each
 product of a Hessian. Costs and output Hessians are planned as forward passes of which their time
-on a CPU is worth eleven, so they count more than is multiplied. No weights are needed. `--rate` divides them by a speed that is assumed, not
-measured. Memory is that of a CPU, where weights are mapped files, in bfloat16.
+on a CPU is worth eleven, so they count more than is multiplied. No weights are needed. `--rate`
+divides them by a speed that is assumed, not measured. Memory is that of a CPU, where weights are
+mapped files, in bfloat16.
 """
 
 import argparse
