@@ -7,8 +7,9 @@ original model gives it x. Rounding W for x' keeps W x' and so hands the loss on
 
 come closest to W x on x' (least squares, H damped as for GPTQ). That is the asymmetric calibration
 of GPTAQ (arXiv 2504.02692). The whole way is too far: what x' cannot tell of x makes outputs
-smaller, layer by layer (SmolLM2 135M at 3 bits: KL 0.385 without, 0.338 with a quarter of the way,
-0.391 with half, 1.85 with all of it). So weights go a share of it before they are rounded.
+smaller, layer by layer (SmolLM2 135M at 3 bits: KL 0.376 without, 0.330 with a quarter of the way,
+0.387 with half, 3.93 with all of it; benchmarks/quantizer.md). So weights go a share of it before
+they are rounded.
 
 The sums are those of `crosses.py`; experts' are pooled as their Hessians are. What is not
 quantized keeps its weights, and so do the head and the embeddings.
